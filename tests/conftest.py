@@ -1,0 +1,80 @@
+"""Every test: offline (a connection to another machine fails it), seeded, one thread; real data only if it is there."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import ipaddress
+import random
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class NetworkUsed(Exception):
+    """A test reached for the network."""
+
+
+def is_local(address: Any) -> bool:
+    """Whether a socket address is this machine: a Unix path, localhost, or a loopback IP."""
+    if not isinstance(address, tuple):
+        return True
+    host = str(address[0])
+    if host in ("", "localhost", socket.gethostname()):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """A library may swallow the exception: the addresses that it tried are remembered, and fail the test at its end."""
+    tried: list[Any] = []
+
+    def guard(name: str) -> Callable[..., Any]:
+        original = getattr(socket.socket, name)
+
+        def connect(self: socket.socket, address: Any) -> Any:
+            if not is_local(address):
+                tried.append(address)
+                raise NetworkUsed(f"tests are offline, but one connects to {address}")
+            return original(self, address)
+
+        return connect
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guard(name))
+    yield tried
+    assert not tried, f"tests are offline, but this one connected to {tried}"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def unimm_data() -> Callable[[str], Path]:
+    """`unimm_data("data/cc0")`: real data under $UNIMM_DATA (default ../shared), or a skip that says so."""
+    root = Path(os.environ.get("UNIMM_DATA", ROOT.parent / "shared"))
+
+    def find(relative: str) -> Path:
+        path = root / relative
+        if not path.exists():
+            pytest.skip(f"needs real data: {relative} in $UNIMM_DATA (default ../shared)")
+        return path
+
+    return find

@@ -1,0 +1,31 @@
+"""What goes wrong for a person at the keyboard, as opposed to what goes wrong for us.
+
+A `UserError` is one clear sentence: what was wrong, the numbers on both sides, and what to do. The command line and the
+recipes print it as one line without a traceback and exit with code 2; all else is a defect and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(ValueError):
+    """One sentence for the person at the keyboard: what was wrong and what to do about it."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message with every run of white space, line breaks included, made one space."""
+    return " ".join(str(error).split())
+
+
+def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
+    """Run a program's `main` and return its exit code; a `UserError` becomes one line on standard error and code 2.
+
+    Recipes and eval drivers end with `sys.exit(run_main(main, name="sft"))`.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE

@@ -1,0 +1,66 @@
+"""What a command did, for a person and for a program: said on standard output, written as one JSON object if asked."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from unimm.errors import UserError
+from unimm.provenance import write_atomically
+
+STANDARD_OUTPUT = "-"
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str, *, share: int = 1) -> Iterator[None]:
+    """Put the seconds spent inside, divided by `share`, into `seconds[name]`."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = round((time.perf_counter() - start) / max(1, share), 4)
+
+
+class Report:
+    """Collects what `--json FILE` writes.
+
+    Args:
+        path: the file, `-` for standard output, None for no report.
+
+    Raises:
+        UserError: the file cannot be written where it is asked for (told before the work, not after it).
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        if path is not None and path != STANDARD_OUTPUT:
+            blocking = next((parent for parent in Path(path).parents if parent.exists() and not parent.is_dir()), None)
+            if Path(path).is_dir() or blocking is not None:
+                raise UserError(f"Cannot write the report {path}: {blocking or path} stands in its way.")
+
+    def add(self, **content: Any) -> None:
+        """Add fields to the object."""
+        self.content |= content
+
+    def timed(self, name: str, *, share: int = 1) -> contextlib.AbstractContextManager[None]:
+        """Put the seconds spent inside, divided by `share`, under `seconds`."""
+        return timed(self.seconds, name, share=share)
+
+    def say(self, text: str) -> None:
+        """Tell a person; when standard output carries the JSON object, on standard error."""
+        print(text, file=sys.stderr if self.path == STANDARD_OUTPUT else sys.stdout, flush=True)
+
+    def write(self) -> None:
+        """Write the object, if one was asked for."""
+        text = json.dumps(self.content | {"seconds": self.seconds}, indent=2, ensure_ascii=False) + "\n"
+        if self.path == STANDARD_OUTPUT:
+            print(text, end="", flush=True)
+        elif self.path is not None:
+            try:
+                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.path, text)
+            except OSError as error:
+                raise UserError(f"Cannot write the report {self.path}: {error.strerror or error}.") from None

@@ -1,0 +1,168 @@
+"""A tree of plain values -> typed dataclasses, and back.
+
+Strict where YAML and `PreTrainedConfig` are not: an unknown key is refused with the list of the known ones, a value of
+the wrong type by key, value and expected type. Understands nested dataclasses (Hugging Face's too), Optional and other
+unions, list, tuple, dict, Literal, Enum and Path; a type that only its own constructor can judge is left to it.
+"""
+
+import dataclasses
+import difflib
+import enum
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from unimm.errors import UserError, one_line
+
+T = TypeVar("T")
+
+SECRET_FIELDS = frozenset({"hub_token", "push_to_hub_token"})
+"""Never written to a file."""
+
+
+def known_keys(cls: Any) -> list[str]:
+    """Names of the fields that the dataclass's constructor takes."""
+    return sorted(field.name for field in dataclasses.fields(cls) if field.init)
+
+
+def build(cls: type[T], tree: Mapping[Any, Any], *, key: str, source: str) -> T:
+    """Build the dataclass `cls` from `tree`.
+
+    Args:
+        key: dotted name of this part, empty at the top. source: where the tree was read, for messages.
+
+    Raises:
+        UserError: an unknown or missing key, a value of the wrong type, or what the constructor itself refuses.
+    """
+    known = known_keys(cls)
+    prefix = f"{key}." if key else ""
+    for name in tree:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" (did you mean {prefix}{close[0]}?)" if close else ""
+            raise UserError(f"Unknown key {prefix}{name} in {source}{hint}; known here: {', '.join(known)}.")
+    hints = typing.get_type_hints(cls)
+    values = {name: _coerce(hints[name], value, key=f"{prefix}{name}", source=source) for name, value in tree.items()}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.init and required and field.name not in values:
+            raise UserError(f"{prefix}{field.name} is missing in {source}.")
+    try:
+        return cls(**values)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{key or cls.__name__} in {source}: {one_line(error)}") from error
+
+
+class _Mismatch(Exception):
+    """The value does not fit the annotation; turned into a `UserError` where the key is known."""
+
+
+def _coerce(hint: Any, value: Any, *, key: str, source: str) -> Any:
+    try:
+        return _convert(hint, value, key, source)
+    except _Mismatch:
+        raise UserError(f"{key} in {source} is {value!r}, expected {_describe(hint)}.") from None
+
+
+def _convert(hint: Any, value: Any, key: str, source: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _convert(arguments[0], value, key, source)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, key, source)
+    if origin is Literal:
+        return _require(any(value == choice and type(value) is type(choice) for choice in arguments), value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        tree = _require(isinstance(value, dict) or value is None, value) or {}
+        return build(hint, tree, key=key, source=source)
+    container = origin or hint
+    if container in (list, tuple, dict, Sequence, Mapping):
+        return _convert_container(container, arguments, value, key, source)
+    return _convert_scalar(hint, value)
+
+
+def _convert_union(options: Sequence[Any], value: Any, key: str, source: str) -> Any:
+    if value is None:
+        return _require(type(None) in options, value)
+    options = [option for option in options if option is not type(None)]
+    exact = [option for option in options if isinstance(option, type) and type(value) is option]
+    for option in exact or options:
+        try:
+            return _convert(option, value, key, source)
+        except _Mismatch:
+            continue
+    raise _Mismatch
+
+
+def _convert_container(container: Any, arguments: Sequence[Any], value: Any, key: str, source: str) -> Any:
+    if container in (dict, Mapping):
+        _require(isinstance(value, dict), value)
+        key_hint, value_hint = arguments or (Any, Any)
+        names = [_coerce(key_hint, name, key=key, source=source) for name in value]
+        items = [_coerce(value_hint, item, key=f"{key}.{name}", source=source) for name, item in value.items()]
+        return dict(zip(names, items, strict=True))
+    _require(isinstance(value, list | tuple), value)
+    hints = list(arguments) or [Any]
+    if container is tuple and arguments and arguments[-1] is not Ellipsis:
+        if len(arguments) != len(value):
+            raise UserError(f"{key} in {source} has {len(value)} items, expected {len(arguments)}.")
+    else:
+        hints = [hints[0]] * len(value)
+    pairs = enumerate(zip(hints, value, strict=True))
+    items = [_coerce(hint, item, key=f"{key}[{i}]", source=source) for i, (hint, item) in pairs]
+    return tuple(items) if container is tuple else items
+
+
+def _convert_scalar(hint: Any, value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float:
+        return float(_require(number, value))
+    if hint is int:  # 1e5 is a float to YAML and a step count to everybody else
+        return int(_require(number and value == value // 1, value))
+    if hint is Path:
+        return Path(_require(isinstance(value, str | Path), value))
+    if hint in (bool, str, type(None)):
+        return _require(isinstance(value, hint), value)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return _require(value in [member.value for member in hint], value)
+    return value  # Any, or a type that only its own constructor can judge
+
+
+def _require(fits: bool, value: Any) -> Any:
+    if not fits:
+        raise _Mismatch
+    return value
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in arguments)
+    if hint is type(None):
+        return "null"
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return f"keys of {hint.__name__} ({', '.join(known_keys(hint))})"
+    return hint.__name__ if isinstance(hint, type) and not arguments else str(hint).replace("typing.", "")
+
+
+def plain(value: Any) -> Any:
+    """The value as dict, list, str, number, bool or None, from which `build` makes the same dataclass again."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return {name: None if name in SECRET_FIELDS else plain(getattr(value, name)) for name in names}
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {plain(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    to_dict: Callable[[], Any] | None = getattr(value, "to_dict", None)
+    return plain(to_dict()) if to_dict is not None else str(value)
