@@ -1,0 +1,173 @@
+"""Pictures of every kind that people have on disk, and files that are none."""
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimm.data import images
+from unimm.data.images import load_image, numbered_paths, save_image_atomically, save_images
+from unimm.errors import UserError
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = load_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_rgb_is_read_as_it_is(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.array_equal(pixels(tmp_path / "a.png"), values)
+
+
+def test_cmyk_keeps_its_colour(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (255, 0, 0)).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert np.abs(pixels(tmp_path / "a.jpg").astype(int) - (255, 0, 0)).max() <= 4
+
+
+def test_palette_with_transparency_shows_white(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=0)
+    assert pixels(tmp_path / "a.png").tolist() == [[[255, 255, 255], [200, 100, 50]]]
+    image.save(tmp_path / "b.png")
+    assert pixels(tmp_path / "b.png").tolist() == [[[10, 20, 30], [200, 100, 50]]]
+
+
+def test_alpha_is_laid_on_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (3, 1))
+    for x, alpha in enumerate((0, 51, 255)):
+        image.putpixel((x, 0), (255, 0, 0, alpha))
+    image.save(tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").tolist() == [[[255, 255, 255], [255, 204, 204], [255, 0, 0]]]
+    Image.new("LA", (1, 1), (0, 51)).save(tmp_path / "b.png")
+    assert pixels(tmp_path / "b.png").tolist() == [[[204, 204, 204]]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 255, 257 * 100, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a{suffix}")
+    assert pixels(tmp_path / f"a{suffix}")[0, :, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_float_and_one_bit(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)).save(tmp_path / "a.tiff")
+    assert pixels(tmp_path / "a.tiff")[0, :, 1].tolist() == [0, 128, 255]
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "b.png")
+    assert pixels(tmp_path / "b.png")[0, :, 2].tolist() == [255, 0]
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (16, 8), "red")
+    image.paste("blue", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = load_image(tmp_path / "a.jpg")
+    assert upright.size == (8, 16)
+    top, bottom = upright.getpixel((4, 2)), upright.getpixel((4, 13))
+    assert top[2] > 200 > top[0] and bottom[0] > 200 > bottom[2]
+
+
+def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
+    for name in ("a.gif", "a.webp", "a.png"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50, **options)
+        assert pixels(tmp_path / name)[0, 0].tolist() == [255, 0, 0], name
+
+
+def png_header_only(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing, as a decompression bomb does before it is unpacked."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file"),
+        (b"", "the file is empty"),
+        (b"hello, I am text", "not a picture in a known format"),
+        (encoded("PNG")[:2000], "cut off or damaged"),
+        (encoded("JPEG")[:2000], "cut off or damaged"),
+        (encoded("GIF")[:2000], "cut off or damaged"),
+        (png_header_only(4, 4)[:40], "not a picture in a known format"),
+        (png_header_only(9000, 9000), "81000000 pixels, more than 64000000"),
+        (png_header_only(100_000, 100_000), "far more than 64000000"),
+    ],
+)
+def test_what_is_no_picture_is_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "a.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_image(path)
+    assert str(path) in str(caught.value)
+
+
+def test_folders_and_forbidden_files_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it is a folder"):
+        load_image(tmp_path)
+
+
+def test_real_photographs(unimm_data) -> None:  # type: ignore[no-untyped-def]
+    for path in sorted(unimm_data("data/cc0").glob("*.png")):
+        assert load_image(path).size == (576, 576)
+
+
+def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "a.png"
+    image = Image.new("RGB", (3, 2), "navy")
+    assert save_image_atomically(image, path) == path
+    assert np.array_equal(pixels(path), np.asarray(image))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(UserError, match="No space left"):
+        save_image_atomically(Image.new("RGB", (3, 2)), path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.png"]
+    assert np.array_equal(pixels(path), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a", "must end in"), ("a.txt", "such as .png"), ("folder.png", "a folder"), ("f/a.png", "is a file")],
+)
+def test_impossible_outputs_are_told_before_the_work(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "f").write_text("")
+    with pytest.raises(UserError, match=message):
+        images.check_image_output(tmp_path / name)
+
+
+def test_many_pictures_are_numbered(tmp_path: Path) -> None:
+    assert numbered_paths("x/a.b.png", 1) == [Path("x/a.b.png")]
+    assert numbered_paths("x/a.b.png", 2) == [Path("x/a.b-1.png"), Path("x/a.b-2.png")]
+    paths = save_images([Image.new("RGB", (1, 1), color) for color in ("red", "blue")], tmp_path / "a.png")
+    assert [pixels(path)[0, 0].tolist() for path in paths] == [[255, 0, 0], [0, 0, 255]]

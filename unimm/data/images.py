@@ -1,0 +1,139 @@
+"""Pictures from disk as RGB, and back, whatever their file holds.
+
+Special: transparency is laid on white, 16 bits are scaled (not clipped) to 8, the EXIF orientation is applied, an
+animation gives its first frame, CMYK and palettes become RGB. A file that is missing, cut off, no picture or too large
+is one sentence (`UserError`). Writing is atomic: a picture appears complete or not at all.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from unimm.errors import UserError
+
+MAX_PIXELS = 64_000_000
+"""Pictures with more pixels are refused before they are unpacked (192 MB as RGB)."""
+
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError)
+"""What Pillow's decoders raise on damaged files."""
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read a picture file as an RGB image, upright.
+
+    Raises:
+        UserError: the file is missing, is no picture, is cut off or damaged, or holds more than `MAX_PIXELS` pixels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        reason = "it is a folder" if path.is_dir() else "there is no such file"
+        raise UserError(f"Cannot read the picture {path}: {reason}.")
+    if path.stat().st_size == 0:
+        raise UserError(f"Cannot read the picture {path}: the file is empty.")
+    try:
+        with _bombs_left_to_us(), Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                size = f"{width} x {height} = {width * height} pixels"
+                raise UserError(f"The picture {path} has {size}, more than {MAX_PIXELS}: make it smaller first.")
+            image.seek(0)
+            image.load()
+            return to_rgb(image)
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise UserError(f"Cannot read the picture {path}: it is not a picture in a known format.") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"The picture {path} has far more than {MAX_PIXELS} pixels: make it smaller first.") from None
+    except PermissionError:
+        raise UserError(f"Cannot read the picture {path}: permission denied.") from None
+    except DECODER_ERRORS as error:
+        raise UserError(f"Cannot read the picture {path}: the file is cut off or damaged ({error}).") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as upright 8-bit RGB; transparent parts show white. The argument is left as it was."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def save_image_atomically(image: Image.Image, path: str | Path) -> Path:
+    """Write `image` to `path` in the format of its suffix, making missing folders; returns the path.
+
+    Raises:
+        UserError: the suffix names no format that can be written, or the place cannot be written to.
+    """
+    path = check_image_output(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"Cannot write the picture {path}: {error.strerror or error}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def check_image_output(path: str | Path) -> Path:
+    """The path, if a picture can be written there by its name: asked before the work that makes the picture.
+
+    Raises:
+        UserError: the suffix names no format that can be written, or the path or one of its parents stands in the way.
+    """
+    path = Path(path)
+    writable = sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE)
+    if path.suffix.lower() not in writable:
+        known = ", ".join(suffix for suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff") if suffix in writable)
+        raise UserError(f"Cannot write a picture as {path}: its name must end in a picture format such as {known}.")
+    if path.is_dir():
+        raise UserError(f"Cannot write the picture {path}: a folder has that name.")
+    blocking = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if blocking is not None:
+        raise UserError(f"Cannot write the picture {path}: {blocking} is a file, not a folder.")
+    return path
+
+
+def numbered_paths(path: str | Path, count: int) -> list[Path]:
+    """Where `count` pictures go: the path itself for one, `NAME-1.png`, `NAME-2.png`, ... for more."""
+    path = Path(path)
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
+
+
+def save_images(images: Sequence[Image.Image], path: str | Path) -> list[Path]:
+    """Write the pictures to `numbered_paths(path, len(images))` and return those paths."""
+    paths = numbered_paths(path, len(images))
+    return [save_image_atomically(image, target) for image, target in zip(images, paths, strict=True)]
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey as 8-bit grey: Pillow's own conversion clips everything above 255 to white."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":  # no format says what white is: [0, 1] if the values fit there, else 8 or 16 bits
+        top = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), float(values.max()))
+    else:
+        top = 65535.0 if values.max() <= 65535 else float(2**32 - 1) if values.max() > 2**31 - 1 else float(2**31 - 1)
+    return Image.fromarray(np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8))
+
+
+@contextlib.contextmanager
+def _bombs_left_to_us() -> Iterator[None]:
+    """Silence Pillow's warning about large pictures: the limit here is `MAX_PIXELS`, and it is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield

@@ -1,0 +1,25 @@
+"""The picture world as map-style datasets: item n is a pure function of (seed, n), so a run resumes at any position."""
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from unimm.data.shapes.language import describe
+from unimm.data.shapes.world import render, sample_scene
+
+
+class ShapesPictures(Dataset):
+    """`{"image": PIL, "text": what it shows}` for `length` scenes; `allow_withheld` also draws the withheld pairs."""
+
+    def __init__(self, length: int, seed: int, allow_withheld: bool = False) -> None:
+        self.length = length
+        self.seed = seed
+        self.allow_withheld = allow_withheld
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scene = sample_scene(np.random.default_rng((self.seed, index)), allow_withheld=self.allow_withheld)
+        return {"image": render(scene), "text": describe(scene)}

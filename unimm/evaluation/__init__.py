@@ -1,0 +1,1 @@
+"""Pure scorers: answers, GenEval rules, image metrics, codebook statistics. No model is loaded here."""
