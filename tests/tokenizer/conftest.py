@@ -1,0 +1,46 @@
+"""Tiny tokenizers from the real configuration classes: 32 px, patch 8, 16 tokens, 64 codes of width 48."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from unimm.tokenizer import VQRAE, VQRAEConfig
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "siglip": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    "internvl": {
+        "model_type": "internvl_vision",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": [32, 32],
+        "patch_size": [8, 8],
+        "attention_bias": True,
+    },
+}
+
+
+def tiny_vqrae(family: str = "siglip", **fields: Any) -> VQRAE:
+    torch.manual_seed(0)
+    fields = {"codebook_size": 64, "codebook_dim": 48} | fields
+    return VQRAE(VQRAEConfig(encoder_config=dict(ENCODERS[family]), **fields)).eval()
+
+
+@pytest.fixture(params=ENCODERS)
+def vqrae(request: pytest.FixtureRequest) -> VQRAE:
+    return tiny_vqrae(request.param)
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

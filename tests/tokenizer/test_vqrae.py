@@ -1,0 +1,198 @@
+"""VQRAE against the bare Hugging Face encoder, brute force and the paper's gradient map."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    InternVLVisionModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionModel,
+)
+
+from tests.tokenizer.conftest import tiny_vqrae
+from unimm.errors import UserError
+from unimm.tokenizer import VQRAE, ImageTokenizerProcessor, VQRAEConfig
+from unimm.tokenizer.quantizers import nearest_codes
+
+
+def test_the_defaults_are_the_papers():
+    config = VQRAEConfig()
+    assert (config.codebook_size, config.codebook_dim, config.feature_layer) == (16384, 1536, -1)
+    assert not (config.train_codebook or config.codebook_bias or config.pre_quant_norm or config.apply_post_norm)
+
+
+def test_forward_is_the_bare_encoders_last_block(vqrae, pixel_values):
+    bare_class = {"siglip_vision_model": SiglipVisionModel, "internvl_vision": InternVLVisionModel}
+    model_type = vqrae.config.encoder_config.model_type
+    bare = bare_class[model_type](vqrae.encoder.config).eval()
+    bare.load_state_dict(vqrae.encoder.state_dict())
+    with torch.no_grad():
+        expected = bare(pixel_values, output_hidden_states=True).hidden_states
+        output = vqrae(pixel_values, output_hidden_states=True)
+    prefix = 1 if model_type == "internvl_vision" else 0
+    assert output.last_hidden_state.is_contiguous()
+    assert torch.equal(output.last_hidden_state, expected[-1][:, prefix:])
+    assert len(output.hidden_states) == len(expected)
+    assert all(
+        torch.equal(ours, theirs[:, prefix:]) for ours, theirs in zip(output.hidden_states, expected, strict=True)
+    )
+
+
+def test_feature_layer_and_post_norm(pixel_values):
+    with torch.no_grad():
+        middle = tiny_vqrae(feature_layer=-2)
+        assert torch.equal(
+            middle.features(pixel_values), tiny_vqrae()(pixel_values, output_hidden_states=True).hidden_states[-2]
+        )
+        normed = tiny_vqrae(apply_post_norm=True)
+        expected = normed.encoder.post_layernorm(tiny_vqrae().features(pixel_values))
+        assert torch.equal(normed.features(pixel_values), expected)
+
+
+def test_decode_of_encode_is_reconstruct_bit_for_bit(vqrae, pixel_values):
+    with torch.no_grad():
+        output = vqrae.reconstruct(pixel_values)
+        assert torch.equal(vqrae.decode(vqrae.encode(pixel_values).ids), output.pixels.clamp(0, 1))
+        assert torch.equal(vqrae.lookup(output.ids), output.codes)
+    assert output.ids.shape == (3, 16) and output.ids.dtype == torch.int64
+
+
+def test_output_patch_changes_the_size_only(pixel_values):
+    plain, larger = tiny_vqrae(), tiny_vqrae(output_patch_size=12)
+    for part in ("encoder", "sampler", "quantizer"):
+        larger.get_submodule(part).load_state_dict(plain.get_submodule(part).state_dict())
+    with torch.no_grad():
+        assert larger.reconstruct(pixel_values).pixels.shape == (3, 3, 48, 48)
+        assert torch.equal(larger.encode(pixel_values).ids, plain.encode(pixel_values).ids)
+
+
+def test_pictures_of_another_size(vqrae):
+    wide = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        output = vqrae.reconstruct(wide)
+        assert output.pixels.shape == wide.shape
+        assert torch.equal(vqrae.decode(output.ids, grid=(4, 6)), output.pixels.clamp(0, 1))
+    with pytest.raises(UserError, match="32 x 44.*patch size 8"):
+        vqrae(torch.randn(1, 3, 32, 44))
+    with pytest.raises(UserError, match="24 image tokens do not fill a grid of 4 x 4 = 16"):
+        vqrae.decode(output.ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_reloaded_gives_the_same_ids(vqrae, pixel_values, tmp_path, dtype):
+    vqrae.to(dtype)
+    for part in (vqrae.sampler, vqrae.quantizer):
+        part.float()
+    vqrae.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert isinstance(reloaded, VQRAE)
+    with torch.no_grad():
+        assert torch.equal(reloaded.encode(pixel_values).ids, vqrae.encode(pixel_values).ids)
+    assert reloaded.fingerprint == vqrae.fingerprint
+    assert {p.dtype for p in reloaded.quantizer.state_dict().values()} == {torch.float32}
+    assert {p.dtype for p in reloaded.sampler.parameters()} == {torch.float32}
+    assert reloaded.decoder.projection.weight.dtype == dtype
+
+
+def test_fingerprint_tells_codebooks_apart(vqrae):
+    before = vqrae.fingerprint
+    vqrae.quantizer.codebook[0, 0] += 1
+    assert vqrae.fingerprint != before
+
+
+def test_from_encoder_takes_the_vision_half(tmp_path, pixel_values):
+    vision = tiny_vqrae().config.encoder_config.to_dict()
+    text = {
+        "vocab_size": 20,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text |= {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    siglip = SiglipModel(SiglipConfig(vision_config=vision | {"vision_use_head": True}, text_config=text)).eval()
+    siglip.save_pretrained(tmp_path)
+    vqrae = VQRAE.from_encoder(tmp_path, codebook_size=32, codebook_dim=16).eval()
+    with torch.no_grad():
+        expected = siglip.vision_model(pixel_values, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(vqrae.features(pixel_values), expected)
+
+
+def test_from_encoder_refuses_an_incomplete_checkpoint(tmp_path):
+    encoder = tiny_vqrae().encoder
+    state = {k: v for k, v in encoder.state_dict().items() if "layers.1.mlp" not in k}
+    encoder.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UserError, match=r"loaded \d+ of \d+ tensors"):
+        VQRAE.from_encoder(tmp_path, codebook_size=32, codebook_dim=16)
+
+
+def test_an_unsupported_encoder_names_the_supported_ones():
+    with pytest.raises(UserError, match="internvl_vision, siglip_vision_model"):
+        VQRAE(VQRAEConfig(encoder_config={"model_type": "vit", "image_size": 32, "patch_size": 8}))
+
+
+@pytest.mark.parametrize("bytes_per_chunk", [4 * 50 * 3, 2**26])
+def test_chunked_search_is_brute_force(monkeypatch, bytes_per_chunk):
+    monkeypatch.setattr("unimm.tokenizer.quantizers.SEARCH_BYTES", bytes_per_chunk)
+    latents, codebook = torch.randn(4, 25, 24), torch.randn(50, 24)
+    distances = torch.cdist(latents.double().flatten(0, 1), codebook.double())
+    assert torch.equal(nearest_codes(latents, codebook).flatten(), distances.argmin(dim=1))
+
+
+def test_ties_go_to_the_lowest_index_and_autocast_is_ignored():
+    codebook = torch.randn(8, 16)
+    codebook = torch.cat([codebook, codebook])
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = nearest_codes(codebook + 1e-3, codebook)
+    assert torch.equal(ids, torch.arange(8).repeat(2))
+
+
+def test_simvq_terms_by_hand(vqrae, pixel_values):
+    """Equation by equation: Q = C W, the nearest row, MSE(Q_i, sg z) and MSE(sg Q_i, z)."""
+    output = vqrae.encode(pixel_values)
+    table = vqrae.quantizer.codebook.double() @ vqrae.quantizer.projection.weight.double().t()
+    ids = torch.cdist(output.latents.double().flatten(0, 1), table).argmin(1).view(3, 16)
+    expected = F.mse_loss(table[ids], output.latents.double())
+    assert torch.equal(output.ids, ids)
+    torch.testing.assert_close(output.codebook_loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(output.commitment_loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_ids_outside_the_codebook_are_refused(vqrae):
+    with pytest.raises(UserError, match="0 to 63; these run from 0 to 64"):
+        vqrae.decode(torch.arange(49, 65)[None].clamp(min=0) - torch.tensor([49] + [0] * 15))
+
+
+def test_codebook_fit_puts_every_code_to_use():
+    vqrae = tiny_vqrae(codebook_size=16)
+    latents = torch.randn(400, 48)
+    vqrae.quantizer.fit(latents)
+    assert len(nearest_codes(latents, vqrae.quantizer.effective_codebook).unique()) == 16
+    with pytest.raises(UserError, match="8 latents.*16 codes"):
+        vqrae.quantizer.fit(latents[:8])
+
+
+def test_revived_codes_are_latents_that_were_served_badly():
+    quantizer = tiny_vqrae(codebook_size=16).quantizer
+    before, latents = quantizer.effective_codebook.detach().clone(), 3 + torch.randn(40, 48)
+    quantizer.revive(torch.tensor([3, 7]), latents)
+    after = quantizer.effective_codebook.detach()
+    moved = torch.cdist(after[[3, 7]].double(), latents.double()).min(dim=1).values
+    assert moved.max() < 1e-3
+    others = [i for i in range(16) if i not in (3, 7)]
+    assert torch.equal(after[others], before[others])
+
+
+def test_processor_round_trip(vqrae, tmp_path):
+    processor = ImageTokenizerProcessor.for_tokenizer(vqrae.config)
+    processor.save_pretrained(tmp_path)
+    vqrae.config.save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, ImageTokenizerProcessor)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32)) / 255
+    images = processor.postprocess(pixels)
+    values = processor(images=images, return_tensors="pt").pixel_values
+    torch.testing.assert_close(vqrae.denormalize(values), pixels, rtol=0, atol=1e-6)

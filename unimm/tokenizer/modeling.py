@@ -1,0 +1,221 @@
+"""`ImageTokenizer`: the flow that every tokenizer shares, image <-> features <-> ids <-> image.
+
+Special here: the tokenizer is a vision tower. `forward` answers as every Hugging Face vision model does, so a
+multimodal host takes it by configuration; the codebook and the decoder ride along in the same checkpoint. Shapes: B
+batch, N patches, M image tokens, D encoder width, C codebook width, H and W pixels.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from unimm.errors import UserError
+from unimm.tokenizer.configuration import ImageTokenizerConfig
+from unimm.tokenizer.decoders import SymmetricViTDecoder
+from unimm.tokenizer.encoders import FAMILIES, encode_features, encoder_family, final_norm
+from unimm.tokenizer.quantizers import SimVQ
+
+
+@dataclass
+class ImageTokenizerOutput(ModelOutput):
+    """What the verbs return; each fills what it makes.
+
+    features [B, N, D], latents [B, M, C], codes [B, M, C], ids [B, M] int64, pixels [B, 3, H, W] (from `reconstruct`
+    not clamped, so that a loss sees the overshoot), and the scalar codebook and commitment losses.
+    """
+
+    features: Tensor = None
+    latents: Tensor = None
+    codes: Tensor = None
+    ids: Tensor = None
+    pixels: Tensor = None
+    codebook_loss: Tensor = None
+    commitment_loss: Tensor = None
+
+
+class ImageTokenizer(PreTrainedModel):
+    """Base of the tokenizers. A subclass names its parts: `encoder`, `sampler`, `quantizer`, `decoder`,
+    `pixel_head`."""
+
+    config_class = ImageTokenizerConfig
+    base_model_prefix = "image_tokenizer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["SiglipEncoderLayer", "InternVLVisionLayer"]
+    # bfloat16 storage of these flips about one id in a hundred. The rule also holds when the tokenizer is a part of a
+    # host.
+    _keep_in_fp32_modules_strict = ["sampler", "quantizer"]
+
+    encoder: PreTrainedModel
+    sampler: nn.Module
+    quantizer: SimVQ
+    decoder: nn.Module
+    pixel_head: nn.Module
+
+    # ---- the verbs
+    # --------------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """A vision tower's answer: `last_hidden_state` is the features [B, N, D], contiguous; nothing is quantized.
+
+        `hidden_states` holds every layer up to the feature tap without prefix tokens, so `hidden_states[-1]` is the
+        features too.
+        """
+        states = self.hidden_states(pixel_values)
+        output = BaseModelOutputWithPooling(last_hidden_state=states[-1])
+        if output_hidden_states is not None and output_hidden_states is not False:
+            output.hidden_states = states
+        return output.to_tuple() if return_dict is False else output
+
+    def encode(self, pixel_values: Tensor) -> ImageTokenizerOutput:
+        """pixel_values [B, 3, H, W] -> features, latents, codes and ids."""
+        features = self.features(pixel_values)
+        with torch.autocast(features.device.type, enabled=False):
+            latents = self.sampler(features.float())
+            quantized = self.quantizer(latents)
+        return ImageTokenizerOutput(
+            features=features,
+            latents=latents,
+            codes=quantized.codes,
+            ids=quantized.ids,
+            codebook_loss=quantized.codebook_loss,
+            commitment_loss=quantized.commitment_loss,
+        )
+
+    def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """ids [B, M] in raster order -> pixels [B, 3, H, W] in [0, 1]. `grid` (rows, columns) for pictures of another
+        size."""
+        return self.pixels_from(self.lookup(ids), grid or self.config.grid).clamp(0, 1)
+
+    def reconstruct(self, pixel_values: Tensor) -> ImageTokenizerOutput:
+        """`encode`, then the pixels of its codes, not clamped. In evaluation they are those of `decode(ids)`, bit for
+        bit."""
+        output = self.encode(pixel_values)
+        output.pixels = self.pixels_from(output.codes, self.grid_of(pixel_values))
+        return output
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """ids [B, M] -> codes [B, M, C]. Raises UserError for an id outside the codebook."""
+        return self.quantizer.lookup(ids)
+
+    # ---- their parts
+    # ------------------------------------------------------------------------------------------------------------
+
+    def hidden_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The encoder's hidden states up to the feature tap, each [B, N, D]."""
+        self.grid_of(pixel_values)
+        states = encode_features(self.encoder, pixel_values.to(self.dtype))
+        states = states[: range(len(states))[self.config.feature_layer] + 1]
+        last = final_norm(self.encoder)(states[-1]) if self.config.apply_post_norm else states[-1]
+        return (*states[:-1], last.contiguous())
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        return self.hidden_states(pixel_values)[-1]
+
+    def pixels_from(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """codes [B, M, C] -> pixels [B, 3, H, W], not clamped."""
+        if codes.shape[1] != grid[0] * grid[1]:
+            raise UserError(
+                f"{codes.shape[1]} image tokens do not fill a grid of {grid[0]} x {grid[1]} = {grid[0] * grid[1]}."
+            )
+        pixel_values = self.pixel_head(self.decoder(codes, grid), grid).float()
+        return pixel_values * self._channels(self.config.image_std) + self._channels(self.config.image_mean)
+
+    def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """(rows, columns) of the patches. Raises UserError where the picture is no multiple of the patch size."""
+        height, width = pixel_values.shape[-2:]
+        if height % self.config.patch_size or width % self.config.patch_size:
+            raise UserError(
+                f"A picture of {height} x {width} pixels is no multiple of the patch size {self.config.patch_size}."
+            )
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """pixels in [0, 1] -> pixel_values as the encoder expects them."""
+        return (pixels - self._channels(self.config.image_mean)) / self._channels(self.config.image_std)
+
+    def denormalize(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values -> pixels in [0, 1]."""
+        return pixel_values * self._channels(self.config.image_std) + self._channels(self.config.image_mean)
+
+    def _channels(self, values: list[float] | tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, device=self.device, dtype=torch.float32).view(1, 3, 1, 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what decides the ids of given features: codebook, projections and geometry."""
+        digest = hashlib.sha256()
+        config = self.config
+        geometry = (
+            config.model_type,
+            config.image_size,
+            config.patch_size,
+            config.feature_layer,
+            config.apply_post_norm,
+        )
+        digest.update(repr(geometry).encode())
+        for part in ("sampler", "quantizer"):
+            for name, tensor in sorted(self.get_submodule(part).state_dict().items()):
+                digest.update(f"{part}.{name}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    # ---- building
+    # ---------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_encoder(
+        cls, name_or_path: str | Path, *, attn_implementation: str | None = None, **config_fields: Any
+    ) -> Self:
+        """A new tokenizer around a pretrained vision model: a local Hugging Face folder or a hub id.
+
+        A composite checkpoint (SigLIP with its text half, InternVL) gives its vision half. `config_fields` are fields
+        of the tokenizer's configuration. Raises UserError where the encoder's weights are incomplete or its family is
+        not supported.
+        """
+        found = AutoConfig.from_pretrained(str(name_or_path))
+        encoder_config = found if found.model_type in FAMILIES else getattr(found, "vision_config", found)
+        encoder_family(encoder_config)
+        config = cls.config_class(encoder_config=encoder_config.to_dict(), **config_fields)
+        model = cls._from_config(config, attn_implementation=attn_implementation)
+        encoder, report = type(model.encoder).from_pretrained(
+            str(name_or_path),
+            config=model.encoder.config,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+        if report["missing_keys"] or report["mismatched_keys"]:
+            total = len(encoder.state_dict())
+            lost = len(report["missing_keys"]) + len(report["mismatched_keys"])
+            raise UserError(f"{name_or_path} does not hold this encoder: loaded {total - lost} of {total} tensors.")
+        model.encoder.load_state_dict(encoder.state_dict())
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SimVQ):
+            init.normal_(module.codebook, std=module.codebook.shape[1] ** -0.5)
+            init.kaiming_uniform_(module.projection.weight, a=5**0.5)
+        elif isinstance(module, SymmetricViTDecoder):
+            init.normal_(module.positions, std=0.02)
+        elif type(module).__name__ == "InternVLVisionLayer":
+            init.constant_(module.lambda_1, self.config.vision.layer_scale_init_value)
+            init.constant_(module.lambda_2, self.config.vision.layer_scale_init_value)
