@@ -1,0 +1,58 @@
+"""Train an image tokenizer, one stage at a time.
+
+    accelerate launch --num_cpu_threads_per_process 2 recipes/tokenizer.py --config configs/shapes/stage1.yaml
+    accelerate launch --num_cpu_threads_per_process 2 recipes/tokenizer.py --config configs/shapes/stage2.yaml
+
+Stage 1 starts from a pretrained vision model (`model.encoder`), stage 2 from stage 1's output (`model.init_from`). A
+run that is started again goes on from its last checkpoint.
+"""
+
+from dataclasses import dataclass, field
+
+from unimm.config import parse_recipe_args, save_config
+from unimm.data.pictures import PictureConfig, picture_stream
+from unimm.errors import UserError
+from unimm.tokenizer import VQRAE
+from unimm.training.objective import ObjectiveConfig
+from unimm.training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingConfig
+
+
+@dataclass
+class TokenizerModelConfig:
+    """`encoder` is a vision model's folder or hub id, `init_from` a tokenizer's; `config` are fields of its
+    configuration."""
+
+    encoder: str | None = None
+    init_from: str | None = None
+    config: dict = field(default_factory=dict)
+    attn_implementation: str | None = None
+
+
+@dataclass
+class TokenizerRecipe:
+    train: TokenizerTrainingConfig
+    model: TokenizerModelConfig = field(default_factory=TokenizerModelConfig)
+    data: PictureConfig = field(default_factory=PictureConfig)
+    loss: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+
+def build(model: TokenizerModelConfig) -> VQRAE:
+    if (model.encoder is None) == (model.init_from is None):
+        raise UserError("Give either model.encoder (to start a tokenizer) or model.init_from (to go on with one).")
+    if model.encoder is not None:
+        return VQRAE.from_encoder(model.encoder, attn_implementation=model.attn_implementation, **model.config)
+    return VQRAE.from_pretrained(model.init_from, attn_implementation=model.attn_implementation)
+
+
+def main() -> None:
+    recipe = parse_recipe_args(TokenizerRecipe)
+    train = recipe.train
+    length = train.steps * train.batch_size * train.gradient_accumulation_steps
+    trainer_pictures = picture_stream(recipe.data, length, train.seed)
+    trainer = TokenizerTrainer(build(recipe.model), trainer_pictures, train, recipe.loss)
+    save_config(recipe, train.output_dir)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Pretrain a small SigLIP on captioned pictures: the stand-in for a downloaded vision foundation model.
+
+    accelerate launch --num_cpu_threads_per_process 2 recipes/vfm.py --config configs/shapes/vfm.yaml
+
+The output folder is an ordinary Hugging Face SigLIP checkpoint (model, tokenizer, image processor). A run that is
+started again goes on from its last checkpoint.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from unimm.config import parse_recipe_args, save_config
+from unimm.data.pictures import PictureConfig, picture_stream, to_array
+from unimm.training.text_tokenizer import train_text_tokenizer
+from unimm.training.vision_pretraining import VisionPretraining, VisionPretrainingConfig
+
+
+@dataclass
+class VFMModelConfig:
+    """`vision` and `text` are fields of SiglipVisionConfig and SiglipTextConfig."""
+
+    vision: dict
+    text: dict
+    vocab_size: int = 320
+    attn_implementation: str = "eager"
+
+
+@dataclass
+class VFMConfig:
+    model: VFMModelConfig
+    train: TrainingArguments
+    data: PictureConfig = field(default_factory=PictureConfig)
+    loss: VisionPretrainingConfig = field(default_factory=VisionPretrainingConfig)
+
+
+def main() -> None:
+    config = parse_recipe_args(VFMConfig)
+    train = config.train
+    set_seed(train.seed)
+    length = train.max_steps * train.train_batch_size * train.gradient_accumulation_steps * train.world_size
+    stream = picture_stream(config.data, length, train.seed, allow_withheld=False)
+    tokenizer = train_text_tokenizer((stream[i]["text"] for i in range(min(2000, length))), config.model.vocab_size)
+    size = {"height": config.data.image_size, "width": config.data.image_size}
+    processor = SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+    marks = {f"{mark}_token_id": tokenizer.pad_token_id for mark in ("pad", "bos", "eos")}
+    text = {**config.model.text, "vocab_size": len(tokenizer), **marks}
+    siglip_config = SiglipConfig(vision_config=config.model.vision, text_config=text)
+    model = VisionPretraining(siglip_config, config.loss, config.model.attn_implementation)
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_values": to_pixel_values([row["image"] for row in rows]),
+            "input_ids": to_input_ids(tokenizer, rows, siglip_config),
+        }
+
+    # A stream is shuffled by construction: taken in order, the step is the data position.
+    train.train_sampling_strategy = "sequential"
+    trainer = Trainer(model=model, args=train, train_dataset=stream, data_collator=collate)
+    save_config(config, train.output_dir)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(train.output_dir) if Path(train.output_dir).is_dir() else None
+    )
+    if trainer.is_world_process_zero():
+        model.siglip.save_pretrained(train.output_dir)
+        tokenizer.save_pretrained(train.output_dir)
+        processor.save_pretrained(train.output_dir)
+
+
+def to_pixel_values(images: list) -> torch.Tensor:
+    """PIL RGB pictures of one size -> [B, 3, H, W] in [-1, 1], as the image processor normalises them."""
+    return torch.from_numpy(to_array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def to_input_ids(tokenizer: PreTrainedTokenizerFast, rows: list[dict], config: SiglipConfig) -> torch.Tensor:
+    """SigLIP pads every caption to the model's full text length and attends to the padding."""
+    length = config.text_config.max_position_embeddings
+    texts = [row["text"] for row in rows]
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+if __name__ == "__main__":
+    main()

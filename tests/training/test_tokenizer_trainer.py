@@ -1,0 +1,217 @@
+"""Both stages of VQRAE's training: who gets which gradient, what stays as it was, and that a resumed run is the same
+run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tokenizer.conftest import tiny_vqrae
+from unimm.data.pictures import PictureConfig, picture_stream
+from unimm.errors import UserError
+from unimm.tokenizer import VQRAE
+from unimm.training.objective import GANConfig, ObjectiveConfig, PerceptualConfig, TokenizerObjective
+from unimm.training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingConfig, parameter_groups, set_trainable
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+NO_JUDGE = PerceptualConfig(kind="none")
+
+
+def touched(model: VQRAE) -> set[str]:
+    """The parts that received a gradient that is not zero."""
+    names = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    parts = ("encoder", "sampler", "quantizer", "decoder", "pixel_head")
+    return {part for part in parts if any(n.startswith(part + ".") for n in names)}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradient_map(stage, pixel_values):
+    """Section 3.4 of VQRAE, one term at a time."""
+    model = tiny_vqrae().train()
+    teacher = torch.randn(3, 16, 32)
+    encoder = {"encoder"} if stage == 2 else set()
+    expected = {
+        "pixel": encoder | {"sampler", "decoder", "pixel_head"},
+        "perceptual": encoder | {"sampler", "decoder", "pixel_head"},
+        "codebook": {"quantizer"},
+        "commitment": encoder | {"sampler"},
+        "distillation": encoder,
+    }
+    set_trainable(model, stage)
+    objective = TokenizerObjective(ObjectiveConfig(perceptual=NO_JUDGE))
+    for name, parts in expected.items():
+        model.zero_grad()
+        output = model.reconstruct(pixel_values)
+        terms = objective.terms(output, model.denormalize(pixel_values), teacher)
+        terms["perceptual"] = output.pixels.sin().mean()
+        if terms[name].requires_grad:
+            terms[name].backward()
+        assert touched(model) == parts, name
+    assert not model.quantizer.codebook.requires_grad
+
+
+def test_the_straight_through_gradient_reaches_the_latents_unchanged(pixel_values):
+    model = tiny_vqrae()
+    latents = torch.randn(2, 16, 48, requires_grad=True)
+    model.quantizer(latents).codes.sum().backward()
+    assert torch.equal(latents.grad, torch.ones_like(latents))
+    assert model.quantizer.projection.weight.grad is None
+
+
+def test_the_sum_of_the_terms_has_the_papers_weights(pixel_values):
+    model = tiny_vqrae()
+    objective = TokenizerObjective(ObjectiveConfig(perceptual=NO_JUDGE))
+    output = model.reconstruct(pixel_values)
+    pixels = model.denormalize(pixel_values)
+    teacher = torch.randn(3, 16, 32)
+    terms = objective.terms(output, pixels, teacher)
+    by_hand = (
+        (output.pixels - pixels).square().mean()
+        + (output.codes.detach() - output.latents).square().mean() * 1.25
+        + (output.features - teacher).square().mean()
+    )
+    torch.testing.assert_close(objective.total(terms), by_hand)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Small:
+    """Scenes of the picture world at 32 px."""
+
+    def __init__(self, length: int) -> None:
+        self.pictures = picture_stream(PictureConfig(), length, seed=0)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.pictures[index]["image"].resize((32, 32))}
+
+
+def trainer(
+    output_dir: Any, stage: int, *, stop: int | None = None, gan: GANConfig | None = None, **fields: Any
+) -> TokenizerTrainer:
+    """Six steps on the picture world at 32 px; `stop` interrupts after that many, at a checkpoint."""
+    config = TokenizerTrainingConfig(
+        output_dir=str(output_dir),
+        stage=stage,
+        **{
+            "steps": 6,
+            "batch_size": 4,
+            "warmup_steps": 1,
+            "save_steps": 2,
+            "log_steps": 2,
+            "panel_steps": 6,
+            "learning_rate": 1e-3,
+        }
+        | fields,
+    )
+    pictures = Small(24)
+    objective = ObjectiveConfig(perceptual=NO_JUDGE, gan=gan or GANConfig())
+    built = TokenizerTrainer(tiny_vqrae(), pictures, config, objective)
+    if stop is not None:
+        step, save = built._optimizer_step, built._save
+
+        def stopping(batches: Any) -> Any:
+            if built.step == stop:
+                raise KeyboardInterrupt
+            return step(batches)
+
+        built._optimizer_step, built._save = stopping, save
+    return built
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, stage):
+    gan = GANConfig(start=2, warmup_steps=1) if stage == 2 else None
+    fields = {"gan": gan, "revive_steps": 3 if stage == 2 else None}
+    whole = trainer(tmp_path / "whole", stage, **fields)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "cut", stage, stop=3, **fields).train()
+    resumed = trainer(tmp_path / "cut", stage, **fields)
+    resumed.train()
+    assert resumed.step == whole.step == 6
+    ours, theirs = resumed.state_dict(), whole.state_dict()
+    for part in ("tokenizer", "discriminator", "lecam") if gan else ("tokenizer",):
+        assert all(torch.equal(ours[part][k], theirs[part][k]) for k in theirs[part]), part
+    assert all(torch.equal(ours["ema"]["shadow"][k], v) for k, v in theirs["ema"]["shadow"].items())
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_stage_1_leaves_the_encoder_and_c_bit_identical(tmp_path):
+    before = tiny_vqrae().state_dict()
+    run = trainer(tmp_path, 1)
+    run.train()
+    saved = VQRAE.from_pretrained(tmp_path).state_dict()
+    for after in (run.tokenizer.state_dict(), saved):
+        assert all(torch.equal(after[k], before[k]) for k in before if k.startswith("encoder."))
+        assert torch.equal(after["quantizer.codebook"], before["quantizer.codebook"])
+        assert not torch.equal(after["quantizer.projection.weight"], before["quantizer.projection.weight"])
+        assert not torch.equal(after["decoder.projection.weight"], before["decoder.projection.weight"])
+
+
+def test_stage_2_moves_the_encoder_and_never_the_teacher(tmp_path):
+    before = tiny_vqrae().encoder.state_dict()
+    run = trainer(tmp_path, 2)
+    run.train()
+    assert all(torch.equal(v, before[k]) for k, v in run.teacher.state_dict().items())
+    assert not torch.equal(
+        run.tokenizer.encoder.state_dict()["encoder.layers.0.mlp.fc1.weight"], before["encoder.layers.0.mlp.fc1.weight"]
+    )
+    assert not any(k.startswith("teacher") for k in run.state_dict()["tokenizer"])
+
+
+def test_the_discriminator_rests_until_its_start(tmp_path):
+    run = trainer(tmp_path, 2, gan=GANConfig(start=6))
+    before = {k: v.clone() for k, v in run.discriminator.state_dict().items()}
+    run.train()
+    assert all(torch.equal(v, before[k]) for k, v in run.discriminator.state_dict().items())
+
+
+def test_groups_of_the_optimizer():
+    model = tiny_vqrae()
+    set_trainable(model, 2)
+    groups = parameter_groups(model, TokenizerTrainingConfig(output_dir=""))
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+    slow = {id(p) for g in groups if g["lr"] == 1e-5 for p in g["params"]}
+    assert slow == {id(p) for p in model.encoder.parameters() if p.requires_grad}
+    plain = {id(p) for g in groups if g.get("weight_decay") == 0.0 for p in g["params"]}
+    assert id(model.quantizer.projection.weight) in plain and id(model.decoder.positions) in plain
+
+
+def test_codebook_from_data_starts_in_use(tmp_path):
+    run = trainer(tmp_path, 1, codebook_init="data", codebook_init_pictures=24)
+    assert torch.equal(run.tokenizer.quantizer.projection.weight, torch.eye(48))
+
+
+def test_a_loss_that_is_not_finite_names_the_pictures(tmp_path):
+    run = trainer(tmp_path, 1)
+    run.tokenizer.pixel_head.projection.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"step 0 \(pixel\), pictures 0 to 3"):
+        run.train()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    trainer(tmp_path, 1).train()
+    with pytest.raises(UserError, match="batch_size=4 and this run has batch_size=2"):
+        trainer(tmp_path, 1, batch_size=2).train()
+
+
+def test_asking_for_lpips_without_weights_says_what_to_get():
+    with pytest.raises(UserError, match="vgg16"):
+        TokenizerObjective(ObjectiveConfig())

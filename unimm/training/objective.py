@@ -1,0 +1,91 @@
+"""What a tokenizer is trained for: every term a pure function, summed in one place with weights that are settings.
+
+VQRAE (arXiv 2511.23386), equations 2 to 6: reconstruction (pixel, perceptual, GAN), quantization (codebook, commitment)
+and, in stage 2, self-distillation toward the frozen original encoder. All means are over all elements and in float32.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimm.tokenizer import ImageTokenizerOutput
+from unimm.training.perceptual import FeaturePerceptualLoss, PerceptualLoss, build_perceptual
+
+
+@dataclass
+class PerceptualConfig:
+    """`kind` names the judges ("lpips+0.1*convnext_s" is the paper's, "features" the encoder being tokenised, "none"
+    none).
+
+    Weight files are given by path and never downloaded. `feature_layers` are the hidden states that "features"
+    compares.
+    """
+
+    kind: str = "lpips+0.1*convnext_s"
+    vgg16: str | None = None
+    lpips_heads: str | None = None
+    convnext_s: str | None = None
+    feature_layers: list[int] = field(default_factory=lambda: [-1])
+
+
+@dataclass
+class GANConfig:
+    """`start` is the step from which the discriminator learns and judges; None = no GAN (stage 1)."""
+
+    start: int | None = None
+    weight: float = 0.1
+    lecam_weight: float = 0.001
+    discriminator: Literal["patchgan", "dino"] = "patchgan"
+    weights: str | None = None
+    learning_rate: float = 4e-5
+    warmup_steps: int = 2000
+
+
+@dataclass
+class ObjectiveConfig:
+    """Weights of the terms; the defaults are VQRAE's table 7 (`l1_weight` is ours, for worlds of flat colour)."""
+
+    pixel_weight: float = 1.0
+    l1_weight: float = 0.0
+    perceptual_weight: float = 1.0
+    codebook_weight: float = 1.0
+    commitment_weight: float = 0.25
+    distillation_weight: float = 1.0
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    gan: GANConfig = field(default_factory=GANConfig)
+
+
+class TokenizerObjective(nn.Module):
+    """The weighted sum, and each unweighted term for the log."""
+
+    def __init__(self, config: ObjectiveConfig, features: FeaturePerceptualLoss | None = None) -> None:
+        super().__init__()
+        self.config = config
+        p = config.perceptual
+        self.perceptual: PerceptualLoss = build_perceptual(
+            p.kind, vgg16=p.vgg16, lpips_heads=p.lpips_heads, convnext_s=p.convnext_s, features=features
+        )
+
+    def terms(self, output: ImageTokenizerOutput, pixels: Tensor, teacher_features: Tensor | None) -> dict[str, Tensor]:
+        """output of `reconstruct`, target pixels [B, 3, H, W] in [0, 1], the teacher's features [B, N, D] (stage 2) or
+        None."""
+        predicted = output.pixels.float()
+        terms = {
+            "pixel": F.mse_loss(predicted, pixels),
+            "codebook": output.codebook_loss,
+            "commitment": output.commitment_loss,
+        }
+        if self.config.l1_weight:
+            terms["l1"] = F.l1_loss(predicted, pixels)
+        if self.perceptual.judges:
+            terms["perceptual"] = self.perceptual(predicted, pixels)
+        if teacher_features is not None:
+            terms["distillation"] = F.mse_loss(output.features.float(), teacher_features.float())
+        return terms
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of `terms`."""
+        return torch.stack([getattr(self.config, f"{name}_weight") * term for name, term in terms.items()]).sum()

@@ -1,0 +1,435 @@
+"""The training loop of the image tokenizers: the only hand-written one, because it has two optimisers (accelerate does
+the rest).
+
+Stage 1 trains everything but the encoder; stage 2 trains the encoder too, held near the frozen original by
+self-distillation, and may add a GAN (VQRAE, arXiv 2511.23386, sections 3.3 to 3.5 and table 7). Within a step the
+tokenizer moves first, then the discriminator on the same reconstruction, detached. A checkpoint holds everything, and
+pictures are numbered, so that an interrupted run and an uninterrupted one end with the same bits on the CPU.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, set_seed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from unimm.data.pictures import Pictures
+from unimm.errors import UserError
+from unimm.evaluation.codebook import CodebookUsage
+from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput, ImageTokenizerProcessor
+from unimm.tokenizer.encoders import encode_features, final_norm
+from unimm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from unimm.training.discriminator import LeCam, build_discriminator, frozen, hinge_d_loss, hinge_g_loss
+from unimm.training.ema import EMA
+from unimm.training.objective import ObjectiveConfig, TokenizerObjective
+from unimm.training.perceptual import FeaturePerceptualLoss
+from unimm.training.schedules import warmup_cosine_scheduler
+
+
+@dataclass
+class TokenizerTrainingConfig:
+    """Settings of one stage; the defaults are VQRAE's table 7 for SigLIP2-256 (`batch_size` is per process).
+
+    `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
+    Every `revive_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
+    share `revive_until` of the run (ours too; None = never). In stage 2 the encoder learns at `encoder_learning_rate`.
+    Every group ends at min(its rate, `end_learning_rate`).
+    """
+
+    output_dir: str
+    stage: Literal[1, 2] = 1
+    steps: int = 100_000
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 4e-4
+    encoder_learning_rate: float = 1e-5
+    end_learning_rate: float = 1e-4
+    shared_lr_multiplier: bool = False
+    warmup_steps: int = 2000
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    codebook_init: Literal["random", "data"] = "random"
+    codebook_init_pictures: int = 2048
+    revive_steps: int | None = None
+    revive_until: float = 0.7
+    seed: int = 0
+    num_workers: int = 0
+    log_steps: int = 50
+    panel_steps: int = 1000
+    save_steps: int = 1000
+    keep_last: int = 1
+
+
+class Reconstruct(nn.Module):
+    """`reconstruct` as a forward, so that DDP sees it."""
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, pixel_values: Tensor) -> ImageTokenizerOutput:
+        return self.tokenizer.reconstruct(pixel_values)
+
+
+class TokenizerTrainer:
+    """Trains `tokenizer` in place on `pictures`; `evaluate(tokenizer)` may return scalars for the log at every panel
+    step."""
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        pictures: Pictures,
+        config: TokenizerTrainingConfig,
+        objective: ObjectiveConfig,
+        *,
+        evaluate: Callable[[ImageTokenizer], dict[str, float]] | None = None,
+    ) -> None:
+        self.config = config
+        self.evaluate = evaluate
+        self.pictures = pictures
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+        )
+        set_seed(config.seed)
+        self.step = 0
+        self.output_dir = Path(config.output_dir)
+        self.processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
+        self.tokenizer = tokenizer
+        set_trainable(tokenizer, config.stage)
+        # The teacher and the feature judge are the encoder as it was before this stage.
+        self.teacher = copy.deepcopy(tokenizer.encoder).requires_grad_(False).eval() if config.stage == 2 else None
+        self.objective = TokenizerObjective(objective, self._feature_judge(objective))
+        self.gan = objective.gan
+        self.lecam = LeCam(reduce=lambda x: self.accelerator.reduce(x, "mean"))
+        self._prepare()
+        if config.codebook_init == "data" and not checkpoints(self.output_dir):
+            self._fit_codebook()
+
+    # ---- building
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _feature_judge(self, objective: ObjectiveConfig) -> FeaturePerceptualLoss | None:
+        if "features" not in objective.perceptual.kind:
+            return None
+        judge = copy.deepcopy(self.tokenizer.encoder).requires_grad_(False).eval().to(self.accelerator.device)
+        return FeaturePerceptualLoss(
+            lambda pixels: encode_features(judge, self.tokenizer.normalize(pixels)), objective.perceptual.feature_layers
+        )
+
+    def _prepare(self) -> None:
+        config, device = self.config, self.accelerator.device
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.tokenizer, config),
+            betas=tuple(config.betas),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.scheduler = warmup_cosine_scheduler(
+            optimizer,
+            total=config.steps,
+            warmup=config.warmup_steps,
+            end_lr=config.end_learning_rate,
+            shared_lr_multiplier=config.shared_lr_multiplier,
+        )
+        self.reconstruct, self.optimizer = self.accelerator.prepare(Reconstruct(self.tokenizer), optimizer)
+        self.ema = EMA(self.tokenizer, decay=config.ema_decay)
+        self.usage = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last log
+        self.chosen = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last revival
+        for module in (self.teacher, self.objective, self.lecam):
+            if module is not None:
+                module.to(device)
+        self.discriminator = None
+        if self.gan.start is not None:
+            output_size = self.tokenizer.config.grid[0] * self.tokenizer.config.decoded_patch_size
+            discriminator = build_discriminator(self.gan.discriminator, self.gan.weights, output_size)
+            d_optimizer = torch.optim.AdamW(
+                discriminator.parameters(),
+                lr=self.gan.learning_rate,
+                betas=tuple(config.betas),
+                weight_decay=config.weight_decay,
+            )
+            total = max(1, config.steps - self.gan.start)
+            self.d_scheduler = warmup_cosine_scheduler(
+                d_optimizer, total=total, warmup=min(self.gan.warmup_steps, total), end_lr=config.end_learning_rate
+            )
+            self.discriminator, self.d_optimizer = self.accelerator.prepare(discriminator, d_optimizer)
+
+    @torch.no_grad()
+    def _fit_codebook(self) -> None:
+        """The same pictures on every process, so that every process has the same codebook."""
+        count = min(self.config.codebook_init_pictures, len(self.pictures))
+        self.tokenizer.eval()
+        latents = [self.tokenizer.encode(batch).latents.flatten(0, 1) for batch in self._batches(range(count))]
+        self.tokenizer.quantizer.fit(torch.cat(latents), seed=self.config.seed)
+
+    def _revive(self, latents: Tensor) -> None:
+        """Give codes that no process chose a new place; the main process' latents decide for all."""
+        counts = self.accelerator.reduce(self.chosen.counts.to(self.accelerator.device), "sum")
+        self.chosen = CodebookUsage(len(counts))
+        dead = (counts == 0).nonzero().flatten()
+        if len(dead) and self.step < self.config.revive_until * self.config.steps:
+            self.tokenizer.quantizer.revive(dead, broadcast(latents.contiguous()), seed=self.step)
+
+    def _batches(self, indices: range) -> Iterator[Tensor]:
+        """pixel_values of the pictures with these numbers, in order."""
+        loader = DataLoader(
+            Subset(self.pictures, indices),
+            batch_size=self.config.batch_size,
+            num_workers=self.config.num_workers,
+            collate_fn=lambda rows: (
+                self.processor(images=[row["image"] for row in rows], return_tensors="pt").pixel_values
+            ),
+        )
+        for pixel_values in loader:
+            yield pixel_values.to(self.accelerator.device)
+
+    # ---- the loop
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run to `config.steps`, from the newest checkpoint where there is one, and save the averaged weights in
+        output_dir."""
+        if found := checkpoints(self.output_dir):
+            self.load_state_dict(load_checkpoint(found[-1]))
+            self.accelerator.print(f"Going on from {found[-1]}.")
+        writer = self._writer()
+        self.tokenizer.train()
+        bar = tqdm(
+            total=self.config.steps, initial=self.step, disable=not self.accelerator.is_main_process, unit="step"
+        )
+        batches = self._batches(self._remaining())
+        while self.step < self.config.steps:
+            logged = self._optimizer_step(batches)
+            bar.update()
+            if self.step % self.config.log_steps == 0 or self.step == self.config.steps:
+                self._log(writer, {name: float(value) for name, value in logged.items()}, bar)
+            if self.step % self.config.panel_steps == 0 or self.step == self.config.steps:
+                self._panel(writer)
+            if self.step % self.config.save_steps == 0 or self.step == self.config.steps:
+                self._save()
+        bar.close()
+        if writer is not None:
+            writer.close()
+        self.save_pretrained()
+
+    def _remaining(self) -> range:
+        """The numbers of this process' pictures from the current step on: processes take them in turn."""
+        processes = self.accelerator.num_processes
+        seen = self.step * self.config.gradient_accumulation_steps * self.config.batch_size * processes
+        return range(seen + self.accelerator.process_index, len(self.pictures), processes)
+
+    def _optimizer_step(self, batches: Iterator[Tensor]) -> dict[str, Tensor]:
+        adversarial = self.gan.start is not None and self.step >= self.gan.start
+        for _ in range(self.config.gradient_accumulation_steps):
+            pixel_values = next(batches)
+            with self.accelerator.accumulate(self.reconstruct):
+                pixels = self._target(pixel_values)
+                with self.accelerator.autocast():
+                    output = self.reconstruct(pixel_values)
+                    terms = self.objective.terms(output, pixels, self._teacher_features(pixel_values))
+                loss = self.objective.total(terms)
+                if adversarial:
+                    judge = self.accelerator.unwrap_model(self.discriminator)  # DDP has nothing to reduce in this step
+                    with frozen(judge), self.accelerator.autocast():
+                        terms["gan"] = hinge_g_loss(judge(output.pixels))
+                    loss = loss + self.gan.weight * terms["gan"]
+                self._refuse_nan(loss, terms)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    terms["grad_norm"] = self.accelerator.clip_grad_norm_(self._trainable(), self.config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.usage.update(output.ids)
+            self.chosen.update(output.ids)
+            if adversarial:
+                terms |= self._discriminator_step(pixels, output.pixels.detach())
+        self.scheduler.step()
+        self.ema.update(self.tokenizer)
+        self.step += 1
+        if self.config.revive_steps and self.step % self.config.revive_steps == 0:
+            self._revive(output.latents.flatten(0, 1))
+        return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}
+
+    def _discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        assert self.discriminator is not None
+        with self.accelerator.accumulate(self.discriminator):
+            with self.accelerator.autocast():
+                real_logits, fake_logits = self.discriminator(real), self.discriminator(fake)
+            hinge = hinge_d_loss(real_logits, fake_logits)
+            loss = hinge + self.gan.lecam_weight * self.lecam(real_logits, fake_logits)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.discriminator.parameters(), self.config.max_grad_norm)
+            self.d_optimizer.step()
+            self.d_optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            self.d_scheduler.step()
+        return {"discriminator": hinge.detach()}
+
+    @torch.no_grad()
+    def _teacher_features(self, pixel_values: Tensor) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        config = self.tokenizer.config
+        states = encode_features(self.teacher, pixel_values)
+        features = states[config.feature_layer]
+        return final_norm(self.teacher)(features) if config.apply_post_norm else features
+
+    def _target(self, pixel_values: Tensor) -> Tensor:
+        """The pixels to reach, resized where a token draws a patch of another size than it reads."""
+        pixels = self.tokenizer.denormalize(pixel_values)
+        q, p = self.tokenizer.config.decoded_patch_size, self.tokenizer.config.patch_size
+        if q == p:
+            return pixels
+        size = [side // p * q for side in pixels.shape[-2:]]
+        return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for p in self.tokenizer.parameters() if p.requires_grad]
+
+    def _refuse_nan(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        if torch.isfinite(loss):
+            return
+        size = self.config.batch_size * self.accelerator.num_processes * self.config.gradient_accumulation_steps
+        bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "the sum"
+        raise UserError(
+            f"The loss is not finite at step {self.step} ({bad}), pictures {self.step * size} to "
+            f"{(self.step + 1) * size - 1}; lower the learning rate or look at these pictures. "
+            "The last checkpoint is untouched."
+        )
+
+    # ---- logging and saving
+    # -----------------------------------------------------------------------------------------------------
+
+    def _writer(self) -> Any:
+        if not self.accelerator.is_main_process:
+            return None
+        from torch.utils.tensorboard import SummaryWriter  # pulls in tensorboard, which inference does not need
+
+        return SummaryWriter(str(self.output_dir / "tensorboard"))
+
+    def _log(self, writer: Any, scalars: dict[str, float], bar: tqdm) -> None:
+        if writer is None:
+            return
+        usage, self.usage = self.usage, CodebookUsage(self.tokenizer.config.codebook_size)
+        scalars |= {f"codebook/{name}": getattr(usage, name) for name in ("use", "perplexity", "dead")}
+        scalars["learning_rate"] = self.scheduler.get_last_lr()[0]
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, self.step)
+        shown = (
+            "pixel",
+            "perceptual",
+            "distillation",
+            "gan",
+            "discriminator",
+            "codebook",
+            "codebook/use",
+            "codebook/perplexity",
+        )
+        bar.write(f"step {self.step}: " + ", ".join(f"{k} {scalars[k]:.4g}" for k in shown if k in scalars))
+
+    @torch.no_grad()
+    def _panel(self, writer: Any) -> None:
+        """Originals above reconstructions of the averaged weights, and what `evaluate` says of them."""
+        if writer is None:
+            return
+        self.tokenizer.eval()
+        with self.ema.swapped(self.tokenizer):
+            pixel_values = next(self._batches(range(min(8, len(self.pictures)))))
+            pixels = self.tokenizer.decode(self.tokenizer.encode(pixel_values).ids)
+            scalars = self.evaluate(self.tokenizer) if self.evaluate else {}
+        original = F.interpolate(self.tokenizer.denormalize(pixel_values), size=pixels.shape[-2:]).clamp(0, 1)
+        panel = torch.cat([torch.cat(list(original), dim=2), torch.cat(list(pixels), dim=2)], dim=1)
+        writer.add_image("reconstruction", panel, self.step)
+        for name, value in scalars.items():
+            writer.add_scalar(f"evaluation/{name}", value, self.step)
+            print(f"step {self.step}: {name} {value:.4f}")
+        self.tokenizer.train()
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.output_dir, self.step, self.state_dict(), self.config.keep_last)
+        self.accelerator.wait_for_everyone()
+
+    def save_pretrained(self) -> None:
+        """The averaged weights, as an ordinary checkpoint with its processor."""
+        if self.accelerator.is_main_process:
+            with self.ema.swapped(self.tokenizer):
+                self.tokenizer.save_pretrained(self.output_dir)
+            self.processor.save_pretrained(self.output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {
+            "step": self.step,
+            "config": asdict(self.config),
+            "tokenizer": self.tokenizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "ema": self.ema.state_dict(),
+            "chosen": self.chosen.counts,
+            "rng": torch.get_rng_state(),
+        }
+        if self.discriminator is not None:
+            state["discriminator"] = self.accelerator.unwrap_model(self.discriminator).state_dict()
+            state["d_optimizer"] = self.d_optimizer.state_dict()
+            state["d_scheduler"] = self.d_scheduler.state_dict()
+            state["lecam"] = self.lecam.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint of the same run. Raises UserError where the stage or the batch differ."""
+        for key in ("stage", "batch_size", "gradient_accumulation_steps", "steps", "seed"):
+            if state["config"][key] != getattr(self.config, key):
+                raise UserError(
+                    f"The checkpoint was written with {key}={state['config'][key]} and this run has "
+                    f"{key}={getattr(self.config, key)}; give the run another output_dir or the old value."
+                )
+        self.step = state["step"]
+        self.tokenizer.load_state_dict(state["tokenizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.ema.load_state_dict(state["ema"])
+        self.chosen.counts.copy_(state["chosen"])
+        torch.set_rng_state(state["rng"])
+        if self.discriminator is not None:
+            self.accelerator.unwrap_model(self.discriminator).load_state_dict(state["discriminator"])
+            self.d_optimizer.load_state_dict(state["d_optimizer"])
+            self.d_scheduler.load_state_dict(state["d_scheduler"])
+            self.lecam.load_state_dict(state["lecam"])
+
+
+def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
+    """Stage 1 freezes the encoder, stage 2 trains it; what no gradient can reach (an unused final norm) stays
+    frozen."""
+    tokenizer.requires_grad_(True)
+    tokenizer.encoder.requires_grad_(stage == 2)
+    final_norm(tokenizer.encoder).requires_grad_(stage == 2 and tokenizer.config.apply_post_norm)
+
+
+def parameter_groups(tokenizer: ImageTokenizer, config: TokenizerTrainingConfig) -> list[dict[str, Any]]:
+    """Encoder and the rest, each split into weights with decay and vectors, norms, positions and SimVQ's W without."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in tokenizer.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or "position" in name or name.startswith("quantizer.")
+            groups.setdefault((name.startswith("encoder."), plain), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.encoder_learning_rate if encoder else config.learning_rate,
+            **({"weight_decay": 0.0} if plain else {}),
+        }
+        for (encoder, plain), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]

@@ -1,0 +1,74 @@
+"""Weight files that a person gives by path: read without unpickling code, hashed, and loaded all or not at all.
+
+The frozen judges of a tokenizer's training (LPIPS, ConvNeXt, DINO) are published as `.pth` or `.safetensors` files.
+They are never downloaded here. A `.pth` is read by `torch.load(weights_only=True)`, which refuses to run code, and the
+file's sha256 goes to the log, so that a run can be repeated.
+"""
+
+import hashlib
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unimm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FILES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_weights(path: str | Path | None, *, name: str, get: str, setting: str) -> dict[str, Tensor]:
+    """The tensors of a weight file (or of a Hugging Face folder), on the CPU; logs the file's sha256.
+
+    `name` is what asks for the file, `get` what to fetch and `setting` where its path belongs: the three parts of the
+    error's advice. Raises UserError when there is no path, no file, or no readable state dict in it.
+    """
+    if path is None:
+        raise UserError(f"{name} needs a weight file and none was given: get {get} and set {setting} to its path.")
+    file = _file_at(Path(path))
+    if file is None:
+        raise UserError(f"{name} needs a weight file and {path} holds none: get {get} and set {setting} to its path.")
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{file} cannot be read as weights of {name} ({reason}): get {get} again.") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{file} is not a plain state dict of tensors, which {name} needs: get {get}.")
+    with file.open("rb") as stream:
+        logger.info("%s: %s, sha256 %s", name, file, hashlib.file_digest(stream, "sha256").hexdigest())
+    return dict(state)
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, name: str, get: str) -> None:
+    """Fill every tensor of `module` from `state`; UserError when a name is missing, superfluous or of another shape."""
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    missing = [key for key in wanted if key not in given]
+    unknown = [key for key in given if key not in wanted]
+    if missing or unknown:
+        raise UserError(
+            f"The weights given for {name} do not fit: {len(missing)} of {len(wanted)} tensors are missing "
+            f"({_some(missing)}) and {len(unknown)} are unknown ({_some(unknown)}); get {get}."
+        )
+    for key, shape in wanted.items():
+        if given[key] != shape:
+            raise UserError(
+                f"The weights given for {name} do not fit: {key} has shape {given[key]}, expected {shape}; get {get}."
+            )
+    module.load_state_dict(state)
+
+
+def _file_at(path: Path) -> Path | None:
+    candidates = [path / name for name in FILES_IN_FOLDER] if path.is_dir() else [path]
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") if names else "none"
