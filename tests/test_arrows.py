@@ -1,0 +1,116 @@
+"""Imports point one way only. Read from the syntax trees, so imports inside functions count too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+GROUND = {"errors", "provenance", "typed", "config", "report"}
+FOUNDATION = GROUND | {"tokenizer", "data", "evaluation"}
+MODELS = FOUNDATION | {"class_conditional", "mllm"}
+FACES = {"serving", "integrations", "benchmarks", "chat"}
+
+# part of unimm -> the other parts that it may import
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "provenance": {"errors"},
+    "typed": {"errors"},
+    "report": {"errors", "provenance"},
+    "config": {"errors", "provenance", "typed"},
+    "evaluation": GROUND,
+    "data": GROUND | {"evaluation"},
+    "tokenizer": GROUND,
+    "class_conditional": FOUNDATION,
+    "mllm": FOUNDATION | {"class_conditional"},
+    "training": FOUNDATION | {"class_conditional"},  # a recipe hands it the processor and the panel callback
+    "chat": MODELS,
+    "benchmarks": MODELS | {"chat"},
+    "serving": MODELS | {"chat"},
+    "integrations": MODELS | {"chat"},
+    "cli": MODELS | FACES,
+    "__init__": {"tokenizer", "mllm", "chat"},
+}
+# a package from outside -> the places that may import it
+GUARDED: dict[str, tuple[str, ...]] = {
+    "bitsandbytes": ("unimm/training", "recipes"),
+    "peft": ("unimm/training", "recipes"),
+    "trl": ("unimm/training", "recipes"),
+    "gradio": ("unimm/serving",),
+    "fastapi": ("unimm/serving",),
+    "lmms_eval": ("unimm/integrations", "eval"),
+    "recipes": (),
+    "eval": (),
+}
+SOURCES = sorted(path for folder in ("unimm", "recipes", "eval") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports_of(source: str, package: str = "") -> list[tuple[str, bool]]:
+    """(dotted name, whether it runs on import) of all that `source` imports; `package` resolves relative imports."""
+    tree = ast.parse(source)
+    inside = {
+        node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
+    }
+    found: list[tuple[str, bool]] = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        found += [(name, node not in inside) for name in names]
+    return found
+
+
+def broken_arrows(source: str, path: str) -> list[str]:
+    """What `source`, standing at `path` relative to the repository, imports against the arrows."""
+    parts = Path(path).with_suffix("").parts
+    broken = []
+    for name, on_import in imports_of(source, ".".join(parts[:-1])):
+        top, *rest = name.split(".")
+        if top == "unimm" and parts[0] == "unimm" and rest:
+            part = parts[1]
+            if rest[0] != part and rest[0] in ALLOWED and rest[0] not in ALLOWED[part]:
+                broken.append(f"{path} imports {name}")
+        if top in GUARDED and not path.startswith(GUARDED[top]):
+            broken.append(f"{path} imports {name}")
+        if top == "torchvision" and on_import:
+            broken.append(f"{path} imports torchvision when it is imported itself")
+    return broken
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    assert broken_arrows(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()) == []
+
+
+def test_every_part_of_the_library_has_its_arrows() -> None:
+    parts = {path.stem for path in (ROOT / "unimm").glob("*.py")}
+    parts |= {path.parent.name for path in (ROOT / "unimm").glob("*/__init__.py")}
+    assert parts - set(ALLOWED) == set()
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("unimm/tokenizer/layers.py", "from unimm.mllm import load"),
+        ("unimm/tokenizer/layers.py", "from ..mllm import load"),
+        ("unimm/data/images.py", "def f() -> None:\n    import unimm.tokenizer.vqrae"),
+        ("unimm/mllm/hosts.py", "from unimm import training"),
+        ("unimm/chat.py", "import peft"),
+        ("unimm/benchmarks/demo.py", "from recipes import sft"),
+        ("unimm/data/images.py", "import torchvision.transforms"),
+    ],
+)
+def test_a_wrong_arrow_is_found(path: str, source: str) -> None:
+    assert len(broken_arrows(source, path)) == 1
+
+
+def test_right_arrows_pass() -> None:
+    assert (
+        broken_arrows("from unimm.tokenizer import VQRAE\nfrom .vocabulary import Markers", "unimm/mllm/hosts.py") == []
+    )
+    assert broken_arrows("import trl, unimm.mllm", "recipes/sft.py") == []

@@ -1,0 +1,55 @@
+"""unimm: one multimodal model that understands pictures and draws them, through one image tokenizer.
+
+`import unimm` registers unimm's models with the Auto classes of transformers, so that `AutoModel.from_pretrained` and
+`AutoModelForImageTextToText.from_pretrained` read its checkpoints. Trainers, servers and benchmarks are imported only
+by those who ask for them; the public names below resolve on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unimm.chat import ChatSession
+    from unimm.mllm import attach, load
+    from unimm.tokenizer import VQRAE, ImageTokenizer, ImageTokenizerProcessor, VQRAEConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChatSession",
+    "ImageTokenizer",
+    "ImageTokenizerProcessor",
+    "VQRAE",
+    "VQRAEConfig",
+    "__version__",
+    "attach",
+    "load",
+]
+
+_HOME_OF = {
+    "ChatSession": "unimm.chat",
+    "ImageTokenizer": "unimm.tokenizer",
+    "ImageTokenizerProcessor": "unimm.tokenizer",
+    "VQRAE": "unimm.tokenizer",
+    "VQRAEConfig": "unimm.tokenizer",
+    "attach": "unimm.mllm",
+    "load": "unimm.mllm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'unimm' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Registration is what these two modules do when they are imported.
+for _module in ("unimm.tokenizer", "unimm.mllm"):
+    importlib.import_module(_module)
+del _module

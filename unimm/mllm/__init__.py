@@ -1,0 +1,25 @@
+"""Image ids inside a sentence: a language model that reads pictures and draws them.
+
+Importing it registers the Auto classes.
+"""
+
+from unimm.mllm.attach import attach
+from unimm.mllm.generation import ImageGenerationMixin
+from unimm.mllm.hosts import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
+from unimm.mllm.loading import load
+from unimm.mllm.processing import UnimmProcessor
+from unimm.mllm.sampling import ImageSampling
+from unimm.mllm.unified import UnifiedModelMixin
+from unimm.mllm.vocabulary import VisualVocabulary
+
+__all__ = [
+    "ImageGenerationMixin",
+    "ImageSampling",
+    "UnifiedModelMixin",
+    "UnimmLlavaConfig",
+    "UnimmLlavaForConditionalGeneration",
+    "UnimmProcessor",
+    "VisualVocabulary",
+    "attach",
+    "load",
+]

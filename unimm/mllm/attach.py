@@ -1,0 +1,238 @@
+"""`attach`: a language model and an image tokenizer become one model that reads pictures and draws them.
+
+Special here: nothing is overwritten in place. The parts are copied into a new model, the text rows of the embedding
+and of the head bit for bit, and the image rows are added above a padded base (see `vocabulary.py`). What is new is
+untrained: the projector and the image rows; both need training before the model sees or draws anything.
+"""
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from unimm.errors import UserError
+from unimm.mllm.hosts import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
+from unimm.mllm.processing import UnimmProcessor
+from unimm.mllm.sampling import ImageSampling
+from unimm.mllm.templates import chat_template, end_of_turn_ids
+from unimm.mllm.vocabulary import (
+    Markers,
+    RowInit,
+    VisualVocabulary,
+    add_markers,
+    grow_rows,
+    set_vocab_size,
+    visual_base,
+)
+from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
+
+TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only language models that are composed to a LLaVA
+
+
+def attach(
+    host: PreTrainedModel | str | Path,
+    image_tokenizer: ImageTokenizer | str | Path,
+    text_tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    *,
+    row_init: RowInit = "random",
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    seed: int = 0,
+) -> tuple[UnimmLlavaForConditionalGeneration, UnimmProcessor]:
+    """Build a unified model from a text-only language model and an image tokenizer.
+
+    Args:
+        host: a causal language model of one of `TEXT_HOSTS`, or where to load it from.
+        image_tokenizer: the tokenizer, or where to load it from.
+        text_tokenizer: the host's; None looks where the host came from. It is copied; markers it lacks are added to
+            the copy.
+        row_init: how the new rows begin: "random", "mean" or "codebook" (`vocabulary.grow_rows`).
+        dtype: of the new model, the host's when None; the codebook stays in float32.
+        attn_implementation: as in transformers; the host's when None.
+        seed: of everything that is new.
+
+    Returns:
+        (model, processor), the model in evaluation mode on the host's device.
+
+    Raises:
+        UserError: an unsupported host.
+        ValueError: unknown `row_init`, or a marker that is not one token.
+    """
+    if isinstance(host, str | Path):
+        host = AutoModelForCausalLM.from_pretrained(host)
+    if isinstance(image_tokenizer, str | Path):
+        image_tokenizer = load_image_tokenizer(image_tokenizer)
+    if host.config.model_type not in TEXT_HOSTS:
+        raise UserError(f"The host is a {host.config.model_type} model; supported are {', '.join(TEXT_HOSTS)}.")
+    texts = _copy_of(text_tokenizer, host)
+    markers = add_markers(texts)
+    rows = host.get_input_embeddings().weight.shape[0]
+    vocabulary = VisualVocabulary(visual_base(rows, len(texts)), image_tokenizer.config.codebook_size)
+    processor = build_processor(image_tokenizer, texts, markers, vocabulary)
+    config = _llava_config(host, image_tokenizer, processor, rows)
+    dtype = dtype or host.dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UnimmLlavaForConditionalGeneration._from_config(
+            config, dtype=torch.float32, attn_implementation=attn_implementation or host.config._attn_implementation
+        )
+    codes = None
+    if row_init == "codebook":
+        codes = image_tokenizer.lookup(torch.arange(vocabulary.size, device=image_tokenizer.device)[None])[0]
+    model.load_state_dict(_composed_state(model, host, image_tokenizer, vocabulary, row_init, codes, seed))
+    cast(model, dtype)
+    for name, buffer in host.base_model.named_buffers():
+        model.model.language_model.get_buffer(name).data = buffer.detach().to(model.device, copy=True)
+    _set_generation_defaults(model, host, texts)
+    return model.to(host.device).eval(), processor
+
+
+def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
+    """The image tokenizer of a folder or hub id.
+
+    Raises:
+        UserError: it is something else.
+    """
+    model = AutoModel.from_pretrained(path)
+    if not isinstance(model, ImageTokenizer):
+        raise UserError(f"{path} is a {model.config.model_type} model, not an image tokenizer.")
+    return model
+
+
+def _copy_of(tokenizer: PreTrainedTokenizerBase | str | Path | None, host: PreTrainedModel) -> PreTrainedTokenizerBase:
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return copy.deepcopy(tokenizer)
+    source = tokenizer or host.config.name_or_path
+    if not source:
+        raise UserError("The host was built in memory, so its text tokenizer is unknown: give text_tokenizer.")
+    return AutoTokenizer.from_pretrained(source)
+
+
+def build_processor(
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: PreTrainedTokenizerBase,
+    markers: Markers,
+    vocabulary: VisualVocabulary,
+) -> UnimmProcessor:
+    """The processor of a unified model; the text tokenizer gets a chat template and a padding token if it has none."""
+    template = chat_template(text_tokenizer, markers)
+    text_tokenizer.chat_template = template
+    if text_tokenizer.pad_token is None:
+        text_tokenizer.pad_token = text_tokenizer.eos_token
+    return UnimmProcessor(
+        ImageTokenizerProcessor.for_tokenizer(image_tokenizer.config),
+        text_tokenizer,
+        image_grid=image_tokenizer.config.grid,
+        image_vocab_start=vocabulary.base,
+        codebook_size=vocabulary.size,
+        image_token=markers.image,
+        boi_token=markers.begin,
+        eoi_token=markers.end,
+        chat_template=template,
+    )
+
+
+def image_vocabulary_fields(
+    image_tokenizer: ImageTokenizer, processor: UnimmProcessor, text_rows: int
+) -> dict[str, Any]:
+    """The values of `hosts.ImageVocabularyFields`, the same for every host family."""
+    return {
+        "text_vocab_size": text_rows,
+        "image_vocab_start": processor.image_vocab_start,
+        "codebook_size": processor.codebook_size,
+        "image_grid": processor.image_grid,
+        "boi_token_id": processor.boi_token_id,
+        "eoi_token_id": processor.eoi_token_id,
+        "null_prompt": processor.null_prompt_ids(),
+        "tokenizer_fingerprint": image_tokenizer.fingerprint,
+    }
+
+
+def _llava_config(
+    host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, rows: int
+) -> UnimmLlavaConfig:
+    """A LLaVA over the host's text config; the tower's whole last layer, no CLS token to cut."""
+    text_config = copy_config(host.config)
+    set_vocab_size(text_config, old=rows, new=processor.vocabulary.end)
+    fields = image_vocabulary_fields(image_tokenizer, processor, rows) | {
+        "vision_config": copy_config(image_tokenizer.config),
+        "text_config": text_config,
+        "image_token_index": processor.image_token_id,
+        "image_seq_length": processor.num_image_tokens,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "tie_word_embeddings": host.config.tie_word_embeddings,
+    }
+    return UnimmLlavaConfig(**fields)
+
+
+def copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """An equal config of its own: two modules that share one drift together."""
+    return AutoConfig.for_model(config.model_type, **{k: v for k, v in config.to_dict().items() if k != "model_type"})
+
+
+def _composed_state(
+    model: PreTrainedModel,
+    host: PreTrainedModel,
+    image_tokenizer: ImageTokenizer,
+    vocabulary: VisualVocabulary,
+    row_init: RowInit,
+    codes: Tensor | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    """The new model's state: the host and the tokenizer in their places, grown rows, the projector as it was drawn."""
+    state = model.state_dict()
+    for name, tensor in host.base_model.state_dict().items():
+        state[f"model.language_model.{name}"] = tensor
+    for name, tensor in image_tokenizer.state_dict().items():
+        state[f"model.vision_tower.{name}"] = tensor
+    embedding = host.get_input_embeddings().weight
+    grown = grow_rows(embedding, vocabulary, row_init=row_init, codes=codes, seed=seed)
+    state["model.language_model.embed_tokens.weight"] = grown
+    if host.config.tie_word_embeddings:
+        state["lm_head.weight"] = grown
+    else:
+        head = host.get_output_embeddings().weight
+        state["lm_head.weight"] = grow_rows(head, vocabulary, row_init=row_init, codes=codes, seed=seed + 1)
+    return state
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the parameters to `dtype`, except those that a part keeps in float32 (`_keep_in_fp32_modules_strict`)."""
+    kept = model._keep_in_fp32_modules_strict or set()
+    for module_name, module in model.named_modules():
+        if any(part in kept for part in module_name.split(".")):
+            continue
+        for tensor in (*module.parameters(recurse=False), *_persistent_buffers(module)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+
+
+def _persistent_buffers(module: torch.nn.Module) -> list[Tensor]:
+    """Constants of the architecture (rotary frequencies) are not persistent and keep their precision, as on loading."""
+    names = module._non_persistent_buffers_set
+    return [tensor for name, tensor in module.named_buffers(recurse=False) if name not in names]
+
+
+def _set_generation_defaults(model: PreTrainedModel, host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    model.generation_config = copy.deepcopy(host.generation_config)
+    model.generation_config._from_model_config = None  # one derived from a model config drops what it does not know
+    ends = end_of_turn_ids(tokenizer)
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *known])) or None
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.image_generation = asdict(ImageSampling())

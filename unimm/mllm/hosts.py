@@ -1,0 +1,78 @@
+"""Hosts: one small config and model subclass per family, so that a unified model saves and reloads like any other.
+
+Special here: the vision tower is the image tokenizer, entered by configuration (`vision_config` goes through
+`AutoConfig`), never by
+assignment: a tower that is assigned to a stock host is silently replaced by a random one on reload.
+A further family is one config + model pair here and one composing function in `attach.py`.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+
+from unimm.mllm.processing import UnimmProcessor
+from unimm.mllm.unified import UnifiedModelMixin
+
+
+@dataclass(kw_only=True)
+class ImageVocabularyFields:
+    """Config fields of every unified host.
+
+    Args:
+        text_vocab_size: rows that text generation may choose from: the host's own; spare rows follow up to
+            image_vocab_start.
+        image_vocab_start: token id of codebook id 0.
+        codebook_size: number of image ids, K.
+        image_grid: [h, w] of image tokens in one picture.
+        boi_token_id: token before a drawn picture; eoi_token_id: token after it.
+        null_prompt: token ids of the unconditional prompt of guidance, up to and including the begin marker.
+        null_prompt_prob: how often training replaced a drawing prompt by it; 0 means that guidance was never trained.
+        tokenizer_fingerprint: of the image tokenizer that the image ids belong to.
+        image_position_mode: positions of drawn image tokens: "1d", as text.
+    """
+
+    text_vocab_size: int = 0
+    image_vocab_start: int = 0
+    codebook_size: int = 0
+    image_grid: list[int] = field(default_factory=lambda: [16, 16])
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
+    null_prompt: list[int] = field(default_factory=list)
+    null_prompt_prob: float = 0.0
+    tokenizer_fingerprint: str | None = None
+    image_position_mode: str = "1d"
+
+
+class UnimmLlavaConfig(ImageVocabularyFields, LlavaConfig):
+    """LLaVA with an image tokenizer as its tower, over any text-only language model."""
+
+    model_type = "unimm_llava"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
+    }
+
+
+class UnimmLlavaForConditionalGeneration(UnifiedModelMixin, LlavaForConditionalGeneration):
+    """LLaVA that draws: `generate(generation_mode="image")`."""
+
+    config_class = UnimmLlavaConfig
+    _output_class = LlavaCausalLMOutputWithPast
+
+
+HOSTS = {UnimmLlavaConfig: UnimmLlavaForConditionalGeneration}
+
+for config_class, model_class in HOSTS.items():
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
+    AutoModelForMultimodalLM.register(config_class, model_class, exist_ok=True)
+    AutoProcessor.register(config_class, UnimmProcessor, exist_ok=True)

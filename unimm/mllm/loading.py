@@ -1,0 +1,97 @@
+"""`load`: a unified model and its processor, from the default that comes with the library, a folder or the hub."""
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from unimm.errors import UserError, one_line
+from unimm.mllm.hosts import HOSTS
+from unimm.mllm.processing import UnimmProcessor
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def default_model_path() -> Path:
+    """The folder of the model that comes with the library."""
+    return Path(str(files("unimm") / "assets" / "default"))
+
+
+def load(
+    path_or_id: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> tuple[Any, UnimmProcessor]:
+    """Load a unified model, ready to use.
+
+    Args:
+        path_or_id: a folder, a hub id, or None for the default that comes with the library.
+        device: None takes the GPU when there is one.
+        dtype: None is float32 on the CPU and bfloat16 elsewhere; the codebook is float32 always.
+        kwargs: of `from_pretrained` (`attn_implementation`, `revision`, ...).
+
+    Returns:
+        (model in evaluation mode, processor).
+
+    Raises:
+        UserError: nothing there, something else than a unified model, or a broken one.
+    """
+    source = default_model_path() if path_or_id is None else path_or_id
+    _check_source(source)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"The model {source} cannot be read ({type(error).__name__}): {one_line(error)[:300]}"
+        ) from error
+    _check_pair(model, processor, source)
+    return model.to(place).eval(), processor
+
+
+def _check_source(source: str | Path) -> None:
+    """Say what is wrong with `source` before the library guesses."""
+    folder = Path(source)
+    if not folder.exists():
+        if isinstance(source, str) and _HUB_ID.fullmatch(source):
+            return
+        raise UserError(f"There is no model folder {source}.")
+    if not folder.is_dir():
+        raise UserError(f"{source} is a file; a model is a folder with config.json, weights and tokenizer files.")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise UserError(
+            f"{source} is {'a PEFT adapter: merge it first' if adapter else 'no model: it has no config.json'}."
+        )
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{config_file} is damaged: {one_line(error)}.") from error
+    known = [config_class.model_type for config_class in HOSTS]
+    if model_type not in known:
+        raise UserError(
+            f"{source} is a {model_type or 'nameless'} model, not a unified one ({', '.join(known)}): attach an image "
+            "tokenizer to a language model first (unimm.attach)."
+        )
+
+
+def _check_pair(model: Any, processor: Any, source: str | Path) -> None:
+    if not isinstance(processor, UnimmProcessor):
+        raise UserError(f"{source} has no processor of a unified model: save the processor beside the model.")
+    expected, found = model.visual_vocabulary, processor.vocabulary
+    if expected != found:
+        raise UserError(
+            f"In {source} the model's {expected.size} image ids start at {expected.base}, the processor's {found.size} "
+            f"at {found.base}: they belong to different models."
+        )

@@ -1,0 +1,162 @@
+"""Where image ids live inside a language model's vocabulary.
+
+Special here: ids are arithmetic, `token_id = base + id`; the text tokenizer gets no string for them, so text that a
+user types can never become an image id. The base lies above the padded embedding matrix, never at `len(tokenizer)`:
+real checkpoints pad their matrices (Qwen 151 665 -> 151 936 rows), and a resize to `len(tokenizer) + K` would cut
+those rows off.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+RowInit = Literal["random", "mean", "codebook"]
+ROW_INITS: tuple[RowInit, ...] = ("random", "mean", "codebook")
+
+SPARE_ROWS = 64  # rows left free below the image ids, for tokens that are added later; also the unit of rounding
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The strings around a picture in the text: begin, the placeholder of one image token, end."""
+
+    begin: str
+    image: str
+    end: str
+
+
+KNOWN_MARKERS = (
+    Markers("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),  # Qwen-VL, and the default
+    Markers("<img>", "<IMG_CONTEXT>", "</img>"),  # InternVL
+)
+
+
+@dataclass(frozen=True)
+class VisualVocabulary:
+    """The codebook's place in the vocabulary: id k is token `base + k`, k in 0..size-1."""
+
+    base: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """Rows of the whole embedding matrix."""
+        return self.base + self.size
+
+    def token_ids(self, ids: Tensor) -> Tensor:
+        """Codebook ids as ids of the language model's vocabulary, any shape.
+
+        Raises:
+            ValueError: an id lies outside 0..size-1.
+        """
+        _check_range(ids, 0, self.size, "ids")
+        return ids + self.base
+
+    def ids(self, token_ids: Tensor) -> Tensor:
+        """The inverse of `token_ids`.
+
+        Raises:
+            ValueError: a token id is no image id.
+        """
+        _check_range(token_ids, self.base, self.end, "token_ids")
+        return token_ids - self.base
+
+    def contains(self, token_ids: Tensor) -> Tensor:
+        """Mask of the entries that are image ids, same shape as `token_ids`."""
+        return (token_ids >= self.base) & (token_ids < self.end)
+
+
+def _check_range(values: Tensor, low: int, high: int, name: str) -> None:
+    if values.numel() and (values.min() < low or values.max() >= high):
+        raise ValueError(
+            f"{name} must lie in {low}..{high - 1}, these run from {int(values.min())} to {int(values.max())}"
+        )
+
+
+def visual_base(embedding_rows: int, tokenizer_length: int) -> int:
+    """The first image id: above every row and every token, at least `SPARE_ROWS` free, a multiple of `SPARE_ROWS`."""
+    used = max(embedding_rows, tokenizer_length)
+    return -(-(used + SPARE_ROWS) // SPARE_ROWS) * SPARE_ROWS
+
+
+def add_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
+    """Find the markers that `tokenizer` already has, else add the default ones to it as special tokens.
+
+    Raises:
+        ValueError: a marker is not one token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for markers in KNOWN_MARKERS:
+        if {markers.begin, markers.image, markers.end} <= vocabulary.keys():
+            break
+    else:
+        markers = KNOWN_MARKERS[0]
+    names = [markers.begin, markers.image, markers.end]
+    tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
+    for name in names:
+        pieces = tokenizer.encode(name, add_special_tokens=False)
+        if len(pieces) != 1:
+            raise ValueError(f"the image marker {name!r} must be one token of the text tokenizer, it is {len(pieces)}")
+    return markers
+
+
+def grow_rows(
+    rows: Tensor,
+    vocabulary: VisualVocabulary,
+    *,
+    row_init: RowInit = "random",
+    codes: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """An embedding or head matrix with rows for the image ids; the old rows are kept bit for bit.
+
+    Args:
+        rows: [V, D], V <= vocabulary.base.
+        row_init: "random": normal, with the mean and standard deviation of each column of the old rows; "mean": the
+            mean old row; "codebook": the codes through a random orthogonal projection, scaled to the mean norm of
+            the old rows (the spare rows below the image ids are then random).
+        codes: codebook vectors [K, C]; needed by "codebook" only.
+
+    Returns:
+        [vocabulary.end, D], a new tensor.
+
+    Raises:
+        ValueError: unknown `row_init`, more old rows than `vocabulary.base` (growing never shrinks), or no codes.
+    """
+    if row_init not in ROW_INITS:
+        raise ValueError(f"row_init is {row_init!r}; known: {', '.join(ROW_INITS)}")
+    if len(rows) > vocabulary.base:
+        raise ValueError(f"the matrix has {len(rows)} rows, there are {vocabulary.base} below the image ids")
+    generator = torch.Generator().manual_seed(seed)
+    old = rows.detach().float().cpu()
+    mean, std = old.mean(0), old.std(0)
+    new = mean.expand(vocabulary.end - len(rows), -1).clone()  # [base - V + K, D]
+    if row_init != "mean":
+        new += std * torch.randn(new.shape, generator=generator)
+    if row_init == "codebook":
+        given = 0 if codes is None else len(codes)
+        if codes is None or given != vocabulary.size:
+            raise ValueError(f"row_init='codebook' needs {vocabulary.size} codes, got {given}")
+        new[-vocabulary.size :] = _projected_codes(codes, old.norm(dim=1).mean(), old.shape[1], generator)
+    return torch.cat([rows.detach(), new.to(rows)])
+
+
+def _projected_codes(codes: Tensor, norm: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """Codes [K, C] as rows [K, width] of mean norm `norm`; distances between codes are kept when C <= width."""
+    centred = codes.detach().float().cpu() - codes.detach().float().cpu().mean(0)
+    size = max(centred.shape[1], width)
+    projection = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+    projected = centred @ projection[: centred.shape[1], :width]
+    return projected * (norm / projected.norm(dim=1).mean().clamp_min(1e-12))
+
+
+def set_vocab_size(config: PreTrainedConfig, *, old: int, new: int) -> None:
+    """Set every `vocab_size` in `config` and its nested configs that is `old` to `new`."""
+    if getattr(config, "vocab_size", None) == old:
+        config.vocab_size = new
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            set_vocab_size(value, old=old, new=new)
