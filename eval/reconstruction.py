@@ -1,0 +1,48 @@
+"""Measure an image tokenizer on real pictures.
+
+    python eval/reconstruction.py --model runs/cifar10/stage2 --source '$UNIMM_DATA/data/cifar10/test.parquet' \\
+        --kmeans-source '$UNIMM_DATA/data/cifar10/train.parquet' --reference runs/cifar10/stage1 --json
+        reconstruction.json
+
+Prints PSNR, SSIM, codebook use and perplexity beside two baselines: every patch painted in its mean colour, and in the
+nearest of 1024 k-means centres of raw patches. `--reference` names a tokenizer that still has the original encoder: the
+features are compared with its.
+"""
+
+import argparse
+import sys
+
+from unimm.benchmarks.reconstruction import ReconstructionPlan, evaluate_pictures
+from unimm.benchmarks.subject import load_subject
+from unimm.errors import run_main
+from unimm.provenance import git_commit
+from unimm.report import Report
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="an image tokenizer or a unified model; the default comes with the library")
+    parser.add_argument("--source", required=True, help="a parquet file or a folder of pictures")
+    parser.add_argument("--kmeans-source", help="pictures that the k-means baseline learns from")
+    parser.add_argument("--reference", help="a tokenizer with the original encoder")
+    parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
+    arguments = parser.parse_args(argv)
+    report = Report(arguments.json)
+    with report.timed("load"):
+        subject = load_subject(arguments.model)
+        reference = load_subject(arguments.reference).tokenizer if arguments.reference else None
+    plan = ReconstructionPlan(arguments.source, arguments.num_images, arguments.kmeans_source, seed=arguments.seed)
+    with report.timed("reconstruction"):
+        scores = evaluate_pictures(subject.tokenizer, subject.image_processor, plan, reference)
+    for name, value in scores.items():
+        report.say(f"{name:<16} {value:8.4f}")
+    report.add(
+        reconstruction=scores, source=plan.source, num_images=plan.num_images, seed=plan.seed, commit=git_commit()
+    )
+    report.write()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, name="reconstruction"))

@@ -1,0 +1,203 @@
+"""The command line on a tiny model: what it reports, and that every mistake is one line and exit code 2."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.mllm import tiny
+from unimm.cli import build_parser, main
+
+PROMPT = "a photo of a red circle"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A unified model of random weights, saved with its processor."""
+    folder = tmp_path_factory.mktemp("model")
+    for part in tiny.unified(context=2048):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image tokenizer alone."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    model, processor = tiny.unified()
+    model.image_tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with one picture, `in.png`."""
+    monkeypatch.chdir(tmp_path)
+    tiny.picture().save("in.png")
+    return tmp_path
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def report(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    assert all(isinstance(value, float) and value >= 0 for value in content["seconds"].values())
+    return content
+
+
+def test_generate_numbers_its_pictures(model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", PROMPT, "--model", str(model_folder), "--output", "out/a.png", "--num-images", "2"]
+    assert main([*command, "--seed", "3", "--guidance-scale", "2", "--temperature", "0.9", "--json", "r.json"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["out/a-1.png", "out/a-2.png"]
+    assert files(desk) == {"in.png", "out/a-1.png", "out/a-2.png", "r.json"}
+    content = report(Path("r.json").read_text())
+    assert set(content["seconds"]) == {"load", "per_image"}
+    assert (content["prompt"], content["seed"], content["guidance_scale"], content["temperature"]) == (
+        PROMPT,
+        3,
+        2.0,
+        0.9,
+    )
+    assert content["images"] == ["out/a-1.png", "out/a-2.png"]
+    assert Image.open("out/a-1.png").size == (16, 16)
+
+
+def test_generate_repeats_itself_by_the_reported_seed(
+    model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", PROMPT, "--model", str(model_folder)]
+    assert main([*command, "--output", "a.png", "--json", "-"]) == 0
+    seed = report(capsys.readouterr().out)["seed"]
+    assert main([*command, "--output", "b.png", "--seed", str(seed)]) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_chat_answers_once(model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["chat", "what is there?", "--image", "in.png", "--model", str(model_folder)]
+    assert main([*command, "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    content = report(printed.out)
+    assert set(content["seconds"]) == {"load", "answer"}
+    assert content["images"] == ["in.png"] and isinstance(content["answer"], str)
+    assert content["answer"] in printed.err  # a person still reads it, standard output being one JSON object
+
+
+def test_chat_converses(
+    model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("talk.txt").write_text("/image in.png\nwhat is there?\n/image absent.png\n/draw a red circle\n/quit\nnot read")
+    with open("talk.txt") as lines:
+        monkeypatch.setattr("sys.stdin", lines)
+        assert main(["chat", "--model", str(model_folder)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.endswith("picture-1.png\n")
+    assert "there is no such file" in printed.err and printed.err.count("\n") == 1
+    assert files(desk) == {"in.png", "talk.txt", "picture-1.png"}
+
+
+@pytest.mark.parametrize("kind", ["model_folder", "tokenizer_folder"])
+def test_reconstruct(kind: str, request: pytest.FixtureRequest, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = request.getfixturevalue(kind)
+    assert main(["reconstruct", "in.png", "--model", str(folder), "--output", "o.png", "--json", "r.json"]) == 0
+    content = report(Path("r.json").read_text())
+    assert set(content["seconds"]) == {"load", "per_image"} and content["ids"] == 16
+    assert capsys.readouterr().out.startswith("o.png")
+    assert Image.open("o.png").size == (16, 16)
+
+
+def test_demo_makes_one_page_and_prints_its_path_last(
+    model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--model", str(model_folder), "--output", "page", "--json", "r.json"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "page/index.html"
+    assert files(desk) == {"in.png", "page/index.html", "r.json"}
+    content = report(Path("r.json").read_text())
+    assert {"load", "reconstruct", "answer", "per_image"} == set(content["seconds"])
+    page = Path("page/index.html").read_text()
+    assert page.count("<img ") == page.count('src="data:image/png;base64,') >= 16
+    assert "http" not in page and "$" not in page
+
+
+MISTAKES = {
+    "no command": ([], "required: COMMAND"),
+    "unknown command": (["paint"], "invalid choice: 'paint'"),
+    "no prompt": (["generate"], "required: PROMPT"),
+    "empty prompt": (["generate", " "], "prompt is empty"),
+    "long prompt": (["generate", "word " * 10_000], "shorter prompt"),
+    "empty question": (["chat", ""], "question is empty"),
+    "long question": (["chat", "word " * 10_000], "model reads 2048"),
+    "no pictures": (["generate", "x", "--num-images", "0"], "'0' is not a number of pictures"),
+    "wrong seed": (["generate", "x", "--seed", "-1"], "'-1' is not a whole number"),
+    "wrong scale": (["generate", "x", "--guidance-scale", "much"], "'much' is not a number"),
+    "wrong temperature": (["generate", "x", "--temperature", "nan"], "'nan' is not a number"),
+    "greedy pictures": (["generate", "x", "--temperature", "0", "--num-images", "2"], "would be equal"),
+    "output no picture": (["generate", "x", "--output", "a.txt"], "a.txt: its name must end in"),
+    "output under a file": (["generate", "x", "--output", "in.png/a.png"], "in.png is a file"),
+    "report a folder": (["generate", "x", "--json", "."], "Cannot write the report"),
+    "picture absent": (["chat", "x", "--image", "absent.png"], "absent.png: there is no such file"),
+    "picture is text": (["reconstruct", "text.png"], "text.png: it is not a picture"),
+    "picture truncated": (["reconstruct", "cut.png"], "cut.png: the file is cut off"),
+    "page over a file": (["demo", "--output", "in.png"], "a file stands in its way"),
+    "json of a conversation": (["chat", "--json", "-"], "give a PROMPT"),
+    "model absent": (["generate", "x", "--model", "absent"], "absent"),
+    "model is a picture": (["reconstruct", "in.png", "--model", "in.png"], "in.png"),
+    "model is damaged": (["reconstruct", "in.png", "--model", "damaged"], "damaged"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_write_nothing(
+    mistake: str, model_folder: Path, desk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.png").write_text("no picture")
+    Path("cut.png").write_bytes(Path("in.png").read_bytes()[:50])
+    Path("damaged").mkdir()
+    Path("damaged/config.json").write_text("{")
+    before = files(desk)
+    arguments, message = MISTAKES[mistake]
+    if arguments and arguments[0] != "paint" and "--model" not in arguments:
+        arguments = [*arguments, "--model", str(model_folder)]
+    assert main(arguments) == 2
+    printed = capfd.readouterr()
+    assert printed.err.count("\n") == 1 and printed.err.startswith("unimm: error: ") and message in printed.err
+    assert printed.out == ""
+    assert files(desk) == before
+
+
+def test_a_tokenizer_that_lacks_weights_is_refused(
+    tokenizer_folder: Path, tmp_path: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tokenizer_folder.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    del weights[sorted(weights)[0]]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert main(["reconstruct", "in.png", "--model", str(broken), "--output", "o.png"]) == 2
+    assert "lacks 1 weights" in capsys.readouterr().err
+    assert not Path("o.png").exists()
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("demo", "chat", "generate", "reconstruct"):
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([command, "--help"])
+        assert stop.value.code == 0
+        assert {"--model", "--json"} <= set(capsys.readouterr().out.replace("]", " ").replace("[", " ").split())
+
+
+def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unimm.cli._load", interrupt)
+    assert main(["generate", "x"]) == 130
+    assert capsys.readouterr().err == ""

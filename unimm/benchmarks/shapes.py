@@ -1,0 +1,243 @@
+"""How well a model reconstructs, answers and draws in the picture world, on scenes and prompts that it never saw.
+
+Special here: nothing is judged by a model. The world's analytic detector reads pictures back into objects;
+reconstructions are compared with their originals by what it reads, drawings with their prompts by GenEval's rules
+(https://arxiv.org/abs/2310.11513), and questions have one right answer. The detector's score is a geometric overlap,
+not a confidence: whatever it accepts counts for the rules, in counting prompts too.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from unimm.data.shapes import SHAPES, TAGS, Prompt, render, sample_prompt, sample_questions, sample_scene
+from unimm.data.shapes.detector import detect
+from unimm.errors import UserError
+from unimm.evaluation.answers import same_answer
+from unimm.evaluation.codebook import CodebookUsage
+from unimm.evaluation.geneval import summary, verdict
+from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, to_uint8
+
+PARTS = ("reconstruction", "chat", "generation")
+QUESTION_KINDS = ("existence", "color", "count", "position")
+WITHHELD = "withheld"  # the prompts that name a pair of colour and shape which training never shows
+MAX_ANSWER_TOKENS = 16
+DRAWS_PER_PROMPT = 200  # tries for each new distinct prompt before one may repeat
+
+Row = dict[str, Any]
+Scored = tuple[dict[str, float], list[Row]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ShapesPlan:
+    """How much is measured; everything that is asked, shown and drawn is a function of `seed`.
+
+    Args:
+        num_scenes: pictures that are reconstructed and compared.
+        codebook_scenes: pictures whose ids are counted, the compared ones among them.
+        questions: questions of each kind.
+        prompts: prompts of each tag, and as many that name a withheld pair.
+        images_per_prompt: drawings of each prompt.
+        batch_size: pictures, questions or drawings in one forward; the drawings do not depend on it.
+        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p` in place of the checkpoint's own.
+    """
+
+    num_scenes: int = 500
+    codebook_scenes: int = 2000
+    questions: int = 300
+    prompts: int = 50
+    images_per_prompt: int = 4
+    seed: int = 0
+    batch_size: int = 64
+    sampling: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt", "batch_size")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+    def rng(self, *names: str) -> np.random.Generator:
+        """Random numbers of one part; training seeds its scenes by small numbers and never meets them."""
+        return np.random.default_rng([self.seed, self.number(*names)])
+
+    def number(self, *names: str) -> int:
+        """A 62-bit number that stands for (seed, names)."""
+        text = "/".join(("shapes evaluation", str(self.seed), *names))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2
+
+
+@torch.inference_mode()
+def evaluate_reconstruction(tokenizer: Any, image_processor: Any, plan: ShapesPlan) -> Scored:
+    """Pictures through their ids and back.
+
+    Returns the scores (agreement, the share of scenes from whose reconstruction the detector reads the same colours
+    and shapes as from the original; psnr and psnr_mean_color in dB; ssim; codebook_use; perplexity), and one row per
+    compared picture.
+    """
+    rng = plan.rng("reconstruction")
+    total = max(plan.num_scenes, plan.codebook_scenes)
+    scenes = (sample_scene(rng) for _ in range(total))
+    usage, rows = CodebookUsage(tokenizer.config.codebook_size), list[Row]()
+    for batch in _progress(scenes, plan.batch_size, "reconstruction", total):
+        images = [render(scene) for scene in batch]
+        pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].to(tokenizer.device)
+        ids = tokenizer.encode(pixel_values).ids
+        usage.update(ids)
+        if wanted := min(len(batch), plan.num_scenes - len(rows)):
+            originals = tokenizer.denormalize(pixel_values[:wanted].float())
+            rows += _compare(originals, tokenizer.decode(ids[:wanted]), tokenizer.config.grid)
+    scores = {"agreement": _mean(row["correct"] for row in rows)}
+    scores |= {name: _mean(row[name] for row in rows) for name in ("psnr", "psnr_mean_color", "ssim")}
+    return scores | {"codebook_use": usage.use, "perplexity": usage.perplexity}, rows
+
+
+@torch.inference_mode()
+def evaluate_chat(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
+    """Questions about fresh scenes, answered greedily: accuracy per kind, and one row per question."""
+    asked = []
+    for kind in QUESTION_KINDS:
+        rng = plan.rng("chat", kind)
+        asked += [sample_questions(rng, kind) for _ in range(plan.questions)]
+    rows = []
+    for batch in _progress(asked, plan.batch_size, "chat"):
+        answers = _answer(model, processor, [(render(scene), turn.question) for scene, turn in batch])
+        for (_, turn), answer in zip(batch, answers, strict=True):
+            row = {"kind": turn.kind, "question": turn.question, "answer": answer, "expected": turn.answer}
+            rows.append(row | {"correct": same_answer(answer, turn.answer)})
+    return {kind: _mean(row["correct"] for row in rows if row["kind"] == kind) for kind in QUESTION_KINDS}, rows
+
+
+@torch.inference_mode()
+def evaluate_generation(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
+    """Held-out prompts drawn and judged by GenEval's rules.
+
+    Returns the mean per tag, `overall` (the mean of the six), `withheld`, and one row per picture.
+    """
+    groups = {tag: held_out_prompts(plan, tag) for tag in TAGS} | {WITHHELD: held_out_prompts(plan, None)}
+    jobs = [
+        (group, prompt, plan.number("generation", group, str(index)))
+        for group, prompts in groups.items()
+        for index, prompt in enumerate(prompts)
+    ]
+    rows = []
+    for batch in _progress(jobs, max(1, plan.batch_size // plan.images_per_prompt), "generation"):
+        texts, seeds = [prompt.prompt for _, prompt, _ in batch], [seed for *_, seed in batch]
+        pictures = _draw(model, processor, texts, seeds, plan)
+        for index, image in enumerate(pictures):
+            group, prompt, _ = batch[index // plan.images_per_prompt]
+            rows.append(_judge(prompt, image) | {"group": group})
+    by_tag = summary([row for row in rows if row["group"] != WITHHELD])
+    withheld = _mean(row["correct"] for row in rows if row["group"] == WITHHELD)
+    return {name: by_tag[name] for name in (*TAGS, "overall")} | {WITHHELD: withheld}, rows
+
+
+def held_out_prompts(plan: ShapesPlan, tag: str | None) -> list[Prompt]:
+    """Held-out prompts, distinct as long as the tag has new ones; `tag` None: those that name a withheld pair."""
+    rng = plan.rng("prompts", tag or WITHHELD)
+    prompts: dict[str, Prompt] = {}
+    for _ in range(DRAWS_PER_PROMPT * plan.prompts):
+        prompt = sample_prompt(rng, tag, split="test", withheld=tag is None)
+        prompts.setdefault(prompt.prompt, prompt)
+        if len(prompts) == plan.prompts:
+            break
+    found = list(prompts.values())
+    return [found[index % len(found)] for index in range(plan.prompts)]
+
+
+def read_objects(image: Image.Image | np.ndarray) -> Counter[tuple[str, str]]:
+    """What the detector sees: how often each (colour, shape) occurs."""
+    return Counter((item.color, item.shape) for item in detect(image))
+
+
+def _compare(originals: torch.Tensor, pixels: torch.Tensor, grid: tuple[int, int]) -> Iterator[Row]:
+    """One row per pair of pictures [B, 3, H, W]; both are rounded to 8 bits, as files would be."""
+    originals, pixels = to_uint8(originals), to_uint8(pixels)
+    reference, decoded = originals.float() / 255, pixels.float() / 255
+    painted = to_uint8(mean_color_per_patch(reference, reference.shape[-2] // grid[0])).float() / 255
+    metrics = {
+        "psnr": psnr(decoded, reference),
+        "psnr_mean_color": psnr(painted, reference),
+        "ssim": ssim(decoded, reference),
+    }
+    for index, (before, after) in enumerate(zip(_arrays(originals), _arrays(pixels), strict=True)):
+        expected, found = read_objects(before), read_objects(after)
+        row: Row = {"correct": found == expected, "expected": _names(expected), "found": _names(found)}
+        yield row | {name: float(values[index]) for name, values in metrics.items()}
+
+
+def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, str]]) -> list[str]:
+    """Greedy answers to (picture, question) pairs, one batch padded on the left."""
+    messages = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        for image, question in questions
+    ]
+    inputs = _inputs(model, processor, messages)
+    written = model.generate(**inputs, generation_mode="text", do_sample=False, max_new_tokens=MAX_ANSWER_TOKENS)
+    new = written[:, inputs["input_ids"].shape[1] :]
+    return [answer.strip() for answer in processor.post_process_multimodal_output(new, generation_mode="text")]
+
+
+def _draw(
+    model: Any, processor: Any, prompts: Sequence[str], seeds: Sequence[int], plan: ShapesPlan
+) -> list[Image.Image]:
+    """`plan.images_per_prompt` pictures of each prompt, one after the other."""
+    messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
+    token_ids = model.generate(
+        **_inputs(model, processor, messages),
+        generation_mode="image",
+        num_return_sequences=plan.images_per_prompt,
+        seed=list(seeds),
+        **plan.sampling,
+    )
+    return list(processor.post_process_multimodal_output(model.decode_image_tokens(token_ids), generation_mode="image"))
+
+
+def _inputs(model: Any, processor: Any, messages: list[list[dict[str, Any]]]) -> Any:
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+    return inputs.to(model.device)
+
+
+def _judge(prompt: Prompt, image: Image.Image) -> Row:
+    detections = [item.as_rule_input() for item in detect(image)]
+    judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
+    found = _names(Counter((item["color"], item["label"]) for item in detections))
+    row = {"tag": prompt.tag, "prompt": prompt.prompt, "correct": judged.correct}
+    return row | {"reasons": judged.reasons, "found": found}
+
+
+def _arrays(pictures: torch.Tensor) -> np.ndarray:
+    """uint8 [B, 3, H, W] -> [B, H, W, 3]."""
+    return pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _names(objects: Counter[tuple[str, str]]) -> list[str]:
+    return sorted(f"{color} {shape}" for color, shape in objects.elements())
+
+
+def _mean(values: Iterable[Any]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _progress(items: Iterable[T], size: int, name: str, total: int | None = None) -> Iterator[list[T]]:
+    """Batches of `size`, with a progress bar that counts items."""
+    with tqdm(items, total=total, desc=name, leave=False) as bar:
+        iterator = iter(bar)
+        while batch := list(islice(iterator, size)):
+            yield batch

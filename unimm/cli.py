@@ -1,0 +1,243 @@
+"""The command `unimm`: demo, chat, generate, reconstruct.
+
+Every command takes `--model PATH` (default: the embedded model) and `--json FILE` (`-` = standard output): one JSON
+object with what was done and the seconds it took. What a person got wrong is one line on standard error and exit code
+2, found before the model is loaded where that is possible; nothing is left half-written.
+"""
+
+import argparse
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from unimm import __version__
+from unimm.data.images import check_image_output, load_image, save_image_atomically, save_images
+from unimm.errors import UserError, one_line, run_main
+from unimm.report import Report
+
+INTERRUPTED_EXIT_CODE = 130
+MAX_IMAGES = 256
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 2 wrong use, 130 interrupted."""
+    try:
+        return run_main(lambda: _run(argv))
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    arguments = build_parser().parse_args(argv)
+    report = Report(arguments.json)
+    arguments.command(arguments, report)
+    report.write()
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def demo(arguments: argparse.Namespace, report: Report) -> None:
+    """Show reconstruction, chat and drawing on one page; its path is the last thing printed."""
+    from unimm.benchmarks.demo import DemoPlan, run_demo, write_page
+
+    folder = Path(arguments.output)
+    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
+        raise UserError(f"Cannot write the page into {folder}: a file stands in its way.")
+    plan = DemoPlan.sample(arguments.seed)
+    model, processor = _load(arguments.model, report)
+    result = run_demo(model, processor, plan)
+    page = write_page(result, folder, title="unimm, first light", seed=plan.seed)
+    report.seconds |= result.seconds
+    report.add(page=str(page), seed=plan.seed, answers=result.score())
+    report.say(str(page))
+
+
+def chat(arguments: argparse.Namespace, report: Report) -> None:
+    """Answer one prompt, or converse when there is none."""
+    from unimm.chat import ChatSession, converse
+
+    images = [load_image(path) for path in arguments.image]
+    if arguments.prompt is None:
+        if arguments.json is not None:
+            raise UserError("--json reports one answer: give a PROMPT with it.")
+        converse(ChatSession(*_load(arguments.model, report)), images)
+        return
+    session = ChatSession(*_load(arguments.model, report))
+    with report.timed("answer"):
+        answer = session.ask(arguments.prompt, images=images or None)
+    report.add(prompt=arguments.prompt, images=[str(path) for path in arguments.image], answer=answer)
+    report.say(answer)
+
+
+def generate(arguments: argparse.Namespace, report: Report) -> None:
+    """Draw a prompt."""
+    from unimm.chat import ChatSession
+
+    check_image_output(arguments.output)
+    seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
+    session = ChatSession(*_load(arguments.model, report))
+    options = {"guidance_scale": arguments.guidance_scale, "temperature": arguments.temperature}
+    with _Progress("drawing") as progress, report.timed("per_image", share=arguments.num_images):
+        pictures = session.draw(
+            arguments.prompt, num_images=arguments.num_images, seed=seed, on_token=progress, **options
+        )
+    paths = save_images(pictures, arguments.output)
+    report.add(prompt=arguments.prompt, images=[str(path) for path in paths], seed=seed, **options)
+    report.say("\n".join(str(path) for path in paths))
+
+
+def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
+    """Send a picture through its ids and back."""
+    import torch
+
+    from unimm.benchmarks.subject import load_subject
+    from unimm.evaluation.image_metrics import psnr
+
+    image = load_image(arguments.image)
+    check_image_output(arguments.output)
+    _quiet_libraries()
+    with report.timed("load"):
+        subject = load_subject(arguments.model)
+    tokenizer, image_processor = subject.tokenizer, subject.image_processor
+    with torch.inference_mode(), report.timed("per_image"):
+        pixel_values = image_processor([image], return_tensors="pt")["pixel_values"].to(tokenizer.device)
+        ids = tokenizer.encode(pixel_values).ids
+        pixels = tokenizer.decode(ids).float()
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
+    )
+    quality = round(psnr(pixels.cpu(), pixel_values.float().cpu() * std + mean).item(), 3)
+    save_image_atomically(image_processor.postprocess(pixels)[0], arguments.output)
+    report.add(
+        model=arguments.model or "default",
+        image=str(arguments.image),
+        output=str(arguments.output),
+        ids=ids.numel(),
+        psnr=quality,
+    )
+    report.say(f"{arguments.output}  ({ids.numel()} ids, {quality:.1f} dB)")
+
+
+class _Progress:
+    """A bar on standard error that appears with the first step, after everything that may be refused."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc=self.name, unit="token", leave=False)
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _load(path: str | None, report: Report) -> tuple[Any, Any]:
+    """The unified model and its processor, the seconds under `load`."""
+    _quiet_libraries()
+    from unimm.mllm import load
+
+    with report.timed("load"):
+        loaded = load(path)
+    report.add(model=path or "default")
+    return loaded
+
+
+def _quiet_libraries() -> None:
+    """Their loading bars and notices are not what was asked for."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong use is a `UserError` like any other: one line, no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{one_line(ValueError(message))} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; `parse_args` gives the chosen function as `command`."""
+    parser = _Parser(prog="unimm", description="One model that understands pictures and draws them.")
+    parser.add_argument("--version", action="version", version=f"unimm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    page = _command(commands, demo)
+    page.add_argument(
+        "--output", default="runs/demo", metavar="FOLDER", help="where the page goes (default: %(default)s)"
+    )
+    page.add_argument("--seed", type=_whole_number, default=0, metavar="S", help="another seed, other scenes")
+
+    talk = _command(commands, chat)
+    talk.add_argument("prompt", nargs="?", metavar="PROMPT", help="answered once; without it a conversation starts")
+    talk.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture to talk about; repeatable"
+    )
+
+    draw = _command(commands, generate)
+    draw.add_argument("prompt", metavar="PROMPT")
+    draw.add_argument("--output", default="picture.png", metavar="FILE", help="N > 1 pictures: FILE-1, FILE-2, ...")
+    draw.add_argument("--num-images", type=_image_count, default=1, metavar="N")
+    draw.add_argument("--seed", type=_whole_number, metavar="S", help="picture k depends on (S, k) only")
+    draw.add_argument("--guidance-scale", type=_scale, metavar="G", help="how closely to follow the prompt; 1 = off")
+    draw.add_argument("--temperature", type=_scale, metavar="T", help="how freely to draw; 0 = always the likeliest id")
+
+    copy = _command(commands, reconstruct)
+    copy.add_argument("image", metavar="IMAGE")
+    copy.add_argument("--output", default="reconstruction.png", metavar="FILE")
+    return parser
+
+
+def _command(commands: Any, function: Callable[[argparse.Namespace, Report], None]) -> argparse.ArgumentParser:
+    """A sub-command named after its function, with what all of them take."""
+    summary = (function.__doc__ or "").partition("\n")[0]
+    parser: argparse.ArgumentParser = commands.add_parser(function.__name__, help=summary, description=summary)
+    parser.add_argument("--model", metavar="PATH", help="a model folder or name (default: the embedded model)")
+    parser.add_argument("--json", metavar="FILE", help="report as one JSON object; - for standard output")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _image_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_IMAGES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pictures from 1 to {MAX_IMAGES}")
+    return int(text)
+
+
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
