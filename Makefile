@@ -1,14 +1,15 @@
-# Six words: demo, test, lint, shapes, bench, clean. Each installs what it needs into .venv first.
+# Seven words: demo, test, lint, shapes, publish, bench, clean. Each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DEVELOPMENT := [train,eval,dev]
 # Without an NVIDIA GPU take the tested versions, which also selects the CPU build of torch.
 CONSTRAINT := $(shell nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test lint shapes bench clean
+.PHONY: demo test lint shapes publish bench clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -47,7 +48,7 @@ $(VENV)/.core: pyproject.toml constraints-cpu.txt | $(BIN)/python
 	$(call install,)
 
 $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
-	$(call install,[train,eval,dev])
+	$(call install,$(DEVELOPMENT))
 	@touch $(VENV)/.core
 
 # ---- the embedded model from nothing: a finished step is skipped, an interrupted one resumes from its last checkpoint ----
@@ -76,3 +77,6 @@ $(SHAPES)/sft/.done: $(SHAPES)/stage2/.done | $(VENV)/.dev
 $(SHAPES)/t2i/.done: $(SHAPES)/sft/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/t2i.yaml
 	@touch $@
+
+publish: $(SHAPES)/t2i/.done
+	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml

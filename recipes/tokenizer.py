@@ -7,11 +7,12 @@ Stage 1 starts from a pretrained vision model (`model.encoder`), stage 2 from st
 run that is started again goes on from its last checkpoint.
 """
 
+import sys
 from dataclasses import dataclass, field
 
 from unimm.config import parse_recipe_args, save_config
 from unimm.data.pictures import PictureConfig, picture_stream
-from unimm.errors import UserError
+from unimm.errors import UserError, run_main
 from unimm.tokenizer import VQRAE
 from unimm.training.objective import ObjectiveConfig
 from unimm.training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingConfig
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main, name="tokenizer"))

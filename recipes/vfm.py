@@ -6,6 +6,7 @@ The output folder is an ordinary Hugging Face SigLIP checkpoint (model, tokenize
 started again goes on from its last checkpoint.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from unimm.config import parse_recipe_args, save_config
 from unimm.data.pictures import PictureConfig, picture_stream, to_array
+from unimm.errors import run_main
 from unimm.training.text_tokenizer import train_text_tokenizer
 from unimm.training.vision_pretraining import VisionPretraining, VisionPretrainingConfig
 
@@ -84,4 +86,4 @@ def to_input_ids(tokenizer: PreTrainedTokenizerFast, rows: list[dict], config: S
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main, name="vfm"))

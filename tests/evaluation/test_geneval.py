@@ -63,6 +63,9 @@ def test_class_names_are_the_official_list(unimm_data: Data) -> None:
     [
         ((0, 0), set()),
         ((40, 0), set()),  # (40 - 20) / 40 is exactly one half
+        ((-40, 0), set()),
+        ((0, 40), set()),
+        ((0, -40), set()),
         ((41, 0), {"right of"}),
         ((-41, 0), {"left of"}),
         ((0, 41), {"below"}),
@@ -119,6 +122,7 @@ def test_overlap_is_ignored_unless_asked() -> None:
     assert verdict(wanted(DOG), dogs).counts == {"dog": 2}
     assert verdict(wanted(DOG), dogs, max_overlap=0.51).counts == {"dog": 2}
     assert verdict(wanted(DOG), dogs, max_overlap=0.5).counts == {"dog": 1}
+    assert box_iou((0, 0, 9, 9), (5, 0, 9, 9)) == 0.5
     assert box_iou((0, 0, 9, 9), (20, 20, 29, 29)) == 0
 
 
@@ -195,6 +199,9 @@ def test_position_holds_between_every_two_objects() -> None:
     assert verdict(metadata, [cat, seen("dog", box=LOW), seen("dog", box=(0, 90, 10, 100))]).correct
     judged = verdict(metadata, [cat, seen("dog", box=LOW), seen("dog", box=RIGHT)])
     assert judged.reasons == ["expected cat above target, found left of target"]
+    metadata = wanted(DOG, {"class": "cat", "count": 2, "position": ["above", 0]}, tag="position")
+    judged = verdict(metadata, [cat, seen("dog", box=LOW), seen("cat", 0.9, box=(0, 90, 10, 100))])
+    assert judged.reasons == ["expected cat above target, found below target"]
 
 
 # ---- summary -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimm.errors import UserError
+from unimm.tokenizer.precision import Float32Module
 
 SEARCH_BYTES = 2**26  # largest block of scores, 64 MiB
 
@@ -43,7 +44,7 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(ids).reshape(latents.shape[:-1])
 
 
-class SimVQ(nn.Module):
+class SimVQ(Float32Module):
     """`codebook` is C [K, C], a persistent buffer; `projection` is W."""
 
     def __init__(self, codebook_size: int, codebook_dim: int, bias: bool = False, train_codebook: bool = False) -> None:

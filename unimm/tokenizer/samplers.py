@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from unimm.tokenizer.precision import Float32Module
 
-class GridSampler(nn.Module):
+
+class GridSampler(Float32Module):
     """Every patch keeps its place (M = N): a linear in-projection to the codebook's width (VQRAE, section 3.2)."""
 
     def __init__(self, hidden_size: int, codebook_dim: int, pre_norm: bool = False) -> None:

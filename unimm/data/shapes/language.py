@@ -24,12 +24,11 @@ from unimm.data.shapes.world import (
     sample_scene,
 )
 from unimm.errors import UserError
-from unimm.evaluation.geneval import relative_position
+from unimm.evaluation.geneval import TAGS, relative_position
 
 Split = Literal["train", "test"]
 Pair = tuple[str, str]  # (color, shape)
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("zero", "one", "two", "three", "four")
 OPENINGS = tuple(

@@ -1,0 +1,79 @@
+"""Teach a model that talks about pictures to draw them too: drawings and conversations in one run, one checkpoint that
+does both.
+
+    accelerate launch --num_cpu_threads_per_process 2 recipes/t2i.py --config configs/shapes/t2i.yaml
+
+Starts from the output of `sft.py`. A run that is started again goes on from its last checkpoint.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from transformers.trainer_utils import set_seed
+
+from unimm.config import parse_recipe_args, save_config
+from unimm.data.collators import FlowCollator
+from unimm.data.mixture import Mixture, MixtureConfig
+from unimm.errors import run_main
+from unimm.mllm import UnifiedModelMixin, UnimmProcessor, load
+from unimm.training.arguments import HostTrainingArguments, PanelConfig
+from unimm.training.host_trainer import HostTrainer, Panel
+
+
+@dataclass
+class T2IModelConfig:
+    """`path`: a unified model, as `sft.py` or `unimm.attach` makes it."""
+
+    path: str
+    attn_implementation: str | None = None
+
+
+@dataclass
+class T2IRecipe:
+    model: T2IModelConfig
+    data: MixtureConfig
+    train: HostTrainingArguments
+    panel: PanelConfig = field(default_factory=PanelConfig)
+
+
+def panel_of(model: UnifiedModelMixin, processor: UnimmProcessor, panel: PanelConfig) -> Panel:
+    """A panel that draws the prompts with `generate`, as a user would."""
+
+    def draw(writer: SummaryWriter, step: int) -> None:
+        prompts = [processor.drawing_prompt(prompt) for prompt in panel.prompts]
+        inputs = processor(text=prompts, padding=True, return_tensors="pt").to(model.device)
+        how = {"guidance_scale": panel.guidance_scale, "temperature": panel.temperature, "seed": panel.seed}
+        token_ids = model.generate(**inputs, generation_mode="image", **how)
+        images = processor.postprocess(model.decode_image_tokens(token_ids))
+        writer.add_image("drawings", np.concatenate([np.asarray(i) for i in images], axis=1), step, dataformats="HWC")
+        writer.add_text("drawings", " | ".join(panel.prompts), step)
+
+    return draw
+
+
+def main() -> None:
+    recipe = parse_recipe_args(T2IRecipe)
+    set_seed(recipe.train.seed)
+    model, processor = load(
+        recipe.model.path, device="cpu", dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
+    )
+    model.config.null_prompt_prob = recipe.data.null_prompt_prob
+    save_config(recipe, recipe.train.output_dir)
+    HostTrainer(
+        model,
+        recipe.train,
+        processor=processor,
+        data_collator=FlowCollator(processor),
+        train_dataset=Mixture(recipe.data),
+        eval_dataset=Mixture(recipe.data, split="test"),
+        flow_weights=recipe.data.weights,
+        stream_seed=recipe.data.seed,
+        panel=panel_of(model, processor, recipe.panel) if recipe.panel.prompts else None,
+    ).run()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, name="t2i"))

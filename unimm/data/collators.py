@@ -1,0 +1,115 @@
+"""Samples of messages -> padded tensors with exact label masks, one batch for each flow.
+
+Special here: labels come from the chat template's own `{% generation %}` spans, never from tokenizing pieces again, and
+a sample whose spans and assistant turns do not match is an error, not a silently empty row. Rows are padded within
+their flow only, on the right, and cut behind the last label, so that short drawings do not pay for long conversations.
+The processor is given; any of the usual contract will do. B rows, L tokens, I pictures.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from unimm.errors import UserError
+
+IGNORED = -100
+
+
+class ChatProcessor(Protocol):
+    """What is needed of a processor: a chat template with generation marks, placeholders expanded to image tokens."""
+
+    image_token_id: int
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+class FlowCollator:
+    """Collate samples {"flow", "kind", "index", "messages"} into {flow: batch}.
+
+    A batch holds
+        input_ids, attention_mask [B, L]: placeholders stand for seen and for drawn image tokens alike;
+        labels [B, L]: conversations: what the assistant says, its closing token included; drawings: the placeholders of
+        the drawn image
+            tokens only (to be replaced by their ids); -100 elsewhere;
+        drawn [B, L] bool: those placeholders;
+        pixel_values [I, 3, H, W]: pictures in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
+        absent without any.
+
+    Raises:
+        UserError: a sample without an assistant turn, or whose label spans do not match its assistant turns.
+    """
+
+    def __init__(self, processor: ChatProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        ordered = sorted(samples, key=lambda sample: sample["flow"])
+        return {flow: self._batch(list(rows)) for flow, rows in groupby(ordered, key=lambda sample: sample["flow"])}
+
+    def _batch(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        inputs = self.processor.apply_chat_template(
+            [sample["messages"] for sample in samples],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            return_tensors="np",  # the mask is made in Python, which walks over arrays faster than over tensors
+            processor_kwargs={"padding": True, "padding_side": "right"},
+        )
+        said = torch.as_tensor(inputs["assistant_masks"], dtype=torch.bool)  # [B, L]
+        input_ids, attention_mask = (torch.as_tensor(inputs[name]) for name in ("input_ids", "attention_mask"))
+        for sample, row in zip(samples, said, strict=True):
+            _check_spans(sample, row)
+        placeholders = input_ids == self.processor.image_token_id
+        drawn = placeholders & said
+        only_drawn = torch.tensor([sample["kind"] == "drawing" for sample in samples])[:, None]
+        labelled = torch.where(only_drawn, drawn, said)
+        if not bool(labelled.any(1).all()):
+            sample = samples[int((~labelled.any(1)).nonzero()[0])]
+            raise UserError(
+                f"Sample {sample['index']} of the flow {sample['flow']!r} has nothing to learn: no drawn picture."
+            )
+        length = int((labelled | placeholders).any(0).nonzero()[-1]) + 1
+        batch = {
+            "input_ids": input_ids[:, :length],
+            "attention_mask": attention_mask[:, :length],
+            "labels": input_ids.masked_fill(~labelled, IGNORED)[:, :length],
+            "drawn": drawn[:, :length],
+        }
+        return batch | _pictures(inputs.get("pixel_values"), samples)
+
+
+def _pictures(pixel_values: Any, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Split the pictures [I, 3, H, W], which come in reading order, by who shows them."""
+    if pixel_values is None:
+        return {}
+    pixel_values = torch.as_tensor(pixel_values)
+    roles = [
+        turn["role"]
+        for sample in samples
+        for turn in sample["messages"]
+        for part in _parts(turn)
+        if part["type"] == "image"
+    ]
+    drawn = torch.tensor([role == "assistant" for role in roles])
+    pictures = {"pixel_values": pixel_values[~drawn], "drawn_pixel_values": pixel_values[drawn]}
+    return {name: values for name, values in pictures.items() if len(values)}
+
+
+def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    return [] if isinstance(turn["content"], str) else turn["content"]
+
+
+def _check_spans(sample: dict[str, Any], said: Tensor) -> None:
+    """Every assistant turn gives one unbroken span of tokens in `said` [L]."""
+    turns = sum(turn["role"] == "assistant" for turn in sample["messages"])
+    spans = int((said[1:] & ~said[:-1]).sum()) + int(said[0])
+    if turns == 0 or spans != turns:
+        opening = next((part.get("text", "") for part in _parts(sample["messages"][0]) if part["type"] == "text"), "")
+        raise UserError(
+            f"Sample {sample['index']} of the flow {sample['flow']!r} ({opening[:60]!r}...) has {turns} assistant "
+            f"turns and {spans} label spans: the chat template must put {{% generation %}} around every answer, and "
+            "no sample may lack one."
+        )

@@ -1,0 +1,90 @@
+"""Conversations about a picture, as messages in Hugging Face's conversational format. Yields PIL images and text, never
+a tensor.
+
+Special here: several questions share one picture in one sample, because the picture's tokens are most of its cost; and
+sample n is a pure function of (seed, n), so a stream has no state to save.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unimm.data.pictures import ParquetPictures
+from unimm.data.shapes import render, sample_captioned_scene, sample_conversation
+from unimm.errors import UserError
+
+Message = dict[str, Any]
+
+
+class ShapesConversations:
+    """Endless question-and-answer turns about scenes of the picture world.
+
+    Args:
+        seed: of the stream. num_turns: fewest and most questions about one picture.
+    """
+
+    def __init__(self, seed: int, num_turns: tuple[int, int] = (4, 7)) -> None:
+        if not 1 <= num_turns[0] <= num_turns[1]:
+            raise UserError(f"num_turns must be [fewest, most] with 1 <= fewest <= most, got {list(num_turns)}.")
+        self.seed = seed
+        self.num_turns = num_turns
+
+    def messages(self, index: int) -> list[Message]:
+        """The messages of sample `index`; the picture stands in the first of them."""
+        rng = np.random.default_rng((self.seed, index))
+        scene, turns = sample_conversation(rng, num_turns=int(rng.integers(self.num_turns[0], self.num_turns[1] + 1)))
+        return conversation(render(scene), [(turn.question, turn.answer) for turn in turns])
+
+
+class ParquetConversations:
+    """The rows of a parquet file: `image`, and `messages` as a list (or its JSON) of {"role", "content"} with text
+    content."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows = ParquetPictures(path)
+        if "messages" not in self.rows.table.column_names:
+            raise UserError(
+                f"{path} has no column 'messages'; its columns are {', '.join(self.rows.table.column_names)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def messages(self, index: int) -> list[Message]:
+        """The messages of row `index` modulo the number of rows, the picture in front of the first user's text."""
+        index %= len(self.rows)
+        given = self.rows.table[index]["messages"]
+        messages = [
+            message(turn["role"], turn["content"]) for turn in (json.loads(given) if isinstance(given, str) else given)
+        ]
+        first = next((turn for turn in messages if turn["role"] == "user"), None)
+        if first is None:
+            raise UserError(f"Row {index} of the conversations has no turn of the user.")
+        first["content"].insert(0, {"type": "image", "image": self.rows[index]["image"]})
+        return messages
+
+
+def message(role: str, text: str) -> Message:
+    """A turn of text only."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def conversation(image: Image.Image, turns: list[tuple[str, str]]) -> list[Message]:
+    """Questions and answers in turn; the picture comes before the first question."""
+    messages = [message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    return messages
+
+
+def shapes_corpus(num_samples: int, seed: int) -> Iterator[str]:
+    """Lines of the picture world for a text tokenizer: captions, questions, answers, each behind its speaker's role."""
+    for index in range(num_samples):
+        rng = np.random.default_rng((seed, index))
+        yield f"user\n{sample_captioned_scene(rng)[1].prompt}"
+        for turn in sample_conversation(rng)[1]:
+            yield f"user\n{turn.question}"
+            yield f"assistant\n{turn.answer}"

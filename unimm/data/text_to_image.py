@@ -1,0 +1,71 @@
+"""Drawings: a caption asks for a picture and the assistant's turn holds it. Yields PIL images and text, never a tensor.
+
+Special here: a share of the captions is replaced by the empty prompt, on which classifier-free guidance rests
+(https://arxiv.org/abs/2207.12598). Sample n, its dropout included, is a pure function of (seed, n).
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unimm.data.conversations import Message, message
+from unimm.data.pictures import ParquetPictures, crop
+from unimm.data.shapes import render, sample_captioned_scene
+from unimm.data.shapes.language import Split
+from unimm.errors import UserError
+
+NULL_PROMPT = ""
+
+
+class ShapesDrawings:
+    """Endless captioned scenes of the picture world; the split "test" holds captions that "train" never shows."""
+
+    def __init__(self, seed: int, *, split: Split = "train", null_prompt_prob: float = 0.0) -> None:
+        self.seed = seed
+        self.split = split
+        self.null_prompt_prob = checked_probability(null_prompt_prob)
+
+    def messages(self, index: int) -> list[Message]:
+        """Caption and drawing of sample `index`."""
+        rng = np.random.default_rng((self.seed, index))
+        scene, prompt = sample_captioned_scene(rng, split=self.split)
+        return drawing(prompt.prompt, render(scene), null=rng.random() < self.null_prompt_prob)
+
+
+class PictureDrawings:
+    """Captioned pictures of one's own, the centre cut out at `image_size` pixels: a parquet file with columns image and
+    text."""
+
+    def __init__(self, path: Path, *, seed: int, image_size: int, null_prompt_prob: float = 0.0) -> None:
+        if path.is_dir():
+            raise UserError(
+                f"{path} is a folder; drawings need captions: give a parquet file with the columns image and text."
+            )
+        self.rows = ParquetPictures(path)
+        if "text" not in self.rows.table.column_names:
+            raise UserError(f"{path} has no column 'text'; its columns are {', '.join(self.rows.table.column_names)}.")
+        self.seed = seed
+        self.image_size = image_size
+        self.null_prompt_prob = checked_probability(null_prompt_prob)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def messages(self, index: int) -> list[Message]:
+        """Caption and drawing of row `index` modulo the number of rows; each pass drops other captions."""
+        row = self.rows[index % len(self.rows)]
+        null = np.random.default_rng((self.seed, index)).random() < self.null_prompt_prob
+        return drawing(row["text"], crop(row["image"], self.image_size), null=null)
+
+
+def drawing(prompt: str, image: Image.Image, *, null: bool = False) -> list[Message]:
+    """The prompt (or the null prompt) in the user's turn, the picture in the assistant's."""
+    asked = message("user", NULL_PROMPT if null else prompt)
+    return [asked, {"role": "assistant", "content": [{"type": "image", "image": image}]}]
+
+
+def checked_probability(value: float) -> float:
+    if not 0.0 <= value < 1.0:
+        raise UserError(f"null_prompt_prob lies in [0, 1) and is {value}.")
+    return value

@@ -1,0 +1,66 @@
+"""Settings of the recipes that train a language model with an image tokenizer in it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from unimm.errors import UserError
+
+
+def _no_gpu() -> bool:
+    return not torch.cuda.is_available()
+
+
+@dataclass
+class HostTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what an endless, seeded stream of samples needs as defaults.
+
+    Samples are taken in order (the stream is shuffled by construction), a loss that is not finite is never averaged
+    away, and DDP does not look for unused parameters: the tower is frozen and every batch holds every flow.
+
+    Args:
+        ema_decay: of the running mean of the trained weights, which is evaluated and saved; None trains without.
+    """
+
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
+    max_steps: int = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are messages, not columns."})
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "Only sequential: the step is the position."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Keep losses that are not finite in the log."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for unused parameters (DDP)."}
+    )
+    use_cpu: bool = field(default_factory=_no_gpu, metadata={"help": "Train on the CPU."})
+    dataloader_pin_memory: bool = field(default_factory=lambda: not _no_gpu(), metadata={"help": "Pin memory."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise UserError(
+                f"train.max_steps must be at least 1, got {self.max_steps}: a stream of samples has no end of its own."
+            )
+        if self.train_sampling_strategy != "sequential":
+            raise UserError(
+                f"train.train_sampling_strategy must be 'sequential', got {self.train_sampling_strategy!r}."
+            )
+        super().__post_init__()
+
+
+@dataclass
+class PanelConfig:
+    """What is drawn into tensorboard at every evaluation, by the same `generate` that users call.
+
+    Args:
+        prompts: one picture each; none, no panel.
+        guidance_scale, temperature, seed: as in `generate`.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    guidance_scale: float = 3.0
+    temperature: float = 1.0
+    seed: int = 0

@@ -1,0 +1,49 @@
+"""What happens beside the steps of a `HostTrainer`: averaged weights, panels of drawings, and the saved model."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel, TrainerCallback
+
+from unimm.training.ema import EMA
+
+Panel = Callable[[SummaryWriter, int], None]
+"""Writes pictures or text of the model as it is at a step."""
+
+
+class UpdateEMA(TrainerCallback):
+    """Move the averaged weights after every optimizer step."""
+
+    def __init__(self, ema: EMA) -> None:
+        self.ema = ema
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        self.ema.update(model)
+
+
+class DrawPanel(TrainerCallback):
+    """Call the panel after every evaluation; it may draw random numbers without changing what is trained."""
+
+    def __init__(self, panel: Panel, writer: SummaryWriter) -> None:
+        self.panel = panel
+        self.writer = writer
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.random.fork_rng():
+            self.panel(self.writer, state.global_step)
+
+
+def save_whole(folder: Path, model: PreTrainedModel, processor: Any) -> None:
+    """Save model and processor into `folder`, config.json last: a folder that has one is complete."""
+    staging = folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    processor.save_pretrained(staging)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(folder / path.name)
+    staging.rmdir()
