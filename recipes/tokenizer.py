@@ -14,8 +14,9 @@ from unimm.config import parse_recipe_args, save_config
 from unimm.data.pictures import PictureConfig, picture_stream
 from unimm.errors import UserError, run_main
 from unimm.tokenizer import VQRAE
+from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.objective import ObjectiveConfig
-from unimm.training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingConfig
+from unimm.training.tokenizer_trainer import TokenizerTrainer
 
 
 @dataclass

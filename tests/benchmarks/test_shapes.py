@@ -26,7 +26,7 @@ from unimm.benchmarks.shapes import (
     held_out_prompts,
 )
 from unimm.data.shapes import TAGS, WITHHELD, render, sample_prompt
-from unimm.data.shapes.language import scene_for, split_of
+from unimm.data.shapes.prompts import scene_for, split_of
 from unimm.errors import UserError, run_main
 from unimm.tokenizer import ImageTokenizerProcessor
 

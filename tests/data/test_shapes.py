@@ -20,7 +20,8 @@ from unimm.data.shapes import (
     sample_scene,
 )
 from unimm.data.shapes.datasets import ShapesPictures
-from unimm.data.shapes.language import NUMBERS, plural, scene_for, split_of, with_article
+from unimm.data.shapes.prompts import scene_for, split_of
+from unimm.data.shapes.words import NUMBERS, plural, with_article
 from unimm.data.shapes.world import DISTANCES, MAX_RADIUS, MIN_BORDER, MIN_GAP, MIN_RADIUS
 from unimm.errors import UserError
 from unimm.evaluation.geneval import relative_position, verdict
@@ -101,7 +102,7 @@ def test_a_scene_for_a_prompt_satisfies_genevals_verdict(rng, tag):
     for _ in range(40):
         prompt = sample_prompt(rng, tag)
         scene = scene_for(rng, prompt)
-        correct, reasons, _ = verdict(prompt.metadata(), detections(scene))
+        correct, reasons, _ = verdict(prompt.metadata(), detections(scene), class_names=SHAPES)
         assert correct, (prompt, reasons)
         assert prompt.background in (None, scene.background)
         assert len(scene.objects) == sum(rule["count"] for rule in prompt.include)

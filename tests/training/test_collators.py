@@ -1,4 +1,4 @@
-"""Label masks to the token: what the assistant says and nothing else, of a drawing the image tokens and nothing else."""
+"""Label masks to the token: what the assistant says and nothing else, of a drawing the image tokens alone."""
 
 from typing import Any
 

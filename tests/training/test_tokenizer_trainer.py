@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.tokenizer.conftest import tiny_vqrae
 from unimm.data.pictures import PictureConfig, picture_stream
 from unimm.errors import UserError
 from unimm.tokenizer import VQRAE
+from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.objective import GANConfig, ObjectiveConfig, PerceptualConfig, TokenizerObjective
-from unimm.training.tokenizer_trainer import TokenizerTrainer, TokenizerTrainingConfig, parameter_groups, set_trainable
+from unimm.training.parameters import parameter_groups, set_trainable
+from unimm.training.tokenizer_trainer import TokenizerTrainer
 
 
 @pytest.fixture
@@ -80,7 +83,8 @@ def test_the_sum_of_the_terms_has_the_papers_weights(pixel_values):
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def alone_and_on_one_thread() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test may have chosen another precision
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -186,7 +190,7 @@ def test_the_discriminator_rests_until_its_start(tmp_path):
 def test_groups_of_the_optimizer():
     model = tiny_vqrae()
     set_trainable(model, 2)
-    groups = parameter_groups(model, TokenizerTrainingConfig(output_dir=""))
+    groups = parameter_groups(model, learning_rate=1e-4, encoder_learning_rate=1e-5)
     assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
     slow = {id(p) for g in groups if g["lr"] == 1e-5 for p in g["params"]}
     assert slow == {id(p) for p in model.encoder.parameters() if p.requires_grad}

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from unimm.data.conversations import Message, ParquetConversations, ShapesConversations
 from unimm.data.pictures import data_path
-from unimm.data.shapes.language import Split
+from unimm.data.shapes.prompts import Split
 from unimm.data.text_to_image import PictureDrawings, ShapesDrawings
 from unimm.errors import UserError
 

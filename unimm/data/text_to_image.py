@@ -12,7 +12,7 @@ from PIL import Image
 from unimm.data.conversations import Message, message
 from unimm.data.pictures import ParquetPictures, crop
 from unimm.data.shapes import render, sample_captioned_scene
-from unimm.data.shapes.language import Split
+from unimm.data.shapes.prompts import Split
 from unimm.errors import UserError
 
 NULL_PROMPT = ""

@@ -1,6 +1,7 @@
-"""Settings of the recipes that train a language model with an image tokenizer in it."""
+"""Settings of training runs: `TrainingArguments` for language models, and those of the tokenizers' own loop."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
@@ -64,3 +65,40 @@ class PanelConfig:
     guidance_scale: float = 3.0
     temperature: float = 1.0
     seed: int = 0
+
+
+@dataclass
+class TokenizerTrainingConfig:
+    """Settings of one stage; the defaults are VQRAE's table 7 for SigLIP2-256 (`batch_size` is per process).
+
+    `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
+    Every `revive_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
+    share `revive_until` of the run (ours too; None = never). In stage 2 the encoder learns at `encoder_learning_rate`.
+    Every group ends at min(its rate, `end_learning_rate`).
+    """
+
+    output_dir: str
+    stage: Literal[1, 2] = 1
+    steps: int = 100_000
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 4e-4
+    encoder_learning_rate: float = 1e-5
+    end_learning_rate: float = 1e-4
+    shared_lr_multiplier: bool = False
+    warmup_steps: int = 2000
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    codebook_init: Literal["random", "data"] = "random"
+    codebook_init_pictures: int = 2048
+    revive_steps: int | None = None
+    revive_until: float = 0.7
+    seed: int = 0
+    num_workers: int = 0
+    log_steps: int = 50
+    panel_steps: int = 1000
+    save_steps: int = 1000
+    keep_last: int = 1

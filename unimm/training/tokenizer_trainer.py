@@ -9,9 +9,9 @@ pictures are numbered, so that an interrupted run and an uninterrupted one end w
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,49 +26,14 @@ from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput, ImageTokenizerProcessor
 from unimm.tokenizer.encoders import encode_features, final_norm
+from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from unimm.training.discriminator import LeCam, build_discriminator, frozen, hinge_d_loss, hinge_g_loss
 from unimm.training.ema import EMA
 from unimm.training.objective import ObjectiveConfig, TokenizerObjective
+from unimm.training.parameters import parameter_groups, set_trainable
 from unimm.training.perceptual import FeaturePerceptualLoss
 from unimm.training.schedules import warmup_cosine_scheduler
-
-
-@dataclass
-class TokenizerTrainingConfig:
-    """Settings of one stage; the defaults are VQRAE's table 7 for SigLIP2-256 (`batch_size` is per process).
-
-    `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
-    Every `revive_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
-    share `revive_until` of the run (ours too; None = never). In stage 2 the encoder learns at `encoder_learning_rate`.
-    Every group ends at min(its rate, `end_learning_rate`).
-    """
-
-    output_dir: str
-    stage: Literal[1, 2] = 1
-    steps: int = 100_000
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 4e-4
-    encoder_learning_rate: float = 1e-5
-    end_learning_rate: float = 1e-4
-    shared_lr_multiplier: bool = False
-    warmup_steps: int = 2000
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    codebook_init: Literal["random", "data"] = "random"
-    codebook_init_pictures: int = 2048
-    revive_steps: int | None = None
-    revive_until: float = 0.7
-    seed: int = 0
-    num_workers: int = 0
-    log_steps: int = 50
-    panel_steps: int = 1000
-    save_steps: int = 1000
-    keep_last: int = 1
 
 
 class Reconstruct(nn.Module):
@@ -130,7 +95,7 @@ class TokenizerTrainer:
     def _prepare(self) -> None:
         config, device = self.config, self.accelerator.device
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.tokenizer, config),
+            parameter_groups(self.tokenizer, config.learning_rate, config.encoder_learning_rate),
             betas=tuple(config.betas),
             weight_decay=config.weight_decay,
             fused=True,
@@ -408,28 +373,3 @@ class TokenizerTrainer:
             self.d_optimizer.load_state_dict(state["d_optimizer"])
             self.d_scheduler.load_state_dict(state["d_scheduler"])
             self.lecam.load_state_dict(state["lecam"])
-
-
-def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
-    """Stage 1 freezes the encoder, stage 2 trains it; what no gradient can reach (an unused final norm) stays
-    frozen."""
-    tokenizer.requires_grad_(True)
-    tokenizer.encoder.requires_grad_(stage == 2)
-    final_norm(tokenizer.encoder).requires_grad_(stage == 2 and tokenizer.config.apply_post_norm)
-
-
-def parameter_groups(tokenizer: ImageTokenizer, config: TokenizerTrainingConfig) -> list[dict[str, Any]]:
-    """Encoder and the rest, each split into weights with decay and vectors, norms, positions and SimVQ's W without."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in tokenizer.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or "position" in name or name.startswith("quantizer.")
-            groups.setdefault((name.startswith("encoder."), plain), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": config.encoder_learning_rate if encoder else config.learning_rate,
-            **({"weight_decay": 0.0} if plain else {}),
-        }
-        for (encoder, plain), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]

@@ -1,19 +1,12 @@
 """The picture world: a seeded, unlimited, offline source of scenes, prompts and conversations.
 
 Scenes hold one to four flat objects with anti-aliased edges at free positions on a plain background (`world`).
-Everything that is said about them (`language`) follows from the scene by rule, so every answer and every verdict is
+What is said about them (`prompts`, `conversations`) follows from the scene by rule, so every answer and verdict is
 exact.
 """
 
-from unimm.data.shapes.language import (
-    TAGS,
-    Prompt,
-    Turn,
-    sample_captioned_scene,
-    sample_conversation,
-    sample_prompt,
-    sample_questions,
-)
+from unimm.data.shapes.conversations import Turn, sample_conversation, sample_questions
+from unimm.data.shapes.prompts import TAGS, Prompt, sample_captioned_scene, sample_prompt
 from unimm.data.shapes.world import (
     BACKGROUNDS,
     COLORS,

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from unimm.data.shapes.language import describe
+from unimm.data.shapes.conversations import describe
 from unimm.data.shapes.world import render, sample_scene
 
 

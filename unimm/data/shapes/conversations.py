@@ -1,0 +1,152 @@
+"""Conversations about scenes of the picture world: every answer follows from the scene by rule."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unimm.data.shapes.words import NUMBERS, enumeration, plural, with_article
+from unimm.data.shapes.world import COLORS, SHAPES, Scene, SceneObject, allowed_pairs, compose, sample_scene
+from unimm.errors import UserError
+from unimm.evaluation.geneval import relative_position
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question about a scene and its answer."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def _name(obj: SceneObject) -> str:
+    return f"{obj.color} {obj.shape}"
+
+
+def _listing(scene: Scene) -> str:
+    """The objects from left to right."""
+    return enumeration([with_article(_name(obj)) for obj in sorted(scene.objects, key=lambda obj: obj.x)])
+
+
+def _existence(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    """Yes and no are equally likely; half of the wrong pairs join a colour and a shape that are both there."""
+    present = {(o.color, o.shape) for o in scene.objects}
+    shapes, colors = {o.shape for o in scene.objects}, {o.color for o in scene.objects}
+    yes, form = bool(rng.random() < 0.5), int(rng.integers(4))
+    if form == 0:
+        thing = _pick(rng, [s for s in SHAPES if (s in shapes) == yes])
+        return thing and Turn("existence", f"Is there {with_article(thing)}?", "yes" if yes else "no")
+    if form == 1:
+        thing = _pick(rng, [c for c in COLORS if (c in colors) == yes])
+        return thing and Turn("existence", f"Is there anything {thing}?", "yes" if yes else "no")
+    pairs = sorted(present) if yes else [p for p in allowed_pairs(False) if p not in present]
+    if not yes and rng.random() < 0.5:
+        pairs = [p for p in pairs if p[0] in colors and p[1] in shapes] or pairs
+    color, shape = _pick(rng, pairs)
+    return Turn("existence", f"Is there {with_article(f'{color} {shape}')}?", "yes" if yes else "no")
+
+
+def _color(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    shapes = [o.shape for o in scene.objects]
+    single = [o for o in scene.objects if shapes.count(o.shape) == 1]
+    if not single:
+        return None
+    obj = _pick(rng, single)
+    return Turn("color", f"What color is the {obj.shape}?", obj.color)
+
+
+def _count(rng: np.random.Generator, scene: Scene) -> Turn:
+    form = int(rng.integers(4))
+    if form == 0:
+        return Turn("count", "How many objects are there?", NUMBERS[len(scene.objects)])
+    if form == 1:
+        color = _pick(rng, [o.color for o in scene.objects]) if rng.random() < 0.8 else _pick(rng, list(COLORS))
+        return Turn(
+            "count", f"How many {color} objects are there?", NUMBERS[sum(o.color == color for o in scene.objects)]
+        )
+    shape = _pick(rng, [o.shape for o in scene.objects]) if rng.random() < 0.8 else _pick(rng, list(SHAPES))
+    return Turn("count", f"How many {plural(shape)} are there?", NUMBERS[sum(o.shape == shape for o in scene.objects)])
+
+
+def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    """The relation of two objects that a name tells apart and that stand in exactly one relation."""
+    names = [_name(o) for o in scene.objects]
+    unique = [o for o in scene.objects if names.count(_name(o)) == 1]
+    couples = [(a, b) for a in unique for b in unique if a is not b and len(relative_position(a.box, b.box)) == 1]
+    if not couples:
+        return None
+    a, b = _pick(rng, couples)
+    (relation,) = relative_position(a.box, b.box)
+    return Turn("position", f"Where is the {_name(a)} relative to the {_name(b)}?", relation)
+
+
+def _what(rng: np.random.Generator, scene: Scene) -> Turn:
+    return Turn("what", _pick(rng, ["What is in the picture?", "What do you see?"]), f"{_listing(scene)}.")
+
+
+def _describe(rng: np.random.Generator, scene: Scene) -> Turn:
+    question = _pick(rng, ["Describe the picture.", "Describe this image."])
+    return Turn("describe", question, f"{describe(scene)}.")
+
+
+def _pick(rng: np.random.Generator, options: Sequence) -> Any:
+    """One of the options, None when there is none."""
+    return options[int(rng.integers(len(options)))] if options else None
+
+
+_QUESTIONS: dict[str, Callable[[np.random.Generator, Scene], Turn | None]] = {
+    "existence": _existence,
+    "color": _color,
+    "count": _count,
+    "position": _where,
+    "what": _what,
+    "describe": _describe,
+}
+KINDS = tuple(_QUESTIONS)
+_KIND_SHARES = (0.22, 0.18, 0.24, 0.24, 0.04, 0.08)
+
+
+def sample_talking_scene(rng: np.random.Generator) -> Scene:
+    """A scene to talk about: half of them repeat shapes or colours, so that counting is a question."""
+    if rng.random() < 0.5:
+        return sample_scene(rng)
+    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[: int(rng.integers(1, 4))]]
+    colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[: int(rng.integers(1, 4))]]
+    pool = [p for p in allowed_pairs(False) if p[0] in colors and p[1] in shapes]
+    if not pool:
+        return sample_scene(rng)
+    return compose(rng, [pool[i] for i in rng.integers(len(pool), size=int(rng.integers(1, 5)))])
+
+
+def sample_conversation(rng: np.random.Generator, *, num_turns: int | None = None) -> tuple[Scene, list[Turn]]:
+    """A scene and `num_turns` different questions about it (None: 3 to 8)."""
+    wanted = int(rng.integers(3, 9)) if num_turns is None else num_turns
+    scene, turns, asked = sample_talking_scene(rng), [], set()
+    for _ in range(
+        20 * wanted
+    ):  # a scene of one object has few questions of some kinds: the conversation may end early
+        turn = _QUESTIONS[str(rng.choice(KINDS, p=_KIND_SHARES))](rng, scene)
+        if turn is not None and turn.question not in asked:
+            asked.add(turn.question)
+            turns.append(turn)
+        if len(turns) == wanted:
+            break
+    return scene, turns
+
+
+def sample_questions(rng: np.random.Generator, kind: str) -> tuple[Scene, Turn]:
+    """A fresh scene and one question of `kind` about it. Raises UserError for an unknown kind."""
+    if kind not in _QUESTIONS:
+        raise UserError(f"There is no question kind {kind!r}; the kinds are {', '.join(KINDS)}.")
+    while True:
+        scene = sample_talking_scene(rng)
+        turn = _QUESTIONS[kind](rng, scene)
+        if turn is not None:
+            return scene, turn
+
+
+def describe(scene: Scene) -> str:
+    """The whole scene in one line: its objects from left to right, and the background."""
+    return f"{_listing(scene)} on {with_article(scene.background)} background"

@@ -1,0 +1,35 @@
+"""Which parts of a tokenizer learn, and how fast."""
+
+from typing import Any
+
+from torch import nn
+
+from unimm.tokenizer import ImageTokenizer
+from unimm.tokenizer.encoders import final_norm
+
+
+def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
+    """Stage 1 freezes the encoder, stage 2 trains it; what no gradient can reach (an unused final norm) stays
+    frozen."""
+    tokenizer.requires_grad_(True)
+    tokenizer.encoder.requires_grad_(stage == 2)
+    final_norm(tokenizer.encoder).requires_grad_(stage == 2 and tokenizer.config.apply_post_norm)
+
+
+def parameter_groups(
+    tokenizer: ImageTokenizer, learning_rate: float, encoder_learning_rate: float
+) -> list[dict[str, Any]]:
+    """Encoder and the rest, each split into weights with decay and vectors, norms, positions and SimVQ's W without."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in tokenizer.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or "position" in name or name.startswith("quantizer.")
+            groups.setdefault((name.startswith("encoder."), plain), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": encoder_learning_rate if encoder else learning_rate,
+            **({"weight_decay": 0.0} if plain else {}),
+        }
+        for (encoder, plain), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
