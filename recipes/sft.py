@@ -15,7 +15,7 @@ from unimm.config import parse_recipe_args, save_config
 from unimm.data.collators import FlowCollator
 from unimm.data.conversations import shapes_corpus
 from unimm.data.mixture import Mixture, MixtureConfig
-from unimm.errors import run_main
+from unimm.errors import reading, run_main
 from unimm.mllm import attach
 from unimm.mllm.vocabulary import RowInit
 from unimm.training.arguments import HostTrainingArguments
@@ -45,8 +45,9 @@ class SFTRecipe:
 
 def build_llm(model: SFTModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if isinstance(model.llm, str):
-        llm = AutoModelForCausalLM.from_pretrained(model.llm, dtype="float32")
-        return llm, AutoTokenizer.from_pretrained(model.llm)
+        with reading("The language model model.llm", model.llm):
+            llm = AutoModelForCausalLM.from_pretrained(model.llm, dtype="float32")
+            return llm, AutoTokenizer.from_pretrained(model.llm)
     tokenizer = train_text_tokenizer(shapes_corpus(1000, seed), model.text_vocab_size, CHAT_TOKENS)
     return new_language_model(model.llm, tokenizer), tokenizer
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from unimm.config import parse_recipe_args, save_config
 from unimm.data.pictures import PictureConfig, picture_stream
-from unimm.errors import UserError, run_main
+from unimm.errors import UserError, reading, run_main
 from unimm.tokenizer import VQRAE
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.objective import ObjectiveConfig
@@ -43,7 +43,9 @@ def build(model: TokenizerModelConfig) -> VQRAE:
         raise UserError("Give either model.encoder (to start a tokenizer) or model.init_from (to go on with one).")
     if model.encoder is not None:
         return VQRAE.from_encoder(model.encoder, attn_implementation=model.attn_implementation, **model.config)
-    return VQRAE.from_pretrained(model.init_from, attn_implementation=model.attn_implementation)
+    assert model.init_from is not None
+    with reading("The tokenizer model.init_from", model.init_from):
+        return VQRAE.from_pretrained(model.init_from, attn_implementation=model.attn_implementation)
 
 
 def main() -> None:

@@ -51,6 +51,23 @@ def test_every_configuration_is_read_by_its_recipe(path):
     load_config(recipe[classes[name]], path)
 
 
+@pytest.mark.parametrize(
+    ("step", "override"),
+    [
+        ("stage1", "model.encoder"),
+        ("stage2", "model.init_from"),
+        ("sft", "model.image_tokenizer"),
+        ("t2i", "model.path"),
+    ],
+)
+def test_a_missing_folder_is_one_sentence(step, override, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    absent = tmp_path / "absent"
+    assert run(RECIPES[step], "--config", str(ROOT / f"configs/debug/{step}.yaml"), f"{override}={absent}") == 2
+    assert str(absent) in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_misspelt_key_is_one_sentence(capsys):
     assert run("tokenizer", "--config", str(ROOT / "configs/shapes/stage1.yaml"), "train.stepz=3") == 2
     assert "stepz" in capsys.readouterr().err

@@ -5,7 +5,11 @@ recipes print it as one line without a traceback and exit with code 2; all else 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -17,6 +21,22 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """The error's message with every run of white space, line breaks included, made one space."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def reading(what: str, source: str | Path) -> Iterator[None]:
+    """Within, `source` is being read by a library: what it raises about it becomes a `UserError`, in one sentence.
+
+    An absolute path that does not exist is refused before the library takes it for a hub id.
+    """
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise UserError(f"{what}: there is no {source}.")
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{what} {source} cannot be read ({type(error).__name__}): {one_line(error)[:300]}") from error
 
 
 def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:

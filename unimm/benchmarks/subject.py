@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoModel
 
-from unimm.errors import UserError, one_line
+from unimm.errors import UserError, reading
 from unimm.mllm import load
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 
@@ -45,15 +44,9 @@ def _is_image_tokenizer(folder: Path) -> bool:
 
 
 def _load_tokenizer(folder: Path) -> Subject:
-    try:
+    with reading("The image tokenizer", folder):
         tokenizer, report = AutoModel.from_pretrained(folder, output_loading_info=True)
         image_processor = ImageTokenizerProcessor.from_pretrained(folder)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"Cannot read the image tokenizer {folder}: {type(error).__name__}: {one_line(error)}"
-        ) from error
     if not isinstance(tokenizer, ImageTokenizer):
         raise UserError(f"{folder} holds a {type(tokenizer).__name__}, not an image tokenizer or a unified model.")
     if missing := sorted(report["missing_keys"]):

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from unimm.errors import UserError
+from unimm.errors import UserError, reading
 from unimm.mllm.hosts import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.sampling import ImageSampling
@@ -71,7 +71,8 @@ def attach(
         ValueError: unknown `row_init`, or a marker that is not one token.
     """
     if isinstance(host, str | Path):
-        host = AutoModelForCausalLM.from_pretrained(host)
+        with reading("The language model", host):
+            host = AutoModelForCausalLM.from_pretrained(host)
     if isinstance(image_tokenizer, str | Path):
         image_tokenizer = load_image_tokenizer(image_tokenizer)
     if host.config.model_type not in TEXT_HOSTS:
@@ -105,7 +106,8 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
     Raises:
         UserError: it is something else.
     """
-    model = AutoModel.from_pretrained(path)
+    with reading("The image tokenizer", path):
+        model = AutoModel.from_pretrained(path)
     if not isinstance(model, ImageTokenizer):
         raise UserError(f"{path} is a {model.config.model_type} model, not an image tokenizer.")
     return model
@@ -117,7 +119,8 @@ def _copy_of(tokenizer: PreTrainedTokenizerBase | str | Path | None, host: PreTr
     source = tokenizer or host.config.name_or_path
     if not source:
         raise UserError("The host was built in memory, so its text tokenizer is unknown: give text_tokenizer.")
-    return AutoTokenizer.from_pretrained(source)
+    with reading("The text tokenizer", source):
+        return AutoTokenizer.from_pretrained(source)
 
 
 def build_processor(

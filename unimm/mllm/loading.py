@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from unimm.errors import UserError, one_line
+from unimm.errors import UserError, one_line, reading
 from unimm.mllm.hosts import HOSTS
 from unimm.mllm.processing import UnimmProcessor
 
@@ -46,15 +45,9 @@ def load(
     _check_source(source)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-    try:
+    with reading("The model", source):
         processor = AutoProcessor.from_pretrained(source)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"The model {source} cannot be read ({type(error).__name__}): {one_line(error)[:300]}"
-        ) from error
     _check_pair(model, processor, source)
     return model.to(place).eval(), processor
 

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from unimm.errors import UserError
+from unimm.errors import UserError, reading
 from unimm.tokenizer.configuration import ImageTokenizerConfig
 from unimm.tokenizer.decoders import SymmetricViTDecoder
 from unimm.tokenizer.encoders import FAMILIES, encode_features, encoder_family, final_norm
@@ -191,17 +191,19 @@ class ImageTokenizer(PreTrainedModel):
         of the tokenizer's configuration. Raises UserError where the encoder's weights are incomplete or its family is
         not supported.
         """
-        found = AutoConfig.from_pretrained(str(name_or_path))
+        with reading("The encoder", name_or_path):
+            found = AutoConfig.from_pretrained(str(name_or_path))
         encoder_config = found if found.model_type in FAMILIES else getattr(found, "vision_config", found)
         encoder_family(encoder_config)
         config = cls.config_class(encoder_config=encoder_config.to_dict(), **config_fields)
         model = cls._from_config(config, attn_implementation=attn_implementation)
-        encoder, report = type(model.encoder).from_pretrained(
-            str(name_or_path),
-            config=model.encoder.config,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )
+        with reading("The encoder", name_or_path):
+            encoder, report = type(model.encoder).from_pretrained(
+                str(name_or_path),
+                config=model.encoder.config,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )
         if report["missing_keys"] or report["mismatched_keys"]:
             total = len(encoder.state_dict())
             lost = len(report["missing_keys"]) + len(report["mismatched_keys"])
