@@ -13,7 +13,14 @@ from unimm.data.pictures import PictureConfig, picture_stream
 from unimm.errors import UserError
 from unimm.tokenizer import VQRAE
 from unimm.training.arguments import TokenizerTrainingConfig
-from unimm.training.objective import GANConfig, ObjectiveConfig, PerceptualConfig, TokenizerObjective
+from unimm.training.objective import (
+    GANConfig,
+    ObjectiveConfig,
+    PerceptualConfig,
+    TokenizerObjective,
+    context_loss,
+    make_collage,
+)
 from unimm.training.parameters import parameter_groups, set_trainable
 from unimm.training.tokenizer_trainer import TokenizerTrainer
 
@@ -105,7 +112,13 @@ class Small:
 
 
 def trainer(
-    output_dir: Any, stage: int, *, stop: int | None = None, gan: GANConfig | None = None, **fields: Any
+    output_dir: Any,
+    stage: int,
+    *,
+    stop: int | None = None,
+    gan: GANConfig | None = None,
+    context_weight: float = 0.0,
+    **fields: Any,
 ) -> TokenizerTrainer:
     """Six steps on the picture world at 32 px; `stop` interrupts after that many, at a checkpoint."""
     config = TokenizerTrainingConfig(
@@ -122,8 +135,8 @@ def trainer(
         }
         | fields,
     )
-    pictures = Small(24)
-    objective = ObjectiveConfig(perceptual=NO_JUDGE, gan=gan or GANConfig())
+    pictures = Small(max(24, 4 * config.steps))
+    objective = ObjectiveConfig(perceptual=NO_JUDGE, gan=gan or GANConfig(), context_weight=context_weight)
     built = TokenizerTrainer(tiny_vqrae(), pictures, config, objective)
     if stop is not None:
         step, save = built._optimizer_step, built._save
@@ -140,7 +153,7 @@ def trainer(
 @pytest.mark.parametrize("stage", [1, 2])
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, stage):
     gan = GANConfig(start=2, warmup_steps=1) if stage == 2 else None
-    fields = {"gan": gan, "revive_steps": 3 if stage == 2 else None}
+    fields = {"gan": gan, "revive_steps": 3 if stage == 2 else None, "context_weight": stage - 1.0}
     whole = trainer(tmp_path / "whole", stage, **fields)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
@@ -219,3 +232,40 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_asking_for_lpips_without_weights_says_what_to_get():
     with pytest.raises(UserError, match="vgg16"):
         TokenizerObjective(ObjectiveConfig())
+
+
+def test_a_collage_exchanges_whole_patches_with_the_row_before():
+    pictures = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 8, 12).contiguous()
+    collages, kept = make_collage(pictures, patch_size=4, seed=0)
+    assert kept.shape == (3, 6) and kept.any() and not kept.all()
+    for row in range(3):
+        for token in range(6):
+            y, x = token // 3 * 4, token % 3 * 4
+            expected = row if kept[row, token] else (row - 1) % 3
+            assert (collages[row, :, y : y + 4, x : x + 4] == expected).all()
+
+
+def test_the_context_term_is_zero_where_ids_depend_on_their_patch_alone():
+    torch.manual_seed(0)
+    codes, kept = torch.randn(4, 6, 5), torch.rand(4, 6) < 0.5
+    own = torch.where(kept[..., None], codes, codes.roll(1, dims=0))
+    assert context_loss(own, codes, kept) == 0
+    expected = sum((own + 1 - own).square().flatten().tolist()) / own.numel() / codes.var(dim=(0, 1)).mean()
+    torch.testing.assert_close(context_loss(own + 1, codes, kept), expected)
+
+
+def context_of(tokenizer: VQRAE, pixel_values: torch.Tensor) -> float:
+    mixed, kept = make_collage(pixel_values, tokenizer.config.patch_size, seed=3)
+    with torch.no_grad():
+        codes = tokenizer.encode(pixel_values).codes
+        return float(context_loss(tokenizer.latents(tokenizer.features(mixed)), codes, kept))
+
+
+def test_the_context_term_makes_latents_depend_on_their_patch(tmp_path):
+    fields = {"steps": 30, "encoder_learning_rate": 1e-3, "codebook_init": "data", "panel_steps": 30, "save_steps": 30}
+    plain = trainer(tmp_path / "plain", 2, **fields)
+    held = trainer(tmp_path / "held", 2, context_weight=1.0, **fields)
+    for run in (plain, held):
+        run.train()
+    pixel_values = next(plain._batches(range(4)))
+    assert context_of(held.tokenizer, pixel_values) < 0.8 * context_of(plain.tokenizer, pixel_values)

@@ -88,8 +88,8 @@ class ImageTokenizer(PreTrainedModel):
     def encode(self, pixel_values: Tensor) -> ImageTokenizerOutput:
         """pixel_values [B, 3, H, W] -> features, latents, codes and ids."""
         features = self.features(pixel_values)
+        latents = self.latents(features)
         with torch.autocast(features.device.type, enabled=False):
-            latents = self.sampler(features.float())
             quantized = self.quantizer(latents)
         return ImageTokenizerOutput(
             features=features,
@@ -129,6 +129,11 @@ class ImageTokenizer(PreTrainedModel):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         return self.hidden_states(pixel_values)[-1]
+
+    def latents(self, features: Tensor) -> Tensor:
+        """features [B, N, D] -> latents [B, M, C], in float32 whatever the autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.sampler(features.float())
 
     def pixels_from(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         """codes [B, M, C] -> pixels [B, 3, H, W], not clamped."""

@@ -46,7 +46,10 @@ class GANConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Weights of the terms; the defaults are VQRAE's table 7 (`l1_weight` is ours, for worlds of flat colour)."""
+    """Weights of the terms; the defaults are VQRAE's table 7.
+
+    Two are ours and off by default: `l1_weight`, for worlds of flat colour, and `context_weight`, see `context_loss`.
+    """
 
     pixel_weight: float = 1.0
     l1_weight: float = 0.0
@@ -54,8 +57,38 @@ class ObjectiveConfig:
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     distillation_weight: float = 1.0
+    context_weight: float = 0.0
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     gan: GANConfig = field(default_factory=GANConfig)
+
+
+@dataclass
+class Collage:
+    """Pictures whose patches come from two pictures each: `kept` [B, M] bool says which are the row's own, the others
+    are those of the row before (cyclic) at the same place; `latents` [B, M, C] are the tokenizer's."""
+
+    kept: Tensor
+    latents: Tensor
+
+
+def make_collage(pixel_values: Tensor, patch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """pixel_values [B, 3, H, W] -> (collages [B, 3, H, W], kept [B, M]); half of the patches are exchanged."""
+    rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(len(pixel_values), 1, rows, columns, generator=generator).lt(0.5).to(pixel_values.device)
+    mask = kept.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+    return torch.where(mask, pixel_values, pixel_values.roll(1, dims=0)), kept.flatten(1)
+
+
+def context_loss(latents: Tensor, codes: Tensor, kept: Tensor) -> Tensor:
+    """How far the latents [B, M, C] of a collage are from the codes [B, M, C] that its patches had in their own
+    pictures, as a share of the codes' variance.
+
+    Ours. An encoder with global attention gives one flat patch a hundred ids, by what stands elsewhere in the picture;
+    a language model cannot guess them and learns little else. With this term an id says what its patch shows.
+    """
+    target = torch.where(kept[..., None], codes, codes.roll(1, dims=0))
+    return F.mse_loss(latents, target) / codes.var(dim=(0, 1)).mean().clamp_min(1e-6)
 
 
 class TokenizerObjective(nn.Module):
@@ -69,9 +102,15 @@ class TokenizerObjective(nn.Module):
             p.kind, vgg16=p.vgg16, lpips_heads=p.lpips_heads, convnext_s=p.convnext_s, features=features
         )
 
-    def terms(self, output: ImageTokenizerOutput, pixels: Tensor, teacher_features: Tensor | None) -> dict[str, Tensor]:
+    def terms(
+        self,
+        output: ImageTokenizerOutput,
+        pixels: Tensor,
+        teacher_features: Tensor | None,
+        collage: Collage | None = None,
+    ) -> dict[str, Tensor]:
         """output of `reconstruct`, target pixels [B, 3, H, W] in [0, 1], the teacher's features [B, N, D] (stage 2) or
-        None."""
+        None, and the latents of a collage of the same pictures where `context_weight` asks for one."""
         predicted = output.pixels.float()
         terms = {
             "pixel": F.mse_loss(predicted, pixels),
@@ -84,6 +123,8 @@ class TokenizerObjective(nn.Module):
             terms["perceptual"] = self.perceptual(predicted, pixels)
         if teacher_features is not None:
             terms["distillation"] = F.mse_loss(output.features.float(), teacher_features.float())
+        if collage is not None:
+            terms["context"] = context_loss(collage.latents, output.codes.detach(), collage.kept)
         return terms
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:

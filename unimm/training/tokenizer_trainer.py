@@ -30,21 +30,27 @@ from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from unimm.training.discriminator import LeCam, build_discriminator, frozen, hinge_d_loss, hinge_g_loss
 from unimm.training.ema import EMA
-from unimm.training.objective import ObjectiveConfig, TokenizerObjective
+from unimm.training.objective import Collage, ObjectiveConfig, TokenizerObjective, make_collage
 from unimm.training.parameters import parameter_groups, set_trainable
 from unimm.training.perceptual import FeaturePerceptualLoss
 from unimm.training.schedules import warmup_cosine_scheduler
 
 
 class Reconstruct(nn.Module):
-    """`reconstruct` as a forward, so that DDP sees it."""
+    """`reconstruct` as a forward, so that DDP sees it, and the latents of a collage where a seed for one is given."""
 
     def __init__(self, tokenizer: ImageTokenizer) -> None:
         super().__init__()
         self.tokenizer = tokenizer
 
-    def forward(self, pixel_values: Tensor) -> ImageTokenizerOutput:
-        return self.tokenizer.reconstruct(pixel_values)
+    def forward(
+        self, pixel_values: Tensor, collage_seed: int | None = None
+    ) -> tuple[ImageTokenizerOutput, Collage | None]:
+        output = self.tokenizer.reconstruct(pixel_values)
+        if collage_seed is None:
+            return output, None
+        mixed, kept = make_collage(pixel_values, self.tokenizer.config.patch_size, collage_seed)
+        return output, Collage(kept, self.tokenizer.latents(self.tokenizer.features(mixed)))
 
 
 class TokenizerTrainer:
@@ -76,6 +82,7 @@ class TokenizerTrainer:
         self.teacher = copy.deepcopy(tokenizer.encoder).requires_grad_(False).eval() if config.stage == 2 else None
         self.objective = TokenizerObjective(objective, self._feature_judge(objective))
         self.gan = objective.gan
+        self.collages = objective.context_weight > 0
         self.lecam = LeCam(reduce=lambda x: self.accelerator.reduce(x, "mean"))
         self._prepare()
         if config.codebook_init == "data" and not checkpoints(self.output_dir):
@@ -201,8 +208,8 @@ class TokenizerTrainer:
             with self.accelerator.accumulate(self.reconstruct):
                 pixels = self._target(pixel_values)
                 with self.accelerator.autocast():
-                    output = self.reconstruct(pixel_values)
-                    terms = self.objective.terms(output, pixels, self._teacher_features(pixel_values))
+                    output, collage = self.reconstruct(pixel_values, self.step if self.collages else None)
+                    terms = self.objective.terms(output, pixels, self._teacher_features(pixel_values), collage)
                 loss = self.objective.total(terms)
                 if adversarial:
                     judge = self.accelerator.unwrap_model(self.discriminator)  # DDP has nothing to reduce in this step
@@ -296,6 +303,7 @@ class TokenizerTrainer:
             "pixel",
             "perceptual",
             "distillation",
+            "context",
             "gan",
             "discriminator",
             "codebook",
