@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUND = {"errors", "provenance", "typed", "config", "report"}
+GROUND = {"errors", "provenance", "typed", "config", "report", "saving"}
 FOUNDATION = GROUND | {"tokenizer", "data", "evaluation"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
 FACES = {"serving", "integrations", "benchmarks", "chat"}
@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "provenance": {"errors"},
     "typed": {"errors"},
     "report": {"errors", "provenance"},
+    "saving": set(),
     "config": {"errors", "provenance", "typed"},
     "evaluation": GROUND,
     "data": GROUND | {"evaluation"},

@@ -186,6 +186,47 @@ def test_a_tokenizer_that_lacks_weights_is_refused(
     assert not Path("o.png").exists()
 
 
+def test_encoders_lists_what_each_gives(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encoders", "--json", "r.json"]) == 0
+    table = capsys.readouterr().out
+    content = report(Path("r.json").read_text())["encoders"]
+    assert all(name in table and encoder["hub_id"] in table for name, encoder in content.items())
+    assert content["internvit-300m-448"]["width"] == 1024
+
+
+@pytest.fixture(scope="module")
+def language_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llm")
+    tiny.language_model().save_pretrained(folder)
+    tiny.text_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_attach_writes_a_model_that_loads(
+    language_model_folder: Path, tokenizer_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["attach", str(language_model_folder), "--image-tokenizer", str(tokenizer_folder), "--output", "out"]
+    assert main([*command, "--row-init", "codebook", "--json", "r.json"]) == 0
+    content = report(Path("r.json").read_text())
+    assert content["model_type"] == "unimm_llava" and content["untrained"] == ["projector", "image rows"]
+    assert "New and untrained: projector, image rows" in capsys.readouterr().out
+    assert main(["generate", PROMPT, "--model", "out", "--output", "a.png", "--seed", "1"]) == 0
+    assert Image.open("a.png").size == (16, 16)
+
+
+def test_attach_overwrites_nothing_and_names_the_hosts(
+    language_model_folder: Path, tokenizer_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = ["--image-tokenizer", str(tokenizer_folder)]
+    assert main(["attach", str(language_model_folder), *tokenizer, "--output", "."]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    Path("bert").mkdir()
+    Path("bert/config.json").write_text('{"model_type": "bert"}')
+    assert main(["attach", "bert", *tokenizer, "--output", "out"]) == 2
+    assert "is a bert model; supported are llama, qwen2, qwen3, llava, internvl" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("demo", "chat", "generate", "reconstruct"):
         with pytest.raises(SystemExit) as stop:

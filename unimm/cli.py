@@ -1,8 +1,8 @@
-"""The command `unimm`: demo, chat, generate, reconstruct.
+"""The command `unimm`: demo, chat, generate, reconstruct, encoders, attach.
 
-Every command takes `--model PATH` (default: the embedded model) and `--json FILE` (`-` = standard output): one JSON
-object with what was done and the seconds it took. What a person got wrong is one line on standard error and exit code
-2, found before the model is loaded where that is possible; nothing is left half-written.
+The first four take `--model PATH` (default: the embedded model); all take `--json FILE` (`-` = standard output): one
+JSON object with what was done and the seconds it took. What a person got wrong is one line on standard error and exit
+code 2, found before the model is loaded where that is possible; nothing is left half-written.
 """
 
 import argparse
@@ -123,6 +123,46 @@ def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
     report.say(f"{arguments.output}  ({ids.numel()} ids, {quality:.1f} dB)")
 
 
+def encoders(arguments: argparse.Namespace, report: Report) -> None:
+    """List the vision models that can become an image tokenizer."""
+    from dataclasses import asdict
+
+    from unimm.tokenizer.published import PUBLISHED, encoder_table
+
+    report.add(encoders={name: asdict(encoder) for name, encoder in PUBLISHED.items()})
+    report.say(encoder_table())
+
+
+def attach(arguments: argparse.Namespace, report: Report) -> None:
+    """Give a language or multimodal model an image tokenizer: it then reads pictures and draws them."""
+    import torch
+
+    from unimm.mllm import attach as attach_to
+    from unimm.saving import save_whole
+
+    output = Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is not an empty folder: choose another, nothing is overwritten.")
+    _quiet_libraries()
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    with report.timed("attach"):
+        model, processor = attach_to(
+            arguments.host, arguments.image_tokenizer, row_init=arguments.row_init, dtype=dtype, seed=arguments.seed
+        )
+    with report.timed("save"):
+        save_whole(output, model, processor)
+    untrained = model.attachment.untrained
+    report.add(
+        host=arguments.host,
+        image_tokenizer=arguments.image_tokenizer,
+        output=str(output),
+        model_type=model.config.model_type,
+        kept=model.attachment.kept,
+        untrained=untrained,
+    )
+    report.say(model.attachment.sentence() + f"\n{output}")
+
+
 class _Progress:
     """A bar on standard error that appears with the first step, after everything that may be refused."""
 
@@ -204,14 +244,27 @@ def build_parser() -> argparse.ArgumentParser:
     copy = _command(commands, reconstruct)
     copy.add_argument("image", metavar="IMAGE")
     copy.add_argument("--output", default="reconstruction.png", metavar="FILE")
+
+    _command(commands, encoders, model=False)
+
+    join = _command(commands, attach, model=False)
+    join.add_argument("host", metavar="HOST", help="a model folder or hub id")
+    join.add_argument("--image-tokenizer", required=True, metavar="PATH", help="a tokenizer folder or hub id")
+    join.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
+    join.add_argument("--row-init", choices=("random", "mean", "codebook"), default="random", help="of the new rows")
+    join.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the host's own")
+    join.add_argument("--seed", type=_whole_number, default=0, metavar="S", help="of everything that is new")
     return parser
 
 
-def _command(commands: Any, function: Callable[[argparse.Namespace, Report], None]) -> argparse.ArgumentParser:
-    """A sub-command named after its function, with what all of them take."""
+def _command(
+    commands: Any, function: Callable[[argparse.Namespace, Report], None], model: bool = True
+) -> argparse.ArgumentParser:
+    """A sub-command named after its function, with what all of them take; `model`: those that load one."""
     summary = (function.__doc__ or "").partition("\n")[0]
     parser: argparse.ArgumentParser = commands.add_parser(function.__name__, help=summary, description=summary)
-    parser.add_argument("--model", metavar="PATH", help="a model folder or name (default: the embedded model)")
+    if model:
+        parser.add_argument("--model", metavar="PATH", help="a model folder or name (default: the embedded model)")
     parser.add_argument("--json", metavar="FILE", help="report as one JSON object; - for standard output")
     parser.set_defaults(command=function)
     return parser

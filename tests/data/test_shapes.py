@@ -172,3 +172,14 @@ def test_conversations_ask_each_question_once(rng):
         assert 3 <= len(turns) <= 6 and len({t.question for t in turns}) == len(turns)
     with pytest.raises(UserError, match="existence, color, count"):
         sample_questions(rng, "size")
+
+
+def test_conversations_ask_the_kinds_that_are_wanted() -> None:
+    rng = np.random.default_rng(0)
+    asked = [sample_conversation(rng, num_turns=2, kind_shares={"color": 1, "count": 3})[1] for _ in range(60)]
+    kinds = [turn.kind for turns in asked for turn in turns]
+    assert set(kinds) == {"color", "count"} and kinds.count("count") > kinds.count("color")
+    with pytest.raises(UserError, match="no question kind 'taste'"):
+        sample_conversation(rng, kind_shares={"taste": 1})
+    with pytest.raises(UserError, match="one of them above 0"):
+        sample_conversation(rng, kind_shares={"color": 0})

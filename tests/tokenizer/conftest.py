@@ -28,6 +28,24 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     },
 }
+_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+ENCODERS |= {
+    "clip": {"model_type": "clip_vision_model", "intermediate_size": 64, **_SIZES},
+    "dinov2": {"model_type": "dinov2", "mlp_ratio": 2, **_SIZES},
+    "dinov2_with_registers": {
+        "model_type": "dinov2_with_registers",
+        "mlp_ratio": 2,
+        "num_register_tokens": 4,
+        **_SIZES,
+    },
+    "dinov3": {"model_type": "dinov3_vit", "intermediate_size": 64, "num_register_tokens": 4, **_SIZES},
+}
 
 
 def tiny_vqrae(family: str = "siglip", **fields: Any) -> VQRAE:

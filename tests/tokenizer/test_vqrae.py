@@ -6,39 +6,20 @@ from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
     AutoModel,
-    InternVLVisionModel,
     SiglipConfig,
     SiglipModel,
-    SiglipVisionModel,
 )
 
 from tests.tokenizer.conftest import tiny_vqrae
 from unimm.errors import UserError
 from unimm.tokenizer import VQRAE, ImageTokenizerProcessor, VQRAEConfig
-from unimm.tokenizer.quantizers import nearest_codes
+from unimm.tokenizer.quantizers import SimVQ, nearest_codes
 
 
 def test_the_defaults_are_the_papers():
     config = VQRAEConfig()
     assert (config.codebook_size, config.codebook_dim, config.feature_layer) == (16384, 1536, -1)
     assert not (config.train_codebook or config.codebook_bias or config.pre_quant_norm or config.apply_post_norm)
-
-
-def test_forward_is_the_bare_encoders_last_block(vqrae, pixel_values):
-    bare_class = {"siglip_vision_model": SiglipVisionModel, "internvl_vision": InternVLVisionModel}
-    model_type = vqrae.config.encoder_config.model_type
-    bare = bare_class[model_type](vqrae.encoder.config).eval()
-    bare.load_state_dict(vqrae.encoder.state_dict())
-    with torch.no_grad():
-        expected = bare(pixel_values, output_hidden_states=True).hidden_states
-        output = vqrae(pixel_values, output_hidden_states=True)
-    prefix = 1 if model_type == "internvl_vision" else 0
-    assert output.last_hidden_state.is_contiguous()
-    assert torch.equal(output.last_hidden_state, expected[-1][:, prefix:])
-    assert len(output.hidden_states) == len(expected)
-    assert all(
-        torch.equal(ours, theirs[:, prefix:]) for ours, theirs in zip(output.hidden_states, expected, strict=True)
-    )
 
 
 def test_feature_layer_and_post_norm(pixel_values):
@@ -130,7 +111,7 @@ def test_from_encoder_refuses_an_incomplete_checkpoint(tmp_path):
 
 
 def test_an_unsupported_encoder_names_the_supported_ones():
-    with pytest.raises(UserError, match="internvl_vision, siglip_vision_model"):
+    with pytest.raises(UserError, match="clip_vision_model, dinov2, .*siglip_vision_model"):
         VQRAE(VQRAEConfig(encoder_config={"model_type": "vit", "image_size": 32, "patch_size": 8}))
 
 
@@ -196,3 +177,14 @@ def test_processor_round_trip(vqrae, tmp_path):
     images = processor.postprocess(pixels)
     values = processor(images=images, return_tensors="pt").pixel_values
     torch.testing.assert_close(vqrae.denormalize(values), pixels, rtol=0, atol=1e-6)
+
+
+def test_redundant_codes_are_those_that_a_frequent_neighbour_serves():
+    quantizer = SimVQ(4, 2)
+    quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [0.01, 0.0], [5.0, 0.0], [9.0, 0.0]]))
+    quantizer.projection.weight.data.copy_(torch.eye(2))
+    latents = torch.tensor([[0.0, 1.0], [5.0, 1.0], [9.0, 1.0], [0.01, 0.0]])  # the worse half: an error of 1
+    counts = torch.tensor([3, 7, 2, 0])
+    assert quantizer.redundant(latents, counts).tolist() == [0]
+    far = torch.tensor([[0.0, 4.5], [5.0, 4.5]])  # an error of 20: what is 16 apart is one thing as well
+    assert quantizer.redundant(far, counts).tolist() == [0, 3]

@@ -208,3 +208,10 @@ def test_a_stream_needs_an_end_and_its_order(tmp_path: Path) -> None:
         HostTrainingArguments(str(tmp_path))
     with pytest.raises(UserError, match="sequential"):
         HostTrainingArguments(str(tmp_path), max_steps=1, train_sampling_strategy="random")
+
+
+def test_only_blocks_that_learn_are_compiled(monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((type(self), options)))
+    build(tmp_path, TALK, compile_blocks=True)
+    assert [(kind.__name__, options) for kind, options in compiled] == [("Qwen3DecoderLayer", {"dynamic": True})] * 2

@@ -50,13 +50,14 @@ class FlowCollator:
         return {flow: self._batch(list(rows)) for flow, rows in groupby(ordered, key=lambda sample: sample["flow"])}
 
     def _batch(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        drawings = _drawings(samples)
         inputs = self.processor.apply_chat_template(
             [sample["messages"] for sample in samples],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             return_tensors="np",  # the mask is made in Python, which walks over arrays faster than over tensors
-            processor_kwargs={"padding": True, "padding_side": "right"},
+            processor_kwargs={"padding": True, "padding_side": "right", "drawn": drawings},
         )
         said = torch.as_tensor(inputs["assistant_masks"], dtype=torch.bool)  # [B, L]
         input_ids, attention_mask = (torch.as_tensor(inputs[name]) for name in ("input_ids", "attention_mask"))
@@ -78,22 +79,25 @@ class FlowCollator:
             "labels": input_ids.masked_fill(~labelled, IGNORED)[:, :length],
             "drawn": drawn[:, :length],
         }
-        return batch | _pictures(inputs.get("pixel_values"), samples)
+        return batch | _pictures(inputs.get("pixel_values"), drawings)
 
 
-def _pictures(pixel_values: Any, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Split the pictures [I, 3, H, W], which come in reading order, by who shows them."""
-    if pixel_values is None:
-        return {}
-    pixel_values = torch.as_tensor(pixel_values)
-    roles = [
-        turn["role"]
+def _drawings(samples: Sequence[dict[str, Any]]) -> list[bool]:
+    """For each picture, in reading order, whether the assistant drew it."""
+    return [
+        turn["role"] == "assistant"
         for sample in samples
         for turn in sample["messages"]
         for part in _parts(turn)
         if part["type"] == "image"
     ]
-    drawn = torch.tensor([role == "assistant" for role in roles])
+
+
+def _pictures(pixel_values: Any, drawings: Sequence[bool]) -> dict[str, Tensor]:
+    """Split the pictures [I, 3, H, W], which come in reading order, by who shows them."""
+    if pixel_values is None:
+        return {}
+    pixel_values, drawn = torch.as_tensor(pixel_values), torch.tensor(drawings)
     pictures = {"pixel_values": pixel_values[~drawn], "drawn_pixel_values": pixel_values[drawn]}
     return {name: values for name, values in pictures.items() if len(values)}
 

@@ -24,19 +24,25 @@ class ShapesConversations:
     """Endless question-and-answer turns about scenes of the picture world.
 
     Args:
-        seed: of the stream. num_turns: fewest and most questions about one picture.
+        seed: of the stream.
+        num_turns: fewest and most questions about one picture.
+        kind_shares: how often each kind of question is asked, None for the world's own shares.
     """
 
-    def __init__(self, seed: int, num_turns: tuple[int, int] = (4, 7)) -> None:
+    def __init__(
+        self, seed: int, num_turns: tuple[int, int] = (4, 7), kind_shares: dict[str, float] | None = None
+    ) -> None:
         if not 1 <= num_turns[0] <= num_turns[1]:
             raise UserError(f"num_turns must be [fewest, most] with 1 <= fewest <= most, got {list(num_turns)}.")
         self.seed = seed
         self.num_turns = num_turns
+        self.kind_shares = kind_shares
 
     def messages(self, index: int) -> list[Message]:
         """The messages of sample `index`; the picture stands in the first of them."""
         rng = np.random.default_rng((self.seed, index))
-        scene, turns = sample_conversation(rng, num_turns=int(rng.integers(self.num_turns[0], self.num_turns[1] + 1)))
+        num_turns = int(rng.integers(self.num_turns[0], self.num_turns[1] + 1))
+        scene, turns = sample_conversation(rng, num_turns=num_turns, kind_shares=self.kind_shares)
         return conversation(render(scene), [(turn.question, turn.answer) for turn in turns])
 
 

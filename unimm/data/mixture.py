@@ -33,6 +33,7 @@ class FlowConfig:
         weight: factor of this flow's mean loss in the sum.
         source: "shapes", or a parquet file: columns image and messages (conversation), image and text (drawing).
         num_turns: fewest and most questions about one picture ("shapes" conversations only).
+        kind_shares: how often each kind of question is asked ("shapes" conversations only; None: the world's shares).
         null_prompt_prob: share of the drawings whose caption is replaced by the null prompt.
     """
 
@@ -41,6 +42,7 @@ class FlowConfig:
     weight: float = 1.0
     source: str = "shapes"
     num_turns: tuple[int, int] = (4, 7)
+    kind_shares: dict[str, float] | None = None
     null_prompt_prob: float = 0.0
 
 
@@ -128,7 +130,7 @@ def _source(config: MixtureConfig, flow: FlowConfig, split: Split, salt: int) ->
     null = flow.null_prompt_prob if split == "train" else 0.0
     if flow.source == "shapes":
         if flow.kind == "conversation":
-            return ShapesConversations(seed, flow.num_turns)
+            return ShapesConversations(seed, flow.num_turns, flow.kind_shares)
         return ShapesDrawings(seed, split=split, null_prompt_prob=null)
     path = data_path(flow.source)
     if flow.kind == "conversation":

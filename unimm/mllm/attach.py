@@ -1,4 +1,5 @@
-"""`attach`: a language model and an image tokenizer become one model that reads pictures and draws them.
+"""`attach`: a language or multimodal model and an image tokenizer become one model that reads pictures and draws
+them.
 
 Special here: nothing is overwritten in place. The parts are copied into a new model, the text rows of the embedding
 and of the head bit for bit, and the image rows are added above a padded base (see `vocabulary.py`). What is new is
@@ -6,7 +7,7 @@ untrained: the projector and the image rows; both need training before the model
 """
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from unimm.errors import UserError, reading
-from unimm.mllm.hosts import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
+from unimm.mllm.hosts import HOSTS, MULTIMODAL_HOSTS, UnimmLlavaConfig
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.sampling import ImageSampling
 from unimm.mllm.templates import chat_template, end_of_turn_ids
@@ -39,6 +41,26 @@ from unimm.mllm.vocabulary import (
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 
 TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only language models that are composed to a LLaVA
+SUPPORTED = (*TEXT_HOSTS, *MULTIMODAL_HOSTS)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What became of a host's parts: `kept` bit for bit, and `untrained`, to be trained before it sees or draws."""
+
+    host: str
+    kept: tuple[str, ...]
+    untrained: tuple[str, ...]
+
+    def sentence(self) -> str:
+        """For people: what to train, in the recipes' order."""
+        stages = ["recipes/t2i.py (image rows)"]
+        if "projector" in self.untrained:
+            stages.insert(0, "recipes/sft.py (projector first, then all)")
+        return (
+            f"Kept of the {self.host}: {', '.join(self.kept)}. New and untrained: {', '.join(self.untrained)}. "
+            f"Train with {', then '.join(stages)}."
+        )
 
 
 def attach(
@@ -50,11 +72,14 @@ def attach(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     seed: int = 0,
-) -> tuple[UnimmLlavaForConditionalGeneration, UnimmProcessor]:
-    """Build a unified model from a text-only language model and an image tokenizer.
+    **loading: Any,
+) -> tuple[Any, UnimmProcessor]:
+    """Build a unified model from a host and an image tokenizer.
 
     Args:
-        host: a causal language model of one of `TEXT_HOSTS`, or where to load it from.
+        host: a causal language model of one of `TEXT_HOSTS`, a multimodal model of one of `MULTIMODAL_HOSTS`, or where
+            to load one from. A multimodal host's own tower is left behind; its projector is kept where the widths
+            agree.
         image_tokenizer: the tokenizer, or where to load it from.
         text_tokenizer: the host's; None looks where the host came from. It is copied; markers it lacks are added to
             the copy.
@@ -62,42 +87,105 @@ def attach(
         dtype: of the new model, the host's when None; the codebook stays in float32.
         attn_implementation: as in transformers; the host's when None.
         seed: of everything that is new.
+        loading: `device_map` and other arguments of `from_pretrained`, for a host that is loaded here.
 
     Returns:
-        (model, processor), the model in evaluation mode on the host's device.
+        (model, processor), the model in evaluation mode on the host's device; `model.attachment` says what is new.
 
     Raises:
-        UserError: an unsupported host.
+        UserError: an unsupported host, or a grid that the host cannot merge.
         ValueError: unknown `row_init`, or a marker that is not one token.
     """
     if isinstance(host, str | Path):
-        with reading("The language model", host):
-            host = AutoModelForCausalLM.from_pretrained(host)
+        host = _load_host(host, loading)
     if isinstance(image_tokenizer, str | Path):
         image_tokenizer = load_image_tokenizer(image_tokenizer)
-    if host.config.model_type not in TEXT_HOSTS:
-        raise UserError(f"The host is a {host.config.model_type} model; supported are {', '.join(TEXT_HOSTS)}.")
+    _check_supported(host.config.model_type)
     texts = _copy_of(text_tokenizer, host)
-    markers = add_markers(texts)
+    vocabulary_before = texts.get_vocab()
+    markers = add_markers(texts, _placeholder(host, texts))
     rows = host.get_input_embeddings().weight.shape[0]
     vocabulary = VisualVocabulary(visual_base(rows, len(texts)), image_tokenizer.config.codebook_size)
-    processor = build_processor(image_tokenizer, texts, markers, vocabulary)
-    config = _llava_config(host, image_tokenizer, processor, rows)
+    seen_tokens = image_tokenizer.config.num_image_tokens // _merge(host, image_tokenizer) ** 2
+    processor = build_processor(image_tokenizer, texts, markers, vocabulary, seen_tokens)
+    if markers.begin not in _rendered_image(texts):
+        processor.marked = "all" if markers.begin in vocabulary_before else "drawn"
+    compose = _multimodal_config if host.config.model_type in MULTIMODAL_HOSTS else _llava_config
+    config = compose(host, image_tokenizer, processor, rows)
     dtype = dtype or host.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = UnimmLlavaForConditionalGeneration._from_config(
-            config, dtype=torch.float32, attn_implementation=attn_implementation or host.config._attn_implementation
+        model = HOSTS[type(config)]._from_config(
+            config, dtype=torch.float32, attn_implementation=attn_implementation or _attention(host)
         )
     codes = None
     if row_init == "codebook":
         codes = image_tokenizer.lookup(torch.arange(vocabulary.size, device=image_tokenizer.device)[None])[0]
-    model.load_state_dict(_composed_state(model, host, image_tokenizer, vocabulary, row_init, codes, seed))
+    state, lost = _composed_state(model, host, image_tokenizer, vocabulary, row_init, codes, seed)
+    model.load_state_dict(state)
     cast(model, dtype)
-    for name, buffer in host.base_model.named_buffers():
+    for name, buffer in _language_model(host).named_buffers():
         model.model.language_model.get_buffer(name).data = buffer.detach().to(model.device, copy=True)
     _set_generation_defaults(model, host, texts)
+    model.attachment = _attachment(host, lost)
     return model.to(host.device).eval(), processor
+
+
+def _rendered_image(texts: PreTrainedTokenizerBase) -> str:
+    """A user's turn that holds one image, in the tokenizer's chat template."""
+    return str(texts.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False))
+
+
+def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
+    with reading("The host", path):
+        model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type", "nameless")
+        _check_supported(model_type)
+        auto = AutoModelForImageTextToText if model_type in MULTIMODAL_HOSTS else AutoModelForCausalLM
+        return auto.from_pretrained(path, **loading)
+
+
+def _check_supported(model_type: str) -> None:
+    if model_type not in SUPPORTED:
+        raise UserError(f"The host is a {model_type} model; supported are {', '.join(SUPPORTED)}.")
+
+
+def _attention(host: PreTrainedModel) -> str | None:
+    return host.config.get_text_config()._attn_implementation
+
+
+def _language_model(host: PreTrainedModel) -> PreTrainedModel:
+    """The host's decoder without its head."""
+    return host.model.language_model if host.config.model_type in MULTIMODAL_HOSTS else host.base_model
+
+
+def _placeholder(host: PreTrainedModel, texts: PreTrainedTokenizerBase) -> str | None:
+    """The token that a multimodal host puts in place of a seen image's features."""
+    token_id = getattr(host.config, "image_token_id", None)
+    return None if token_id is None else str(texts.convert_ids_to_tokens(token_id))
+
+
+def _merge(host: PreTrainedModel, image_tokenizer: ImageTokenizer) -> int:
+    """Patches a side that the host merges into one token.
+
+    Raises:
+        UserError: the tokenizer's grid does not divide by it.
+    """
+    merge = round(1 / getattr(host.config, "downsample_ratio", 1.0))
+    rows, columns = image_tokenizer.config.grid
+    if rows % merge or columns % merge:
+        raise UserError(
+            f"The {host.config.model_type} host merges {merge} x {merge} patches, and the tokenizer's grid of {rows} x "
+            f"{columns} does not divide by {merge}: take a tokenizer of another picture or patch size."
+        )
+    return merge
+
+
+def _attachment(host: PreTrainedModel, lost: list[str]) -> Attachment:
+    multimodal = host.config.model_type in MULTIMODAL_HOSTS
+    projector = not multimodal or any("multi_modal_projector" in name for name in lost)
+    kept = ("language model", "text rows") if projector else ("language model", "text rows", "projector")
+    untrained = ("projector", "image rows") if projector else ("image rows",)
+    return Attachment(host.config.model_type, kept, untrained)
 
 
 def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
@@ -128,8 +216,12 @@ def build_processor(
     text_tokenizer: PreTrainedTokenizerBase,
     markers: Markers,
     vocabulary: VisualVocabulary,
+    seen_tokens: int | None = None,
 ) -> UnimmProcessor:
-    """The processor of a unified model; the text tokenizer gets a chat template and a padding token if it has none."""
+    """The processor of a unified model; the text tokenizer gets a chat template and a padding token if it has none.
+
+    A seen picture takes `seen_tokens`, where the host merges patches fewer than a drawn one.
+    """
     template = chat_template(text_tokenizer, markers)
     text_tokenizer.chat_template = template
     if text_tokenizer.pad_token is None:
@@ -144,6 +236,7 @@ def build_processor(
         boi_token=markers.begin,
         eoi_token=markers.end,
         chat_template=template,
+        image_seq_length=seen_tokens,
     )
 
 
@@ -173,12 +266,32 @@ def _llava_config(
         "vision_config": copy_config(image_tokenizer.config),
         "text_config": text_config,
         "image_token_index": processor.image_token_id,
-        "image_seq_length": processor.num_image_tokens,
+        "image_seq_length": processor.image_seq_length,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
         "tie_word_embeddings": host.config.tie_word_embeddings,
     }
     return UnimmLlavaConfig(**fields)
+
+
+def _multimodal_config(
+    host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, rows: int
+) -> PreTrainedConfig:
+    """The host's own config with the tokenizer as its tower. The tower gives patches without CLS, and its last hidden
+    state is the feature layer that the tokenizer taps."""
+    text_config = copy_config(host.config.get_text_config())
+    set_vocab_size(text_config, old=rows, new=processor.vocabulary.end)
+    own = {k: v for k, v in host.config.to_dict().items() if k not in ("model_type", "architectures", "text_config")}
+    token_field = "image_token_index" if "image_token_index" in own else "image_token_id"
+    changed = image_vocabulary_fields(image_tokenizer, processor, rows) | {
+        "vision_config": copy_config(image_tokenizer.config),
+        "text_config": text_config,
+        token_field: processor.image_token_id,
+        "image_seq_length": processor.image_seq_length,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+    return MULTIMODAL_HOSTS[host.config.model_type](**(own | changed))
 
 
 def copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -194,11 +307,18 @@ def _composed_state(
     row_init: RowInit,
     codes: Tensor | None,
     seed: int,
-) -> dict[str, Tensor]:
-    """The new model's state: the host and the tokenizer in their places, grown rows, the projector as it was drawn."""
-    state = model.state_dict()
-    for name, tensor in host.base_model.state_dict().items():
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The new model's state: the host and the tokenizer in their places and grown rows; and the names of the host's
+    tensors that found no place because their shapes differ."""
+    state, lost = model.state_dict(), []
+    for name, tensor in _language_model(host).state_dict().items():
         state[f"model.language_model.{name}"] = tensor
+    for name, tensor in host.state_dict().items() if host.config.model_type in MULTIMODAL_HOSTS else ():
+        if name.startswith("model.multi_modal_projector."):
+            if state[name].shape == tensor.shape:
+                state[name] = tensor
+            else:
+                lost.append(name)
     for name, tensor in image_tokenizer.state_dict().items():
         state[f"model.vision_tower.{name}"] = tensor
     embedding = host.get_input_embeddings().weight
@@ -209,7 +329,7 @@ def _composed_state(
     else:
         head = host.get_output_embeddings().weight
         state["lm_head.weight"] = grow_rows(head, vocabulary, row_init=row_init, codes=codes, seed=seed + 1)
-    return state
+    return state, lost
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:

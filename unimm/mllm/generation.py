@@ -111,7 +111,7 @@ class ImageGenerationMixin(GenerationMixin):
         prompts = prompts.to(self.device)
         mask = torch.ones_like(prompts) if attention_mask is None else attention_mask.to(prompts)
         scale = per_prompt_scale(sampling.guidance_scale, len(prompts)).to(prompts.device)  # [B]
-        counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.num_image_tokens)
+        counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
         seeds = per_image_seeds(request_keys(prompts * mask, pixel_values, counts), seed, num_return_sequences)
         prompts, mask = _end_with(prompts, mask, self.config.boi_token_id)
         scale = scale.repeat_interleave(num_return_sequences)  # [S]
@@ -181,7 +181,9 @@ class ImageGenerationMixin(GenerationMixin):
             return {}
         features = self.get_image_features(pixel_values.to(self.device, self.dtype), return_dict=True)
         groups = torch.arange(len(pixel_values)).split(counts)
-        features.pooler_output = [features.pooler_output[i] for group in groups for _ in range(repeats) for i in group]
+        projected = [features.pooler_output[i] for group in groups for _ in range(repeats) for i in group]
+        as_tensor = isinstance(features.pooler_output, Tensor)  # hosts differ: one tensor, or one per image
+        features.pooler_output = torch.stack(projected) if as_tensor else projected
         return {"mm_encoder_outputs": {"image": features}}
 
     def _check_room(self, length: int) -> None:
@@ -233,17 +235,17 @@ class _ImageSteps:
 
 
 def _images_per_prompt(
-    prompts: Tensor, pixel_values: Tensor | None, image_token_id: int, num_image_tokens: int
+    prompts: Tensor, pixel_values: Tensor | None, image_token_id: int, tokens_per_image: int
 ) -> list[int]:
     """Images that each prompt [B, L] sees, by its placeholders."""
     placeholders = (prompts == image_token_id).sum(1)
     images = 0 if pixel_values is None else len(pixel_values)
-    if (placeholders % num_image_tokens).any() or placeholders.sum() != images * num_image_tokens:
+    if (placeholders % tokens_per_image).any() or placeholders.sum() != images * tokens_per_image:
         raise ValueError(
             f"the prompts hold {int(placeholders.sum())} image placeholders, {images} images were given, each of "
-            f"{num_image_tokens} placeholders"
+            f"{tokens_per_image} placeholders"
         )
-    return (placeholders // num_image_tokens).tolist()
+    return (placeholders // tokens_per_image).tolist()
 
 
 def _left_pad(rows: Tensor, length: int, value: int) -> Tensor:

@@ -7,16 +7,21 @@ A further family is one config + model pair here and one composing function in `
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
 )
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from unimm.mllm.processing import UnimmProcessor
@@ -69,7 +74,29 @@ class UnimmLlavaForConditionalGeneration(UnifiedModelMixin, LlavaForConditionalG
     _output_class = LlavaCausalLMOutputWithPast
 
 
-HOSTS = {UnimmLlavaConfig: UnimmLlavaForConditionalGeneration}
+class UnimmInternVLConfig(ImageVocabularyFields, InternVLConfig):
+    """InternVL with an image tokenizer as its tower."""
+
+    model_type = "unimm_internvl"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+    }
+
+
+class UnimmInternVLForConditionalGeneration(UnifiedModelMixin, InternVLForConditionalGeneration):
+    """InternVL that draws; a seen picture takes a quarter of the tokens of a drawn one (pixel shuffle)."""
+
+    config_class = UnimmInternVLConfig
+    _output_class = InternVLCausalLMOutputWithPast
+
+
+HOSTS: dict[type[PreTrainedConfig], type[Any]] = {
+    UnimmLlavaConfig: UnimmLlavaForConditionalGeneration,
+    UnimmInternVLConfig: UnimmInternVLForConditionalGeneration,
+}
+MULTIMODAL_HOSTS: dict[str, type[PreTrainedConfig]] = {"llava": UnimmLlavaConfig, "internvl": UnimmInternVLConfig}
+"""model_type of a stock multimodal host -> what it becomes. Text-only hosts become a LLaVA."""
 
 for config_class, model_class in HOSTS.items():
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

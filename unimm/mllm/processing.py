@@ -6,7 +6,7 @@ marker; batches are padded on the left, as generation needs. Images go through t
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -25,10 +25,13 @@ class UnimmProcessor(ProcessorMixin):
     """An image processor and a text tokenizer, saved and loaded together (`AutoProcessor`).
 
     Args:
-        image_grid: [h, w] of image tokens; a placeholder is expanded to h * w of them.
+        image_grid: [h, w] of image tokens in a drawn picture.
+        image_seq_length: tokens of a seen picture, fewer where the host merges patches; None: h * w.
         image_vocab_start: first image id of the model. The tokenizer may have no token at or above it.
         codebook_size: number of image ids.
         image_token: placeholder of one image token; `boi_token` and `eoi_token` stand around them.
+        marked: whose pictures the chat template leaves without these two, so that they are put around here: "none",
+            "drawn" or "all".
 
     Raises:
         UserError: the tokenizer reaches into the image ids.
@@ -45,6 +48,8 @@ class UnimmProcessor(ProcessorMixin):
         boi_token: str = "<|vision_start|>",
         eoi_token: str = "<|vision_end|>",
         chat_template: str | None = None,
+        image_seq_length: int | None = None,
+        marked: Literal["none", "drawn", "all"] = "none",
     ) -> None:
         if image_vocab_start and len(tokenizer) > image_vocab_start:
             raise UserError(
@@ -52,6 +57,8 @@ class UnimmProcessor(ProcessorMixin):
                 "this tokenizer belongs to another model, or too many tokens were added; attach the model again."
             )
         self.image_grid = list(image_grid)
+        self.image_seq_length = image_seq_length or self.num_image_tokens
+        self.marked = marked
         self.image_vocab_start, self.codebook_size = image_vocab_start, codebook_size
         self.image_token, self.boi_token, self.eoi_token = image_token, boi_token, eoi_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -62,7 +69,7 @@ class UnimmProcessor(ProcessorMixin):
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens of one picture, M = h * w."""
+        """Image tokens of one drawn picture, M = h * w."""
         height, width = self.image_grid
         return height * width
 
@@ -76,6 +83,7 @@ class UnimmProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         *,
         generation_mode: str = "text",
+        drawn: Sequence[bool] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Model inputs: `input_ids` and `attention_mask` [B, L] when there is text, `pixel_values` [I, 3, H, W] when
@@ -86,6 +94,8 @@ class UnimmProcessor(ProcessorMixin):
                 may be nested.
             text: one prompt or a batch.
             generation_mode: "image" appends the begin marker to every prompt that does not end with it.
+            drawn: for each image, whether its placeholders stand for image ids to learn (a drawing, in training) and
+                not for a picture to look at; none by default.
             kwargs: of the tokenizer and the image processor (`return_tensors`, `padding`, ...).
 
         Raises:
@@ -96,19 +106,27 @@ class UnimmProcessor(ProcessorMixin):
         if generation_mode == "image" and text is not None:
             texts = [text] if isinstance(text, str) else text
             text = [each if each.endswith(self.boi_token) else each + self.boi_token for each in texts]
-        return super().__call__(images=images or None, text=text, **kwargs)
+        self._drawn = tuple(drawn or ())
+        try:
+            return super().__call__(images=images or None, text=text, **kwargs)
+        finally:
+            del self._drawn  # what is left here would be saved with the processor
 
     def _process_images(self, images: ImageInput, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         return super()._process_images(make_flat_list_of_images(images), **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        return self.image_token * self.num_image_tokens
+        flags = getattr(self, "_drawn", ())
+        drawn = image_idx < len(flags) and flags[image_idx]
+        tokens = self.image_token * (self.num_image_tokens if drawn else self.image_seq_length)
+        marked = self.marked == "all" or (drawn and self.marked == "drawn")
+        return self.boi_token + tokens + self.eoi_token if marked else tokens
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
         return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
 
     def drawing_prompt(self, prompt: str) -> str:

@@ -6,7 +6,7 @@ real checkpoints pad their matrices (Qwen 151 665 -> 151 936 rows), and a resize
 those rows off.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -82,8 +82,11 @@ def visual_base(embedding_rows: int, tokenizer_length: int) -> int:
     return -(-(used + SPARE_ROWS) // SPARE_ROWS) * SPARE_ROWS
 
 
-def add_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
+def add_markers(tokenizer: PreTrainedTokenizerBase, placeholder: str | None = None) -> Markers:
     """Find the markers that `tokenizer` already has, else add the default ones to it as special tokens.
+
+    Args:
+        placeholder: the token that the host already takes for one image token.
 
     Raises:
         ValueError: a marker is not one token.
@@ -94,6 +97,8 @@ def add_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
             break
     else:
         markers = KNOWN_MARKERS[0]
+    if placeholder is not None:
+        markers = replace(markers, image=placeholder)
     names = [markers.begin, markers.image, markers.end]
     tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
     for name in names:

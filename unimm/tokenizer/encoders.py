@@ -1,34 +1,69 @@
 """The families of pretrained vision models that can be the encoder, and what differs between them.
 
 Special here: a family is one row of `FAMILIES`. It says how many prefix tokens (CLS, registers) stand before the
-patches, which block stack the symmetric decoder mirrors, and how the family wants to be told about pictures of another
-size.
+patches, which block stack the symmetric decoder mirrors, how the family wants to be told about pictures of another
+size, and the normalisation it was trained with where a checkpoint does not say.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.clip.modeling_clip import CLIPEncoder
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Encoder
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEncoder
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTEncoder
 from transformers.models.internvl.modeling_internvl import InternVLVisionEncoder
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from unimm.errors import UserError
 
+Channels = tuple[float, float, float]
+HALF: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP: tuple[Channels, Channels] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+class DINOv3Blocks(DINOv3ViTEncoder):
+    """DINOv3's blocks with no rotation: a decoder has learned positions of its own, and no picture to take them
+    from."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> BaseModelOutput:
+        width = self.config.hidden_size // self.config.num_attention_heads
+        cos = torch.ones(hidden_states.shape[1], width, dtype=hidden_states.dtype, device=hidden_states.device)
+        return super().forward(hidden_states, position_embeddings=(cos, torch.zeros_like(cos)), **kwargs)
+
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """`blocks(config)` is the family's stack of transformer blocks, [B, N, D] -> an output with `last_hidden_state`."""
+    """What sets a family apart.
 
-    prefix_tokens: int
+    Args:
+        blocks: (config) -> the family's stack of transformer blocks, [B, N, D] -> an output with `last_hidden_state`.
+        final_norm: the submodule behind the last block.
+        cls_token: whether one stands before the patches; registers, which the config counts, follow it.
+        asks_to_interpolate: whether pictures of another size need to be announced.
+        normalization: (mean, std) per channel, where the checkpoint has no preprocessor_config.json.
+    """
+
     blocks: Callable[[PreTrainedConfig], nn.Module]
     final_norm: str
+    cls_token: bool
     asks_to_interpolate: bool = False
+    normalization: tuple[Channels, Channels] = IMAGENET
 
 
 FAMILIES: dict[str, EncoderFamily] = {
-    "siglip_vision_model": EncoderFamily(0, SiglipEncoder, "post_layernorm", asks_to_interpolate=True),
-    "internvl_vision": EncoderFamily(1, InternVLVisionEncoder, "layernorm"),
+    "siglip_vision_model": EncoderFamily(SiglipEncoder, "post_layernorm", False, True, HALF),
+    "internvl_vision": EncoderFamily(InternVLVisionEncoder, "layernorm", True),
+    "clip_vision_model": EncoderFamily(CLIPEncoder, "post_layernorm", True, True, CLIP),
+    "dinov2": EncoderFamily(Dinov2Encoder, "layernorm", True),
+    "dinov2_with_registers": EncoderFamily(Dinov2WithRegistersEncoder, "layernorm", True),
+    "dinov3_vit": EncoderFamily(DINOv3Blocks, "norm", True),
 }
 
 
@@ -39,6 +74,11 @@ def encoder_family(config: PreTrainedConfig) -> EncoderFamily:
             f"No encoder family {config.model_type!r}; the supported ones are {', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[config.model_type]
+
+
+def prefix_tokens(config: PreTrainedConfig) -> int:
+    """Tokens before the first patch: CLS and registers."""
+    return int(encoder_family(config).cls_token) + getattr(config, "num_register_tokens", 0)
 
 
 def build_encoder(config: PreTrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -52,10 +92,9 @@ def build_encoder(config: PreTrainedConfig, attn_implementation: str | None = No
 def encode_features(encoder: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, ...]:
     """Every hidden state of the patches, from the embeddings to the last block: a tuple of [B, N, D] without prefix
     tokens."""
-    family = encoder_family(encoder.config)
-    size = {"interpolate_pos_encoding": True} if family.asks_to_interpolate else {}
+    size = {"interpolate_pos_encoding": True} if encoder_family(encoder.config).asks_to_interpolate else {}
     hidden_states = encoder(pixel_values, output_hidden_states=True, **size).hidden_states
-    return tuple(state[:, family.prefix_tokens :] for state in hidden_states)
+    return tuple(state[:, prefix_tokens(encoder.config) :] for state in hidden_states)
 
 
 def final_norm(encoder: PreTrainedModel) -> nn.Module:

@@ -12,15 +12,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from unimm.errors import UserError, reading
+from unimm.errors import UserError
 from unimm.tokenizer.configuration import ImageTokenizerConfig
 from unimm.tokenizer.decoders import SymmetricViTDecoder
-from unimm.tokenizer.encoders import FAMILIES, encode_features, encoder_family, final_norm
+from unimm.tokenizer.encoders import encode_features, final_norm
+from unimm.tokenizer.pretrained import find_encoder, load_encoder
 from unimm.tokenizer.quantizers import SimVQ
 
 
@@ -53,7 +54,14 @@ class ImageTokenizer(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["SiglipEncoderLayer", "InternVLVisionLayer"]
+    _no_split_modules = [
+        "SiglipEncoderLayer",
+        "InternVLVisionLayer",
+        "CLIPEncoderLayer",
+        "Dinov2Layer",
+        "Dinov2WithRegistersLayer",
+        "DINOv3ViTLayer",
+    ]
     # bfloat16 storage of these flips about one id in a hundred. The rule also holds when the tokenizer is a part of a
     # host.
     _keep_in_fp32_modules_strict = ["sampler", "quantizer"]
@@ -190,30 +198,28 @@ class ImageTokenizer(PreTrainedModel):
     def from_encoder(
         cls, name_or_path: str | Path, *, attn_implementation: str | None = None, **config_fields: Any
     ) -> Self:
-        """A new tokenizer around a pretrained vision model: a local Hugging Face folder or a hub id.
+        """A new tokenizer around a pretrained vision model.
 
-        A composite checkpoint (SigLIP with its text half, InternVL) gives its vision half. `config_fields` are fields
-        of the tokenizer's configuration. Raises UserError where the encoder's weights are incomplete or its family is
-        not supported.
+        Args:
+            name_or_path: a name that `unimm encoders` lists, a local Hugging Face folder, or a hub id. A composite
+                checkpoint (SigLIP or CLIP with its text half, InternVL, also in its original layout) gives its vision
+                half.
+            attn_implementation: as in transformers.
+            config_fields: fields of the tokenizer's configuration; normalisation and feature layer are the
+                checkpoint's own unless given.
+
+        Raises:
+            UserError: the encoder's weights are incomplete, or its family is not supported.
         """
-        with reading("The encoder", name_or_path):
-            found = AutoConfig.from_pretrained(str(name_or_path))
-        encoder_config = found if found.model_type in FAMILIES else getattr(found, "vision_config", found)
-        encoder_family(encoder_config)
-        config = cls.config_class(encoder_config=encoder_config.to_dict(), **config_fields)
+        source = find_encoder(name_or_path)
+        fields = {
+            "image_mean": source.image_mean,
+            "image_std": source.image_std,
+            "feature_layer": source.feature_layer,
+        } | config_fields
+        config = cls.config_class(encoder_config=source.config.to_dict(), **fields)
         model = cls._from_config(config, attn_implementation=attn_implementation)
-        with reading("The encoder", name_or_path):
-            encoder, report = type(model.encoder).from_pretrained(
-                str(name_or_path),
-                config=model.encoder.config,
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
-            )
-        if report["missing_keys"] or report["mismatched_keys"]:
-            total = len(encoder.state_dict())
-            lost = len(report["missing_keys"]) + len(report["mismatched_keys"])
-            raise UserError(f"{name_or_path} does not hold this encoder: loaded {total - lost} of {total} tensors.")
-        model.encoder.load_state_dict(encoder.state_dict())
+        load_encoder(model.encoder, source, attn_implementation)
         return model
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -109,6 +109,23 @@ class SimVQ(Float32Module):
             self.projection.bias.zero_()
 
     @torch.no_grad()
+    def redundant(self, latents: Tensor, counts: Tensor) -> Tensor:
+        """The codes that another, more frequent one stands in for (ours, not the paper's): indices [n].
+
+        Two codes that are closer to each other than the error that they leave on the worse-served half of `latents`
+        [m, C] tell apart what needs no telling apart while others go without. `counts` [K]: how often each was chosen.
+        """
+        table = self.effective_codebook
+        flat = latents.detach().float()
+        errors = (flat - F.embedding(nearest_codes(flat, table), table)).square().sum(dim=1)
+        radius = errors.topk(max(1, len(errors) // 2)).values.mean()
+        distances = torch.cdist(table, table).square()
+        order = torch.arange(len(table), device=table.device)
+        counts = counts.to(table.device)
+        more = (counts[None] > counts[:, None]) | ((counts[None] == counts[:, None]) & (order[None] < order[:, None]))
+        return (more & (distances < radius)).any(dim=1).nonzero().flatten()
+
+    @torch.no_grad()
     def revive(self, dead: Tensor, latents: Tensor, seed: int = 0) -> None:
         """Move the codes `dead` [n] onto latents [m, C] that the codebook serves badly (ours, not the paper's).
 

@@ -22,9 +22,12 @@ class HostTrainingArguments(TrainingArguments):
 
     Args:
         ema_decay: of the running mean of the trained weights, which is evaluated and saved; None trains without.
+        compile_blocks: torch.compile for the language model's blocks, one compilation for all of them and every
+            length; evaluation and drawing stay eager.
     """
 
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
+    compile_blocks: bool = field(default=False, metadata={"help": "Compile the language model's blocks."})
     max_steps: int = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are messages, not columns."})
     train_sampling_strategy: str = field(
@@ -73,7 +76,8 @@ class TokenizerTrainingConfig:
 
     `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
     Every `revive_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
-    share `revive_until` of the run (ours too; None = never). In stage 2 the encoder learns at `encoder_learning_rate`.
+    share `revive_until` of the run (ours too; None = never); with `revive_redundant` so do codes that a more frequent
+    neighbour can stand in for (`SimVQ.redundant`). In stage 2 the encoder learns at `encoder_learning_rate`.
     Every group ends at min(its rate, `end_learning_rate`).
     """
 
@@ -96,6 +100,7 @@ class TokenizerTrainingConfig:
     codebook_init_pictures: int = 2048
     revive_steps: int | None = None
     revive_until: float = 0.7
+    revive_redundant: bool = False
     seed: int = 0
     num_workers: int = 0
     log_steps: int = 50

@@ -1,14 +1,12 @@
-"""What happens beside the steps of a `HostTrainer`: averaged weights, panels of drawings, and the saved model."""
+"""What happens beside the steps of a `HostTrainer`: averaged weights and panels of drawings."""
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from unimm.training.ema import EMA
 
@@ -36,14 +34,3 @@ class DrawPanel(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with torch.random.fork_rng():
             self.panel(self.writer, state.global_step)
-
-
-def save_whole(folder: Path, model: PreTrainedModel, processor: Any) -> None:
-    """Save model and processor into `folder`, config.json last: a folder that has one is complete."""
-    staging = folder / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    processor.save_pretrained(staging)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-        path.replace(folder / path.name)
-    staging.rmdir()

@@ -29,14 +29,22 @@ from transformers.utils import logging
 
 from unimm.data.collators import IGNORED
 from unimm.errors import UserError
+from unimm.saving import save_whole
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.ema import EMA
-from unimm.training.host_callbacks import DrawPanel, Panel, UpdateEMA, save_whole
+from unimm.training.host_callbacks import DrawPanel, Panel, UpdateEMA
 
 logger = logging.get_logger(__name__)
 
 EMA_FILE, STREAM_FILE = "ema.pt", "stream.json"
 Batch = dict[str, dict[str, Tensor]]
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compile, in place and at first use, the repeated blocks that learn."""
+    for block in model.modules():
+        if type(block).__name__ in (model._no_split_modules or ()) and any(p.requires_grad for p in block.parameters()):
+            block.compile(dynamic=True)
 
 
 class HostTrainer(Trainer):
@@ -82,6 +90,8 @@ class HostTrainer(Trainer):
         self.ema = None if args.ema_decay is None else EMA(model, decay=args.ema_decay)
         if self.ema is not None:
             self.add_callback(UpdateEMA(self.ema))
+        if args.compile_blocks:
+            compile_blocks(model)
         self._sums = {mode: torch.zeros(len(self.flow_weights), 2, device=args.device) for mode in ("train", "eval")}
         self._bad_step = torch.tensor(-1, device=args.device)
         self._staging: Path | None = None
@@ -191,8 +201,8 @@ class HostTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in Trainer, under the averaged weights where there are any."""
-        with self._averaged_weights():
+        """As in Trainer, under the averaged weights where there are any, and eager: no shape is worth compiling for."""
+        with self._averaged_weights(), torch.compiler.set_stance("force_eager"):
             return super().evaluate(*args, **kwargs)
 
     # ---- logs and guards ----

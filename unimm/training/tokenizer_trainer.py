@@ -146,12 +146,18 @@ class TokenizerTrainer:
         self.tokenizer.quantizer.fit(torch.cat(latents), seed=self.config.seed)
 
     def _revive(self, latents: Tensor) -> None:
-        """Give codes that no process chose a new place; the main process' latents decide for all."""
+        """Give codes that no process chose, and redundant ones, a new place; the main process' latents decide for
+        all."""
         counts = self.accelerator.reduce(self.chosen.counts.to(self.accelerator.device), "sum")
         self.chosen = CodebookUsage(len(counts))
-        dead = (counts == 0).nonzero().flatten()
-        if len(dead) and self.step < self.config.revive_until * self.config.steps:
-            self.tokenizer.quantizer.revive(dead, broadcast(latents.contiguous()), seed=self.step)
+        if self.step >= self.config.revive_until * self.config.steps:
+            return
+        quantizer, latents = self.tokenizer.quantizer, broadcast(latents.detach().contiguous())
+        idle = counts == 0
+        if self.config.revive_redundant:
+            idle[quantizer.redundant(latents, counts)] = True
+        if idle.any():
+            quantizer.revive(idle.nonzero().flatten(), latents, seed=self.step)
 
     def _batches(self, indices: range) -> Iterator[Tensor]:
         """pixel_values of the pictures with these numbers, in order."""

@@ -1,6 +1,6 @@
 """Conversations about scenes of the picture world: every answer follows from the scene by rule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,8 @@ _QUESTIONS: dict[str, Callable[[np.random.Generator, Scene], Turn | None]] = {
     "describe": _describe,
 }
 KINDS = tuple(_QUESTIONS)
-_KIND_SHARES = (0.22, 0.18, 0.24, 0.24, 0.04, 0.08)
+KIND_SHARES = dict(zip(KINDS, (0.22, 0.18, 0.24, 0.24, 0.04, 0.08), strict=True))
+"""How often each kind of question is asked."""
 
 
 def sample_talking_scene(rng: np.random.Generator) -> Scene:
@@ -120,20 +121,38 @@ def sample_talking_scene(rng: np.random.Generator) -> Scene:
     return compose(rng, [pool[i] for i in rng.integers(len(pool), size=int(rng.integers(1, 5)))])
 
 
-def sample_conversation(rng: np.random.Generator, *, num_turns: int | None = None) -> tuple[Scene, list[Turn]]:
-    """A scene and `num_turns` different questions about it (None: 3 to 8)."""
+def sample_conversation(
+    rng: np.random.Generator, *, num_turns: int | None = None, kind_shares: Mapping[str, float] | None = None
+) -> tuple[Scene, list[Turn]]:
+    """A scene and `num_turns` different questions about it (None: 3 to 8), their kinds by `kind_shares` (None:
+    KIND_SHARES).
+
+    Raises:
+        UserError: an unknown kind, or no share above 0.
+    """
     wanted = int(rng.integers(3, 9)) if num_turns is None else num_turns
+    shares = _shares(KIND_SHARES if kind_shares is None else kind_shares)
     scene, turns, asked = sample_talking_scene(rng), [], set()
     for _ in range(
         20 * wanted
     ):  # a scene of one object has few questions of some kinds: the conversation may end early
-        turn = _QUESTIONS[str(rng.choice(KINDS, p=_KIND_SHARES))](rng, scene)
+        turn = _QUESTIONS[str(rng.choice(KINDS, p=shares))](rng, scene)
         if turn is not None and turn.question not in asked:
             asked.add(turn.question)
             turns.append(turn)
         if len(turns) == wanted:
             break
     return scene, turns
+
+
+def _shares(given: Mapping[str, float]) -> np.ndarray:
+    """The share of each of KINDS, summing to 1."""
+    if unknown := sorted(given.keys() - _QUESTIONS.keys()):
+        raise UserError(f"There is no question kind {unknown[0]!r}; the kinds are {', '.join(KINDS)}.")
+    shares = np.array([given.get(kind, 0.0) for kind in KINDS], dtype=np.float64)
+    if shares.min() < 0 or shares.sum() <= 0:
+        raise UserError(f"The shares of the question kinds must be 0 or more, one of them above 0, got {dict(given)}.")
+    return shares / shares.sum()
 
 
 def sample_questions(rng: np.random.Generator, kind: str) -> tuple[Scene, Turn]:

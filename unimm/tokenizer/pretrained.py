@@ -1,0 +1,177 @@
+"""Reading pretrained vision models: their configuration, weights and normalisation, from a folder or the hub.
+
+Special here: checkpoints in InternVL's original layout (remote code: fused qkv, other names) are converted tensor by
+tensor, so no foreign code runs; and a checkpoint that does not fill the encoder is refused, never filled at random.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, InternVLVisionConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from unimm.errors import UserError, reading
+from unimm.tokenizer.encoders import FAMILIES, Channels, encoder_family
+from unimm.tokenizer.published import PUBLISHED
+
+ORIGINAL_INTERNVIT = "intern_vit_6b"  # `model_type` of InternViT with remote code, whatever its size
+ORIGINAL_INTERNVL = "internvl_chat"
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """Where an encoder comes from, and what its files say of it.
+
+    Args:
+        path: a folder or hub id.
+        config: of the vision model, in transformers' own classes.
+        original: whether the weights have InternVL's original layout.
+        feature_layer: the hidden state that multimodal models take.
+        image_mean, image_std: of the preprocessor, or the family's.
+    """
+
+    path: str
+    config: PreTrainedConfig
+    original: bool
+    feature_layer: int
+    image_mean: Channels
+    image_std: Channels
+
+
+def find_encoder(name_or_path: str | Path) -> EncoderSource:
+    """What is known of an encoder before its weights are read.
+
+    Args:
+        name_or_path: a name of `PUBLISHED`, a folder, or a hub id.
+
+    Raises:
+        UserError: it cannot be read, or its family is not supported.
+    """
+    known = PUBLISHED.get(str(name_or_path))
+    path = known.hub_id if known else str(name_or_path)
+    with reading("The encoder", path):
+        fields, _ = PreTrainedConfig.get_config_dict(path)
+        original = fields.get("model_type") in (ORIGINAL_INTERNVIT, ORIGINAL_INTERNVL)
+        config = _from_original(fields) if original else _vision_half(AutoConfig.from_pretrained(path))
+        family = encoder_family(config)
+        mean, std = _normalization(path) or family.normalization
+    return EncoderSource(path, config, original, known.feature_layer if known else -1, mean, std)
+
+
+def load_encoder(encoder: PreTrainedModel, source: EncoderSource, attn_implementation: str | None = None) -> None:
+    """Fill `encoder`, built from `source.config`, with the checkpoint's weights.
+
+    Raises:
+        UserError: weights are missing or misshapen.
+    """
+    with reading("The encoder", source.path):
+        if source.original:
+            expected, state = encoder.state_dict(), dict(_converted(source.path))
+            fits = {name for name, tensor in state.items() if name in expected and tensor.shape == expected[name].shape}
+            lost = len(expected) - len(fits)
+        else:
+            loaded, report = type(encoder).from_pretrained(
+                source.path,
+                config=encoder.config,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )
+            state = expected = loaded.state_dict()
+            lost = len(report["missing_keys"]) + len(report["mismatched_keys"])
+    if lost:
+        total = len(expected)
+        raise UserError(f"{source.path} does not hold this encoder: loaded {total - lost} of {total} tensors.")
+    encoder.load_state_dict(state)
+
+
+def _vision_half(config: PreTrainedConfig) -> PreTrainedConfig:
+    return config if config.model_type in FAMILIES else getattr(config, "vision_config", config)
+
+
+def _normalization(path: str) -> tuple[Channels, Channels] | None:
+    """What preprocessor_config.json says, None where there is none."""
+    file = cached_file(
+        path,
+        "preprocessor_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return None
+    fields = json.loads(Path(file).read_text(encoding="utf-8"))
+    mean, std = fields.get("image_mean"), fields.get("image_std")
+    return (tuple(mean), tuple(std)) if mean and std else None
+
+
+# ---- InternVL's original layout ----
+
+
+def _from_original(fields: dict[str, Any]) -> InternVLVisionConfig:
+    """The configuration of InternViT in transformers' names."""
+    given = fields["vision_config"] if fields["model_type"] == ORIGINAL_INTERNVL else fields
+    return InternVLVisionConfig(
+        hidden_size=given["hidden_size"],
+        intermediate_size=given["intermediate_size"],
+        num_hidden_layers=given["num_hidden_layers"],
+        num_attention_heads=given["num_attention_heads"],
+        image_size=given["image_size"],
+        patch_size=given["patch_size"],
+        attention_bias=given.get("qkv_bias", False),
+        use_qk_norm=given.get("qk_normalization", False),
+        norm_type=given.get("norm_type", "layer_norm"),
+        hidden_act=given.get("hidden_act", "gelu"),
+        layer_norm_eps=given.get("layer_norm_eps", 1e-6),
+    )
+
+
+_RENAMED = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
+        (r"^embeddings\.position_embedding$", "embeddings.position_embeddings"),
+        (r"^embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
+        (r"^encoder\.layers\.", "encoder.layer."),
+        (r"\.attn\.proj\.", ".attention.projection_layer."),
+        (r"\.attn\.", ".attention."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.ls1$", ".lambda_1"),
+        (r"\.ls2$", ".lambda_2"),
+    )
+)
+_VISION_PREFIX = "vision_model."
+
+
+def _converted(path: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an original checkpoint under transformers' names; what belongs to a language model is left out."""
+    for name, tensor in _tensors(path):
+        for pattern, replacement in _RENAMED:
+            name = pattern.sub(replacement, name)
+        if ".attention.qkv." in name:
+            for part, third in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
+                yield name.replace("qkv", part), third.clone()
+        else:
+            yield name, tensor
+
+
+def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path} has no safetensors file; only those are read.")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            inside = any(name.startswith(_VISION_PREFIX) for name in names)
+            for name in names:
+                if not name.startswith(("language_model.", "mlp1.")):
+                    tensor = tensors.get_tensor(name)
+                    yield name.removeprefix(_VISION_PREFIX) if inside else name, tensor.to(torch.float32)
