@@ -215,3 +215,20 @@ def test_only_blocks_that_learn_are_compiled(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((type(self), options)))
     build(tmp_path, TALK, compile_blocks=True)
     assert [(kind.__name__, options) for kind, options in compiled] == [("Qwen3DecoderLayer", {"dynamic": True})] * 2
+
+
+def test_muon_takes_the_blocks_matrices_and_resumes_to_the_bit(tmp_path):
+    trainer = build(tmp_path / "whole", TALK, use_muon=True)
+    trainer.run()
+    groups = trainer.optimizer.param_groups
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    matrices = {names[id(p)] for group in groups if group["muon"] for p in group["params"]}
+    assert len(matrices) == 14 and all(".layers." in name for name in matrices)
+    learned = sum(len(group["params"]) for group in groups)
+    assert learned == sum(p.requires_grad for p in trainer.model.parameters())
+    cut = build(tmp_path / "cut", TALK, use_muon=True)
+    cut.add_callback(StopAt(2))
+    cut.run()
+    build(tmp_path / "cut", TALK, use_muon=True).run()
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())

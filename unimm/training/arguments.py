@@ -22,11 +22,13 @@ class HostTrainingArguments(TrainingArguments):
 
     Args:
         ema_decay: of the running mean of the trained weights, which is evaluated and saved; None trains without.
+        use_muon: Muon instead of AdamW for the matrices of the language model's blocks, at the same learning rate.
         compile_blocks: torch.compile for the language model's blocks, one compilation for all of them and every
             length; evaluation and drawing stay eager.
     """
 
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
+    use_muon: bool = field(default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW elsewhere."})
     compile_blocks: bool = field(default=False, metadata={"help": "Compile the language model's blocks."})
     max_steps: int = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are messages, not columns."})

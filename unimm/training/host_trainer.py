@@ -33,6 +33,7 @@ from unimm.saving import save_whole
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.ema import EMA
 from unimm.training.host_callbacks import DrawPanel, Panel, UpdateEMA
+from unimm.training.optimizers import MuonAdamW, muon_groups
 
 logger = logging.get_logger(__name__)
 
@@ -40,11 +41,14 @@ EMA_FILE, STREAM_FILE = "ema.pt", "stream.json"
 Batch = dict[str, dict[str, Tensor]]
 
 
-def compile_blocks(model: PreTrainedModel) -> None:
-    """Compile, in place and at first use, the repeated blocks that learn."""
-    for block in model.modules():
-        if type(block).__name__ in (model._no_split_modules or ()) and any(p.requires_grad for p in block.parameters()):
-            block.compile(dynamic=True)
+def learning_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks that learn: the language model's, where the tower is frozen."""
+    names = set(model._no_split_modules or ())
+    return [
+        block
+        for block in model.modules()
+        if type(block).__name__ in names and any(p.requires_grad for p in block.parameters())
+    ]
 
 
 class HostTrainer(Trainer):
@@ -61,6 +65,7 @@ class HostTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -91,7 +96,8 @@ class HostTrainer(Trainer):
         if self.ema is not None:
             self.add_callback(UpdateEMA(self.ema))
         if args.compile_blocks:
-            compile_blocks(model)
+            for block in learning_blocks(model):
+                block.compile(dynamic=True)
         self._sums = {mode: torch.zeros(len(self.flow_weights), 2, device=args.device) for mode in ("train", "eval")}
         self._bad_step = torch.tensor(-1, device=args.device)
         self._staging: Path | None = None
@@ -124,6 +130,20 @@ class HostTrainer(Trainer):
 
     def _averaged_weights(self) -> AbstractContextManager[None]:
         return nullcontext() if self.ema is None else self.ema.swapped(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in Trainer; with `use_muon` the blocks' matrices are Muon's."""
+        if not self.args.use_muon or self.optimizer is not None:
+            return super().create_optimizer(model)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if name in decayed], "weight_decay": self.args.weight_decay},
+            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+        ]
+        _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = MuonAdamW(muon_groups(learning_blocks(self.model), groups), **options)
+        return self.optimizer
 
     # ---- the loss ----
 
