@@ -156,7 +156,7 @@ def test_saved_and_reloaded_by_the_auto_classes(name: str, tmp_path: Path) -> No
         assert torch.equal(again(**pair).logits, model(**pair).logits)
     assert type(again.image_tokenizer) is VQRAE and type(again) is type(model)
     reread = AutoProcessor.from_pretrained(tmp_path)
-    assert (reread.image_seq_length, reread.marked) == (16 // merged, processor.marked)
+    assert (reread.image_seq_length, reread.mark_images) == (16 // merged, processor.mark_images)
 
 
 @pytest.mark.parametrize("name", HOSTS)

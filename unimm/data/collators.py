@@ -21,7 +21,12 @@ IGNORED = -100
 class ChatProcessor(Protocol):
     """What is needed of a processor: a chat template with generation marks, placeholders expanded to image tokens."""
 
+    image_token: str
     image_token_id: int
+    boi_token: str
+    num_image_tokens: int
+
+    def __call__(self, **kwargs: Any) -> Any: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
@@ -32,14 +37,16 @@ class FlowCollator:
     A batch holds
         input_ids, attention_mask [B, L]: placeholders stand for seen and for drawn image tokens alike;
         labels [B, L]: conversations: what the assistant says, its closing token included; drawings: the placeholders of
-        the drawn image
-            tokens only (to be replaced by their ids); -100 elsewhere;
+            the drawn image tokens only (to be replaced by their ids); -100 elsewhere;
         drawn [B, L] bool: those placeholders;
         pixel_values [I, 3, H, W]: pictures in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
         absent without any.
 
+    A drawing's text is the very prompt that generation starts from, so it needs nothing of the template for it.
+
     Raises:
-        UserError: a sample without an assistant turn, or whose label spans do not match its assistant turns.
+        UserError: a sample without an assistant turn, or whose label spans do not match its assistant turns; a drawing
+        that does not end with one drawn picture.
     """
 
     def __init__(self, processor: ChatProcessor) -> None:
@@ -50,36 +57,65 @@ class FlowCollator:
         return {flow: self._batch(list(rows)) for flow, rows in groupby(ordered, key=lambda sample: sample["flow"])}
 
     def _batch(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        drawings = _drawings(samples)
-        inputs = self.processor.apply_chat_template(
-            [sample["messages"] for sample in samples],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            return_tensors="np",  # the mask is made in Python, which walks over arrays faster than over tensors
-            processor_kwargs={"padding": True, "padding_side": "right", "drawn": drawings},
-        )
-        said = torch.as_tensor(inputs["assistant_masks"], dtype=torch.bool)  # [B, L]
-        input_ids, attention_mask = (torch.as_tensor(inputs[name]) for name in ("input_ids", "attention_mask"))
-        for sample, row in zip(samples, said, strict=True):
-            _check_spans(sample, row)
-        placeholders = input_ids == self.processor.image_token_id
-        drawn = placeholders & said
-        only_drawn = torch.tensor([sample["kind"] == "drawing" for sample in samples])[:, None]
-        labelled = torch.where(only_drawn, drawn, said)
-        if not bool(labelled.any(1).all()):
-            sample = samples[int((~labelled.any(1)).nonzero()[0])]
-            raise UserError(
-                f"Sample {sample['index']} of the flow {sample['flow']!r} has nothing to learn: no drawn picture."
-            )
-        length = int((labelled | placeholders).any(0).nonzero()[-1]) + 1
+        kind = self._drawn if samples[0]["kind"] == "drawing" else self._said
+        inputs, drawn, labelled = kind(samples)
+        input_ids = torch.as_tensor(inputs["input_ids"])
+        attention_mask = torch.as_tensor(inputs["attention_mask"])
+        length = int((labelled | (input_ids == self.processor.image_token_id)).any(0).nonzero()[-1]) + 1
         batch = {
             "input_ids": input_ids[:, :length],
             "attention_mask": attention_mask[:, :length],
             "labels": input_ids.masked_fill(~labelled, IGNORED)[:, :length],
             "drawn": drawn[:, :length],
         }
-        return batch | _pictures(inputs.get("pixel_values"), drawings)
+        return batch | _pictures(inputs.get("pixel_values"), _drawings(samples))
+
+    def _said(self, samples: list[dict[str, Any]]) -> tuple[Any, Tensor, Tensor]:
+        """Conversations: inputs, drawn placeholders and labelled tokens [B, L], all of the assistant's turns."""
+        inputs = self.processor.apply_chat_template(
+            [sample["messages"] for sample in samples],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            return_tensors="np",  # the mask is made in Python, which walks over arrays faster than over tensors
+            processor_kwargs={"padding": True, "padding_side": "right", "drawn": _drawings(samples)},
+        )
+        said = torch.as_tensor(inputs["assistant_masks"], dtype=torch.bool)
+        for sample, row in zip(samples, said, strict=True):
+            _check_spans(sample, row)
+        return inputs, said & (torch.as_tensor(inputs["input_ids"]) == self.processor.image_token_id), said
+
+    def _drawn(self, samples: list[dict[str, Any]]) -> tuple[Any, Tensor, Tensor]:
+        """Drawings: inputs, and the drawn placeholders [B, L], which are all that is labelled."""
+        for sample in samples:
+            _check_drawing(sample)
+        processor = self.processor
+        prompts = processor.apply_chat_template([s["messages"][:-1] for s in samples], add_generation_prompt=True)
+        inputs = processor(
+            text=[prompt + processor.boi_token + processor.image_token for prompt in prompts],
+            images=[part["image"] for sample in samples for part in _images(sample)],
+            drawn=_drawings(samples),
+            padding=True,
+            padding_side="right",
+            return_tensors="np",
+        )
+        placeholders = torch.as_tensor(inputs["input_ids"]) == processor.image_token_id
+        from_the_end = placeholders.flip(1).cumsum(1).flip(1)  # a picture to look at may come before the drawing
+        drawn = placeholders & (from_the_end <= processor.num_image_tokens)
+        return inputs, drawn, drawn
+
+
+def _images(sample: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for turn in sample["messages"] for part in _parts(turn) if part["type"] == "image"]
+
+
+def _check_drawing(sample: dict[str, Any]) -> None:
+    last = sample["messages"][-1]
+    if last["role"] != "assistant" or [part["type"] for part in _parts(last)] != ["image"]:
+        raise UserError(
+            f"Sample {sample['index']} of the flow {sample['flow']!r} has nothing to learn: no drawn picture, which "
+            "must be all of the assistant's last turn."
+        )
 
 
 def _drawings(samples: Sequence[dict[str, Any]]) -> list[bool]:

@@ -108,8 +108,7 @@ def attach(
     vocabulary = VisualVocabulary(visual_base(rows, len(texts)), image_tokenizer.config.codebook_size)
     seen_tokens = image_tokenizer.config.num_image_tokens // _merge(host, image_tokenizer) ** 2
     processor = build_processor(image_tokenizer, texts, markers, vocabulary, seen_tokens)
-    if markers.begin not in _rendered_image(texts):
-        processor.marked = "all" if markers.begin in vocabulary_before else "drawn"
+    processor.mark_images = markers.begin in vocabulary_before and markers.begin not in _rendered_image(texts)
     compose = _multimodal_config if host.config.model_type in MULTIMODAL_HOSTS else _llava_config
     config = compose(host, image_tokenizer, processor, rows)
     dtype = dtype or host.dtype

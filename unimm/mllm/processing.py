@@ -6,7 +6,7 @@ marker; batches are padded on the left, as generation needs. Images go through t
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,8 +30,7 @@ class UnimmProcessor(ProcessorMixin):
         image_vocab_start: first image id of the model. The tokenizer may have no token at or above it.
         codebook_size: number of image ids.
         image_token: placeholder of one image token; `boi_token` and `eoi_token` stand around them.
-        marked: whose pictures the chat template leaves without these two, so that they are put around here: "none",
-            "drawn" or "all".
+        mark_images: put these two around seen pictures here, for a host whose chat template does not.
 
     Raises:
         UserError: the tokenizer reaches into the image ids.
@@ -49,7 +48,7 @@ class UnimmProcessor(ProcessorMixin):
         eoi_token: str = "<|vision_end|>",
         chat_template: str | None = None,
         image_seq_length: int | None = None,
-        marked: Literal["none", "drawn", "all"] = "none",
+        mark_images: bool = False,
     ) -> None:
         if image_vocab_start and len(tokenizer) > image_vocab_start:
             raise UserError(
@@ -58,7 +57,7 @@ class UnimmProcessor(ProcessorMixin):
             )
         self.image_grid = list(image_grid)
         self.image_seq_length = image_seq_length or self.num_image_tokens
-        self.marked = marked
+        self.mark_images = mark_images
         self.image_vocab_start, self.codebook_size = image_vocab_start, codebook_size
         self.image_token, self.boi_token, self.eoi_token = image_token, boi_token, eoi_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -117,10 +116,10 @@ class UnimmProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         flags = getattr(self, "_drawn", ())
-        drawn = image_idx < len(flags) and flags[image_idx]
-        tokens = self.image_token * (self.num_image_tokens if drawn else self.image_seq_length)
-        marked = self.marked == "all" or (drawn and self.marked == "drawn")
-        return self.boi_token + tokens + self.eoi_token if marked else tokens
+        if image_idx < len(flags) and flags[image_idx]:
+            return self.image_token * self.num_image_tokens
+        tokens = self.image_token * self.image_seq_length
+        return self.boi_token + tokens + self.eoi_token if self.mark_images else tokens
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
