@@ -56,7 +56,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/t2i/.done
+shapes: $(SHAPES)/t2i/.done $(SHAPES)/stage3/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -70,6 +70,10 @@ $(SHAPES)/stage2/.done: $(SHAPES)/stage1/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage2.yaml
 	@touch $@
 
+$(SHAPES)/stage3/.done: $(SHAPES)/stage2/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage3.yaml
+	@touch $@
+
 $(SHAPES)/sft/.done: $(SHAPES)/stage2/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/sft.py --config configs/shapes/sft.yaml
 	@touch $@
@@ -78,5 +82,5 @@ $(SHAPES)/t2i/.done: $(SHAPES)/sft/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/t2i.yaml
 	@touch $@
 
-publish: $(SHAPES)/t2i/.done
+publish: $(SHAPES)/t2i/.done $(SHAPES)/stage3/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml

@@ -15,7 +15,8 @@ import torch
 
 from unimm.config import parse_recipe_args
 from unimm.errors import UserError, run_main
-from unimm.mllm import load
+from unimm.mllm import UnifiedModelMixin, load
+from unimm.mllm.attach import load_image_tokenizer
 
 CARD = "README.md"
 
@@ -23,7 +24,8 @@ CARD = "README.md"
 @dataclass
 class PublishRecipe:
     """`card` is the model card, a Markdown file that travels with the weights; `image_generation` are the defaults of
-    drawing that the checkpoint keeps (guidance_scale, temperature, top_k, top_p).
+    drawing that the checkpoint keeps (guidance_scale, temperature, top_k, top_p). `image_tokenizer` gives its decoder
+    (stage 3) in place of the model's own; its ids must be the model's.
     """
 
     model: str
@@ -31,11 +33,25 @@ class PublishRecipe:
     card: str
     image_generation: dict = field(default_factory=dict)
     max_megabytes: float = 20.0
+    image_tokenizer: str | None = None
+
+
+def take_decoder(model: UnifiedModelMixin, path: str) -> None:
+    """Copy the decoder of the image tokenizer at `path`. Raises UserError where its ids mean something else."""
+    other = load_image_tokenizer(path)
+    if other.fingerprint != model.image_tokenizer.fingerprint:
+        raise UserError(
+            f"The image tokenizer {path} has another codebook than the model: its decoder cannot draw for it."
+        )
+    for part in ("decoder", "pixel_head"):
+        model.image_tokenizer.get_submodule(part).load_state_dict(other.get_submodule(part).state_dict())
 
 
 def main() -> None:
     recipe = parse_recipe_args(PublishRecipe)
     model, processor = load(recipe.model, device="cpu", dtype=torch.float32)
+    if recipe.image_tokenizer is not None:
+        take_decoder(model, recipe.image_tokenizer)
     model.half()
     model.generation_config.image_generation.update(recipe.image_generation)
     output = Path(recipe.output_dir)

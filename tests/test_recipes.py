@@ -1,17 +1,19 @@
-"""The whole chain by its debug configurations: vision model, both tokenizer stages, conversations, drawings."""
+"""The whole chain by its debug configurations: vision model, tokenizer stages, conversations, drawings, publishing."""
 
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import unimm
 from unimm.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAIN = ("vfm", "stage1", "stage2", "sft", "t2i")
-RECIPES = {"vfm": "vfm", "stage1": "tokenizer", "stage2": "tokenizer", "sft": "sft", "t2i": "t2i", "publish": "publish"}
+CHAIN = ("vfm", "stage1", "stage2", "stage3", "sft", "t2i")
+STAGES = ("stage1", "stage2", "stage3")
+RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
 
 
 def run(recipe: str, *arguments: str) -> int:
@@ -35,6 +37,17 @@ def test_the_chain_in_small(tmp_path, monkeypatch):
     (picture,) = chat.draw("a photo of a circle", seed=1)
     assert picture.size == (64, 64)
     assert isinstance(chat.ask("What do you see?", images=[picture]), str)
+    published = [
+        "model=runs/debug/t2i",
+        "image_tokenizer=runs/debug/stage3",
+        "output_dir=out",
+        f"card={ROOT}/README.md",
+    ]
+    assert run("publish", "--config", str(ROOT / "configs/shapes/publish.yaml"), *published) == 0
+    small, _ = unimm.load("out")
+    polished = unimm.VQRAE.from_pretrained("runs/debug/stage3")
+    weight = polished.pixel_head.projection.weight
+    assert torch.equal(small.image_tokenizer.pixel_head.projection.weight, weight.half().float())
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: "/".join(p.parts[-2:]))

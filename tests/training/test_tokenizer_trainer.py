@@ -269,3 +269,28 @@ def test_the_context_term_makes_latents_depend_on_their_patch(tmp_path):
         run.train()
     pixel_values = next(plain._batches(range(4)))
     assert context_of(held.tokenizer, pixel_values) < 0.8 * context_of(plain.tokenizer, pixel_values)
+
+
+def test_stage_3_moves_the_decoder_and_no_id(tmp_path, pixel_values):
+    run = trainer(tmp_path, 3)
+    before = {name: tensor.clone() for name, tensor in run.tokenizer.state_dict().items()}
+    ids, fingerprint = run.tokenizer.encode(pixel_values).ids, run.tokenizer.fingerprint
+    run.train()
+    after = run.tokenizer.state_dict()
+    moved = {name.split(".")[0] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == {"decoder", "pixel_head"}
+    run.tokenizer.eval()
+    assert torch.equal(run.tokenizer.encode(pixel_values).ids, ids) and run.tokenizer.fingerprint == fingerprint
+
+
+def test_refit_spreads_the_codes_of_the_saved_tokenizer(tmp_path):
+    plain = trainer(tmp_path / "plain", 2)
+    spread = trainer(tmp_path / "spread", 2, refit_rounds=3, codebook_init_pictures=12)
+    for run in (plain, spread):
+        run.train()
+
+    def codes_in_use(folder: Any) -> int:
+        tokenizer = VQRAE.from_pretrained(folder).eval()
+        return len(torch.cat([tokenizer.encode(b).ids for b in plain._batches(range(24))]).unique())
+
+    assert codes_in_use(tmp_path / "spread") > codes_in_use(tmp_path / "plain")

@@ -115,15 +115,46 @@ class SimVQ(Float32Module):
         Two codes that are closer to each other than the error that they leave on the worse-served half of `latents`
         [m, C] tell apart what needs no telling apart while others go without. `counts` [K]: how often each was chosen.
         """
+        _, errors = self._served(latents)
+        return self._stood_in_for(counts, _radius(errors)).nonzero().flatten()
+
+    @torch.no_grad()
+    def refit(self, latents: Tensor, seed: int = 0) -> int:
+        """Move idle and redundant codes onto latents [m, C] that are served worse than `redundant`'s radius (ours).
+
+        For a trained tokenizer: encoder and W stay. Repeated on fresh latents it spreads the codes evenly over what
+        occurs, however often it occurs. Returns how many codes moved.
+        """
+        ids, errors = self._served(latents)
+        counts = torch.bincount(ids, minlength=len(self.codebook))
+        radius = _radius(errors)
+        idle = ((counts == 0) | self._stood_in_for(counts, radius)).nonzero().flatten()
+        badly_served = (errors > radius).nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed)
+        chosen = badly_served[torch.randperm(len(badly_served), generator=generator)[: len(idle)].to(ids.device)]
+        idle = idle[: len(chosen)]
+        self._move(idle, latents.detach().float()[chosen])
+        return len(idle)
+
+    def _served(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The id and the squared error of each of the latents [m, C]."""
+        flat, table = latents.detach().float(), self.effective_codebook
+        ids = nearest_codes(flat, table)
+        return ids, (flat - F.embedding(ids, table)).square().sum(dim=1)
+
+    def _stood_in_for(self, counts: Tensor, radius: Tensor) -> Tensor:
+        """Mask [K] of the codes with a more frequent one within `radius` (squared)."""
         table = self.effective_codebook
-        flat = latents.detach().float()
-        errors = (flat - F.embedding(nearest_codes(flat, table), table)).square().sum(dim=1)
-        radius = errors.topk(max(1, len(errors) // 2)).values.mean()
-        distances = torch.cdist(table, table).square()
-        order = torch.arange(len(table), device=table.device)
-        counts = counts.to(table.device)
+        order, counts = torch.arange(len(table), device=table.device), counts.to(table.device)
         more = (counts[None] > counts[:, None]) | ((counts[None] == counts[:, None]) & (order[None] < order[:, None]))
-        return (more & (distances < radius)).any(dim=1).nonzero().flatten()
+        return (more & (torch.cdist(table, table).square() < radius)).any(dim=1)
+
+    def _move(self, codes: Tensor, targets: Tensor) -> None:
+        """Give the codes [n] rows of C that W maps onto `targets` [n, C]."""
+        targets = targets - (0 if self.projection.bias is None else self.projection.bias)
+        # In float64, so that the last bit of the float32 result does not depend on where the tensors lie in memory.
+        solution = torch.linalg.lstsq(self.projection.weight.double(), targets.double().t()).solution
+        self.codebook[codes] = solution.t().to(self.codebook.dtype)
 
     @torch.no_grad()
     def revive(self, dead: Tensor, latents: Tensor, seed: int = 0) -> None:
@@ -133,12 +164,13 @@ class SimVQ(Float32Module):
         new codes differ.
         """
         latents = latents.detach().float()
-        table = self.effective_codebook
-        errors = (latents - F.embedding(nearest_codes(latents, table), table)).square().sum(dim=1)
+        _, errors = self._served(latents)
         worst = errors.topk(max(1, len(latents) // 2)).indices
         generator = torch.Generator().manual_seed(seed)
         chosen = worst[torch.randint(len(worst), (len(dead),), generator=generator).to(worst.device)]
-        targets = latents[chosen] - (0 if self.projection.bias is None else self.projection.bias)
-        # In float64, so that the last bit of the float32 result does not depend on where the tensors lie in memory.
-        solution = torch.linalg.lstsq(self.projection.weight.double(), targets.double().t()).solution
-        self.codebook[dead] = solution.t().to(self.codebook.dtype)
+        self._move(dead, latents[chosen])
+
+
+def _radius(errors: Tensor) -> Tensor:
+    """The mean squared error of the worse-served half."""
+    return errors.topk(max(1, len(errors) // 2)).values.mean()

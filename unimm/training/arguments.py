@@ -79,12 +79,16 @@ class TokenizerTrainingConfig:
     `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
     Every `revive_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
     share `revive_until` of the run (ours too; None = never); with `revive_redundant` so do codes that a more frequent
-    neighbour can stand in for (`SimVQ.redundant`). In stage 2 the encoder learns at `encoder_learning_rate`.
-    Every group ends at min(its rate, `end_learning_rate`).
+    neighbour can stand in for (`SimVQ.redundant`). After the last step `refit_rounds` rounds of `SimVQ.refit` spread
+    the codes, each on `codebook_init_pictures` pictures; nothing else moves then.
+
+    In stage 2 the encoder learns at `encoder_learning_rate`. Stage 3, ours, trains the decoder alone: ids and features
+    stay what they are, so it may come after the language model. Every group ends at min(its rate,
+    `end_learning_rate`).
     """
 
     output_dir: str
-    stage: Literal[1, 2] = 1
+    stage: Literal[1, 2, 3] = 1
     steps: int = 100_000
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
@@ -103,6 +107,7 @@ class TokenizerTrainingConfig:
     revive_steps: int | None = None
     revive_until: float = 0.7
     revive_redundant: bool = False
+    refit_rounds: int = 0
     seed: int = 0
     num_workers: int = 0
     log_steps: int = 50

@@ -9,9 +9,12 @@ from unimm.tokenizer.encoders import final_norm
 
 
 def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
-    """Stage 1 freezes the encoder, stage 2 trains it; what no gradient can reach (an unused final norm) stays
-    frozen."""
-    tokenizer.requires_grad_(True)
+    """Stage 1 freezes the encoder, stage 2 trains it, stage 3 trains the decoder alone; what no gradient can reach (an
+    unused final norm) stays frozen."""
+    tokenizer.requires_grad_(stage != 3)
+    if stage == 3:
+        tokenizer.decoder.requires_grad_(True)
+        tokenizer.pixel_head.requires_grad_(True)
     tokenizer.encoder.requires_grad_(stage == 2)
     final_norm(tokenizer.encoder).requires_grad_(stage == 2 and tokenizer.config.apply_post_norm)
 

@@ -145,6 +145,17 @@ class TokenizerTrainer:
         latents = [self.tokenizer.encode(batch).latents.flatten(0, 1) for batch in self._batches(range(count))]
         self.tokenizer.quantizer.fit(torch.cat(latents), seed=self.config.seed)
 
+    @torch.no_grad()
+    def _refit(self) -> None:
+        """`refit_rounds` rounds, each on other pictures of the stream; the last checkpoint is older and unchanged."""
+        self.tokenizer.eval()
+        count = self.config.codebook_init_pictures
+        for number in range(self.config.refit_rounds):
+            pictures = range(number * count, min((number + 1) * count, len(self.pictures)))
+            latents = [self.tokenizer.encode(batch).latents.flatten(0, 1) for batch in self._batches(pictures)]
+            moved = self.tokenizer.quantizer.refit(torch.cat(latents), seed=number) if latents else 0
+            print(f"refit round {number + 1}: {moved} codes moved")
+
     def _revive(self, latents: Tensor) -> None:
         """Give codes that no process chose, and redundant ones, a new place; the main process' latents decide for
         all."""
@@ -342,9 +353,10 @@ class TokenizerTrainer:
         self.accelerator.wait_for_everyone()
 
     def save_pretrained(self) -> None:
-        """The averaged weights, as an ordinary checkpoint with its processor."""
+        """The averaged weights, their codes spread by `refit_rounds`, as an ordinary checkpoint with its processor."""
         if self.accelerator.is_main_process:
             with self.ema.swapped(self.tokenizer):
+                self._refit()
                 self.tokenizer.save_pretrained(self.output_dir)
             self.processor.save_pretrained(self.output_dir)
         self.accelerator.wait_for_everyone()
