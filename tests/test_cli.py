@@ -1,6 +1,7 @@
 """The command line on a tiny model: what it reports, and that every mistake is one line and exit code 2."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,36 @@ def test_attach_overwrites_nothing_and_names_the_hosts(
     assert main(["attach", "bert", *tokenizer, "--output", "out"]) == 2
     assert "is a bert model; supported are llama, qwen2, qwen3, llava, internvl" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_ways_out_and_doctor(model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(model_folder)]
+    assert main(["detach", *model, "--output", "host"]) == 0
+    assert main(["export", *model, "--understanding", "--output", "reads"]) == 0
+    assert main(["export", *model, "--generation", "--output", "writes"]) == 0
+    types = [
+        json.loads(Path(f"{folder}/config.json").read_text())["model_type"] for folder in ("host", "reads", "writes")
+    ]
+    assert types == ["qwen3", "llava", "qwen3"]
+    assert Path("writes/image_tokenizer/model.safetensors").is_file()
+    capsys.readouterr()
+    assert main(["doctor", *model, "--json", "r.json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 10
+    assert report(Path("r.json").read_text())["ok"] is True
+
+
+def test_doctor_fails_with_code_1(
+    model_folder: Path, desk: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sick = tmp_path_factory.mktemp("sick") / "model"
+    shutil.copytree(model_folder, sick)
+    file = sick / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor"]["image_mean"] = [0.1, 0.1, 0.1]
+    file.write_text(json.dumps(settings))
+    assert main(["doctor", "--model", str(sick)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
+    assert len(failed) == 1 and "normalization" in failed[0]
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

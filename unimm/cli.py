@@ -1,4 +1,4 @@
-"""The command `unimm`: demo, chat, generate, reconstruct, encoders, attach.
+"""The command `unimm`: demo, chat, generate, reconstruct; encoders, attach, detach, export, doctor.
 
 The first four take `--model PATH` (default: the embedded model); all take `--json FILE` (`-` = standard output): one
 JSON object with what was done and the seconds it took. What a person got wrong is one line on standard error and exit
@@ -19,23 +19,25 @@ from unimm.data.images import check_image_output, load_image, save_image_atomica
 from unimm.errors import UserError, one_line, run_main
 from unimm.report import Report
 
+FAILED_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
 MAX_IMAGES = 256
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 wrong use, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 1 `doctor` found a fault, 2 wrong use, 130 interrupted."""
     try:
         return run_main(lambda: _run(argv))
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def _run(argv: Sequence[str] | None) -> int | None:
     arguments = build_parser().parse_args(argv)
     report = Report(arguments.json)
-    arguments.command(arguments, report)
+    code: int | None = arguments.command(arguments, report)
     report.write()
+    return code
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -140,9 +142,7 @@ def attach(arguments: argparse.Namespace, report: Report) -> None:
     from unimm.mllm import attach as attach_to
     from unimm.saving import save_whole
 
-    output = Path(arguments.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is not an empty folder: choose another, nothing is overwritten.")
+    output = _new_folder(arguments.output)
     _quiet_libraries()
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     with report.timed("attach"):
@@ -161,6 +161,61 @@ def attach(arguments: argparse.Namespace, report: Report) -> None:
         untrained=untrained,
     )
     report.say(model.attachment.sentence() + f"\n{output}")
+
+
+def detach(arguments: argparse.Namespace, report: Report) -> None:
+    """Give back the host that a tokenizer was attached to."""
+    from unimm.mllm.export import detach as detached
+    from unimm.saving import save_whole
+
+    output = _new_folder(arguments.output)
+    model, processor = _load(arguments.model, report)
+    with report.timed("save"):
+        host = detached(model)
+        save_whole(output, host, processor.tokenizer)
+    report.add(output=str(output), model_type=host.config.model_type)
+    report.say(f"{output}  ({host.config.model_type})")
+
+
+def export(arguments: argparse.Namespace, report: Report) -> None:
+    """Write a checkpoint that loads without unimm: one that reads pictures, or one that writes ids."""
+    from unimm.mllm.export import save_generation, stock_understanding
+    from unimm.saving import save_whole
+
+    output = _new_folder(arguments.output)
+    model, processor = _load(arguments.model, report)
+    with report.timed("save"):
+        if arguments.understanding:
+            stock, reader = stock_understanding(model, processor)
+            save_whole(output, stock, reader)
+        else:
+            stock = save_generation(model, processor, output)
+    report.add(output=str(output), model_type=stock.config.model_type)
+    report.say(f"{output}  ({stock.config.model_type})")
+
+
+def doctor(arguments: argparse.Namespace, report: Report) -> int:
+    """Try out ten points that the tower of a model must meet; exit code 1 when one fails."""
+    from dataclasses import asdict
+
+    from unimm.mllm.doctor import examine
+
+    findings = []
+    model, processor = _load(arguments.model, report)
+    with report.timed("examine"):
+        for finding in examine(model, processor):
+            report.say(finding.line())
+            findings.append(asdict(finding))
+    sound = all(finding["ok"] for finding in findings)
+    report.add(findings=findings, ok=sound)
+    return 0 if sound else FAILED_EXIT_CODE
+
+
+def _new_folder(path: str) -> Path:
+    output = Path(path)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is not an empty folder: choose another, nothing is overwritten.")
+    return output
 
 
 class _Progress:
@@ -254,11 +309,22 @@ def build_parser() -> argparse.ArgumentParser:
     join.add_argument("--row-init", choices=("random", "mean", "codebook"), default="random", help="of the new rows")
     join.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the host's own")
     join.add_argument("--seed", type=_whole_number, default=0, metavar="S", help="of everything that is new")
+
+    part = _command(commands, detach)
+    part.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
+
+    out = _command(commands, export)
+    kind = out.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--understanding", action="store_true", help="a stock LLaVA or InternVL with the plain encoder")
+    kind.add_argument("--generation", action="store_true", help="the language model with image ids, and the decoder")
+    out.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
+
+    _command(commands, doctor)
     return parser
 
 
 def _command(
-    commands: Any, function: Callable[[argparse.Namespace, Report], None], model: bool = True
+    commands: Any, function: Callable[[argparse.Namespace, Report], int | None], model: bool = True
 ) -> argparse.ArgumentParser:
     """A sub-command named after its function, with what all of them take; `model`: those that load one."""
     summary = (function.__doc__ or "").partition("\n")[0]

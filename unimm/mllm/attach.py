@@ -44,6 +44,9 @@ TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only languag
 SUPPORTED = (*TEXT_HOSTS, *MULTIMODAL_HOSTS)
 
 
+_UNKEPT = ("architectures", "transformers_version", "_name_or_path", "dtype")  # of a host's config: not what it is
+
+
 @dataclass(frozen=True)
 class Attachment:
     """What became of a host's parts: `kept` bit for bit, and `untrained`, to be trained before it sees or draws."""
@@ -240,7 +243,7 @@ def build_processor(
 
 
 def image_vocabulary_fields(
-    image_tokenizer: ImageTokenizer, processor: UnimmProcessor, text_rows: int
+    host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, text_rows: int
 ) -> dict[str, Any]:
     """The values of `hosts.ImageVocabularyFields`, the same for every host family."""
     return {
@@ -252,6 +255,7 @@ def image_vocabulary_fields(
         "eoi_token_id": processor.eoi_token_id,
         "null_prompt": processor.null_prompt_ids(),
         "tokenizer_fingerprint": image_tokenizer.fingerprint,
+        "host_config": {k: v for k, v in host.config.to_dict().items() if k not in _UNKEPT},
     }
 
 
@@ -261,7 +265,7 @@ def _llava_config(
     """A LLaVA over the host's text config; the tower's whole last layer, no CLS token to cut."""
     text_config = copy_config(host.config)
     set_vocab_size(text_config, old=rows, new=processor.vocabulary.end)
-    fields = image_vocabulary_fields(image_tokenizer, processor, rows) | {
+    fields = image_vocabulary_fields(host, image_tokenizer, processor, rows) | {
         "vision_config": copy_config(image_tokenizer.config),
         "text_config": text_config,
         "image_token_index": processor.image_token_id,
@@ -282,7 +286,7 @@ def _multimodal_config(
     set_vocab_size(text_config, old=rows, new=processor.vocabulary.end)
     own = {k: v for k, v in host.config.to_dict().items() if k not in ("model_type", "architectures", "text_config")}
     token_field = "image_token_index" if "image_token_index" in own else "image_token_id"
-    changed = image_vocabulary_fields(image_tokenizer, processor, rows) | {
+    changed = image_vocabulary_fields(host, image_tokenizer, processor, rows) | {
         "vision_config": copy_config(image_tokenizer.config),
         "text_config": text_config,
         token_field: processor.image_token_id,

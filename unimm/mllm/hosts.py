@@ -42,6 +42,7 @@ class ImageVocabularyFields:
         null_prompt: token ids of the unconditional prompt of guidance, up to and including the begin marker.
         null_prompt_prob: how often training replaced a drawing prompt by it; 0 means that guidance was never trained.
         tokenizer_fingerprint: of the image tokenizer that the image ids belong to.
+        host_config: the config of the host that the tokenizer was attached to, for `detach`.
         image_position_mode: positions of drawn image tokens: "1d", as text.
     """
 
@@ -54,6 +55,7 @@ class ImageVocabularyFields:
     null_prompt: list[int] = field(default_factory=list)
     null_prompt_prob: float = 0.0
     tokenizer_fingerprint: str | None = None
+    host_config: dict[str, Any] | None = None
     image_position_mode: str = "1d"
 
 

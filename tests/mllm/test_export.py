@@ -1,0 +1,108 @@
+"""Ways out: the host comes back to the bit, and stock classes read and write as the unified model did."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    InternVLForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    SiglipVisionModel,
+)
+
+from tests.mllm import tiny
+from tests.mllm.test_multimodal_hosts import HOSTS, build, sentence
+from unimm.errors import UserError
+from unimm.mllm import attach
+from unimm.mllm.export import causal_lm, detach, save_generation, stock_understanding
+
+
+def same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
+    found, expected = ours.state_dict(), theirs.state_dict()
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_detached_is_the_text_host(family: str, tied: bool, tmp_path: Path) -> None:
+    host = tiny.language_model(family, tied=tied)
+    model, _ = attach(host, tiny.image_tokenizer(), tiny.text_tokenizer())
+    model.save_pretrained(tmp_path)
+    again = detach(AutoModelForImageTextToText.from_pretrained(tmp_path))
+    assert type(again) is type(host) and same_state(again, host)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_detached_is_the_multimodal_host(name: str) -> None:
+    host, tokenizer, image_tokenizer, merged = build(name)
+    again = detach(attach(host, image_tokenizer, tokenizer)[0])
+    assert type(again) is type(host) and same_state(again, host)
+    input_ids, pixel_values = sentence(host, 2, merged)
+    with torch.no_grad():
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values}
+        assert torch.equal(again(**inputs).logits, host(**inputs).logits)
+
+
+def test_a_host_that_lost_its_tower_cannot_come_back() -> None:
+    host, tokenizer, *_ = build("llava-clip")
+    model, _ = attach(host, tiny.image_tokenizer(), tokenizer)
+    with pytest.raises(UserError, match="its tower or projector was replaced"):
+        detach(model)
+
+
+@pytest.mark.parametrize("name", ["text", *HOSTS])
+def test_a_stock_model_reads_pictures_with_the_same_logits(name: str, tmp_path: Path) -> None:
+    if name == "text":
+        merged, (model, processor) = 1, tiny.unified(rows=304)
+    else:
+        host, tokenizer, image_tokenizer, merged = build(name)
+        model, processor = attach(host, image_tokenizer, tokenizer)
+    stock, reader = stock_understanding(model, processor)
+    stock.save_pretrained(tmp_path)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert type(stock) is (InternVLForConditionalGeneration if name == "internvl" else LlavaForConditionalGeneration)
+    input_ids, pixel_values = sentence(model, 2, merged)
+    with torch.no_grad():
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values}
+        rows = model.config.text_vocab_size
+        assert torch.equal(stock(**inputs).logits, model(**inputs).logits[..., :rows])
+    if name == "text":
+        assert type(stock.model.vision_tower) is SiglipVisionModel
+        reader.save_pretrained(tmp_path)
+        reader = AutoProcessor.from_pretrained(tmp_path)
+        assert type(reader) is LlavaProcessor
+        chat = [tiny.user(tiny.picture("blue"), "is there a red circle?")]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        theirs, ours = (each.apply_chat_template(chat, **options) for each in (reader, processor))
+        assert torch.equal(theirs["input_ids"], ours["input_ids"])
+        torch.testing.assert_close(theirs["pixel_values"], ours["pixel_values"])
+
+
+def test_features_that_no_stock_model_taps_are_refused() -> None:
+    model, processor = tiny.unified()
+    model.image_tokenizer.config.apply_post_norm = True
+    with pytest.raises(UserError, match="behind the encoder's final norm"):
+        stock_understanding(model, processor)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_plain_causal_lm_writes_the_same_ids(tied: bool, tmp_path: Path) -> None:
+    model, processor = tiny.unified(tied=tied)
+    save_generation(model, processor, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(plain) is type(tiny.language_model()) and same_state(plain, causal_lm(model))
+    inputs = processor(text=[processor.drawing_prompt("a red circle")], return_tensors="pt")
+    expected = model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=None)
+    vocabulary = json.loads((tmp_path / "image_vocabulary.json").read_text())
+    base, size = vocabulary["image_vocab_start"], vocabulary["codebook_size"]
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        for _ in range(16):  # any engine that takes logits does this
+            chosen = plain(ids).logits[:, -1, base : base + size].argmax(-1, keepdim=True) + base
+            ids = torch.cat([ids, chosen], 1)
+    assert torch.equal(ids[:, -16:], expected)

@@ -1,0 +1,186 @@
+"""`unimm doctor`: ten points that a vision tower must meet inside its host, each tried out and not read off a config.
+
+Special here: a wrong tower seldom fails aloud. A CLS token that stays shifts every patch by one, other normalisation
+constants cost quality in silence, and a tower that was assigned instead of configured is random after a reload. Every
+point says what was found and, where it fails, what to do.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from unimm.mllm.processing import UnimmProcessor
+from unimm.tokenizer import ImageTokenizer
+
+SIZES = ((64, 64), (37, 101), (640, 480))  # (width, height) of ordinary pictures
+EXTREMES = ((1024, 16), (16, 1024))
+NORM_BOUNDS = (0.02, 50.0)
+"""Mean norm of the projected patches over that of the text rows."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One point: what was looked at, whether it holds, what was found, and what to do where it does not."""
+
+    number: int
+    point: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+    def line(self) -> str:
+        return f"{self.number:>2} {'ok  ' if self.ok else 'FAIL'} {self.point}: {self.found}" + (
+            "" if self.ok else f". {self.fix}"
+        )
+
+
+class _Patient:
+    """A model and processor, with what several points ask for."""
+
+    def __init__(self, model: Any, processor: UnimmProcessor) -> None:
+        self.model, self.processor = model, processor
+        self.config, self.tower = model.config, model.model.vision_tower
+
+    def pixel_values(self, *sizes: tuple[int, int]) -> Tensor:
+        images = [Image.effect_noise(size, 64).convert("RGB") for size in sizes]
+        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(self.model.device)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        return self.tower(pixel_values.to(self.model.dtype)).last_hidden_state
+
+    def projected(self, pixel_values: Tensor) -> list[Tensor]:
+        """One [n, D] per picture."""
+        return list(self.model.get_image_features(pixel_values.to(self.model.dtype), return_dict=True).pooler_output)
+
+
+@torch.no_grad()
+def examine(model: Any, processor: UnimmProcessor) -> Iterator[Finding]:
+    """The ten findings, one by one. A point that cannot even be tried fails with the error as what was found."""
+    patient = _Patient(model, processor)
+    for number, (point, look, fix) in enumerate(_POINTS, 1):
+        try:
+            ok, found = look(patient)
+        except Exception as error:  # whatever a broken tower raises is the finding
+            ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        yield Finding(number, point, ok, found, fix)
+
+
+def _token_count(patient: _Patient) -> tuple[bool, str]:
+    image_token = patient.processor.image_token
+    counts = []
+    for size in (*SIZES, *EXTREMES):
+        pixel_values = patient.pixel_values(size)
+        image = Image.new("RGB", size)
+        text = patient.processor(text=[image_token], images=[image], return_tensors="pt")["input_ids"]
+        placeholders = int((text == patient.config.image_token_id).sum())
+        counts.append((placeholders, sum(len(rows) for rows in patient.projected(pixel_values))))
+    differing = [pair for pair in counts if pair[0] != pair[1]]
+    if differing:
+        return False, f"{differing[0][0]} placeholders for {differing[0][1]} feature vectors"
+    return True, f"{counts[0][0]} placeholders and feature vectors at {len(counts)} picture sizes"
+
+
+def _width(patient: _Patient) -> tuple[bool, str]:
+    layers = patient.config.vision_feature_layer
+    merged = round(1 / getattr(patient.config, "downsample_ratio", 1.0)) ** 2
+    given = patient.features(patient.pixel_values(SIZES[0])).shape[-1]
+    given *= merged * (len(layers) if isinstance(layers, list) else 1)
+    wanted = next(
+        m.in_features for m in patient.model.model.multi_modal_projector.modules() if hasattr(m, "in_features")
+    )
+    return given == wanted, f"the tower gives {given} numbers a token, the projector reads {wanted}"
+
+
+def _prefix(patient: _Patient) -> tuple[bool, str]:
+    tokens = patient.features(patient.pixel_values(SIZES[0])).shape[1]
+    rows, columns = patient.tower.config.grid
+    strategy = patient.config.vision_feature_select_strategy
+    expected = "full" if tokens == rows * columns else "default"
+    return strategy == expected, f"{tokens} tokens for {rows * columns} patches, strategy {strategy!r}"
+
+
+def _tensor(patient: _Patient) -> tuple[bool, str]:
+    features, host = patient.features(patient.pixel_values(SIZES[0])), patient.model
+    right = features.is_contiguous() and (features.dtype, features.device) == (host.dtype, host.device)
+    layout = "contiguous" if features.is_contiguous() else "strided"
+    return right, f"{layout} {features.dtype} on {features.device}, the host is {host.dtype}"
+
+
+def _normalization(patient: _Patient) -> tuple[bool, str]:
+    ours, theirs = patient.processor.image_processor, patient.tower.config
+    pairs = [(list(getattr(ours, name)), list(getattr(theirs, name))) for name in ("image_mean", "image_std")]
+    return all(
+        a == b for a, b in pairs
+    ), f"processor {pairs[0][0]} / {pairs[1][0]}, tower {pairs[0][1]} / {pairs[1][1]}"
+
+
+def _resizing(patient: _Patient) -> tuple[bool, str]:
+    shapes = {tuple(patient.pixel_values(size).shape[-2:]) for size in (*SIZES, *EXTREMES)}
+    side = patient.tower.config.image_size
+    return shapes == {(side, side)}, f"pictures become {sorted(shapes)}, the tower reads {side} x {side}"
+
+
+def _gradients(patient: _Patient) -> tuple[bool, str]:
+    names = [name for name, _ in patient.tower.named_parameters()]
+    frozen = patient.tower.config.train_codebook or "quantizer.codebook" not in names
+    stuck = [name for name, p in patient.model.model.multi_modal_projector.named_parameters() if not p.requires_grad]
+    state = "C a buffer" if frozen else "C a parameter"
+    return frozen and not stuck, f"{state}, {len(stuck)} frozen weights in the projector"
+
+
+def _norms(patient: _Patient) -> tuple[bool, str]:
+    projected = torch.cat(patient.projected(patient.pixel_values(*SIZES))).float().norm(dim=-1).mean()
+    rows = patient.model.get_input_embeddings().weight[: patient.config.text_vocab_size].float().norm(dim=-1).mean()
+    ratio = float(projected / rows.clamp_min(1e-12))
+    return NORM_BOUNDS[0] < ratio < NORM_BOUNDS[1], f"projected patches are {ratio:.2f} times as long as text rows"
+
+
+def _deepstack(patient: _Patient) -> tuple[bool, str]:
+    wanted = getattr(getattr(patient.config, "vision_config", None), "deepstack_visual_indexes", None)
+    if not wanted:
+        return True, "the host takes none"
+    given = getattr(patient.tower(patient.pixel_values(SIZES[0])), "deepstack_features", None)
+    return given is not None and len(given) == len(wanted), f"{len(given or [])} given, {len(wanted)} taken"
+
+
+def _reload(patient: _Patient) -> tuple[bool, str]:
+    model = patient.model
+    image, count = patient.config.image_token_id, patient.config.image_seq_length
+    text = [token_id for token_id in range(4) if token_id != image]
+    input_ids = torch.tensor([[*[image] * count, *text]], device=model.device)
+    inputs = {"input_ids": input_ids, "pixel_values": patient.pixel_values(SIZES[0]).to(model.dtype)}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = AutoModelForImageTextToText.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+        tower = type(again.model.vision_tower)
+        equal = torch.equal(again(**inputs).logits, model(**inputs).logits)
+    kept = tower is type(patient.tower) and issubclass(tower, ImageTokenizer)
+    return equal and kept, f"logits {'equal' if equal else 'differ'}, the tower is a {tower.__name__}"
+
+
+_POINTS: tuple[tuple[str, Callable[[_Patient], tuple[bool, str]], str], ...] = (
+    (
+        "token count",
+        _token_count,
+        "Set image_seq_length in the model's and the processor's config to the vectors a picture gives",
+    ),
+    ("width", _width, "Make a new projector of that width (attach does) and train it: the old one cannot be kept"),
+    (
+        "prefix tokens",
+        _prefix,
+        "Set vision_feature_select_strategy to 'full' for a tower without CLS, 'default' drops its first patch",
+    ),
+    ("layout", _tensor, "Return .contiguous() features of the host's dtype on its device"),
+    ("normalization", _normalization, "Save the tokenizer's own processor beside the model: same mean and std"),
+    ("resizing", _resizing, "Set size in preprocessor_config.json to the tower's picture size"),
+    ("gradients", _gradients, "Keep SimVQ's C a buffer, and let the projector learn"),
+    ("norms", _norms, "The projector does not fit these features: train it first, the language model frozen"),
+    ("deepstack", _deepstack, "Give one feature map for every layer that the host adds them to"),
+    ("reload", _reload, "Enter the tower by configuration (unimm.attach): an assigned one is random after a reload"),
+)

@@ -1,0 +1,199 @@
+"""Ways out of a unified model: back to the host, to a stock checkpoint that reads pictures, to one that writes ids.
+
+Special here: what goes out needs no unimm. `detach` gives the host's own classes and row counts; `stock_understanding`
+puts the plain encoder in as the tower of a stock LLaVA or InternVL, so that any server of those reads pictures with
+the same logits; `causal_lm` is the language model with the image ids in its vocabulary, for any engine that writes
+tokens.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    InternVLConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipImageProcessorPil,
+)
+
+from unimm.errors import UserError
+from unimm.mllm.attach import TEXT_HOSTS, copy_config
+from unimm.mllm.processing import UnimmProcessor
+from unimm.mllm.vocabulary import set_vocab_size
+from unimm.provenance import write_atomically
+from unimm.saving import save_whole
+from unimm.tokenizer.encoders import prefix_tokens
+
+VOCABULARY_FILE = "image_vocabulary.json"
+
+
+def detach(model: Any) -> PreTrainedModel:
+    """The host that the tokenizer was attached to, in its own class and with its own number of rows.
+
+    A multimodal host gets the tokenizer's encoder as its tower, which is its own where the tokenizer was built on it.
+
+    Raises:
+        UserError: the host is unknown (attached by an older version), or tower or projector are not of its shapes.
+    """
+    if not model.config.host_config:
+        raise UserError("This model does not say which host it was made of: attach it again with this version.")
+    fields = copy.deepcopy(model.config.host_config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    rows = config.get_text_config().vocab_size
+    if config.model_type in TEXT_HOSTS:
+        host = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        state = _below(f"{host.base_model_prefix}.", _cut(model.model.language_model.state_dict(), rows))
+    else:
+        host = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
+        state = _stock_state(model, rows)
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = model.get_output_embeddings().weight[:rows]
+    _fill(host, state)
+    host.generation_config = copy.deepcopy(model.generation_config)
+    return host.to(model.device).eval()
+
+
+def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrainedModel, Any]:
+    """A stock LLaVA or InternVL with the plain encoder as its tower: (model, processor); text logits are the same.
+
+    The processor is LLaVA's; for InternVL, whose own needs a video processor, it is the text tokenizer.
+
+    Raises:
+        UserError: the features are none that a stock model can tap.
+    """
+    tokenizer = model.image_tokenizer
+    prefix = prefix_tokens(tokenizer.encoder.config)
+    if tokenizer.config.apply_post_norm or prefix > 1:
+        what = "behind the encoder's final norm" if prefix <= 1 else f"behind {prefix} prefix tokens"
+        raise UserError(f"The features lie {what}, where no stock model taps them: this model stays with unimm.")
+    internvl = model.config.model_type == "unimm_internvl"
+    if internvl and tokenizer.encoder.config.model_type != "internvl_vision":
+        raise UserError(
+            f"A stock InternVL has its own encoder only, this tokenizer is built on "
+            f"{tokenizer.encoder.config.model_type}: attach it to a LLaVA or a text-only model to export it."
+        )
+    rows = max(model.config.text_vocab_size, len(processor.tokenizer))
+    text_config = copy_config(model.config.get_text_config())
+    set_vocab_size(text_config, old=text_config.vocab_size, new=rows)
+    strategy = "default" if prefix else "full"
+    fields = {
+        "vision_config": copy_config(tokenizer.encoder.config),
+        "text_config": text_config,
+        "image_seq_length": model.config.image_seq_length,
+        "vision_feature_layer": tokenizer.config.feature_layer,
+        "vision_feature_select_strategy": strategy,
+        "projector_hidden_act": model.config.projector_hidden_act,
+        "tie_word_embeddings": model.config.tie_word_embeddings,
+    }
+    config: PreTrainedConfig
+    if internvl:
+        ratio = model.config.downsample_ratio
+        config = InternVLConfig(image_token_id=processor.image_token_id, downsample_ratio=ratio, **fields)
+    else:
+        bias = model.config.multimodal_projector_bias
+        config = LlavaConfig(image_token_index=processor.image_token_id, multimodal_projector_bias=bias, **fields)
+    stock = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
+    state = _stock_state(model, rows)
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = model.get_output_embeddings().weight[:rows]
+    _fill(stock, state)
+    stock.generation_config = copy.deepcopy(model.generation_config)
+    stock.to(model.device).eval()
+    return stock, processor.tokenizer if internvl else _llava_processor(model, processor, strategy, prefix)
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """The language model alone, all of its rows, image ids among them."""
+    text_config = copy_config(model.config.get_text_config())
+    text_config.tie_word_embeddings = model.config.tie_word_embeddings
+    alone = AutoModelForCausalLM.from_config(text_config, dtype=model.dtype)
+    state = _below(f"{alone.base_model_prefix}.", model.model.language_model.state_dict())
+    _fill(alone, state | {"lm_head.weight": model.get_output_embeddings().weight})
+    alone.generation_config = copy.deepcopy(model.generation_config)
+    return alone.to(model.device).eval()
+
+
+def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreTrainedModel:
+    """Write `causal_lm` with its text tokenizer into `folder`, and below it `image_tokenizer` (which draws) and where
+    the ids lie (image_vocabulary.json). Returns the language model."""
+    alone = causal_lm(model)
+    save_whole(folder, alone, processor.tokenizer)
+    model.image_tokenizer.save_pretrained(folder / "image_tokenizer")
+    processor.image_processor.save_pretrained(folder / "image_tokenizer")
+    vocabulary = {
+        "image_vocab_start": model.config.image_vocab_start,
+        "codebook_size": model.config.codebook_size,
+        "image_grid": list(model.config.image_grid),
+        "boi_token_id": model.config.boi_token_id,
+        "eoi_token_id": model.config.eoi_token_id,
+        "null_prompt": list(model.config.null_prompt),
+        "image_generation": model.generation_config.image_generation,
+    }
+    write_atomically(folder / VOCABULARY_FILE, json.dumps(vocabulary, indent=2) + "\n")
+    return alone
+
+
+def _llava_processor(model: Any, processor: UnimmProcessor, strategy: str, prefix: int) -> LlavaProcessor:
+    config = model.image_tokenizer.config
+    images = SiglipImageProcessorPil(
+        size={"height": config.image_size, "width": config.image_size},
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        resample=3,
+        do_convert_rgb=True,
+    )
+    return LlavaProcessor(
+        images,
+        processor.tokenizer,
+        patch_size=config.patch_size,
+        vision_feature_select_strategy=strategy,
+        chat_template=processor.chat_template,
+        image_token=processor.image_token,
+        num_additional_image_tokens=prefix,
+    )
+
+
+def _stock_state(model: Any, rows: int) -> dict[str, Tensor]:
+    """The tensors of a stock multimodal model, without its head: encoder, projector, language model."""
+    inside = model.model
+    return {
+        **_below("model.vision_tower.", model.image_tokenizer.encoder.state_dict()),
+        **_below("model.multi_modal_projector.", inside.multi_modal_projector.state_dict()),
+        **_below("model.language_model.", _cut(inside.language_model.state_dict(), rows)),
+    }
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def _cut(state: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """A language model's state with the first `rows` rows of its embedding."""
+    name = "embed_tokens.weight"
+    return {**state, name: state[name][:rows]}
+
+
+def _fill(target: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Load `state`, all of it but a tied head. Raises UserError where a tensor is missing or of another shape."""
+    expected = target.state_dict()
+    tied = set(target.all_tied_weights_keys)
+    wrong = [
+        name
+        for name, tensor in expected.items()
+        if name not in tied and (name not in state or state[name].shape != tensor.shape)
+    ]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(expected)} weights of the {target.config.model_type} are not in this model with the "
+            f"same shape ({wrong[0]}, ...): its tower or projector was replaced when the tokenizer was attached."
+        )
+    target.load_state_dict({name: tensor for name, tensor in state.items() if name in expected}, strict=False)
+    target.tie_weights()
