@@ -41,6 +41,8 @@ from unimm.mllm.vocabulary import (
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 
 TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only language models that are composed to a LLaVA
+PARTS_OF_THEIR_OWN = ("model.vision_tower.", "model.language_model.", "lm_head.")
+"""What attaching exchanges or grows; everything else of a multimodal host (projector, newline) is taken as it is."""
 SUPPORTED = (*TEXT_HOSTS, *MULTIMODAL_HOSTS)
 
 
@@ -317,7 +319,7 @@ def _composed_state(
     for name, tensor in _language_model(host).state_dict().items():
         state[f"model.language_model.{name}"] = tensor
     for name, tensor in host.state_dict().items() if host.config.model_type in MULTIMODAL_HOSTS else ():
-        if name.startswith("model.multi_modal_projector."):
+        if not name.startswith(PARTS_OF_THEIR_OWN):
             if state[name].shape == tensor.shape:
                 state[name] = tensor
             else:

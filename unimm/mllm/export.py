@@ -7,6 +7,7 @@ tokens.
 """
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import (
     AutoModelForImageTextToText,
     InternVLConfig,
     LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,13 +28,28 @@ from transformers import (
 )
 
 from unimm.errors import UserError
-from unimm.mllm.attach import TEXT_HOSTS, copy_config
+from unimm.mllm.attach import PARTS_OF_THEIR_OWN, TEXT_HOSTS, copy_config
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.vocabulary import set_vocab_size
 from unimm.provenance import write_atomically
 from unimm.saving import save_whole
 from unimm.tokenizer.encoders import prefix_tokens
 
+_STOCK: dict[str, type[PreTrainedConfig]] = {
+    "unimm_llava": LlavaConfig,
+    "unimm_internvl": InternVLConfig,
+    "unimm_llava_next": LlavaNextConfig,
+    "unimm_llava_onevision": LlavaOnevisionConfig,
+}
+_CARRIED = (
+    "image_seq_length",
+    "projector_hidden_act",
+    "multimodal_projector_bias",
+    "downsample_ratio",
+    "image_grid_pinpoints",
+    "vision_aspect_ratio",
+    "video_token_index",
+)
 VOCABULARY_FILE = "image_vocabulary.json"
 
 
@@ -62,9 +80,11 @@ def detach(model: Any) -> PreTrainedModel:
 
 
 def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrainedModel, Any]:
-    """A stock LLaVA or InternVL with the plain encoder as its tower: (model, processor); text logits are the same.
+    """A stock model of the host's family with the plain encoder as its tower: (model, processor); the text logits of
+    the same inputs are the same.
 
-    The processor is LLaVA's; for InternVL, whose own needs a video processor, it is the text tokenizer.
+    The processor is LLaVA's; the other families' tile or read videos, so theirs is the host's, and the text tokenizer
+    is given here.
 
     Raises:
         UserError: the features are none that a stock model can tap.
@@ -87,19 +107,15 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
     fields = {
         "vision_config": copy_config(tokenizer.encoder.config),
         "text_config": text_config,
-        "image_seq_length": model.config.image_seq_length,
         "vision_feature_layer": tokenizer.config.feature_layer,
         "vision_feature_select_strategy": strategy,
-        "projector_hidden_act": model.config.projector_hidden_act,
         "tie_word_embeddings": model.config.tie_word_embeddings,
     }
-    config: PreTrainedConfig
-    if internvl:
-        ratio = model.config.downsample_ratio
-        config = InternVLConfig(image_token_id=processor.image_token_id, downsample_ratio=ratio, **fields)
-    else:
-        bias = model.config.multimodal_projector_bias
-        config = LlavaConfig(image_token_index=processor.image_token_id, multimodal_projector_bias=bias, **fields)
+    stock_class = _STOCK[model.config.model_type]
+    own, known = model.config.to_dict(), {field.name for field in dataclasses.fields(stock_class)}
+    fields |= {name: own[name] for name in _CARRIED if name in known}
+    token_field = "image_token_id" if internvl else "image_token_index"
+    config = stock_class(**{token_field: processor.image_token_id}, **fields)
     stock = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
     state = _stock_state(model, rows)
     if not config.tie_word_embeddings:
@@ -107,7 +123,9 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
     _fill(stock, state)
     stock.generation_config = copy.deepcopy(model.generation_config)
     stock.to(model.device).eval()
-    return stock, processor.tokenizer if internvl else _llava_processor(model, processor, strategy, prefix)
+    if model.config.model_type != "unimm_llava":
+        return stock, processor.tokenizer
+    return stock, _llava_processor(model, processor, strategy, prefix)
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
@@ -163,11 +181,11 @@ def _llava_processor(model: Any, processor: UnimmProcessor, strategy: str, prefi
 
 def _stock_state(model: Any, rows: int) -> dict[str, Tensor]:
     """The tensors of a stock multimodal model, without its head: encoder, projector, language model."""
-    inside = model.model
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PARTS_OF_THEIR_OWN)}
     return {
+        **own,
         **_below("model.vision_tower.", model.image_tokenizer.encoder.state_dict()),
-        **_below("model.multi_modal_projector.", inside.multi_modal_projector.state_dict()),
-        **_below("model.language_model.", _cut(inside.language_model.state_dict(), rows)),
+        **_below("model.language_model.", _cut(model.model.language_model.state_dict(), rows)),
     }
 
 

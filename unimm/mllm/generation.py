@@ -35,6 +35,8 @@ class ImageGenerationMixin(GenerationMixin):
     """Adds image mode to a Hugging Face model whose forward takes `vocabulary="image"` (see `unified.py`)."""
 
     output_modalities = ("image", "text")
+    tiles = False
+    """Whether the host cuts pictures into tiles, which it then wants to know the `image_sizes` of."""
 
     @torch.no_grad()
     def generate(
@@ -74,6 +76,8 @@ class ImageGenerationMixin(GenerationMixin):
         if generation_mode in (None, "text"):
             if seed is not None:
                 raise ValueError("seed belongs to image mode; in text mode call torch.manual_seed")
+            if self.tiles and kwargs.get("pixel_values") is not None and kwargs.get("image_sizes") is None:
+                kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(kwargs.pop("pixel_values"))}
             return super().generate(inputs, generation_config, vocabulary="answer", **kwargs)
         if generation_mode != "image":
             raise ValueError(f"generation_mode is {generation_mode!r}; known: text, image")

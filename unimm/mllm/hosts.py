@@ -9,6 +9,7 @@ A further family is one config + model pair here and one composing function in `
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -18,11 +19,17 @@ from transformers import (
     InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedConfig,
 )
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionCausalLMOutputWithPast
 
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.unified import UnifiedModelMixin
@@ -93,11 +100,72 @@ class UnimmInternVLForConditionalGeneration(UnifiedModelMixin, InternVLForCondit
     _output_class = InternVLCausalLMOutputWithPast
 
 
+class OneViewMixin:
+    """For hosts that tile pictures (AnyRes): with `image_sizes` they do, as their own processor asks for; without, a
+    picture is one view of the tokenizer's size, which is what `UnimmProcessor` makes and what is drawn."""
+
+    tiles = True
+
+    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """Projected patches as `pooler_output`, one [n, D] per picture."""
+        if image_sizes is not None:
+            return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
+        inside: Any = self.model  # type: ignore[attr-defined]
+        outputs = inside.vision_tower(pixel_values)
+        outputs.pooler_output = list(inside.multi_modal_projector(outputs.last_hidden_state))
+        return outputs
+
+
+class UnimmLlavaNextConfig(ImageVocabularyFields, LlavaNextConfig):
+    """LLaVA-NeXT with an image tokenizer as its tower."""
+
+    model_type = "unimm_llava_next"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+
+class UnimmLlavaNextForConditionalGeneration(OneViewMixin, UnifiedModelMixin, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT that draws."""
+
+    config_class = UnimmLlavaNextConfig
+    _output_class = LlavaNextCausalLMOutputWithPast
+
+
+class UnimmLlavaOnevisionConfig(ImageVocabularyFields, LlavaOnevisionConfig):
+    """LLaVA-OneVision with an image tokenizer as its tower; `image_seq_length` are the tokens of one view."""
+
+    model_type = "unimm_llava_onevision"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+    }
+
+    image_seq_length: int = 729
+
+
+class UnimmLlavaOnevisionForConditionalGeneration(
+    OneViewMixin, UnifiedModelMixin, LlavaOnevisionForConditionalGeneration
+):
+    """LLaVA-OneVision that draws."""
+
+    config_class = UnimmLlavaOnevisionConfig
+    _output_class = LlavaOnevisionCausalLMOutputWithPast
+
+
 HOSTS: dict[type[PreTrainedConfig], type[Any]] = {
     UnimmLlavaConfig: UnimmLlavaForConditionalGeneration,
     UnimmInternVLConfig: UnimmInternVLForConditionalGeneration,
+    UnimmLlavaNextConfig: UnimmLlavaNextForConditionalGeneration,
+    UnimmLlavaOnevisionConfig: UnimmLlavaOnevisionForConditionalGeneration,
 }
-MULTIMODAL_HOSTS: dict[str, type[PreTrainedConfig]] = {"llava": UnimmLlavaConfig, "internvl": UnimmInternVLConfig}
+MULTIMODAL_HOSTS: dict[str, type[PreTrainedConfig]] = {
+    "llava": UnimmLlavaConfig,
+    "internvl": UnimmInternVLConfig,
+    "llava_next": UnimmLlavaNextConfig,
+    "llava_onevision": UnimmLlavaOnevisionConfig,
+}
 """model_type of a stock multimodal host -> what it becomes. Text-only hosts become a LLaVA."""
 
 for config_class, model_class in HOSTS.items():

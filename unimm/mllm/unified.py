@@ -58,6 +58,7 @@ class UnifiedModelMixin(ImageGenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -68,7 +69,8 @@ class UnifiedModelMixin(ImageGenerationMixin):
 
         Args:
             input_ids: token_ids [B, L]; drawn pictures are image ids in it, seen ones are placeholders.
-            pixel_values: [I, 3, H, W], one for every M placeholders, in reading order.
+            pixel_values: [I, 3, H, W], one for every `image_seq_length` placeholders, in reading order.
+            image_sizes: [I, 2], for hosts that tile, with the pixel_values of their own processor.
             labels: token_ids [B, L], -100 where there is no loss; the loss goes over the whole vocabulary.
             vocabulary: which logits: "text" [B, L, image_vocab_start], "image" [B, L, K], "all" [B, L, V]; "answer"
                 is V wide and -inf wherever text generation may not go. None: "all" with labels or in training, else
@@ -81,6 +83,10 @@ class UnifiedModelMixin(ImageGenerationMixin):
             vocabulary = "all" if labels is not None or self.training else "text"
         if labels is not None and vocabulary != "all":
             raise ValueError(f"labels need the logits of the whole vocabulary, vocabulary={vocabulary!r} was asked for")
+        if image_sizes is not None:
+            kwargs["image_sizes"] = image_sizes
+        elif pixel_values is not None and self.tiles:
+            pixel_values, mm_encoder_outputs = None, {"image": self.get_image_features(pixel_values)}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
