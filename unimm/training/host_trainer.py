@@ -96,7 +96,10 @@ class HostTrainer(Trainer):
         if self.ema is not None:
             self.add_callback(UpdateEMA(self.ema))
         if args.compile_blocks:
-            for block in learning_blocks(model):
+            blocks = learning_blocks(model)
+            # every block may need several variants; beyond the limit torch falls back to eager without a word
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
+            for block in blocks:
                 block.compile(dynamic=True)
         self._sums = {mode: torch.zeros(len(self.flow_weights), 2, device=args.device) for mode in ("train", "eval")}
         self._bad_step = torch.tensor(-1, device=args.device)
