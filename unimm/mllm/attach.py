@@ -7,6 +7,7 @@ untrained: the projector and the image rows; both need training before the model
 """
 
 import copy
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -257,8 +258,14 @@ def image_vocabulary_fields(
         "eoi_token_id": processor.eoi_token_id,
         "null_prompt": processor.null_prompt_ids(),
         "tokenizer_fingerprint": image_tokenizer.fingerprint,
-        "host_config": {k: v for k, v in host.config.to_dict().items() if k not in _UNKEPT},
+        "host_config": _plain(host.config),
     }
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """What config.json would say of it: defaults left out, keys as JSON has them."""
+    fields: dict[str, Any] = json.loads(config.to_json_string())
+    return {name: value for name, value in fields.items() if name not in _UNKEPT}
 
 
 def _llava_config(
