@@ -1,10 +1,13 @@
 """Ways out: the host comes back to the bit, and stock classes read and write as the unified model did."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -106,3 +109,39 @@ def test_a_plain_causal_lm_writes_the_same_ids(tied: bool, tmp_path: Path) -> No
             chosen = plain(ids).logits[:, -1, base : base + size].argmax(-1, keepdim=True) + base
             ids = torch.cat([ids, chosen], 1)
     assert torch.equal(ids[:, -16:], expected)
+
+
+_ELSEWHERE = """
+import sys
+sys.modules["unimm"] = None  # what would import it fails
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+folder, kind = sys.argv[1:]
+trial = load_file(folder + "/trial.safetensors")
+auto = AutoModelForImageTextToText if kind == "reads" else AutoModelForCausalLM
+model = auto.from_pretrained(folder).eval()
+expected = trial.pop("logits")
+with torch.no_grad():
+    found = model(**trial).logits[..., : expected.shape[-1]]
+sys.exit(0 if torch.equal(found, expected) else 1)
+"""
+
+
+@pytest.mark.parametrize("kind", ["reads", "writes"])
+def test_the_exports_load_where_unimm_cannot_be_imported(kind: str, tmp_path: Path) -> None:
+    model, processor = tiny.unified(rows=304)
+    input_ids, pixel_values = sentence(model, 2, 1)
+    trial = {"input_ids": input_ids}
+    if kind == "reads":
+        trial["pixel_values"] = pixel_values
+        stock_understanding(model, processor)[0].save_pretrained(tmp_path)
+    else:
+        save_generation(model, processor, tmp_path)
+    with torch.no_grad():
+        logits = model(**trial, vocabulary="text" if kind == "reads" else "all").logits
+    if kind == "reads":
+        logits = logits[..., : model.config.text_vocab_size].contiguous()
+    save_file({**trial, "logits": logits}, tmp_path / "trial.safetensors")
+    done = subprocess.run([sys.executable, "-c", _ELSEWHERE, str(tmp_path), kind], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-600:]
