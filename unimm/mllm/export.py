@@ -72,11 +72,7 @@ def detach(model: Any) -> PreTrainedModel:
     else:
         host = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
         state = _stock_state(model, rows)
-    if not config.tie_word_embeddings:
-        state["lm_head.weight"] = model.get_output_embeddings().weight[:rows]
-    _fill(host, state)
-    host.generation_config = copy.deepcopy(model.generation_config)
-    return host.to(model.device).eval()
+    return _filled(host, state, model, rows)
 
 
 def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrainedModel, Any]:
@@ -117,12 +113,7 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
     token_field = "image_token_id" if internvl else "image_token_index"
     config = stock_class(**{token_field: processor.image_token_id}, **fields)
     stock = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
-    state = _stock_state(model, rows)
-    if not config.tie_word_embeddings:
-        state["lm_head.weight"] = model.get_output_embeddings().weight[:rows]
-    _fill(stock, state)
-    stock.generation_config = copy.deepcopy(model.generation_config)
-    stock.to(model.device).eval()
+    _filled(stock, _stock_state(model, rows), model, rows)
     if model.config.model_type != "unimm_llava":
         return stock, processor.tokenizer
     return stock, _llava_processor(model, processor, strategy, prefix)
@@ -134,9 +125,7 @@ def causal_lm(model: Any) -> PreTrainedModel:
     text_config.tie_word_embeddings = model.config.tie_word_embeddings
     alone = AutoModelForCausalLM.from_config(text_config, dtype=model.dtype)
     state = _below(f"{alone.base_model_prefix}.", model.model.language_model.state_dict())
-    _fill(alone, state | {"lm_head.weight": model.get_output_embeddings().weight})
-    alone.generation_config = copy.deepcopy(model.generation_config)
-    return alone.to(model.device).eval()
+    return _filled(alone, state, model, text_config.vocab_size)
 
 
 def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreTrainedModel:
@@ -199,8 +188,13 @@ def _cut(state: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
     return {**state, name: state[name][:rows]}
 
 
-def _fill(target: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Load `state`, all of it but a tied head. Raises UserError where a tensor is missing or of another shape."""
+def _filled(target: PreTrainedModel, state: dict[str, Tensor], model: Any, rows: int) -> PreTrainedModel:
+    """`target` with `state`, the first `rows` rows of the model's head and its generation defaults, on its device.
+
+    Raises:
+        UserError: a tensor is missing or of another shape; a tied head needs none.
+    """
+    state = {**state, "lm_head.weight": model.get_output_embeddings().weight[:rows]}
     expected = target.state_dict()
     tied = set(target.all_tied_weights_keys)
     wrong = [
@@ -215,3 +209,5 @@ def _fill(target: PreTrainedModel, state: dict[str, Tensor]) -> None:
         )
     target.load_state_dict({name: tensor for name, tensor in state.items() if name in expected}, strict=False)
     target.tie_weights()
+    target.generation_config = copy.deepcopy(model.generation_config)
+    return target.to(model.device).eval()

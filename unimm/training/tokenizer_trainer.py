@@ -2,9 +2,10 @@
 the rest).
 
 Stage 1 trains everything but the encoder; stage 2 trains the encoder too, held near the frozen original by
-self-distillation, and may add a GAN (VQRAE, arXiv 2511.23386, sections 3.3 to 3.5 and table 7). Within a step the
-tokenizer moves first, then the discriminator on the same reconstruction, detached. A checkpoint holds everything, and
-pictures are numbered, so that an interrupted run and an uninterrupted one end with the same bits on the CPU.
+self-distillation, and may add a GAN (VQRAE, arXiv 2511.23386, sections 3.3 to 3.5 and table 7); stage 3 trains the
+decoder alone. Within a step the tokenizer moves first, then the discriminator on the same reconstruction, detached. A
+checkpoint holds everything, and pictures are numbered, so that an interrupted run and an uninterrupted one end with
+the same bits on the CPU.
 """
 
 import copy
