@@ -147,7 +147,12 @@ def attach(arguments: argparse.Namespace, report: Report) -> None:
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     with report.timed("attach"):
         model, processor = attach_to(
-            arguments.host, arguments.image_tokenizer, row_init=arguments.row_init, dtype=dtype, seed=arguments.seed
+            arguments.host,
+            arguments.image_tokenizer,
+            row_init=arguments.row_init,
+            dtype=dtype,
+            image_position_mode=arguments.image_position_mode,
+            seed=arguments.seed,
         )
     with report.timed("save"):
         save_whole(output, model, processor)
@@ -308,6 +313,9 @@ def build_parser() -> argparse.ArgumentParser:
     join.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
     join.add_argument("--row-init", choices=("random", "mean", "codebook"), default="random", help="of the new rows")
     join.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the host's own")
+    join.add_argument(
+        "--image-position-mode", choices=("1d", "2d"), default="1d", help="of drawn pictures; 2d is for Qwen-VL hosts"
+    )
     join.add_argument("--seed", type=_whole_number, default=0, metavar="S", help="of everything that is new")
 
     part = _command(commands, detach)

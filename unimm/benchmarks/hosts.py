@@ -47,7 +47,7 @@ _ENCODER_FIELDS: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": {"mlp_ratio": 2, "num_register_tokens": 4},
     "dinov3_vit": {**_MLP, "num_register_tokens": 4},
 }
-# host -> (its own encoder, the hidden state that it taps, special tokens, fields of its config by those tokens)
+# host -> (its own encoder, the hidden state that it taps, special tokens, fields of its config)
 _MULTIMODAL: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any]]] = {
     "llava": ("clip_vision_model", -2, ("<image>",), {"vision_feature_select_strategy": "default"}),
     "llava_next": (
@@ -64,7 +64,22 @@ _MULTIMODAL: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any]]] = {
     ),
     "internvl": ("internvl_vision", -1, ("<IMG_CONTEXT>", "<img>", "</img>"), {"image_seq_length": 4}),
 }
-HOST_FAMILIES = (*TEXT_HOSTS, *_MULTIMODAL)
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+_QWEN_TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
+# host -> fields of its tower's config; these have towers of their own, which leave
+_QWEN_VL: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {**_QWEN_TOWER, "fullatt_block_indexes": [1], "window_size": 16},
+    "qwen3_vl": {**_QWEN_TOWER, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+}
+_QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+HOST_FAMILIES = (*TEXT_HOSTS, *_MULTIMODAL, *_QWEN_VL)
 ENCODER_FAMILIES = tuple(FAMILIES)
 Row = dict[str, Any]
 
@@ -119,6 +134,8 @@ def tiny_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTo
     if family in TEXT_HOSTS:
         head = {"head_dim": 16} if family == "qwen3" else {}
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **text, **head)).eval(), text_tokenizer(())
+    if family in _QWEN_VL:
+        return _tiny_qwen_vl(family, text)
     encoder, layer, special, fields = _MULTIMODAL[family]
     tokenizer = text_tokenizer(special)
     names = ("image_token_id",) if family == "internvl" else ("image_token_index", "video_token_index")
@@ -131,6 +148,21 @@ def tiny_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTo
         tie_word_embeddings=False,
         **tokens,
         **fields,
+    )
+    return AutoModelForImageTextToText.from_config(config).eval(), tokenizer
+
+
+def _tiny_qwen_vl(family: str, text: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    tokenizer = text_tokenizer(_QWEN_TOKENS)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    tokens = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(names, _QWEN_TOKENS, strict=True)}
+    head = {"head_dim": 16} if family == "qwen3_vl" else {}
+    config = AutoConfig.for_model(
+        family,
+        vision_config=_QWEN_VL[family],
+        text_config={**text, **head, "rope_parameters": _ROPE},
+        tie_word_embeddings=False,
+        **tokens,
     )
     return AutoModelForImageTextToText.from_config(config).eval(), tokenizer
 

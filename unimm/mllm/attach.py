@@ -10,7 +10,7 @@ import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from unimm.errors import UserError, reading
-from unimm.mllm.hosts import HOSTS, MULTIMODAL_HOSTS, UnimmLlavaConfig
+from unimm.mllm.hosts import HOSTS, M_ROPE, MULTIMODAL_HOSTS, UnimmLlavaConfig, merged_side
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.sampling import ImageSampling
 from unimm.mllm.templates import chat_template, end_of_turn_ids
@@ -42,8 +42,9 @@ from unimm.mllm.vocabulary import (
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 
 TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only language models that are composed to a LLaVA
-PARTS_OF_THEIR_OWN = ("model.vision_tower.", "model.language_model.", "lm_head.")
+PARTS_OF_THEIR_OWN = ("model.vision_tower.", "model.visual.", "model.language_model.", "lm_head.")
 """What attaching exchanges or grows; everything else of a multimodal host (projector, newline) is taken as it is."""
+_MOVED = {"model.visual.merger.": "model.multi_modal_projector.merger."}
 SUPPORTED = (*TEXT_HOSTS, *MULTIMODAL_HOSTS)
 
 
@@ -77,6 +78,7 @@ def attach(
     row_init: RowInit = "random",
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
+    image_position_mode: Literal["1d", "2d"] = "1d",
     seed: int = 0,
     **loading: Any,
 ) -> tuple[Any, UnimmProcessor]:
@@ -92,6 +94,8 @@ def attach(
         row_init: how the new rows begin: "random", "mean" or "codebook" (`vocabulary.grow_rows`).
         dtype: of the new model, the host's when None; the codebook stays in float32.
         attn_implementation: as in transformers; the host's when None.
+        image_position_mode: "1d": a drawn picture's tokens are numbered as text; "2d": by row and column, where the
+            host does so with seen pictures (`M_ROPE`).
         seed: of everything that is new.
         loading: `device_map` and other arguments of `from_pretrained`, for a host that is loaded here.
 
@@ -99,7 +103,7 @@ def attach(
         (model, processor), the model in evaluation mode on the host's device; `model.attachment` says what is new.
 
     Raises:
-        UserError: an unsupported host, or a grid that the host cannot merge.
+        UserError: an unsupported host, a grid that the host cannot merge, or positions that it does not have.
         ValueError: unknown `row_init`, or a marker that is not one token.
     """
     if isinstance(host, str | Path):
@@ -107,6 +111,7 @@ def attach(
     if isinstance(image_tokenizer, str | Path):
         image_tokenizer = load_image_tokenizer(image_tokenizer)
     _check_supported(host.config.model_type)
+    _check_positions(host.config.model_type, image_position_mode)
     texts = _copy_of(text_tokenizer, host)
     vocabulary_before = texts.get_vocab()
     markers = add_markers(texts, _placeholder(host, texts))
@@ -117,6 +122,7 @@ def attach(
     processor.mark_images = markers.begin in vocabulary_before and markers.begin not in _rendered_image(texts)
     compose = _multimodal_config if host.config.model_type in MULTIMODAL_HOSTS else _llava_config
     config = compose(host, image_tokenizer, processor, rows)
+    config.image_position_mode = image_position_mode
     dtype = dtype or host.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -154,6 +160,14 @@ def _check_supported(model_type: str) -> None:
         raise UserError(f"The host is a {model_type} model; supported are {', '.join(SUPPORTED)}.")
 
 
+def _check_positions(model_type: str, mode: str) -> None:
+    if mode not in ("1d", "2d") or (mode == "2d" and model_type not in M_ROPE):
+        raise UserError(
+            f'image_position_mode is {mode!r} and the host a {model_type} model: "2d" is for {" and ".join(M_ROPE)}, '
+            'all others number a drawn picture\'s tokens as text, "1d".'
+        )
+
+
 def _attention(host: PreTrainedModel) -> str | None:
     return host.config.get_text_config()._attn_implementation
 
@@ -175,7 +189,7 @@ def _merge(host: PreTrainedModel, image_tokenizer: ImageTokenizer) -> int:
     Raises:
         UserError: the tokenizer's grid does not divide by it.
     """
-    merge = round(1 / getattr(host.config, "downsample_ratio", 1.0))
+    merge = merged_side(host.config)
     rows, columns = image_tokenizer.config.grid
     if rows % merge or columns % merge:
         raise UserError(
@@ -248,7 +262,7 @@ def build_processor(
 def image_vocabulary_fields(
     host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, text_rows: int
 ) -> dict[str, Any]:
-    """The values of `hosts.ImageVocabularyFields`, the same for every host family."""
+    """The values of `vocabulary.ImageVocabularyFields`, the same for every host family."""
     return {
         "text_vocab_size": text_rows,
         "image_vocab_start": processor.image_vocab_start,
@@ -295,15 +309,18 @@ def _multimodal_config(
     set_vocab_size(text_config, old=rows, new=processor.vocabulary.end)
     own = {k: v for k, v in host.config.to_dict().items() if k not in ("model_type", "architectures", "text_config")}
     token_field = "image_token_index" if "image_token_index" in own else "image_token_id"
+    taps = (
+        {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"} if "vision_feature_layer" in own else {}
+    )
+    if host.config.model_type in M_ROPE:
+        own["spatial_merge_size"] = merged_side(host.config)
     changed = image_vocabulary_fields(host, image_tokenizer, processor, rows) | {
         "vision_config": copy_config(image_tokenizer.config),
         "text_config": text_config,
         token_field: processor.image_token_id,
         "image_seq_length": processor.image_seq_length,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
     }
-    return MULTIMODAL_HOSTS[host.config.model_type](**(own | changed))
+    return MULTIMODAL_HOSTS[host.config.model_type](**(own | taps | changed))
 
 
 def copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -326,6 +343,8 @@ def _composed_state(
     for name, tensor in _language_model(host).state_dict().items():
         state[f"model.language_model.{name}"] = tensor
     for name, tensor in host.state_dict().items() if host.config.model_type in MULTIMODAL_HOSTS else ():
+        for old, new in _MOVED.items():
+            name = name.replace(old, new)
         if not name.startswith(PARTS_OF_THEIR_OWN):
             if state[name].shape == tensor.shape:
                 state[name] = tensor

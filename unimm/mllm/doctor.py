@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from unimm.mllm.hosts import merged_side
 from unimm.mllm.processing import UnimmProcessor
 from unimm.tokenizer import ImageTokenizer
 
@@ -87,8 +88,8 @@ def _token_count(patient: _Patient) -> tuple[bool, str]:
 
 
 def _width(patient: _Patient) -> tuple[bool, str]:
-    layers = patient.config.vision_feature_layer
-    merged = round(1 / getattr(patient.config, "downsample_ratio", 1.0)) ** 2
+    layers = getattr(patient.config, "vision_feature_layer", -1)
+    merged = merged_side(patient.config) ** 2
     given = patient.features(patient.pixel_values(SIZES[0])).shape[-1]
     given *= merged * (len(layers) if isinstance(layers, list) else 1)
     wanted = next(
@@ -100,7 +101,7 @@ def _width(patient: _Patient) -> tuple[bool, str]:
 def _prefix(patient: _Patient) -> tuple[bool, str]:
     tokens = patient.features(patient.pixel_values(SIZES[0])).shape[1]
     rows, columns = patient.tower.config.grid
-    strategy = patient.config.vision_feature_select_strategy
+    strategy = getattr(patient.config, "vision_feature_select_strategy", "full")
     expected = "full" if tokens == rows * columns else "default"
     return strategy == expected, f"{tokens} tokens for {rows * columns} patches, strategy {strategy!r}"
 

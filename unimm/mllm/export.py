@@ -24,6 +24,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
     SiglipImageProcessorPil,
 )
 
@@ -41,6 +43,7 @@ _STOCK: dict[str, type[PreTrainedConfig]] = {
     "unimm_llava_next": LlavaNextConfig,
     "unimm_llava_onevision": LlavaOnevisionConfig,
 }
+_PLAIN: dict[str, type[PreTrainedConfig]] = {"qwen2_5_vl_text": Qwen2Config, "qwen3_vl_text": Qwen3Config}
 _CARRIED = (
     "image_seq_length",
     "projector_hidden_act",
@@ -90,6 +93,11 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
     if tokenizer.config.apply_post_norm or prefix > 1:
         what = "behind the encoder's final norm" if prefix <= 1 else f"behind {prefix} prefix tokens"
         raise UserError(f"The features lie {what}, where no stock model taps them: this model stays with unimm.")
+    if model.config.model_type not in _STOCK:
+        raise UserError(
+            f"A stock {model.config.host_config['model_type']} reads patches of any picture size with a tower of its "
+            "own: this model stays with unimm, or goes out with --generation."
+        )
     internvl = model.config.model_type == "unimm_internvl"
     if internvl and tokenizer.encoder.config.model_type != "internvl_vision":
         raise UserError(
@@ -121,7 +129,7 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
 
 def causal_lm(model: Any) -> PreTrainedModel:
     """The language model alone, all of its rows, image ids among them."""
-    text_config = copy_config(model.config.get_text_config())
+    text_config = _plain_text_config(model)
     text_config.tie_word_embeddings = model.config.tie_word_embeddings
     alone = AutoModelForCausalLM.from_config(text_config, dtype=model.dtype)
     state = _below(f"{alone.base_model_prefix}.", model.model.language_model.state_dict())
@@ -146,6 +154,27 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
     }
     write_atomically(folder / VOCABULARY_FILE, json.dumps(vocabulary, indent=2) + "\n")
     return alone
+
+
+def _plain_text_config(model: Any) -> PreTrainedConfig:
+    """The config of the language model as one of its own. A Qwen-VL's is a Qwen whose positions have three rows; where
+    a drawn picture is numbered as text they are equal, and the plain one computes the same.
+
+    Raises:
+        UserError: drawn pictures have rows and columns, which a plain language model has not.
+    """
+    config = copy_config(model.config.get_text_config())
+    if (plain := _PLAIN.get(config.model_type)) is None:
+        return config
+    if model.config.image_position_mode != "1d":
+        raise UserError(
+            "This model draws with positions in rows and columns (image_position_mode 2d), which a plain language "
+            'model does not have: attach with image_position_mode="1d" to export it.'
+        )
+    known = {field.name for field in dataclasses.fields(plain)}
+    fields = {name: value for name, value in config.to_dict().items() if name in known}
+    rope = {name: value for name, value in config.rope_parameters.items() if not name.startswith("mrope")}
+    return plain(**fields | {"rope_parameters": rope})
 
 
 def _llava_processor(model: Any, processor: UnimmProcessor, strategy: str, prefix: int) -> LlavaProcessor:

@@ -207,7 +207,7 @@ class _ImageSteps:
         self.cache = DynamicCache(config=model.config.get_text_config())
         self.chosen = rows.new_empty(len(scale), 0)
         self.next_ids, self.mask = rows, mask
-        self.positions = (mask.cumsum(-1) - 1).clamp_min(0)  # [S + G, L]
+        self.rows = rows
         self.first = images
 
     def logits(self) -> Tensor:
@@ -215,7 +215,7 @@ class _ImageSteps:
         output = self.model(
             input_ids=self.next_ids,
             attention_mask=self.mask,
-            position_ids=self.positions,
+            position_ids=self.model.token_positions(self.rows, self.mask)[..., -self.next_ids.shape[1] :],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -235,7 +235,7 @@ class _ImageSteps:
         self.chosen = torch.cat([self.chosen, token_ids[:, None]], dim=1)
         self.next_ids = torch.cat([token_ids, token_ids[self.guided]])[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        self.positions = self.positions[:, -1:] + 1
+        self.rows = torch.cat([self.rows, self.next_ids], dim=1)
 
 
 def _images_per_prompt(

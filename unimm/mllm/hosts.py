@@ -6,7 +6,6 @@ assignment: a tower that is assigned to a stock host is silently replaced by a r
 A further family is one config + model pair here and one composing function in `attach.py`.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -32,38 +31,14 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLM
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionCausalLMOutputWithPast
 
 from unimm.mllm.processing import UnimmProcessor
+from unimm.mllm.qwen_vl import (
+    UnimmQwen2_5_VLConfig,
+    UnimmQwen2_5_VLForConditionalGeneration,
+    UnimmQwen3VLConfig,
+    UnimmQwen3VLForConditionalGeneration,
+)
 from unimm.mllm.unified import UnifiedModelMixin
-
-
-@dataclass(kw_only=True)
-class ImageVocabularyFields:
-    """Config fields of every unified host.
-
-    Args:
-        text_vocab_size: rows that text generation may choose from: the host's own; spare rows follow up to
-            image_vocab_start.
-        image_vocab_start: token id of codebook id 0.
-        codebook_size: number of image ids, K.
-        image_grid: [h, w] of image tokens in one picture.
-        boi_token_id: token before a drawn picture; eoi_token_id: token after it.
-        null_prompt: token ids of the unconditional prompt of guidance, up to and including the begin marker.
-        null_prompt_prob: how often training replaced a drawing prompt by it; 0 means that guidance was never trained.
-        tokenizer_fingerprint: of the image tokenizer that the image ids belong to.
-        host_config: the config of the host that the tokenizer was attached to, for `detach`.
-        image_position_mode: positions of drawn image tokens: "1d", as text.
-    """
-
-    text_vocab_size: int = 0
-    image_vocab_start: int = 0
-    codebook_size: int = 0
-    image_grid: list[int] = field(default_factory=lambda: [16, 16])
-    boi_token_id: int | None = None
-    eoi_token_id: int | None = None
-    null_prompt: list[int] = field(default_factory=list)
-    null_prompt_prob: float = 0.0
-    tokenizer_fingerprint: str | None = None
-    host_config: dict[str, Any] | None = None
-    image_position_mode: str = "1d"
+from unimm.mllm.vocabulary import ImageVocabularyFields
 
 
 class UnimmLlavaConfig(ImageVocabularyFields, LlavaConfig):
@@ -159,14 +134,30 @@ HOSTS: dict[type[PreTrainedConfig], type[Any]] = {
     UnimmInternVLConfig: UnimmInternVLForConditionalGeneration,
     UnimmLlavaNextConfig: UnimmLlavaNextForConditionalGeneration,
     UnimmLlavaOnevisionConfig: UnimmLlavaOnevisionForConditionalGeneration,
+    UnimmQwen2_5_VLConfig: UnimmQwen2_5_VLForConditionalGeneration,
+    UnimmQwen3VLConfig: UnimmQwen3VLForConditionalGeneration,
 }
 MULTIMODAL_HOSTS: dict[str, type[PreTrainedConfig]] = {
     "llava": UnimmLlavaConfig,
     "internvl": UnimmInternVLConfig,
     "llava_next": UnimmLlavaNextConfig,
     "llava_onevision": UnimmLlavaOnevisionConfig,
+    "qwen2_5_vl": UnimmQwen2_5_VLConfig,
+    "qwen3_vl": UnimmQwen3VLConfig,
 }
 """model_type of a stock multimodal host -> what it becomes. Text-only hosts become a LLaVA."""
+
+M_ROPE = ("qwen2_5_vl", "qwen3_vl")
+"""Those of them whose positions have rows and columns."""
+
+
+def merged_side(config: PreTrainedConfig) -> int:
+    """Patches a side that a host, stock or unified, merges into one seen token."""
+    for part in (config, getattr(config, "vision_config", None)):
+        if merge := getattr(part, "spatial_merge_size", None):
+            return int(merge)
+    return round(1 / getattr(config, "downsample_ratio", 1.0))
+
 
 for config_class, model_class in HOSTS.items():
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

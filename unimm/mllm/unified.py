@@ -29,7 +29,7 @@ Vocabulary = Literal["text", "image", "all", "answer"]
 class UnifiedModelMixin(ImageGenerationMixin):
     """In front of a host's `...ForConditionalGeneration`. A subclass names its config class and its output class.
 
-    Expects `self.model` (with `vision_tower`), a head, and the fields of `hosts.ImageVocabularyFields` in the config.
+    Expects `self.model` (with `vision_tower`), a head, and `vocabulary.ImageVocabularyFields` in the config.
     """
 
     _output_class: type[ModelOutput]
@@ -48,6 +48,10 @@ class UnifiedModelMixin(ImageGenerationMixin):
         """Image tokens of one picture, M = h * w."""
         height, width = self.config.image_grid
         return height * width
+
+    def token_positions(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Positions [B, L] of whole sequences with the attention mask [B, L]; hosts with M-RoPE give [3, B, L]."""
+        return (mask.cumsum(-1) - 1).clamp_min(0)
 
     @can_return_tuple
     def forward(
@@ -124,6 +128,14 @@ class UnifiedModelMixin(ImageGenerationMixin):
         if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
             return head(hidden)[..., start:stop]
         return F.linear(hidden, head.weight[start:stop], None if head.bias is None else head.bias[start:stop])
+
+    def trainable_token_indices(self) -> dict[str, list[int]]:
+        """The rows that drawing needs and the host did not have, image ids and the two markers, as PEFT's argument of
+        this name; a tied head follows the embedding."""
+        vocabulary = self.visual_vocabulary
+        rows = [*range(vocabulary.base, vocabulary.end), self.config.boi_token_id, self.config.eoi_token_id]
+        parts = ("embed_tokens",) if self.config.tie_word_embeddings else ("embed_tokens", "lm_head")
+        return {part: list(rows) for part in parts}
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:

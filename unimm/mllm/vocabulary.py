@@ -6,8 +6,8 @@ real checkpoints pad their matrices (Qwen 151 665 -> 151 936 rows), and a resize
 those rows off.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,38 @@ KNOWN_MARKERS = (
     Markers("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),  # Qwen-VL, and the default
     Markers("<img>", "<IMG_CONTEXT>", "</img>"),  # InternVL
 )
+
+
+@dataclass(kw_only=True)
+class ImageVocabularyFields:
+    """Config fields of every unified host.
+
+    Args:
+        text_vocab_size: rows that text generation may choose from: the host's own; spare rows follow up to
+            image_vocab_start.
+        image_vocab_start: token id of codebook id 0.
+        codebook_size: number of image ids, K.
+        image_grid: [h, w] of image tokens in one picture.
+        boi_token_id: token before a drawn picture; eoi_token_id: token after it.
+        null_prompt: token ids of the unconditional prompt of guidance, up to and including the begin marker.
+        null_prompt_prob: how often training replaced a drawing prompt by it; 0 means that guidance was never trained.
+        tokenizer_fingerprint: of the image tokenizer that the image ids belong to.
+        host_config: the config of the host that the tokenizer was attached to, for `detach`.
+        image_position_mode: positions of drawn image tokens: "1d", as text; "2d", row and column, for hosts that have
+            such positions for seen pictures (M-RoPE).
+    """
+
+    text_vocab_size: int = 0
+    image_vocab_start: int = 0
+    codebook_size: int = 0
+    image_grid: list[int] = field(default_factory=lambda: [16, 16])
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
+    null_prompt: list[int] = field(default_factory=list)
+    null_prompt_prob: float = 0.0
+    tokenizer_fingerprint: str | None = None
+    host_config: dict[str, Any] | None = None
+    image_position_mode: str = "1d"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,225 @@
+"""Qwen2.5-VL and Qwen3-VL as hosts: their language model and their merger, the image tokenizer in place of their tower.
+
+Special here: the hosts' own tower reads pictures of any size and leaves only because a tokenizer has one; so every
+picture has one known grid, and the three rows of M-RoPE positions (time, row, column: Qwen2-VL,
+https://arxiv.org/abs/2409.12191) follow from the token ids alone. B sequences, L tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    GenerationMixin,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    BaseModelOutputWithDeepstackFeatures,
+    Qwen3VLVisionPatchMerger,
+)
+
+from unimm.errors import UserError
+from unimm.mllm.unified import UnifiedModelMixin
+from unimm.mllm.vocabulary import ImageVocabularyFields
+
+Cells = tuple[Tensor, int, int]
+"""Where pictures stand in sequences, [B, L] bool, and the rows and columns of each."""
+
+
+def mrope_positions(mask: Tensor, pictures: Sequence[Cells]) -> Tensor:
+    """Positions [3, B, L] (time, row, column) of sequences with the attention mask [B, L].
+
+    A text token takes the next position in all three; the cells of a picture share one start, to which row and column
+    are added, and what follows goes on behind the longer side. Masked tokens have position 0.
+    """
+    advance = mask.long()
+    offsets = torch.zeros(3, *mask.shape, dtype=torch.long, device=mask.device)
+    for places, rows, columns in pictures:
+        inside = places & mask.bool()
+        cell = (inside.long().cumsum(1) - 1) % (rows * columns)
+        advance = torch.where(inside, (cell == rows * columns - 1) * max(rows, columns), advance)
+        place = torch.stack([torch.zeros_like(cell), cell // columns, cell % columns])
+        offsets = torch.where(inside, place, offsets)
+    return (advance.cumsum(1) - advance + offsets) * mask
+
+
+class MergedPatches(nn.Module):
+    """The host's merger behind an image tokenizer: [B, h * w, C] in reading order -> [B, h * w / s^2, D], each s x s
+    patches one token."""
+
+    def __init__(self, merger: nn.Module, grid: Sequence[int], merge: int) -> None:
+        super().__init__()
+        self.merger, self.grid, self.merge = merger, tuple(grid), merge
+
+    def forward(self, features: Tensor) -> Tensor:
+        (rows, columns), s, batch = self.grid, self.merge, len(features)
+        blocks = features.view(batch, rows // s, s, columns // s, s, -1).transpose(2, 3)
+        return self.merger(blocks.reshape(batch * rows * columns, -1)).view(batch, rows * columns // s**2, -1)
+
+
+class _TokenizerInside:
+    """In front of a Qwen-VL's inner model: the tokenizer and the merger under the names that all hosts here have."""
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)  # the family's would build its own tower
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        merger = self._merger(config.vision_config.hidden_size, config.text_config.hidden_size, config)
+        self.multi_modal_projector = MergedPatches(merger, config.image_grid, config.spatial_merge_size)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.rope_deltas = None
+        self.post_init()  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _merger(width: int, text_width: int, config: Any) -> nn.Module:
+        raise NotImplementedError
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Merged patches as `pooler_output`, one [n, D] per picture of pixel_values [I, 3, H, W]; no deepstack
+        features, as there is one tap. Raises UserError for the patches of the host's own processor."""
+        if image_grid_thw is not None or pixel_values.ndim != 4:
+            raise UserError("These pictures come from another processor: use the one that was saved with this model.")
+        features = self.vision_tower(pixel_values).last_hidden_state
+        merged = tuple(self.multi_modal_projector(features))
+        return BaseModelOutputWithDeepstackFeatures(features, merged, deepstack_features=[])
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises UserError: the tokenizer reads pictures."""
+        raise UserError("This model reads pictures, not videos: its tower is an image tokenizer.")
+
+    def token_positions(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Positions [3, B, L] of whole sequences; with `image_position_mode="2d"` drawn pictures have a grid too."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        (rows, columns), s = config.image_grid, config.spatial_merge_size
+        pictures: list[Cells] = [(input_ids == config.image_token_id, rows // s, columns // s)]
+        if config.image_position_mode == "2d":
+            start = config.image_vocab_start
+            drawn = (input_ids >= start) & (input_ids < start + config.codebook_size)
+            pictures.append((drawn, rows, columns))
+        return mrope_positions(mask, pictures)
+
+    def compute_3d_position_ids(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """What the family's forward asks when it got no positions; sequences that go on a cache go on as text."""
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if input_ids is None or cached:
+            grids = {"image_grid_thw": None, "video_grid_thw": None}
+            return super().compute_3d_position_ids(  # type: ignore[misc]
+                None,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **grids,
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions = self.token_positions(input_ids, mask)
+        self.rope_deltas = positions.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
+        return positions
+
+
+class _QwenVLMixin(UnifiedModelMixin):
+    """In front of a Qwen-VL's `...ForConditionalGeneration`; a subclass names its inner model."""
+
+    _inner_class: type[PreTrainedModel]
+    _output_class = CausalLMOutputWithPast
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = self._inner_class(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def token_positions(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Positions [3, B, L]."""
+        return self.model.token_positions(input_ids, mask)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """[4, B, L]: positions as in a text, from which the family masks, and the three rows of M-RoPE."""
+        text = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
+        input_ids = model_kwargs.get("input_ids", inputs_tensor)
+        if input_ids.is_floating_point():
+            return text.expand(4, -1, -1)
+        mask = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        return torch.cat([text.expand(1, len(input_ids), -1), self.token_positions(input_ids, mask)])
+
+
+class UnimmQwen2_5_VLConfig(ImageVocabularyFields, Qwen2_5_VLConfig):
+    """Qwen2.5-VL with an image tokenizer as its tower; `spatial_merge_size` patches a side become one seen token."""
+
+    model_type = "unimm_qwen2_5_vl"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_5_vl_text"),
+    }
+
+    image_seq_length: int = 64
+    spatial_merge_size: int = 2
+
+
+class UnimmQwen3VLConfig(ImageVocabularyFields, Qwen3VLConfig):
+    """Qwen3-VL with an image tokenizer as its tower; `spatial_merge_size` patches a side become one seen token."""
+
+    model_type = "unimm_qwen3_vl"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3_vl_text"),
+    }
+
+    image_seq_length: int = 64
+    spatial_merge_size: int = 2
+
+
+class UnimmQwen2_5_VLModel(_TokenizerInside, Qwen2_5_VLModel):
+    """The inner model of a Qwen2.5-VL with an image tokenizer."""
+
+    config_class = UnimmQwen2_5_VLConfig
+
+    @staticmethod
+    def _merger(width: int, text_width: int, config: Any) -> nn.Module:
+        return Qwen2_5_VLPatchMerger(dim=text_width, context_dim=width, spatial_merge_size=config.spatial_merge_size)
+
+
+class UnimmQwen3VLModel(_TokenizerInside, Qwen3VLModel):
+    """The inner model of a Qwen3-VL with an image tokenizer."""
+
+    config_class = UnimmQwen3VLConfig
+
+    @staticmethod
+    def _merger(width: int, text_width: int, config: Any) -> nn.Module:
+        sizes: dict[str, int] = {"hidden_size": width, "out_hidden_size": text_width}
+        return Qwen3VLVisionPatchMerger(Qwen3VLVisionConfig(spatial_merge_size=config.spatial_merge_size, **sizes))
+
+
+class UnimmQwen2_5_VLForConditionalGeneration(_QwenVLMixin, Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL that draws."""
+
+    config_class = UnimmQwen2_5_VLConfig
+    _inner_class = UnimmQwen2_5_VLModel
+
+
+class UnimmQwen3VLForConditionalGeneration(_QwenVLMixin, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL that draws."""
+
+    config_class = UnimmQwen3VLConfig
+    _inner_class = UnimmQwen3VLModel
