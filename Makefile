@@ -56,7 +56,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/t2i/.done $(SHAPES)/stage3/.done
+shapes: $(SHAPES)/questions/.done $(SHAPES)/stage3/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -82,5 +82,9 @@ $(SHAPES)/t2i/.done: $(SHAPES)/sft/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/t2i.yaml
 	@touch $@
 
-publish: $(SHAPES)/t2i/.done $(SHAPES)/stage3/.done
+$(SHAPES)/questions/.done: $(SHAPES)/t2i/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/t2i.py --config configs/shapes/questions.yaml
+	@touch $@
+
+publish: $(SHAPES)/questions/.done $(SHAPES)/stage3/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml

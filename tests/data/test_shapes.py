@@ -159,6 +159,11 @@ def test_answers_follow_from_the_scene(rng):
             for name in turn.question.removeprefix("Where is the ").removesuffix("?").split(" relative to the ")
         )
         assert relative_position(a.box, b.box) == {turn.answer}
+        scene, turn = sample_questions(rng, "place")
+        (obj,) = (o for o in scene.objects if turn.question == f"Where is the {o.color} {o.shape}?")
+        vertical = "top" if obj.y < 64 / 3 else "bottom" if obj.y >= 128 / 3 else ""
+        horizontal = "left" if obj.x < 64 / 3 else "right" if obj.x >= 128 / 3 else ""
+        assert turn.answer == (f"{vertical} {horizontal}".strip() or "center")
 
 
 def test_yes_and_no_are_balanced(rng):

@@ -11,6 +11,8 @@ from unimm.data.shapes.world import COLORS, SHAPES, Scene, SceneObject, allowed_
 from unimm.errors import UserError
 from unimm.evaluation.geneval import relative_position
 
+PLACES = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -82,6 +84,16 @@ def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
     return Turn("position", f"Where is the {_name(a)} relative to the {_name(b)}?", relation)
 
 
+def _place(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    """In which of nine fields of the picture the centre of an object lies that a name tells apart."""
+    names = [_name(o) for o in scene.objects]
+    obj = _pick(rng, [o for o in scene.objects if names.count(_name(o)) == 1])
+    if obj is None:
+        return None
+    row, column = (min(int(3 * at / scene.image_size), 2) for at in (obj.y, obj.x))
+    return Turn("place", f"Where is the {_name(obj)}?", PLACES[row][column])
+
+
 def _what(rng: np.random.Generator, scene: Scene) -> Turn:
     return Turn("what", _pick(rng, ["What is in the picture?", "What do you see?"]), f"{_listing(scene)}.")
 
@@ -101,11 +113,12 @@ _QUESTIONS: dict[str, Callable[[np.random.Generator, Scene], Turn | None]] = {
     "color": _color,
     "count": _count,
     "position": _where,
+    "place": _place,
     "what": _what,
     "describe": _describe,
 }
 KINDS = tuple(_QUESTIONS)
-KIND_SHARES = dict(zip(KINDS, (0.22, 0.18, 0.24, 0.24, 0.04, 0.08), strict=True))
+KIND_SHARES = dict(zip(KINDS, (0.2, 0.15, 0.2, 0.25, 0.1, 0.04, 0.06), strict=True))
 """How often each kind of question is asked."""
 
 
