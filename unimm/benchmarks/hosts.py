@@ -191,11 +191,8 @@ def try_pair(host_family: str, encoder: str, folder: Path) -> Row:
     row: Row = {"host": host_family, "encoder": encoder, "own_encoder": own}
     model, processor = attach(host, image_tokenizer, texts)
     row["attach"] = True
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a red circle?"}]}]
-    chat[0]["content"][0]["image"] = Image.effect_noise((20, 12), 64).convert("RGB")  # type: ignore[index]
-    inputs = processor.apply_chat_template(
-        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    chat = _chat(_noise(), "is there a red circle?")
+    inputs = _inputs(processor, [chat])
     row |= _learning(model, inputs)
     greedy: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": [], "pad_token_id": 0}
     written = model.generate(**inputs, **greedy)
@@ -206,6 +203,7 @@ def try_pair(host_family: str, encoder: str, folder: Path) -> Row:
     answers = pipeline("image-text-to-text", model=model, processor=processor)(text=chat, max_new_tokens=4)
     row["pipeline"] = isinstance(answers[0]["generated_text"], list | str)
     row["any_to_any"] = _any_to_any(model, processor, chat) if is_torchvision_available() else "needs torchvision"
+    row["batches"] = _batches(model, processor)
     row["host_kept"] = _host_kept(model, host, own)
     row["detach"] = _detached(model, host, own or host_family in TEXT_HOSTS)
     row["doctor"] = all(finding.ok for finding in examine(model, processor))
@@ -233,6 +231,50 @@ def try_pairs(hosts: tuple[str, ...], encoders: tuple[str, ...], folder: Path) -
     equal = reload([folder / name for name in rows])
     for name, row in rows.items():
         yield row | {"reload": equal[name]}
+
+
+def _noise() -> Image.Image:
+    return Image.effect_noise((20, 12), 64).convert("RGB")
+
+
+def _chat(*parts: str | Image.Image) -> list[dict[str, Any]]:
+    """One user's turn of texts and pictures."""
+    texts = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return [{"role": "user", "content": texts}]
+
+
+def _inputs(processor: Any, chats: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    padding = {"padding": True}
+    inputs: dict[str, torch.Tensor] = processor.apply_chat_template(
+        chats, add_generation_prompt=True, processor_kwargs=padding, **options
+    )
+    return inputs
+
+
+@torch.no_grad()
+def _batches(model: Any, processor: Any) -> bool:
+    """Answers and drawings of one, two and no pictures are the same alone, together, and in another order."""
+    chats = [_chat(_noise(), "one"), _chat("a longer question"), _chat(_noise(), "and", _noise(), "?")]
+    ways: tuple[dict[str, Any], ...] = (
+        {"max_new_tokens": 6, "do_sample": False, "eos_token_id": [], "pad_token_id": 0},
+        {"generation_mode": "image", "guidance_scale": 2.0},
+    )
+
+    def made(rows: list[int], options: dict[str, Any]) -> list[list[int]]:
+        inputs = _inputs(processor, [chats[n] for n in rows])
+        drawing = "generation_mode" in options
+        seeds = {"seed": rows} if drawing else {}
+        out = model.generate(**inputs, **options, **seeds)
+        return (out if drawing else out[:, inputs["input_ids"].shape[1] :]).tolist()
+
+    return all(
+        made([2, 0, 1], options) == [made([n], options)[0] for n in (2, 0, 1)]
+        and made([0, 1, 2], options) == [made([n], options)[0] for n in (0, 1, 2)]
+        for options in ways
+    )
 
 
 def _learning(model: Any, inputs: dict[str, torch.Tensor]) -> Row:
