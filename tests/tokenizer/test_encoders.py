@@ -14,6 +14,8 @@ from transformers import (
     CLIPTextConfig,
     InternVLVisionConfig,
     InternVLVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from tests.tokenizer.conftest import ENCODERS
@@ -43,6 +45,42 @@ def test_from_encoder_gives_the_bare_models_features(family, tmp_path, pixel_val
     for ours, theirs in zip(output.hidden_states, expected, strict=True):
         assert torch.equal(ours, theirs[:, PREFIX[family] :])
     assert output.last_hidden_state.shape == (3, 16, 32) and output.last_hidden_state.is_contiguous()
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_another_picture_size_interpolates_as_the_bare_model_does(family, tmp_path):
+    torch.manual_seed(3)
+    bare = AutoModel.from_config(tiny_config(family)).eval()
+    for name, parameter in bare.named_parameters():
+        if "position_embedding" in name:
+            torch.nn.init.normal_(parameter)
+    bare.save_pretrained(tmp_path)
+    tokenizer = VQRAE.from_encoder(tmp_path, image_size=48, **FIELDS).eval()
+    pixel_values = torch.randn(2, 3, 48, 48)
+    asked = {"interpolate_pos_encoding": True} if family in ("siglip", "clip") else {}
+    with torch.no_grad():
+        expected = bare(pixel_values, output_hidden_states=True, **asked).hidden_states[-1][:, PREFIX[family] :]
+        assert torch.equal(tokenizer(pixel_values).last_hidden_state, expected)
+    assert (tokenizer.config.image_size, tokenizer.config.grid) == (48, (6, 6))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    again = VQRAE.from_pretrained(tmp_path / "tokenizer").eval()
+    assert torch.equal(again.encode(pixel_values).ids, tokenizer.encode(pixel_values).ids)
+    with pytest.raises(UserError, match="50 pixels is no multiple of the patch size 8"):
+        VQRAE.from_encoder(tmp_path, image_size=50, **FIELDS)
+
+
+def test_pixels_that_no_patch_covers_are_left_out(tmp_path):
+    """SigLIP so400m has patches of 14 for pictures of 384, of which they cover 378."""
+    torch.manual_seed(3)
+    fields = {k: v for k, v in ENCODERS["siglip"].items() if k != "model_type"} | {"image_size": 37}
+    bare = SiglipVisionModel(SiglipVisionConfig(**fields)).eval()
+    bare.save_pretrained(tmp_path)
+    tokenizer = VQRAE.from_encoder(tmp_path, **FIELDS).eval()
+    assert (tokenizer.config.image_size, tokenizer.config.grid) == (32, (4, 4))
+    pixel_values = torch.randn(2, 3, 37, 37)
+    with torch.no_grad():
+        expected = bare(pixel_values, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(tokenizer(pixel_values[..., :32, :32]).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("family", ["clip", "dinov2", "dinov3"])

@@ -196,7 +196,12 @@ class ImageTokenizer(PreTrainedModel):
 
     @classmethod
     def from_encoder(
-        cls, name_or_path: str | Path, *, attn_implementation: str | None = None, **config_fields: Any
+        cls,
+        name_or_path: str | Path,
+        *,
+        image_size: int | None = None,
+        attn_implementation: str | None = None,
+        **config_fields: Any,
     ) -> Self:
         """A new tokenizer around a pretrained vision model.
 
@@ -204,20 +209,24 @@ class ImageTokenizer(PreTrainedModel):
             name_or_path: a name that `unimm encoders` lists, a local Hugging Face folder, or a hub id. A composite
                 checkpoint (SigLIP or CLIP with its text half, InternVL, also in its original layout) gives its vision
                 half.
+            image_size: pixels a side of the pictures; None takes the checkpoint's (what its patches cover). For
+                another one the position table is interpolated, as the vision model does itself.
             attn_implementation: as in transformers.
             config_fields: fields of the tokenizer's configuration; normalisation and feature layer are the
                 checkpoint's own unless given.
 
         Raises:
-            UserError: the encoder's weights are incomplete, or its family is not supported.
+            UserError: the encoder's weights are incomplete, its family is not supported, or the picture's side is no
+                multiple of the patch.
         """
         source = find_encoder(name_or_path)
+        vision = source.config.to_dict() | {"image_size": image_size or source.covered_size}
         fields = {
             "image_mean": source.image_mean,
             "image_std": source.image_std,
             "feature_layer": source.feature_layer,
         } | config_fields
-        config = cls.config_class(encoder_config=source.config.to_dict(), **fields)
+        config = cls.config_class(encoder_config=vision, **fields)
         model = cls._from_config(config, attn_implementation=attn_implementation)
         load_encoder(model.encoder, source, attn_implementation)
         return model

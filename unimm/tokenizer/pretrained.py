@@ -4,6 +4,7 @@ Special here: checkpoints in InternVL's original layout (remote code: fused qkv,
 tensor, so no foreign code runs; and a checkpoint that does not fill the encoder is refused, never filled at random.
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from transformers import AutoConfig, InternVLVisionConfig, PreTrainedConfig, Pre
 from transformers.utils.hub import cached_file
 
 from unimm.errors import UserError, reading
-from unimm.tokenizer.encoders import FAMILIES, Channels, encoder_family
+from unimm.tokenizer.configuration import side
+from unimm.tokenizer.encoders import FAMILIES, Channels, build_encoder, encoder_family
 from unimm.tokenizer.published import PUBLISHED
 
 ORIGINAL_INTERNVIT = "intern_vit_6b"  # `model_type` of InternViT with remote code, whatever its size
@@ -45,6 +47,11 @@ class EncoderSource:
     image_mean: Channels
     image_std: Channels
 
+    @property
+    def covered_size(self) -> int:
+        """Pixels a side that the patches cover: patches of 14 cover 378 of 384."""
+        return side(self.config.image_size) // side(self.config.patch_size) * side(self.config.patch_size)
+
 
 def find_encoder(name_or_path: str | Path) -> EncoderSource:
     """What is known of an encoder before its weights are read.
@@ -67,29 +74,41 @@ def find_encoder(name_or_path: str | Path) -> EncoderSource:
 
 
 def load_encoder(encoder: PreTrainedModel, source: EncoderSource, attn_implementation: str | None = None) -> None:
-    """Fill `encoder`, built from `source.config`, with the checkpoint's weights.
+    """Fill `encoder`, built from `source.config` for pictures of any size, with the checkpoint's weights.
 
     Raises:
         UserError: weights are missing or misshapen.
     """
+    config = copy.deepcopy(encoder.config)
+    config.image_size = source.config.image_size
     with reading("The encoder", source.path):
         if source.original:
-            expected, state = encoder.state_dict(), dict(_converted(source.path))
+            state, loaded = dict(_converted(source.path)), build_encoder(config, attn_implementation)
+            expected = loaded.state_dict()
             fits = {name for name, tensor in state.items() if name in expected and tensor.shape == expected[name].shape}
             lost = len(expected) - len(fits)
+            loaded.load_state_dict({name: state[name] for name in fits}, strict=False)
         else:
             loaded, report = type(encoder).from_pretrained(
-                source.path,
-                config=encoder.config,
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
+                source.path, config=config, attn_implementation=attn_implementation, output_loading_info=True
             )
-            state = expected = loaded.state_dict()
+            expected = loaded.state_dict()
             lost = len(report["missing_keys"]) + len(report["mismatched_keys"])
     if lost:
         total = len(expected)
         raise UserError(f"{source.path} does not hold this encoder: loaded {total - lost} of {total} tensors.")
-    encoder.load_state_dict(state)
+    encoder.load_state_dict(_fitted(loaded, encoder))
+
+
+@torch.no_grad()
+def _fitted(loaded: PreTrainedModel, encoder: PreTrainedModel) -> dict[str, Tensor]:
+    """The state of `loaded`, its position table interpolated to the encoder's picture size by its own method."""
+    state, size = loaded.state_dict(), side(encoder.config.image_size)
+    for name, wanted in encoder.state_dict().items():
+        if "position_embedding" in name and state[name].shape != wanted.shape:
+            tokens = torch.zeros(1, *wanted.shape[-2:])
+            state[name] = loaded.embeddings.interpolate_pos_encoding(tokens, size, size).reshape(wanted.shape)
+    return state
 
 
 def _vision_half(config: PreTrainedConfig) -> PreTrainedConfig:

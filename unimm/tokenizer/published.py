@@ -49,9 +49,9 @@ class PublishedEncoder:
         return prefix_tokens(self.vision_config())
 
     def vision_config(self) -> PreTrainedConfig:
-        """The configuration of the vision model."""
+        """The configuration of the vision model, for the pixels that its patches cover (378 of SigLIP's 384)."""
         fields = {
-            "image_size": self.image_size,
+            "image_size": self.grid * self.patch_size,
             "patch_size": self.patch_size,
             "hidden_size": self.width,
             "num_hidden_layers": self.depth,
