@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from unimm.errors import UserError, reading
 from unimm.mllm.hosts import HOSTS, M_ROPE, MULTIMODAL_HOSTS, UnimmLlavaConfig, merged_side
@@ -124,22 +125,34 @@ def attach(
     config = compose(host, image_tokenizer, processor, rows)
     config.image_position_mode = image_position_mode
     dtype = dtype or host.dtype
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = HOSTS[type(config)]._from_config(
-            config, dtype=torch.float32, attn_implementation=attn_implementation or _attention(host)
-        )
+    model = _frame(config, dtype, attn_implementation or _attention(host), seed)
     codes = None
     if row_init == "codebook":
         codes = image_tokenizer.lookup(torch.arange(vocabulary.size, device=image_tokenizer.device)[None])[0]
     state, lost = _composed_state(model, host, image_tokenizer, vocabulary, row_init, codes, seed)
     model.load_state_dict(state)
-    cast(model, dtype)
-    for name, buffer in _language_model(host).named_buffers():
-        model.model.language_model.get_buffer(name).data = buffer.detach().to(model.device, copy=True)
+    _copy_buffers(_language_model(host), model.model.language_model)
+    _copy_buffers(image_tokenizer, model.image_tokenizer)
     _set_generation_defaults(model, host, texts)
     model.attachment = _attachment(host, lost)
     return model.to(host.device).eval(), processor
+
+
+def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None, seed: int) -> Any:
+    """The unified model in `dtype`, its projector drawn at random and everything else still to be filled; parts that
+    ask for it (`_keep_in_fp32_modules_strict`) are in float32."""
+    with no_init_weights():
+        model = HOSTS[type(config)]._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    model.tie_weights()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.model.multi_modal_projector.apply(model._init_weights)
+    kept = model._keep_in_fp32_modules_strict or set()
+    for name, module in model.named_modules():
+        if any(part in kept for part in name.split(".")):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
+    return model
 
 
 def _rendered_image(texts: PreTrainedTokenizerBase) -> str:
@@ -363,21 +376,10 @@ def _composed_state(
     return state, lost
 
 
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast the parameters to `dtype`, except those that a part keeps in float32 (`_keep_in_fp32_modules_strict`)."""
-    kept = model._keep_in_fp32_modules_strict or set()
-    for module_name, module in model.named_modules():
-        if any(part in kept for part in module_name.split(".")):
-            continue
-        for tensor in (*module.parameters(recurse=False), *_persistent_buffers(module)):
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtype)
-
-
-def _persistent_buffers(module: torch.nn.Module) -> list[Tensor]:
-    """Constants of the architecture (rotary frequencies) are not persistent and keep their precision, as on loading."""
-    names = module._non_persistent_buffers_set
-    return [tensor for name, tensor in module.named_buffers(recurse=False) if name not in names]
+def _copy_buffers(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Constants of the architecture (rotary frequencies) in the precision that they have."""
+    for name, buffer in source.named_buffers():
+        target.get_buffer(name).data = buffer.detach().to(target.device, copy=True)
 
 
 def _set_generation_defaults(model: PreTrainedModel, host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
