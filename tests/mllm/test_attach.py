@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers import AutoModelForImageTextToText, BertConfig, BertLMHeadModel, PreTrainedModel
 
 from tests.mllm import tiny
 from unimm.errors import UserError
@@ -34,8 +34,10 @@ def test_text_logits_change_by_exactly_zero(rows: int, tied: bool, dtype: torch.
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_greedy_texts_do_not_change_at_all(family: str, tied: bool) -> None:
-    host = tiny.language_model(family, tied=tied)
+@pytest.mark.parametrize("rows", [290, 301], ids=["unpadded", "padded"])
+def test_greedy_texts_do_not_change_at_all(family: str, rows: int, tied: bool) -> None:
+    host = tiny.language_model(family, rows=rows, tied=tied)
+    assert len(tiny.text_tokenizer()) == 290
     model, _ = attach(host, tiny.image_tokenizer(), tiny.text_tokenizer(), row_init="mean")
     input_ids = torch.randint(0, 290, (50, 6))
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": [], "pad_token_id": 0}
@@ -108,6 +110,26 @@ def test_parts_can_be_given_as_paths(tmp_path: Path) -> None:
     model, _ = attach(tmp_path / "host", tmp_path / "images")
     expected, _ = attach(host, images, texts)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_arguments_of_loading_reach_the_host_and_the_result_spreads_over_devices(tmp_path: Path) -> None:
+    host, texts = tiny.language_model(), tiny.text_tokenizer()
+    host.save_pretrained(tmp_path / "host")
+    texts.save_pretrained(tmp_path / "host")
+    options = {"dtype": torch.bfloat16, "attn_implementation": "eager", "device_map": "cpu"}
+    model, processor = attach(str(tmp_path / "host"), tiny.image_tokenizer(), **options)
+    assert model.dtype == torch.bfloat16
+    assert model.model.language_model.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path / "model")
+    parts = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "model.language_model": "cpu"}
+    inputs = processor(text=[processor.drawing_prompt("a red circle")], return_tensors="pt")
+    draw = {"generation_mode": "image", "seed": 4, "guidance_scale": 2.0}
+    expected = model.generate(**inputs, **draw)
+    for device_map in ("auto", parts | {"lm_head": "cpu"}):
+        again = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "model", dtype=torch.bfloat16, device_map=device_map, attn_implementation="eager"
+        )
+        assert torch.equal(again.generate(**inputs, **draw), expected)
 
 
 def test_what_cannot_be_attached_is_refused(tmp_path: Path) -> None:

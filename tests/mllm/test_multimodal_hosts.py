@@ -112,11 +112,15 @@ def sentence(host: PreTrainedModel, images: int, merged: int) -> tuple[torch.Ten
     return torch.cat([before, placeholders, after], 1), torch.randn(images, 3, 16, 16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", HOSTS)
-def test_understanding_logits_change_by_exactly_zero(name: str) -> None:
+def test_understanding_logits_change_by_exactly_zero(name: str, dtype: torch.dtype) -> None:
     host, tokenizer, image_tokenizer, merged = build(name)
+    host = host.to(dtype)
     model, _ = attach(host, image_tokenizer, tokenizer)
+    assert model.dtype == dtype and model.image_tokenizer.quantizer.codebook.dtype == torch.float32
     input_ids, pixel_values = sentence(host, 2, merged)
+    pixel_values = pixel_values.to(dtype)
     with torch.no_grad():
         expected = host(input_ids=input_ids, pixel_values=pixel_values).logits
         found = model(input_ids=input_ids, pixel_values=pixel_values).logits
