@@ -254,6 +254,8 @@ def test_doctor_fails_with_code_1(
     settings["image_processor"]["image_mean"] = [0.1, 0.1, 0.1]
     file.write_text(json.dumps(settings))
     assert main(["doctor", "--model", str(sick)]) == 1
+    capsys.readouterr()
+    assert main(["doctor", str(sick)]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
     assert len(failed) == 1 and "normalization" in failed[0]
 

@@ -327,7 +327,11 @@ def build_parser() -> argparse.ArgumentParser:
     kind.add_argument("--generation", action="store_true", help="the language model with image ids, and the decoder")
     out.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
 
-    _command(commands, doctor)
+    sick = _command(commands, doctor)
+    for each in (part, out, sick):
+        each.add_argument(
+            "model", nargs="?", metavar="PATH", default=argparse.SUPPRESS, help="the same as --model PATH"
+        )
     return parser
 
 
