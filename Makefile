@@ -56,7 +56,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/questions/.done $(SHAPES)/stage3/.done
+shapes: $(SHAPES)/positions/.done $(SHAPES)/stage3/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -86,5 +86,9 @@ $(SHAPES)/questions/.done: $(SHAPES)/t2i/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/questions.yaml
 	@touch $@
 
-publish: $(SHAPES)/questions/.done $(SHAPES)/stage3/.done
+$(SHAPES)/positions/.done: $(SHAPES)/questions/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/t2i.py --config configs/shapes/positions.yaml
+	@touch $@
+
+publish: $(SHAPES)/positions/.done $(SHAPES)/stage3/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml

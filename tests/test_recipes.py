@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAIN = ("vfm", "stage1", "stage2", "stage3", "sft", "t2i")
 STAGES = ("stage1", "stage2", "stage3")
 RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
+RECIPES |= {"questions": "t2i", "positions": "t2i"}  # later legs
 
 
 def run(recipe: str, *arguments: str) -> int:
