@@ -9,6 +9,7 @@ import torch
 
 import unimm
 from unimm.config import load_config
+from unimm.tokenizer.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAIN = ("vfm", "stage1", "stage2", "stage3", "sft", "t2i")
@@ -53,7 +54,7 @@ def test_the_chain_in_small(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: "/".join(p.parts[-2:]))
 def test_every_configuration_is_read_by_its_recipe(path):
-    name = RECIPES[path.stem]
+    name = "tokenizer" if path.parent.name == "tokenizer" else RECIPES[path.stem]
     classes = {
         "vfm": "VFMConfig",
         "tokenizer": "TokenizerRecipe",
@@ -63,6 +64,29 @@ def test_every_configuration_is_read_by_its_recipe(path):
     }
     recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
     load_config(recipe[classes[name]], path)
+
+
+@pytest.mark.parametrize("name", ["vqrae_siglip2_256", "vqrae_siglip2_512", "vqrae_internvit_448"])
+def test_the_papers_tokenizers_are_built_in_full_size(name):
+    """VQRAE's table 7: tokens of a picture, steps, rates and the step that the GAN starts at."""
+    recipe = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["TokenizerRecipe"]
+    first, second = (load_config(recipe, ROOT / f"configs/tokenizer/{name}_stage{n}.yaml") for n in (1, 2))
+    published = PUBLISHED[first.model.encoder]
+    with torch.device("meta"):
+        tokenizer = unimm.VQRAE(unimm.VQRAEConfig(encoder_config=published.vision_config(), **first.model.config))
+    internvit = "internvit" in name
+    assert tokenizer.config.image_size == first.data.image_size == second.data.image_size
+    assert tokenizer.config.num_image_tokens == (256 if name.endswith("256") else 1024)
+    assert tokenizer.quantizer.codebook.shape == (16384, 1536)
+    weights = sum(p.numel() for p in tokenizer.parameters()) / 1e6
+    assert weights == pytest.approx(613 if internvit else 832, abs=2)
+    assert (first.train.stage, first.train.steps) == (1, 45_000 if internvit else 100_000)
+    assert (second.train.stage, second.train.steps) == (2, 60_000 if internvit else 70_000)
+    assert first.loss.gan.start is None and second.loss.gan.start == (30_000 if internvit else 50_000)
+    rates = ("learning_rate", "encoder_learning_rate", "end_learning_rate", "warmup_steps", "weight_decay")
+    assert [getattr(first.train, rate) for rate in rates] == [4e-4, 1e-5, 1e-4, 2000, 1e-4]
+    assert [getattr(second.train, rate) for rate in rates] == [1e-4, 1e-5, 1e-5, 2000, 1e-4]
+    assert second.model.init_from == first.train.output_dir
 
 
 @pytest.mark.parametrize(
