@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUND = {"errors", "provenance", "typed", "config", "report", "saving"}
+GROUND = {"errors", "provenance", "typed", "config", "report", "saving", "sampling"}
 FOUNDATION = GROUND | {"tokenizer", "data", "evaluation"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
 FACES = {"serving", "integrations", "benchmarks", "chat"}
@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "typed": {"errors"},
     "report": {"errors", "provenance"},
     "saving": set(),
+    "sampling": set(),
     "config": {"errors", "provenance", "typed"},
     "evaluation": GROUND,
     "data": GROUND | {"evaluation"},

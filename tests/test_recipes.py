@@ -1,4 +1,5 @@
-"""The whole chain by its debug configurations: vision model, tokenizer stages, conversations, drawings, publishing."""
+"""The whole chain by its debug configurations: vision model, tokenizer stages, class-conditional drawing,
+conversations, drawings, publishing."""
 
 import runpy
 import sys
@@ -12,7 +13,7 @@ from unimm.config import load_config
 from unimm.tokenizer.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAIN = ("vfm", "stage1", "stage2", "stage3", "sft", "t2i")
+CHAIN = ("vfm", "stage1", "stage2", "stage3", "c2i", "sft", "t2i")
 STAGES = ("stage1", "stage2", "stage3")
 RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
 RECIPES |= {"questions": "t2i", "positions": "t2i"}  # later legs
@@ -58,6 +59,7 @@ def test_every_configuration_is_read_by_its_recipe(path):
     classes = {
         "vfm": "VFMConfig",
         "tokenizer": "TokenizerRecipe",
+        "c2i": "C2IRecipe",
         "sft": "SFTRecipe",
         "t2i": "T2IRecipe",
         "publish": "PublishRecipe",
@@ -94,6 +96,7 @@ def test_the_papers_tokenizers_are_built_in_full_size(name):
     [
         ("stage1", "model.encoder"),
         ("stage2", "model.init_from"),
+        ("c2i", "model.image_tokenizer"),
         ("sft", "model.image_tokenizer"),
         ("t2i", "model.path"),
     ],

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.mllm import tiny
 from unimm.errors import UserError
 from unimm.mllm import ImageSampling, UnimmLlavaForConditionalGeneration, UnimmProcessor
-from unimm.mllm.sampling import per_prompt_scale
+from unimm.sampling import per_prompt_scale
 
 PROMPTS = ["a photo of a red circle", "two", "an image of two green squares"]
 

@@ -8,9 +8,9 @@ from unimm.mllm.generation import ImageGenerationMixin
 from unimm.mllm.hosts import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
 from unimm.mllm.loading import load
 from unimm.mllm.processing import UnimmProcessor
-from unimm.mllm.sampling import ImageSampling
 from unimm.mllm.unified import UnifiedModelMixin
 from unimm.mllm.vocabulary import VisualVocabulary
+from unimm.sampling import ImageSampling
 
 __all__ = [
     "ImageGenerationMixin",

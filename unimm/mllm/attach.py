@@ -29,7 +29,6 @@ from transformers.initialization import no_init_weights
 from unimm.errors import UserError, reading
 from unimm.mllm.hosts import HOSTS, M_ROPE, MULTIMODAL_HOSTS, UnimmLlavaConfig, merged_side
 from unimm.mllm.processing import UnimmProcessor
-from unimm.mllm.sampling import ImageSampling
 from unimm.mllm.templates import chat_template, end_of_turn_ids
 from unimm.mllm.vocabulary import (
     Markers,
@@ -40,6 +39,7 @@ from unimm.mllm.vocabulary import (
     set_vocab_size,
     visual_base,
 )
+from unimm.sampling import ImageSampling
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 
 TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only language models that are composed to a LLaVA

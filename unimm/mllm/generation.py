@@ -17,7 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from unimm.errors import UserError
-from unimm.mllm.sampling import (
+from unimm.sampling import (
     SAMPLING_NAMES,
     ImageSampling,
     Noise,

@@ -67,6 +67,9 @@ class ImageSampling:
         return warpers
 
 
+SAMPLED = ImageSampling()
+"""Every id by its probability, without guidance."""
+
 SAMPLING_NAMES = tuple(field.name for field in fields(ImageSampling))
 
 
@@ -98,6 +101,12 @@ def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> Tensor:
     return torch.where(values > 1, values, 0.0)
 
 
+def image_seed(seed: int, k: int) -> int:
+    """The seed of image k of a request that was given `seed`."""
+    digest = hashlib.sha256(f"{seed}/{k}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
 def per_image_seeds(requests: list[Hashable], seed: int | Sequence[int] | None, repeats: int) -> list[int]:
     """One seed per sequence, from (seed, k): k counts the images of one request, wherever its rows stand."""
     if seed is None:
@@ -109,8 +118,7 @@ def per_image_seeds(requests: list[Hashable], seed: int | Sequence[int] | None, 
     result = []
     for request in zip(seeds, requests, strict=True):
         for _ in range(repeats):
-            digest = hashlib.sha256(f"{request[0]}/{drawn[request]}".encode()).digest()
-            result.append(int.from_bytes(digest[:8]) >> 1)
+            result.append(image_seed(request[0], drawn[request]))
             drawn[request] += 1
     return result
 

@@ -1,0 +1,63 @@
+"""Draw the pictures that the ADM evaluator scores.
+
+    python eval/c2i_samples.py --model runs/cifar10/c2i --num-images 50000 --output samples.npz
+
+`arr_0` is uint8 [N, H, W, 3]; picture k is of class k modulo the number of classes and depends on (seed, k) only. The
+file appears whole or not at all.
+"""
+
+import argparse
+import dataclasses
+import sys
+
+from unimm.benchmarks.class_samples import SamplesPlan, write_samples
+from unimm.class_conditional.drawing import load_drawer
+from unimm.errors import run_main
+from unimm.provenance import git_commit
+from unimm.report import Report
+from unimm.sampling import ImageSampling
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder that recipes/c2i.py saved")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the npz")
+    parser.add_argument("--num-images", type=int, default=50_000)
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--image-size", type=int, help="pixels a side in the file; as drawn unless given")
+    parser.add_argument("--guidance-scale", type=float, help="above 1; off unless given")
+    parser.add_argument("--guidance-interval", type=int, nargs=2, metavar=("START", "STOP"), help="ids that are guided")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
+    parser.add_argument("--json", metavar="FILE", help="write what was done, - for standard output")
+    arguments = parser.parse_args(argv)
+    report = Report(arguments.json)
+    sampling = ImageSampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        guidance_scale=arguments.guidance_scale,
+    )
+    plan = SamplesPlan(
+        num_images=arguments.num_images,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        image_size=arguments.image_size,
+        guidance_interval=tuple(arguments.guidance_interval) if arguments.guidance_interval else None,
+    )
+    with report.timed("load"):
+        drawer = load_drawer(arguments.model, arguments.device)
+    with report.timed("per_image", share=plan.num_images):
+        shape = write_samples(drawer, arguments.output, plan, sampling)
+    report.say(f"{arguments.output}: {shape[0]} pictures of {shape[1]} x {shape[2]}")
+    report.add(
+        shape=list(shape), plan=dataclasses.asdict(plan), sampling=dataclasses.asdict(sampling), commit=git_commit()
+    )
+    report.write()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, name="c2i_samples"))

@@ -1,0 +1,109 @@
+"""Teach a GPT to draw pictures of a class: LlamaGen's recipe (arXiv 2406.06525) over the ids of any image tokenizer.
+
+    accelerate launch --num_cpu_threads_per_process 2 recipes/c2i.py --config configs/cifar10/c2i.yaml
+
+Extracts the ids of labelled pictures where they are not on disk yet, trains, and saves GPT and tokenizer in one folder
+that `eval/c2i_samples.py` draws from. A run that is started again goes on from its last checkpoint.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers.trainer_utils import set_seed
+
+from unimm.class_conditional import ClassConditionalConfig, ClassConditionalGPT
+from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet, load_tokenizer
+from unimm.class_conditional.extraction import ClassIdsConfig, prepare_ids
+from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
+from unimm.class_conditional.trainer import ClassConditionalTrainer
+from unimm.config import parse_recipe_args, save_config
+from unimm.data.images import save_image_atomically
+from unimm.errors import UserError, run_main
+from unimm.provenance import write_atomically
+from unimm.training.arguments import HostTrainingArguments
+from unimm.training.ema import EMA
+
+
+@dataclass
+class C2IModelConfig:
+    """`size` is one of LlamaGen's (B, L, XL, XXL, 3B), `config` are fields of ClassConditionalConfig over it; codebook
+    and grid are the tokenizer's."""
+
+    image_tokenizer: str
+    num_classes: int
+    size: str = "B"
+    config: dict = field(default_factory=dict)
+    attn_implementation: str | None = None
+
+
+@dataclass
+class C2IRecipe:
+    model: C2IModelConfig
+    data: ClassIdsConfig
+    train: HostTrainingArguments
+    sheet: SheetConfig = field(default_factory=SheetConfig)
+
+
+def build(recipe: C2IRecipe, ids: ClassIds) -> ClassConditionalGPT:
+    if recipe.train.use_muon:
+        raise UserError("train.use_muon is for the host recipes: c2i trains with AdamW, as LlamaGen does.")
+    facts = {
+        "codebook_size": ids.info.codebook_size,
+        "grid": ids.info.grid,
+        "num_classes": recipe.model.num_classes,
+        "tokenizer_fingerprint": ids.info.tokenizer_fingerprint,
+    }
+    if decided := sorted(recipe.model.config.keys() & facts.keys()):
+        raise UserError(f"model.config may not set {decided[0]!r}: the tokenizer and model.num_classes decide it.")
+    config = ClassConditionalConfig.of_size(recipe.model.size, **recipe.model.config, **facts)
+    model = ClassConditionalGPT._from_config(config, attn_implementation=recipe.model.attn_implementation)
+    if recipe.train.compile_blocks:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    return model
+
+
+def main() -> None:
+    recipe = parse_recipe_args(C2IRecipe)
+    train, output = recipe.train, Path(recipe.train.output_dir)
+    set_seed(train.seed)
+    tokenizer, image_processor = load_tokenizer(recipe.model.image_tokenizer)
+    with train.main_process_first(local=False):
+        tokenizer.to(train.device)
+        ids = prepare_ids(recipe.data, "train", tokenizer, image_processor)
+        held_out = prepare_ids(recipe.data, "eval", tokenizer, image_processor)
+    for each in (ids, held_out):
+        each.require_classes(recipe.model.num_classes)
+    model = build(recipe, ids)
+    length = train.max_steps * train.train_batch_size * train.gradient_accumulation_steps * train.world_size
+    trainer = ClassConditionalTrainer(
+        model,
+        train,
+        train_dataset=IdStream(ids, length, recipe.data.seed),
+        eval_dataset=IdRows(held_out),
+        average=None if train.ema_decay is None else partial(EMA, decay=train.ema_decay),
+    )
+    save_config(recipe, output)
+    entropy, uniform = ids.entropy, math.log(ids.info.codebook_size)
+    print(f"{len(ids)} sequences of ids; unigram entropy {entropy:.3f} nats an id, ln K {uniform:.3f}")
+    if not trainer.done:
+        print(f"held-out loss at the start {trainer.held_out_loss():.3f}, unigram entropy {entropy:.3f} nats an id")
+    trainer.run()
+    loss = trainer.held_out_loss()
+    print(f"held-out loss at the end {loss:.3f}, unigram entropy {entropy:.3f} nats an id")
+    if trainer.is_world_process_zero():
+        with trainer.averaged(), torch.compiler.set_stance("force_eager"):
+            drawer = ClassDrawer(model.eval(), tokenizer.to(model.device), image_processor)
+            drawer.save(output)
+            save_image_atomically(draw_sheet(drawer, recipe.sheet), output / "sheet.png")
+        result = {"held_out_loss": loss, "unigram_entropy": entropy, "uniform": uniform, "steps": train.max_steps}
+        write_atomically(output / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, name="c2i"))
