@@ -34,6 +34,7 @@ tokenizer, host = type(AutoConfig.for_model("vqrae")), type(AutoConfig.for_model
 registered = [
     tokenizer in AutoModel._model_mapping,
     host in AutoModelForImageTextToText._model_mapping,
+    type(AutoConfig.for_model("unimm_class_conditional")) in AutoModel._model_mapping,
 ]
 import unimm.cli
 loaded["unimm.cli"] = sorted(sys.modules)
@@ -73,4 +74,4 @@ def test_heavy_names_are_spelt_right() -> None:
 
 
 def test_import_registers_the_auto_classes(fresh: dict[str, Any]) -> None:
-    assert fresh["registered"] == [True, True]
+    assert fresh["registered"] == [True, True, True]

@@ -49,7 +49,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Registration is what these two modules do when they are imported.
-for _module in ("unimm.tokenizer", "unimm.mllm"):
+# Registration is what these modules do when they are imported.
+for _module in ("unimm.tokenizer", "unimm.class_conditional", "unimm.mllm"):
     importlib.import_module(_module)
 del _module

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from unimm.errors import UserError
+
 GuidanceScale: TypeAlias = float | Sequence[float] | Tensor | None
 
 
@@ -35,7 +37,7 @@ class ImageSampling:
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
-            raise ValueError(
+            raise UserError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: temperature and top_k must "
                 "be at least 0, top_p above 0 and at most 1"
             )
@@ -91,10 +93,10 @@ def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> Tensor:
     """[B] scales, 0 where guidance is off (None, 0, less than 0, exactly 1)."""
     values = torch.as_tensor(0.0 if scale is None else scale, dtype=torch.float32).flatten().cpu()
     if len(values) not in (1, batch_size):
-        raise ValueError(f"guidance_scale has {len(values)} values, give 1 or one per prompt, {batch_size}")
+        raise UserError(f"guidance_scale has {len(values)} values, give 1 or one per prompt, {batch_size}")
     meaningless = ~torch.isfinite(values) | ((values > 0) & (values < 1))
     if meaningless.any():
-        raise ValueError(
+        raise UserError(
             f"guidance_scale is {float(values[meaningless][0]):g}; give 0 or 1 for no guidance, or a number above 1"
         )
     values = values.expand(batch_size)
@@ -113,7 +115,7 @@ def per_image_seeds(requests: list[Hashable], seed: int | Sequence[int] | None, 
         seed = int(torch.randint(2**62, (1,)))
     seeds = [seed] * len(requests) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(requests):
-        raise ValueError(f"seed has {len(seeds)} values, give 1 or one per prompt, {len(requests)}")
+        raise UserError(f"seed has {len(seeds)} values, give 1 or one per prompt, {len(requests)}")
     drawn: Counter[Hashable] = Counter()
     result = []
     for request in zip(seeds, requests, strict=True):

@@ -36,7 +36,7 @@ def test_the_first_loss_is_ln_k(training):
     loss = model(torch.tensor([0, 1, 4]), some_ids()).loss
     assert loss.item() == pytest.approx(math.log(64), abs=1e-6)
     assert model.head.weight.abs().max() == 0
-    assert model.id_embedding.weight.std() == pytest.approx(0.02, rel=0.1)
+    assert model.id_embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_rotation_against_a_plain_loop():
@@ -101,8 +101,8 @@ def test_a_tenth_of_the_classes_is_dropped_in_training_and_none_outside_it():
     assert set(dropped.tolist()) == {0, 5}
     assert (dropped == 5).double().mean() == pytest.approx(0.1, abs=0.0085)  # 4 standard deviations
     ids, labels = some_ids(1).expand(64, -1), torch.zeros(64, dtype=torch.int64)
-    assert len(model(labels, ids).logits[:, 0, 0].unique()) == 1
-    assert len(model.train()(labels, ids).logits[:, 0, 0].detach().unique()) == 2
+    assert len(model(labels, ids).logits[:, 0, 0].round(decimals=2).unique()) == 1
+    assert len(model.train()(labels, ids).logits[:, 0, 0].detach().round(decimals=2).unique()) == 2
 
 
 def test_image_k_depends_on_seed_and_k_only():

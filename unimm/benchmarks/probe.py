@@ -70,7 +70,10 @@ def probe_tokenizer(tokenizer: ImageTokenizer, image_processor: Any, plan: Probe
     test = labelled_pictures(plan.test_source, plan.num_test, seed=2 * plan.seed + 1)
     train_tables, train_labels = embed(tokenizer, image_processor, train, plan, flip=plan.flip)
     test_tables, test_labels = embed(tokenizer, image_processor, test, plan, flip=False)
-    return {kind: probe(train_tables[kind], train_labels, test_tables[kind], test_labels, plan) for kind in plan.kinds}
+    return {
+        kind: probe(train_tables[kind], train_labels, test_tables[kind], test_labels, plan, 2 if plan.flip else 1)
+        for kind in plan.kinds
+    }
 
 
 def random_twin(tokenizer: ImageTokenizer, seed: int = 0) -> ImageTokenizer:
@@ -87,7 +90,7 @@ def random_twin(tokenizer: ImageTokenizer, seed: int = 0) -> ImageTokenizer:
 def embed(
     tokenizer: ImageTokenizer, image_processor: Any, pictures: Any, plan: ProbePlan, *, flip: bool
 ) -> tuple[dict[Kind, Tensor], Tensor]:
-    """{kind: [n, width]} and labels [n]; with `flip` the mirror images follow, picture by picture, as n more rows."""
+    """{kind: [n, width]} and labels [n]; with `flip` each picture's mirror image is the row behind it."""
     tables: dict[Kind, list[Tensor]] = {kind: [] for kind in plan.kinds}
     labels: list[int] = []
     for images, classes in _batches(pictures, tokenizer.config.image_size, flip):
@@ -139,8 +142,11 @@ def _batches(pictures: Any, size: int, flip: bool, batch_size: int = 64) -> Iter
 # ---- vectors -> accuracies ----
 
 
-def probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, plan: ProbePlan) -> dict[str, Any]:
-    """Both verdicts on vectors train [n, width] and test [m, width]; see `probe_tokenizer`.
+def probe(
+    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, plan: ProbePlan, copies: int = 1
+) -> dict[str, Any]:
+    """Both verdicts on vectors train [n, width] and test [m, width]; see `probe_tokenizer`. `copies` rows of train, one
+    behind the other, are one picture.
 
     Raises:
         UserError: fewer than two classes or ten vectors, or a test class that training never shows.
@@ -151,11 +157,14 @@ def probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, plan
             f"{len(train)} training vectors of {len(labels.unique())} classes and test labels up to "
             f"{int(test_labels.max())}: a probe needs ten vectors, two classes and no class that only the test shows."
         )
-    held_out = len(train) // 10  # from the end: a picture and its mirror image stay together but for one at most
+    order = torch.randperm(len(train) // copies, generator=torch.Generator().manual_seed(plan.seed))
+    held_out = torch.zeros(len(order), dtype=torch.bool)
+    held_out[order[: max(1, len(order) // 10)]] = True
+    held_out = held_out.repeat_interleave(copies)  # a picture and its mirror image stay together
     sweep = {}
     for rate in plan.base_rates:
-        head = train_head(train[:-held_out], labels[:-held_out], classes, rate, plan)
-        sweep[rate] = accuracy(head, train[-held_out:], labels[-held_out:])
+        head = train_head(train[~held_out], labels[~held_out], classes, rate, plan)
+        sweep[rate] = accuracy(head, train[held_out], labels[held_out])
     best = max(sweep, key=lambda rate: sweep[rate])
     head = train_head(train, labels, classes, best, plan)
     votes = vote(train, labels, test, plan.neighbours)
