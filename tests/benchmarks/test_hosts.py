@@ -11,8 +11,8 @@ def test_every_promise_of_a_pair(tmp_path):
     for row in rows:
         assert row.pop("encoder") == "clip_vision_model"
         assert row.pop("any_to_any") in (True, "needs torchvision")
-        assert len(row) == 10 and all(value is True for value in row.values()), row
+        assert len(row) == 11 and all(value is True for value in row.values()), row
 
 
 def test_all_families_are_there():
-    assert len(HOST_FAMILIES) == 7 and len(ENCODER_FAMILIES) == 6
+    assert len(HOST_FAMILIES) == 9 and len(ENCODER_FAMILIES) == 6
