@@ -64,6 +64,7 @@ def test_one_sequence_is_learnt_by_heart(tmp_path):
     trainer.run()
     assert before == pytest.approx(np.log(64), abs=1e-5)
     assert trainer.held_out_loss() < 0.5 * before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "tensorboard"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path):

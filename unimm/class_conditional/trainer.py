@@ -87,6 +87,7 @@ class ClassConditionalTrainer(Trainer):
         if self.is_world_process_zero():
             self.add_callback(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)))
         self.train(resume_from_checkpoint=found)
+        self.remove_callback(TensorBoardCallback)  # a later evaluation would open another log
 
     @property
     def done(self) -> int:
