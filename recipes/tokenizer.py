@@ -3,17 +3,20 @@
     accelerate launch --num_cpu_threads_per_process 2 recipes/tokenizer.py --config configs/shapes/stage1.yaml
     accelerate launch --num_cpu_threads_per_process 2 recipes/tokenizer.py --config configs/shapes/stage2.yaml
 
-Stage 1 starts from a pretrained vision model (`model.encoder`), stage 2 from stage 1's output (`model.init_from`). A
-run that is started again goes on from its last checkpoint.
+Stage 1 starts from a pretrained vision model (`model.encoder`), stage 2 from stage 1's output (`model.init_from`);
+`model.kind` says which tokenizer is built around it: vqrae, vfmtok or ideal, of which the last two have one stage. A run
+that is started again goes on from its last checkpoint.
 """
 
 import sys
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedConfig
+
 from unimm.config import parse_recipe_args, save_config
 from unimm.data.pictures import PictureConfig, picture_stream
 from unimm.errors import UserError, reading, run_main
-from unimm.tokenizer import VQRAE
+from unimm.tokenizer import TOKENIZERS, ImageTokenizer
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.objective import ObjectiveConfig
 from unimm.training.tokenizer_trainer import TokenizerTrainer
@@ -21,11 +24,13 @@ from unimm.training.tokenizer_trainer import TokenizerTrainer
 
 @dataclass
 class TokenizerModelConfig:
-    """`encoder` is a vision model's folder or hub id, `init_from` a tokenizer's; `config` are fields of its
-    configuration."""
+    """`encoder` is a vision model's folder or hub id, `init_from` a tokenizer's; `kind` is the tokenizer's model type,
+    `config` are fields of its configuration and `image_size` the pictures' side, where it is not the encoder's own."""
 
+    kind: str = "vqrae"
     encoder: str | None = None
     init_from: str | None = None
+    image_size: int | None = None
     config: dict = field(default_factory=dict)
     attn_implementation: str | None = None
 
@@ -38,14 +43,22 @@ class TokenizerRecipe:
     loss: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
 
-def build(model: TokenizerModelConfig) -> VQRAE:
+def build(model: TokenizerModelConfig) -> ImageTokenizer:
     if (model.encoder is None) == (model.init_from is None):
         raise UserError("Give either model.encoder (to start a tokenizer) or model.init_from (to go on with one).")
+    if model.kind not in TOKENIZERS:
+        raise UserError(f"There is no tokenizer {model.kind!r}; model.kind is one of {', '.join(TOKENIZERS)}.")
+    tokenizer, attention = TOKENIZERS[model.kind], model.attn_implementation
     if model.encoder is not None:
-        return VQRAE.from_encoder(model.encoder, attn_implementation=model.attn_implementation, **model.config)
+        return tokenizer.from_encoder(
+            model.encoder, image_size=model.image_size, attn_implementation=attention, **model.config
+        )
     assert model.init_from is not None
     with reading("The tokenizer model.init_from", model.init_from):
-        return VQRAE.from_pretrained(model.init_from, attn_implementation=model.attn_implementation)
+        found = PreTrainedConfig.get_config_dict(model.init_from)[0].get("model_type")
+        if found != model.kind:
+            raise UserError(f"{model.init_from} is a {found} model and model.kind is {model.kind!r}.")
+        return tokenizer.from_pretrained(model.init_from, attn_implementation=attention)
 
 
 def main() -> None:

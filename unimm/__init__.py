@@ -11,14 +11,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unimm.chat import ChatSession
     from unimm.mllm import attach, load
-    from unimm.tokenizer import VQRAE, ImageTokenizer, ImageTokenizerProcessor, VQRAEConfig
+    from unimm.tokenizer import (
+        IDEAL,
+        VQRAE,
+        IDEALConfig,
+        ImageTokenizer,
+        ImageTokenizerProcessor,
+        VFMTok,
+        VFMTokConfig,
+        VQRAEConfig,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ChatSession",
+    "IDEAL",
+    "IDEALConfig",
     "ImageTokenizer",
     "ImageTokenizerProcessor",
+    "VFMTok",
+    "VFMTokConfig",
     "VQRAE",
     "VQRAEConfig",
     "__version__",
@@ -28,8 +41,12 @@ __all__ = [
 
 _HOME_OF = {
     "ChatSession": "unimm.chat",
+    "IDEAL": "unimm.tokenizer",
+    "IDEALConfig": "unimm.tokenizer",
     "ImageTokenizer": "unimm.tokenizer",
     "ImageTokenizerProcessor": "unimm.tokenizer",
+    "VFMTok": "unimm.tokenizer",
+    "VFMTokConfig": "unimm.tokenizer",
     "VQRAE": "unimm.tokenizer",
     "VQRAEConfig": "unimm.tokenizer",
     "attach": "unimm.mllm",

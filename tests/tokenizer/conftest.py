@@ -1,11 +1,14 @@
-"""Tiny tokenizers from the real configuration classes: 32 px, patch 8, 16 tokens, 64 codes of width 48."""
+"""Tiny tokenizers from the real configuration classes: 32 px, patch 8, 16 patches, 64 codes of width 48.
+
+VFMTok has 9 anchors, so that nothing can take its ids for patches, and pixel tokens of 4 px on a grid of 8 x 8.
+"""
 
 from typing import Any
 
 import pytest
 import torch
 
-from unimm.tokenizer import VQRAE, VQRAEConfig
+from unimm.tokenizer import TOKENIZERS, VQRAE, ImageTokenizer, VQRAEConfig
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "siglip": {
@@ -52,6 +55,47 @@ def tiny_vqrae(family: str = "siglip", **fields: Any) -> VQRAE:
     torch.manual_seed(0)
     fields = {"codebook_size": 64, "codebook_dim": 48} | fields
     return VQRAE(VQRAEConfig(encoder_config=dict(ENCODERS[family]), **fields)).eval()
+
+
+SIBLINGS: dict[str, dict[str, Any]] = {
+    "vqrae": {},
+    "vfmtok": {
+        "levels": [1, 2],
+        "anchor_grid": 3,
+        "width": 32,
+        "num_heads": 4,
+        "sampler_num_layers": 2,
+        "sampler_points": 2,
+        "sampler_inner_size": 48,
+        "decoder_num_layers": 2,
+        "decoder_inner_size": 48,
+        "head_channels": 32,
+        "head_multipliers": [1, 1, 1],
+    },
+    "ideal": {
+        "shallow_level": 1,
+        "deep_level": 2,
+        "num_heads": 4,
+        "decoder_num_layers": 2,
+        "head_channels": 32,
+        "head_multipliers": [1, 1, 1, 1],
+    },
+}
+
+
+def tiny(kind: str, family: str = "siglip", **fields: Any) -> ImageTokenizer:
+    torch.manual_seed(0)
+    fields = {"codebook_size": 64, "codebook_dim": 48} | SIBLINGS[kind] | fields
+    return TOKENIZERS[kind](TOKENIZERS[kind].config_class(encoder_config=dict(ENCODERS[family]), **fields)).eval()
+
+
+PAIRS = [("vqrae", family) for family in ENCODERS]
+PAIRS += [(kind, family) for kind in ("vfmtok", "ideal") for family in ("siglip", "dinov2_with_registers")]
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def tokenizer(request: pytest.FixtureRequest) -> ImageTokenizer:
+    return tiny(*request.param)
 
 
 @pytest.fixture(params=ENCODERS)

@@ -3,16 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    SiglipConfig,
-    SiglipModel,
-)
+from transformers import SiglipConfig, SiglipModel
 
 from tests.tokenizer.conftest import tiny_vqrae
 from unimm.errors import UserError
-from unimm.tokenizer import VQRAE, ImageTokenizerProcessor, VQRAEConfig
+from unimm.tokenizer import VQRAE, VQRAEConfig
 from unimm.tokenizer.quantizers import SimVQ, nearest_codes
 
 
@@ -31,14 +26,6 @@ def test_feature_layer_and_post_norm(pixel_values):
         normed = tiny_vqrae(apply_post_norm=True)
         expected = normed.encoder.post_layernorm(tiny_vqrae().features(pixel_values))
         assert torch.equal(normed.features(pixel_values), expected)
-
-
-def test_decode_of_encode_is_reconstruct_bit_for_bit(vqrae, pixel_values):
-    with torch.no_grad():
-        output = vqrae.reconstruct(pixel_values)
-        assert torch.equal(vqrae.decode(vqrae.encode(pixel_values).ids), output.pixels.clamp(0, 1))
-        assert torch.equal(vqrae.lookup(output.ids), output.codes)
-    assert output.ids.shape == (3, 16) and output.ids.dtype == torch.int64
 
 
 def test_output_patch_changes_the_size_only(pixel_values):
@@ -60,28 +47,6 @@ def test_pictures_of_another_size(vqrae):
         vqrae(torch.randn(1, 3, 32, 44))
     with pytest.raises(UserError, match="24 image tokens do not fill a grid of 4 x 4 = 16"):
         vqrae.decode(output.ids)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_reloaded_gives_the_same_ids(vqrae, pixel_values, tmp_path, dtype):
-    before = vqrae.fingerprint
-    vqrae.to(dtype)
-    assert vqrae.fingerprint == before and vqrae.quantizer.codebook.dtype == torch.float32
-    vqrae.save_pretrained(tmp_path)
-    reloaded = AutoModel.from_pretrained(tmp_path, dtype=dtype).eval()
-    assert isinstance(reloaded, VQRAE)
-    with torch.no_grad():
-        assert torch.equal(reloaded.encode(pixel_values).ids, vqrae.encode(pixel_values).ids)
-    assert reloaded.fingerprint == vqrae.fingerprint
-    assert {p.dtype for p in reloaded.quantizer.state_dict().values()} == {torch.float32}
-    assert {p.dtype for p in reloaded.sampler.parameters()} == {torch.float32}
-    assert reloaded.decoder.projection.weight.dtype == dtype
-
-
-def test_fingerprint_tells_codebooks_apart(vqrae):
-    before = vqrae.fingerprint
-    vqrae.quantizer.codebook[0, 0] += 1
-    assert vqrae.fingerprint != before
 
 
 def test_from_encoder_takes_the_vision_half(tmp_path, pixel_values):
@@ -142,11 +107,6 @@ def test_simvq_terms_by_hand(vqrae, pixel_values):
     torch.testing.assert_close(output.commitment_loss.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_ids_outside_the_codebook_are_refused(vqrae):
-    with pytest.raises(UserError, match="0 to 63; these run from 0 to 64"):
-        vqrae.decode(torch.arange(49, 65)[None].clamp(min=0) - torch.tensor([49] + [0] * 15))
-
-
 def test_codebook_fit_puts_every_code_to_use():
     vqrae = tiny_vqrae(codebook_size=16)
     latents = torch.randn(400, 48)
@@ -165,18 +125,6 @@ def test_revived_codes_are_latents_that_were_served_badly():
     assert moved.max() < 1e-3
     others = [i for i in range(16) if i not in (3, 7)]
     assert torch.equal(after[others], before[others])
-
-
-def test_processor_round_trip(vqrae, tmp_path):
-    processor = ImageTokenizerProcessor.for_tokenizer(vqrae.config)
-    processor.save_pretrained(tmp_path)
-    vqrae.config.save_pretrained(tmp_path)
-    processor = AutoImageProcessor.from_pretrained(tmp_path)
-    assert isinstance(processor, ImageTokenizerProcessor)
-    pixels = torch.randint(0, 256, (2, 3, 32, 32)) / 255
-    images = processor.postprocess(pixels)
-    values = processor(images=images, return_tensors="pt").pixel_values
-    torch.testing.assert_close(vqrae.denormalize(values), pixels, rtol=0, atol=1e-6)
 
 
 def test_redundant_codes_are_those_that_a_frequent_neighbour_serves():

@@ -118,7 +118,8 @@ def attach(
     markers = add_markers(texts, _placeholder(host, texts))
     rows = host.get_input_embeddings().weight.shape[0]
     vocabulary = VisualVocabulary(visual_base(rows, len(texts)), image_tokenizer.config.codebook_size)
-    seen_tokens = image_tokenizer.config.num_image_tokens // _merge(host, image_tokenizer) ** 2
+    # A host sees patches and draws image tokens, which need not be as many (VFMTok).
+    seen_tokens = image_tokenizer.config.num_patches // _merge(host, image_tokenizer) ** 2
     processor = build_processor(image_tokenizer, texts, markers, vocabulary, seen_tokens)
     processor.mark_images = markers.begin in vocabulary_before and markers.begin not in _rendered_image(texts)
     compose = _multimodal_config if host.config.model_type in MULTIMODAL_HOSTS else _llava_config
@@ -200,10 +201,10 @@ def _merge(host: PreTrainedModel, image_tokenizer: ImageTokenizer) -> int:
     """Patches a side that the host merges into one token.
 
     Raises:
-        UserError: the tokenizer's grid does not divide by it.
+        UserError: the tokenizer's grid of patches does not divide by it.
     """
     merge = merged_side(host.config)
-    rows, columns = image_tokenizer.config.grid
+    rows, columns = image_tokenizer.config.patch_grid
     if rows % merge or columns % merge:
         raise UserError(
             f"The {host.config.model_type} host merges {merge} x {merge} patches, and the tokenizer's grid of {rows} x "
@@ -252,7 +253,8 @@ def build_processor(
 ) -> UnimmProcessor:
     """The processor of a unified model; the text tokenizer gets a chat template and a padding token if it has none.
 
-    A seen picture takes `seen_tokens`, where the host merges patches fewer than a drawn one.
+    A seen picture takes `seen_tokens`, where they differ from a drawn one's: the host merges patches, or the tokenizer
+    has another number of image tokens than of patches.
     """
     template = chat_template(text_tokenizer, markers)
     text_tokenizer.chat_template = template

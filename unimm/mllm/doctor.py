@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 from unimm.mllm.hosts import merged_side
 from unimm.mllm.processing import UnimmProcessor
 from unimm.tokenizer import ImageTokenizer
+from unimm.tokenizer.quantizers import SimVQ
 
 SIZES = ((64, 64), (37, 101), (640, 480))  # (width, height) of ordinary pictures
 EXTREMES = ((1024, 16), (16, 1024))
@@ -100,7 +101,7 @@ def _width(patient: _Patient) -> tuple[bool, str]:
 
 def _prefix(patient: _Patient) -> tuple[bool, str]:
     tokens = patient.features(patient.pixel_values(SIZES[0])).shape[1]
-    rows, columns = patient.tower.config.grid
+    rows, columns = patient.tower.config.patch_grid
     strategy = getattr(patient.config, "vision_feature_select_strategy", "full")
     expected = "full" if tokens == rows * columns else "default"
     return strategy == expected, f"{tokens} tokens for {rows * columns} patches, strategy {strategy!r}"
@@ -129,7 +130,8 @@ def _resizing(patient: _Patient) -> tuple[bool, str]:
 
 def _gradients(patient: _Patient) -> tuple[bool, str]:
     names = [name for name, _ in patient.tower.named_parameters()]
-    frozen = patient.tower.config.train_codebook or "quantizer.codebook" not in names
+    simvq = isinstance(patient.tower.quantizer, SimVQ)  # other codebooks are learned
+    frozen = not simvq or patient.tower.config.train_codebook or "quantizer.codebook" not in names
     stuck = [name for name, p in patient.model.model.multi_modal_projector.named_parameters() if not p.requires_grad]
     state = "C a buffer" if frozen else "C a parameter"
     return frozen and not stuck, f"{state}, {len(stuck)} frozen weights in the projector"

@@ -26,7 +26,8 @@ class UnimmProcessor(ProcessorMixin):
 
     Args:
         image_grid: [h, w] of image tokens in a drawn picture.
-        image_seq_length: tokens of a seen picture, fewer where the host merges patches; None: h * w.
+        image_seq_length: tokens of a seen picture, fewer where the host merges patches, and any number where the
+            tokenizer's image tokens are no patches; None: h * w.
         image_vocab_start: first image id of the model. The tokenizer may have no token at or above it.
         codebook_size: number of image ids.
         image_token: placeholder of one image token; `boi_token` and `eoi_token` stand around them.

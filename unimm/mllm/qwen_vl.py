@@ -77,7 +77,9 @@ class _TokenizerInside:
         PreTrainedModel.__init__(self, config)  # the family's would build its own tower
         self.vision_tower = AutoModel.from_config(config.vision_config)
         merger = self._merger(config.vision_config.hidden_size, config.text_config.hidden_size, config)
-        self.multi_modal_projector = MergedPatches(merger, config.image_grid, config.spatial_merge_size)
+        self.multi_modal_projector = MergedPatches(
+            merger, config.vision_config.patch_grid, config.spatial_merge_size
+        )
         self.language_model = AutoModel.from_config(config.text_config)
         self.rope_deltas = None
         self.post_init()  # type: ignore[attr-defined]
@@ -104,12 +106,12 @@ class _TokenizerInside:
     def token_positions(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Positions [3, B, L] of whole sequences; with `image_position_mode="2d"` drawn pictures have a grid too."""
         config: Any = self.config  # type: ignore[attr-defined]
-        (rows, columns), s = config.image_grid, config.spatial_merge_size
+        (rows, columns), s = config.vision_config.patch_grid, config.spatial_merge_size
         pictures: list[Cells] = [(input_ids == config.image_token_id, rows // s, columns // s)]
         if config.image_position_mode == "2d":
             start = config.image_vocab_start
             drawn = (input_ids >= start) & (input_ids < start + config.codebook_size)
-            pictures.append((drawn, rows, columns))
+            pictures.append((drawn, *config.image_grid))
         return mrope_positions(mask, pictures)
 
     def compute_3d_position_ids(

@@ -3,20 +3,40 @@ classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from unimm.tokenizer.configuration import ImageTokenizerConfig, VQRAEConfig
+from unimm.tokenizer.configuration import IDEALConfig, ImageTokenizerConfig, VFMTokConfig, VQRAEConfig
+from unimm.tokenizer.ideal import IDEAL
 from unimm.tokenizer.modeling import ImageTokenizer, ImageTokenizerOutput
 from unimm.tokenizer.processing import ImageTokenizerProcessor
+from unimm.tokenizer.vfmtok import VFMTok
 from unimm.tokenizer.vqrae import VQRAE
 
-AutoConfig.register("vqrae", VQRAEConfig, exist_ok=True)
-AutoModel.register(VQRAEConfig, VQRAE, exist_ok=True)
-AutoImageProcessor.register(VQRAEConfig, image_processor_classes={"pil": ImageTokenizerProcessor}, exist_ok=True)
+TOKENIZERS: dict[str, type[ImageTokenizer]] = {}
+"""model_type -> tokenizer, of all that are registered: what a recipe's `model.kind` may say."""
+
+
+def register_tokenizer(tokenizer: type[ImageTokenizer]) -> None:
+    """Make a tokenizer known to the Auto classes, to `unimm.attach` and to the recipes, by its config's `model_type`."""
+    config = tokenizer.config_class
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, tokenizer, exist_ok=True)
+    AutoImageProcessor.register(config, image_processor_classes={"pil": ImageTokenizerProcessor}, exist_ok=True)
+    TOKENIZERS[config.model_type] = tokenizer
+
+
+for _tokenizer in (VQRAE, VFMTok, IDEAL):
+    register_tokenizer(_tokenizer)
 
 __all__ = [
+    "IDEAL",
+    "TOKENIZERS",
     "VQRAE",
+    "IDEALConfig",
     "ImageTokenizer",
     "ImageTokenizerConfig",
     "ImageTokenizerOutput",
     "ImageTokenizerProcessor",
+    "VFMTok",
+    "VFMTokConfig",
     "VQRAEConfig",
+    "register_tokenizer",
 ]

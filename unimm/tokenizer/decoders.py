@@ -1,13 +1,18 @@
-"""From codes to pixels: a ViT that mirrors the encoder, and the head that paints one patch a token."""
+"""From codes to the tokens that a pixel head paints: one transformer for each of the three tokenizers.
 
+B batch, M image tokens, C codebook width, D encoder width, W decoder width.
+"""
+
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 
 from unimm.tokenizer.encoders import encoder_family
+from unimm.tokenizer.layers import GeluMLP, Grid, OwnStart, PreNormBlock, SwiGLU, resized_table, start_linear
 
 
-class SymmetricViTDecoder(nn.Module):
+class SymmetricViTDecoder(OwnStart):
     """The encoder's own block stack on the token grid, [B, M, C] -> [B, M, D].
 
     Bidirectional, randomly initialised, learned positions, a final norm and no CLS. The out-projection is also the
@@ -30,23 +35,139 @@ class SymmetricViTDecoder(nn.Module):
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:
         """The position table, resized bicubically where the grid is another one than in training."""
-        if grid == self.grid:
-            return self.positions
-        table = self.positions.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        table = F.interpolate(table.float(), size=grid, mode="bicubic", align_corners=False)
-        return table.permute(0, 2, 3, 1).flatten(1, 2).to(self.positions.dtype)
+        return resized_table(self.positions, self.grid, grid)
+
+    def start(self) -> None:
+        init.normal_(self.positions, std=0.02)
 
 
-class PatchHead(nn.Module):
-    """One linear layer a token, then the patches side by side: [B, M, D] -> [B, 3, rows*q, columns*q], layout (row,
-    column, channel)."""
+class CausalDecoder(OwnStart):
+    """VFMTok's shared ViT (arXiv 2507.08441, section 3.3; layout of the released code): mask tokens behind the codes
+    become pixel tokens on one grid and the encoder's features on another, by the same causal layers.
 
-    def __init__(self, hidden_size: int, patch_size: int) -> None:
+    A sequence is codes, CLS, the mask tokens of one branch, registers; every token sees those before it. The registers
+    come last, as in the code, and are therefore seen by nothing.
+
+    Args:
+        codebook_dim, width, hidden_size: C, W and D.
+        heads, depth, inner: of the layers; `inner` before SwiGLU takes two thirds of it.
+        anchors: M.
+        pixel_grid, feature_grid: (rows, columns) of the two branches' mask tokens.
+        registers: how many.
+        share_mask_token: one mask token for both branches (the paper's default) or one each (the released code).
+        dropout: of the attention.
+    """
+
+    def __init__(
+        self,
+        codebook_dim: int,
+        width: int,
+        hidden_size: int,
+        *,
+        heads: int,
+        depth: int,
+        inner: int,
+        anchors: int,
+        pixel_grid: Grid,
+        feature_grid: Grid,
+        registers: int,
+        share_mask_token: bool,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.projection = nn.Linear(hidden_size, 3 * patch_size**2)
+        self.pixel_grid, self.feature_grid = pixel_grid, feature_grid
+        self.projection = nn.Linear(codebook_dim, width)
+        self.code_positions = nn.Parameter(torch.zeros(1, anchors, width))
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.cls_position = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, feature_grid[0] * feature_grid[1], width))
+        self.mask_tokens = nn.Parameter(torch.zeros(1 if share_mask_token else 2, 1, width))  # pixels, features
+        self.registers = nn.Parameter(torch.zeros(1, registers, width))
+        self.pixel_norm = nn.LayerNorm(width)  # of the codes too
+        self.feature_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(
+            PreNormBlock(width, heads, SwiGLU(width, inner), dropout=dropout, causal=True) for _ in range(depth)
+        )
+        self.feature_head = nn.Linear(width, hidden_size)
 
-    def forward(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
-        (rows, columns), q = grid, self.patch_size
-        patches = self.projection(hidden_states).unflatten(2, (q, q, 3)).unflatten(1, (rows, columns))
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, rows * q, columns * q)
+    def forward(self, codes: Tensor) -> Tensor:
+        """codes [B, M, C] -> pixel tokens on `pixel_grid`, [B, P, W]."""
+        positions = resized_table(self.positions, self.feature_grid, self.pixel_grid, nudge=0.1)
+        return self._branch(codes, self.mask_tokens[:1] + positions, self.pixel_norm)
+
+    def features(self, codes: Tensor) -> Tensor:
+        """codes [B, M, C] -> the encoder's features as the codes tell them, [B, N, D]."""
+        return self.feature_head(self._branch(codes, self.mask_tokens[-1:] + self.positions, self.feature_norm))
+
+    def _branch(self, codes: Tensor, masks: Tensor, norm: nn.Module) -> Tensor:
+        memory = self.pixel_norm(self.projection(codes.to(self.projection.weight.dtype)) + self.code_positions)
+        asked = norm(torch.cat([self.cls + self.cls_position, masks, self.registers], dim=1))
+        hidden_states = torch.cat([memory, asked.expand(len(codes), -1, -1)], dim=1)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        start = memory.shape[1] + 1
+        return hidden_states[:, start : start + masks.shape[1]]
+
+    def start(self) -> None:
+        start_linear(self)
+        for table in (self.code_positions, self.cls, self.cls_position, self.positions, self.mask_tokens):
+            init.normal_(table, std=table.shape[-1] ** -0.5)
+        init.zeros_(self.registers)
+
+
+class FeatureDecoder(OwnStart):
+    """IDEAL's decoder: the codes in both directions through pre-norm layers, then the deep and the shallow features
+    that they stand for; pixels are painted from the deep ones.
+
+    CLS and registers take part and are not read out.
+
+    Args:
+        codebook_dim, hidden_size: C and D.
+        heads, depth, inner: of the layers.
+        grid: (rows, columns) of the codes in training.
+        registers: how many.
+        dropout: of attention and MLP.
+    """
+
+    def __init__(
+        self,
+        codebook_dim: int,
+        hidden_size: int,
+        *,
+        heads: int,
+        depth: int,
+        inner: int,
+        grid: Grid,
+        registers: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.projection = nn.Linear(codebook_dim, hidden_size)
+        self.positions = nn.Parameter(torch.zeros(1, grid[0] * grid[1], hidden_size))
+        self.cls = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.cls_position = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.registers = nn.Parameter(torch.zeros(1, registers, hidden_size))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.blocks = nn.ModuleList(
+            PreNormBlock(hidden_size, heads, GeluMLP(hidden_size, inner, dropout), dropout=dropout, causal=False)
+            for _ in range(depth)
+        )
+        self.deep_head = nn.Linear(hidden_size, hidden_size)
+        self.shallow_head = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """codes [B, M, C] -> deep and shallow features, each [B, M, D]."""
+        tokens = self.projection(codes.to(self.projection.weight.dtype))
+        tokens = tokens + resized_table(self.positions, self.grid, grid)
+        around = [table.expand(len(codes), -1, -1) for table in (self.cls + self.cls_position, self.registers)]
+        hidden_states = self.norm(torch.cat([around[0], tokens, around[1]], dim=1))
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        hidden_states = hidden_states[:, 1 : 1 + tokens.shape[1]]
+        return self.deep_head(hidden_states), self.shallow_head(hidden_states)
+
+    def start(self) -> None:
+        start_linear(self)
+        for table in (self.positions, self.cls, self.cls_position, self.registers):
+            init.normal_(table, std=0.02)

@@ -19,10 +19,10 @@ from transformers.utils import ModelOutput
 
 from unimm.errors import UserError
 from unimm.tokenizer.configuration import ImageTokenizerConfig
-from unimm.tokenizer.decoders import SymmetricViTDecoder
 from unimm.tokenizer.encoders import encode_features, final_norm
+from unimm.tokenizer.layers import OwnStart
 from unimm.tokenizer.pretrained import find_encoder, load_encoder
-from unimm.tokenizer.quantizers import SimVQ
+from unimm.tokenizer.quantizers import Quantizer
 
 
 @dataclass
@@ -30,7 +30,10 @@ class ImageTokenizerOutput(ModelOutput):
     """What the verbs return; each fills what it makes.
 
     features [B, N, D], latents [B, M, C], codes [B, M, C], ids [B, M] int64, pixels [B, 3, H, W] (from `reconstruct`
-    not clamped, so that a loss sees the overshoot), and the scalar codebook and commitment losses.
+    not clamped, so that a loss sees the overshoot), and the scalar codebook and commitment losses. `predictions` are
+    the features that a decoder predicts by name ("deep", "shallow"), each [B, N, D], and `targets` the encoder's own,
+    under the same names, without gradient; both are empty where the decoder gives pixels only. `entropy_loss` is the
+    trainer's to fill.
     """
 
     features: Tensor = None
@@ -40,11 +43,17 @@ class ImageTokenizerOutput(ModelOutput):
     pixels: Tensor = None
     codebook_loss: Tensor = None
     commitment_loss: Tensor = None
+    predictions: dict[str, Tensor] = None
+    targets: dict[str, Tensor] = None
+    entropy_loss: Tensor = None
 
 
 class ImageTokenizer(PreTrainedModel):
-    """Base of the tokenizers. A subclass names its parts: `encoder`, `sampler`, `quantizer`, `decoder`,
-    `pixel_head`."""
+    """Base of the tokenizers. A subclass names its parts: `encoder`, `sampler`, `quantizer`, `decoder`, `pixel_head`.
+
+    Where it is no straight line from the last features to the pixels, it says which levels are sampled (`sources`) and
+    what the decoder gives (`draw`). `trains_encoder` is whether a training stage may move the encoder.
+    """
 
     config_class = ImageTokenizerConfig
     base_model_prefix = "image_tokenizer"
@@ -61,14 +70,21 @@ class ImageTokenizer(PreTrainedModel):
         "Dinov2Layer",
         "Dinov2WithRegistersLayer",
         "DINOv3ViTLayer",
+        "AnchorLayer",
+        "FusionSampler",
+        "PreNormBlock",
+        "ResidualConv",
+        "SpatialAttention",
     ]
     # bfloat16 storage of these flips about one id in a hundred. The rule also holds when the tokenizer is a part of a
     # host.
     _keep_in_fp32_modules_strict = ["sampler", "quantizer"]
 
+    trains_encoder = True
+
     encoder: PreTrainedModel
     sampler: nn.Module
-    quantizer: SimVQ
+    quantizer: Quantizer
     decoder: nn.Module
     pixel_head: nn.Module
 
@@ -95,18 +111,9 @@ class ImageTokenizer(PreTrainedModel):
 
     def encode(self, pixel_values: Tensor) -> ImageTokenizerOutput:
         """pixel_values [B, 3, H, W] -> features, latents, codes and ids."""
-        features = self.features(pixel_values)
-        latents = self.latents(features)
-        with torch.autocast(features.device.type, enabled=False):
-            quantized = self.quantizer(latents)
-        return ImageTokenizerOutput(
-            features=features,
-            latents=latents,
-            codes=quantized.codes,
-            ids=quantized.ids,
-            codebook_loss=quantized.codebook_loss,
-            commitment_loss=quantized.commitment_loss,
-        )
+        self.grid_of(pixel_values)
+        states = self.hidden_states(pixel_values)
+        return self._quantized(states, self.sources(states))
 
     def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """ids [B, M] in raster order -> pixels [B, 3, H, W] in [0, 1]. `grid` (rows, columns) for pictures of another
@@ -114,10 +121,13 @@ class ImageTokenizer(PreTrainedModel):
         return self.pixels_from(self.lookup(ids), grid or self.config.grid).clamp(0, 1)
 
     def reconstruct(self, pixel_values: Tensor) -> ImageTokenizerOutput:
-        """`encode`, then the pixels of its codes, not clamped. In evaluation they are those of `decode(ids)`, bit for
-        bit."""
-        output = self.encode(pixel_values)
-        output.pixels = self.pixels_from(output.codes, self.grid_of(pixel_values))
+        """`encode`, then the pixels of its codes, not clamped, and the features that the decoder predicts beside them.
+        In evaluation the pixels are those of `decode(ids)`, bit for bit."""
+        grid, states = self.grid_of(pixel_values), self.hidden_states(pixel_values)
+        sources = self.sources(states)
+        output = self._quantized(states, sources)
+        output.pixels, output.predictions = self.draw(output.codes, grid, predict=True)
+        output.targets = self.targets(sources)
         return output
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -129,7 +139,7 @@ class ImageTokenizer(PreTrainedModel):
 
     def hidden_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The encoder's hidden states up to the feature tap, each [B, N, D]."""
-        self.grid_of(pixel_values)
+        self.patch_grid_of(pixel_values)
         states = encode_features(self.encoder, pixel_values.to(self.dtype))
         states = states[: range(len(states))[self.config.feature_layer] + 1]
         last = final_norm(self.encoder)(states[-1]) if self.config.apply_post_norm else states[-1]
@@ -138,10 +148,24 @@ class ImageTokenizer(PreTrainedModel):
     def features(self, pixel_values: Tensor) -> Tensor:
         return self.hidden_states(pixel_values)[-1]
 
-    def latents(self, features: Tensor) -> Tensor:
-        """features [B, N, D] -> latents [B, M, C], in float32 whatever the autocast."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self.sampler(features.float())
+    def sources(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the sampler reads of the hidden states: the features alone, or several levels, each [B, N, D]."""
+        return states[-1:]
+
+    def latents(self, *sources: Tensor) -> Tensor:
+        """sources, each [B, N, D] -> latents [B, M, C], in float32 whatever the autocast."""
+        with torch.autocast(sources[0].device.type, enabled=False):
+            return self.sampler(*(source.float() for source in sources))
+
+    def targets(self, sources: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The sources that the decoder predicts, by name."""
+        return {}
+
+    def draw(
+        self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """codes [B, M, C] -> pixels [B, 3, H, W], not clamped, and with `predict` the predicted features by name."""
+        return self.denormalize(self.pixel_head(self.decoder(codes, grid), grid).float()), {}
 
     def pixels_from(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         """codes [B, M, C] -> pixels [B, 3, H, W], not clamped."""
@@ -149,10 +173,26 @@ class ImageTokenizer(PreTrainedModel):
             raise UserError(
                 f"{codes.shape[1]} image tokens do not fill a grid of {grid[0]} x {grid[1]} = {grid[0] * grid[1]}."
             )
-        pixel_values = self.pixel_head(self.decoder(codes, grid), grid).float()
-        return pixel_values * self._channels(self.config.image_std) + self._channels(self.config.image_mean)
+        return self.draw(codes, grid)[0]
+
+    def _quantized(self, states: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> ImageTokenizerOutput:
+        latents = self.latents(*sources)
+        with torch.autocast(latents.device.type, enabled=False):
+            quantized = self.quantizer(latents)
+        return ImageTokenizerOutput(
+            features=states[-1],
+            latents=latents,
+            codes=quantized.codes,
+            ids=quantized.ids,
+            codebook_loss=quantized.codebook_loss,
+            commitment_loss=quantized.commitment_loss,
+        )
 
     def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """(rows, columns) of the image tokens that these pictures become. Raises UserError where they do not fit."""
+        return self.patch_grid_of(pixel_values)
+
+    def patch_grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
         """(rows, columns) of the patches. Raises UserError where the picture is no multiple of the patch size."""
         height, width = pixel_values.shape[-2:]
         if height % self.config.patch_size or width % self.config.patch_size:
@@ -176,15 +216,7 @@ class ImageTokenizer(PreTrainedModel):
     def fingerprint(self) -> str:
         """sha256 over what decides the ids of given features: codebook, projections and geometry."""
         digest = hashlib.sha256()
-        config = self.config
-        geometry = (
-            config.model_type,
-            config.image_size,
-            config.patch_size,
-            config.feature_layer,
-            config.apply_post_norm,
-        )
-        digest.update(repr(geometry).encode())
+        digest.update(repr(self.config.geometry).encode())
         for part in ("sampler", "quantizer"):
             for name, tensor in sorted(self.get_submodule(part).state_dict().items()):
                 digest.update(f"{part}.{name}{tuple(tensor.shape)}".encode())
@@ -231,13 +263,16 @@ class ImageTokenizer(PreTrainedModel):
         load_encoder(model.encoder, source, attn_implementation)
         return model
 
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; an encoder that no stage may move stays in evaluation."""
+        super().train(mode)
+        self.encoder.train(mode and self.trains_encoder)
+        return self
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SimVQ):
-            init.normal_(module.codebook, std=module.codebook.shape[1] ** -0.5)
-            init.kaiming_uniform_(module.projection.weight, a=5**0.5)
-        elif isinstance(module, SymmetricViTDecoder):
-            init.normal_(module.positions, std=0.02)
+        if isinstance(module, OwnStart):
+            module.start()
         elif type(module).__name__ == "InternVLVisionLayer":
             init.constant_(module.lambda_1, self.config.vision.layer_scale_init_value)
             init.constant_(module.lambda_2, self.config.vision.layer_scale_init_value)

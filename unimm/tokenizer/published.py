@@ -63,9 +63,11 @@ class PublishedEncoder:
         return AutoConfig.for_model(self.model_type, **fields)
 
 
-def _siglip(hub_id: str, image_size: int, patch_size: int = 16, base: bool = False) -> PublishedEncoder:
-    size = (768, 12, 12, 3072) if base else (1152, 27, 16, 4304)
-    return PublishedEncoder(hub_id, "siglip_vision_model", image_size, patch_size, *size)
+_SIGLIP = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "so400m": (1152, 27, 16, 4304)}
+
+
+def _siglip(hub_id: str, image_size: int, patch_size: int = 16, size: str = "so400m") -> PublishedEncoder:
+    return PublishedEncoder(hub_id, "siglip_vision_model", image_size, patch_size, *_SIGLIP[size])
 
 
 _INTERNVIT = (("attention_bias", True), ("norm_type", "layer_norm"))
@@ -73,8 +75,10 @@ _INTERNVIT = (("attention_bias", True), ("norm_type", "layer_norm"))
 PUBLISHED: dict[str, PublishedEncoder] = {
     **{f"siglip2-so400m-p16-{s}": _siglip(f"google/siglip2-so400m-patch16-{s}", s) for s in (256, 384, 512)},
     **{
-        f"siglip2-base-p16-{s}": _siglip(f"google/siglip2-base-patch16-{s}", s, base=True) for s in (224, 256, 384, 512)
+        f"siglip2-base-p16-{s}": _siglip(f"google/siglip2-base-patch16-{s}", s, size="base")
+        for s in (224, 256, 384, 512)
     },
+    "siglip2-large-p16-384": _siglip("google/siglip2-large-patch16-384", 384, size="large"),
     "siglip-so400m-p14-384": _siglip("google/siglip-so400m-patch14-384", 384, 14),
     "internvit-300m-448": PublishedEncoder(
         "OpenGVLab/InternViT-300M-448px-V2_5", "internvl_vision", 448, 14, 1024, 24, 16, 4096, config=_INTERNVIT

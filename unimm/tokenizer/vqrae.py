@@ -8,9 +8,10 @@ besides the patch embedding.
 from transformers import PreTrainedConfig
 
 from unimm.tokenizer.configuration import VQRAEConfig
-from unimm.tokenizer.decoders import PatchHead, SymmetricViTDecoder
+from unimm.tokenizer.decoders import SymmetricViTDecoder
 from unimm.tokenizer.encoders import build_encoder
 from unimm.tokenizer.modeling import ImageTokenizer
+from unimm.tokenizer.pixel_heads import PatchHead
 from unimm.tokenizer.quantizers import SimVQ
 from unimm.tokenizer.samplers import GridSampler
 

@@ -199,6 +199,11 @@ def hinge_g_loss(fake: Tensor) -> Tensor:
     return -fake.float().mean()
 
 
+def softplus_g_loss(fake: Tensor) -> Tensor:
+    """The mean of softplus(-logit) of reconstructed pixels: VFMTok's, beside a discriminator with the hinge."""
+    return F.softplus(-fake.float()).mean()
+
+
 def lecam_loss(real: Tensor, fake: Tensor, real_ema: Tensor, fake_ema: Tensor) -> Tensor:
     """relu(real - fake_ema)^2 + relu(real_ema - fake)^2, all four scalars: mean logits and their running means."""
     return F.relu(real - fake_ema).square() + F.relu(real_ema - fake).square()

@@ -1,7 +1,9 @@
 """What a tokenizer is trained for: every term a pure function, summed in one place with weights that are settings.
 
 VQRAE (arXiv 2511.23386), equations 2 to 6: reconstruction (pixel, perceptual, GAN), quantization (codebook, commitment)
-and, in stage 2, self-distillation toward the frozen original encoder. All means are over all elements and in float32.
+and, in stage 2, self-distillation toward the frozen original encoder. VFMTok (arXiv 2507.08441) and IDEAL (arXiv
+2606.11096) pull the features that their decoders predict toward the encoder's, and IDEAL adds the entropy of the codes.
+All means are over all elements and in float32.
 """
 
 from dataclasses import dataclass, field
@@ -33,22 +35,27 @@ class PerceptualConfig:
 
 @dataclass
 class GANConfig:
-    """`start` is the step from which the discriminator learns and judges; None = no GAN (stage 1)."""
+    """`start` is the step from which the discriminator learns and judges; None = no GAN (VQRAE's stage 1).
+
+    `generator` is the tokenizer's side of it: the "hinge" -D, or VFMTok's "softplus" of it.
+    """
 
     start: int | None = None
     weight: float = 0.1
     lecam_weight: float = 0.001
     discriminator: Literal["patchgan", "dino"] = "patchgan"
     weights: str | None = None
+    generator: Literal["hinge", "softplus"] = "hinge"
     learning_rate: float = 4e-5
     warmup_steps: int = 2000
 
 
 @dataclass
 class ObjectiveConfig:
-    """Weights of the terms; the defaults are VQRAE's table 7.
+    """Weights of the terms; the defaults are VQRAE's table 7, and cosines alone for the features that a decoder
+    predicts ("deep", and IDEAL's "shallow").
 
-    Two are ours and off by default: `l1_weight`, for worlds of flat colour, and `context_weight`, see `context_loss`.
+    `entropy_temperature` belongs to `entropy_weight`, see `tokenizer.quantizers.code_entropy`. Two are ours and off by default: `l1_weight`, for worlds of flat colour, and `context_weight`, see `context_loss`.
     """
 
     pixel_weight: float = 1.0
@@ -58,6 +65,12 @@ class ObjectiveConfig:
     commitment_weight: float = 0.25
     distillation_weight: float = 1.0
     context_weight: float = 0.0
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 0.01
+    deep_cosine_weight: float = 1.0
+    deep_mse_weight: float = 0.0
+    shallow_cosine_weight: float = 1.0
+    shallow_mse_weight: float = 0.0
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     gan: GANConfig = field(default_factory=GANConfig)
 
@@ -71,8 +84,14 @@ class Collage:
     latents: Tensor
 
 
+def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """The mean of 1 - cos over all tokens of two feature maps [B, N, D]; 0 where all directions agree, at most 2."""
+    return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1, eps=1e-6).mean()
+
+
 def make_collage(pixel_values: Tensor, patch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """pixel_values [B, 3, H, W] -> (collages [B, 3, H, W], kept [B, M]); half of the patches are exchanged."""
+    """pixel_values [B, 3, H, W] -> (collages [B, 3, H, W], kept [B, M]); half of the patches, which are what one image
+    token covers, are exchanged."""
     rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(len(pixel_values), 1, rows, columns, generator=generator).lt(0.5).to(pixel_values.device)
@@ -123,6 +142,12 @@ class TokenizerObjective(nn.Module):
             terms["perceptual"] = self.perceptual(predicted, pixels)
         if teacher_features is not None:
             terms["distillation"] = F.mse_loss(output.features.float(), teacher_features.float())
+        if output.entropy_loss is not None:
+            terms["entropy"] = output.entropy_loss
+        for name, features in (output.predictions or {}).items():
+            target = output.targets[name].float()
+            terms[f"{name}_cosine"] = cosine_loss(features, target)
+            terms[f"{name}_mse"] = F.mse_loss(features.float(), target)
         if collage is not None:
             terms["context"] = context_loss(collage.latents, output.codes.detach(), collage.kept)
         return terms

@@ -4,13 +4,22 @@ from typing import Any
 
 from torch import nn
 
+from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.encoders import final_norm
 
 
 def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
     """Stage 1 freezes the encoder, stage 2 trains it, stage 3 trains the decoder alone; what no gradient can reach (an
-    unused final norm) stays frozen."""
+    unused final norm) stays frozen.
+
+    Raises:
+        UserError: stage 2 of a tokenizer whose encoder is frozen by its making.
+    """
+    if stage == 2 and not tokenizer.trains_encoder:
+        raise UserError(
+            f"{type(tokenizer).__name__} keeps its encoder as it is: train.stage 2 would move it, take 1 or 3."
+        )
     tokenizer.requires_grad_(stage != 3)
     if stage == 3:
         tokenizer.decoder.requires_grad_(True)
@@ -22,7 +31,7 @@ def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
 def parameter_groups(
     tokenizer: ImageTokenizer, learning_rate: float, encoder_learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Encoder and the rest, each split into weights with decay and vectors, norms, positions and SimVQ's W without."""
+    """Encoder and the rest, each split into weights with decay and vectors, norms, positions and the quantizer without."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in tokenizer.named_parameters():
         if parameter.requires_grad:

@@ -1,7 +1,7 @@
 """The training loop of the image tokenizers: the only hand-written one, because it has two optimisers (accelerate does
 the rest).
 
-Stage 1 trains everything but the encoder; stage 2 trains the encoder too, held near the frozen original by
+Stage 1 trains everything but the encoder, which is all that VFMTok and IDEAL need; stage 2 trains the encoder too, held near the frozen original by
 self-distillation, and may add a GAN (VQRAE, arXiv 2511.23386, sections 3.3 to 3.5 and table 7); stage 3 trains the
 decoder alone. Within a step the tokenizer moves first, then the discriminator on the same reconstruction, detached. A
 checkpoint holds everything, and pictures are numbered, so that an interrupted run and an uninterrupted one end with
@@ -29,7 +29,14 @@ from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput, ImageTokenizer
 from unimm.tokenizer.encoders import encode_features, final_norm
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from unimm.training.discriminator import LeCam, build_discriminator, frozen, hinge_d_loss, hinge_g_loss
+from unimm.training.discriminator import (
+    LeCam,
+    build_discriminator,
+    frozen,
+    hinge_d_loss,
+    hinge_g_loss,
+    softplus_g_loss,
+)
 from unimm.training.ema import EMA
 from unimm.training.objective import Collage, ObjectiveConfig, TokenizerObjective, make_collage
 from unimm.training.parameters import parameter_groups, set_trainable
@@ -37,21 +44,37 @@ from unimm.training.perceptual import FeaturePerceptualLoss
 from unimm.training.schedules import warmup_cosine_scheduler
 
 
-class Reconstruct(nn.Module):
-    """`reconstruct` as a forward, so that DDP sees it, and the latents of a collage where a seed for one is given."""
+_GENERATOR_LOSSES = {"hinge": hinge_g_loss, "softplus": softplus_g_loss}
 
-    def __init__(self, tokenizer: ImageTokenizer) -> None:
+
+class Reconstruct(nn.Module):
+    """`reconstruct` as a forward, so that DDP sees it, with the entropy of the codes where a temperature is given, and
+    the latents of a collage where a seed for one is."""
+
+    def __init__(self, tokenizer: ImageTokenizer, entropy_temperature: float | None = None) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.entropy_temperature = tokenizer, entropy_temperature
 
     def forward(
         self, pixel_values: Tensor, collage_seed: int | None = None
     ) -> tuple[ImageTokenizerOutput, Collage | None]:
-        output = self.tokenizer.reconstruct(pixel_values)
+        tokenizer = self.tokenizer
+        output = tokenizer.reconstruct(pixel_values)
+        if self.entropy_temperature is not None:
+            output.entropy_loss = tokenizer.quantizer.entropy(output.latents, self.entropy_temperature)
         if collage_seed is None:
             return output, None
-        mixed, kept = make_collage(pixel_values, self.tokenizer.config.patch_size, collage_seed)
-        return output, Collage(kept, self.tokenizer.latents(self.tokenizer.features(mixed)))
+        mixed, kept = make_collage(pixel_values, cell_size(tokenizer), collage_seed)
+        latents = tokenizer.latents(*tokenizer.sources(tokenizer.hidden_states(mixed)))
+        return output, Collage(kept, latents)
+
+
+def cell_size(tokenizer: ImageTokenizer) -> int:
+    """Pixels a side of the field that one image token stands in. Raises UserError where it is no whole number."""
+    side, rows = tokenizer.config.image_size, tokenizer.config.grid[0]
+    if side % rows:
+        raise UserError(f"loss.context_weight needs whole fields, and {side} pixels are no multiple of {rows} tokens.")
+    return side // rows
 
 
 class TokenizerTrainer:
@@ -84,6 +107,9 @@ class TokenizerTrainer:
         self.objective = TokenizerObjective(objective, self._feature_judge(objective))
         self.gan = objective.gan
         self.collages = objective.context_weight > 0
+        if self.collages:
+            cell_size(tokenizer)
+        self.entropy_temperature = objective.entropy_temperature if objective.entropy_weight else None
         self.lecam = LeCam(reduce=lambda x: self.accelerator.reduce(x, "mean"))
         self._prepare()
         if config.codebook_init == "data" and not checkpoints(self.output_dir):
@@ -115,7 +141,9 @@ class TokenizerTrainer:
             end_lr=config.end_learning_rate,
             shared_lr_multiplier=config.shared_lr_multiplier,
         )
-        self.reconstruct, self.optimizer = self.accelerator.prepare(Reconstruct(self.tokenizer), optimizer)
+        self.reconstruct, self.optimizer = self.accelerator.prepare(
+            Reconstruct(self.tokenizer, self.entropy_temperature), optimizer
+        )
         self.ema = EMA(self.tokenizer, decay=config.ema_decay)
         self.usage = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last log
         self.chosen = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last revival
@@ -124,8 +152,9 @@ class TokenizerTrainer:
                 module.to(device)
         self.discriminator = None
         if self.gan.start is not None:
-            output_size = self.tokenizer.config.grid[0] * self.tokenizer.config.decoded_patch_size
-            discriminator = build_discriminator(self.gan.discriminator, self.gan.weights, output_size)
+            discriminator = build_discriminator(
+                self.gan.discriminator, self.gan.weights, self.tokenizer.config.output_size
+            )
             d_optimizer = torch.optim.AdamW(
                 discriminator.parameters(),
                 lr=self.gan.learning_rate,
@@ -232,7 +261,7 @@ class TokenizerTrainer:
                 if adversarial:
                     judge = self.accelerator.unwrap_model(self.discriminator)  # DDP has nothing to reduce in this step
                     with frozen(judge), self.accelerator.autocast():
-                        terms["gan"] = hinge_g_loss(judge(output.pixels))
+                        terms["gan"] = _GENERATOR_LOSSES[self.gan.generator](judge(output.pixels))
                     loss = loss + self.gan.weight * terms["gan"]
                 self._refuse_nan(loss, terms)
                 self.accelerator.backward(loss)
@@ -277,12 +306,12 @@ class TokenizerTrainer:
         return final_norm(self.teacher)(features) if config.apply_post_norm else features
 
     def _target(self, pixel_values: Tensor) -> Tensor:
-        """The pixels to reach, resized where a token draws a patch of another size than it reads."""
+        """The pixels to reach, resized where the tokenizer draws pictures of another size than it reads."""
         pixels = self.tokenizer.denormalize(pixel_values)
-        q, p = self.tokenizer.config.decoded_patch_size, self.tokenizer.config.patch_size
+        q, p = self.tokenizer.config.output_size, self.tokenizer.config.image_size
         if q == p:
             return pixels
-        size = [side // p * q for side in pixels.shape[-2:]]
+        size = [side * q // p for side in pixels.shape[-2:]]
         return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def _trainable(self) -> list[Tensor]:
@@ -322,6 +351,8 @@ class TokenizerTrainer:
             "perceptual",
             "distillation",
             "context",
+            "deep_cosine",
+            "shallow_cosine",
             "gan",
             "discriminator",
             "codebook",

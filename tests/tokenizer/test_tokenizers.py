@@ -1,0 +1,58 @@
+"""What every tokenizer promises, whatever it is made of: VQRAE on each encoder family, VFMTok and IDEAL."""
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+from unimm.errors import UserError
+from unimm.tokenizer import ImageTokenizerProcessor
+
+
+def test_decode_of_encode_is_reconstruct_bit_for_bit(tokenizer, pixel_values):
+    with torch.no_grad():
+        output = tokenizer.reconstruct(pixel_values)
+        assert torch.equal(tokenizer.decode(tokenizer.encode(pixel_values).ids), output.pixels.clamp(0, 1))
+        assert torch.equal(tokenizer.lookup(output.ids), output.codes)
+    rows, columns = tokenizer.config.grid
+    assert output.ids.shape == (3, rows * columns) and output.ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_reloaded_gives_the_same_ids(tokenizer, pixel_values, tmp_path, dtype):
+    before = tokenizer.fingerprint
+    tokenizer.to(dtype)
+    assert tokenizer.fingerprint == before and tokenizer.quantizer.codebook.dtype == torch.float32
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert type(reloaded) is type(tokenizer)
+    with torch.no_grad():
+        assert torch.equal(reloaded.encode(pixel_values).ids, tokenizer.encode(pixel_values).ids)
+    assert reloaded.fingerprint == tokenizer.fingerprint
+    assert {p.dtype for p in reloaded.quantizer.state_dict().values()} == {torch.float32}
+    assert {p.dtype for p in reloaded.sampler.parameters()} == {torch.float32}
+    assert reloaded.decoder.projection.weight.dtype == dtype
+
+
+def test_fingerprint_tells_codebooks_apart(tokenizer):
+    before = tokenizer.fingerprint
+    tokenizer.quantizer.codebook.data[0, 0] += 1
+    assert tokenizer.fingerprint != before
+
+
+def test_ids_outside_the_codebook_are_refused(tokenizer):
+    ids = torch.zeros(1, tokenizer.config.num_image_tokens, dtype=torch.int64)
+    ids[0, -1] = 64
+    with pytest.raises(UserError, match="0 to 63; these run from 0 to 64"):
+        tokenizer.decode(ids)
+
+
+def test_processor_round_trip(tokenizer, tmp_path):
+    processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
+    processor.save_pretrained(tmp_path)
+    tokenizer.config.save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, ImageTokenizerProcessor)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32)) / 255
+    images = processor.postprocess(pixels)
+    values = processor(images=images, return_tensors="pt").pixel_values
+    torch.testing.assert_close(tokenizer.denormalize(values), pixels, rtol=0, atol=1e-6)

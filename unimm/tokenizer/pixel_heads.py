@@ -1,0 +1,101 @@
+"""From a grid of tokens to a picture: one linear layer a patch (VQRAE), or a convolutional head (VFMTok, IDEAL)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unimm.tokenizer.configuration import GROUPS
+from unimm.tokenizer.layers import OwnStart, start_torch
+
+
+class PatchHead(nn.Module):
+    """One linear layer a token, then the patches side by side: [B, M, D] -> [B, 3, rows*q, columns*q], layout (row,
+    column, channel)."""
+
+    def __init__(self, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Linear(hidden_size, 3 * patch_size**2)
+
+    def forward(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
+        (rows, columns), q = grid, self.patch_size
+        patches = self.projection(hidden_states).unflatten(2, (q, q, 3)).unflatten(1, (rows, columns))
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, rows * q, columns * q)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+
+
+class ResidualConv(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), [B, C, h, w]; a 1x1 convolution on x where the channels change."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(before), nn.Conv2d(before, after, 3, padding=1)
+        self.norm2, self.conv2 = _norm(after), nn.Conv2d(after, after, 3, padding=1)
+        self.shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class SpatialAttention(nn.Module):
+    """x + single-head attention over all places of norm(x), [B, C, h, w]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.query, self.key, self.value, self.output = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # [B, h * w, C]
+        return x + self.output(mixed.transpose(1, 2).view_as(x))
+
+
+class Upsample(nn.Module):
+    """Twice the sides by repetition, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ConvHead(OwnStart):
+    """LlamaGen's convolutional decoder in VFMTok's light form: two residual blocks a level and no attention but in the
+    middle. [B, h * w, W] -> RGB in about [-1, 1], [B, 3, h * s, w * s] with s = 2^(levels - 1), not clamped.
+
+    Args:
+        width: of the tokens.
+        channels: at full resolution.
+        multipliers: of the channels, a level each, from full resolution down.
+    """
+
+    def __init__(self, width: int, channels: int, multipliers: Sequence[int]) -> None:
+        super().__init__()
+        sizes = [channels * m for m in reversed(multipliers)]
+        self.inlet = nn.Conv2d(width, sizes[0], 3, padding=1)
+        self.middle = nn.Sequential(
+            ResidualConv(sizes[0], sizes[0]), SpatialAttention(sizes[0]), ResidualConv(sizes[0], sizes[0])
+        )
+        levels: list[nn.Module] = []
+        for before, after in zip([sizes[0], *sizes], sizes, strict=False):
+            levels += [Upsample(before)] if levels else []
+            levels += [ResidualConv(before, after), ResidualConv(after, after)]
+        self.levels = nn.Sequential(*levels)
+        self.norm, self.outlet = _norm(channels * multipliers[0]), nn.Conv2d(channels * multipliers[0], 3, 3, padding=1)
+
+    def forward(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = hidden_states.transpose(1, 2).unflatten(2, grid)
+        x = self.levels(self.middle(self.inlet(x)))
+        return self.outlet(F.silu(self.norm(x)))
+
+    def start(self) -> None:
+        start_torch(self)

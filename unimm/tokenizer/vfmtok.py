@@ -1,0 +1,92 @@
+"""VFMTok: a frozen vision foundation model as a tokenizer (arXiv 2507.08441, figure 2).
+
+Special here: an id is not a patch's. Learned anchors gather from four levels of the encoder wherever their offsets
+lead, and a causal ViT turns their codes into pixels and, beside them, into the encoder's last features. So M and the
+grid of the ids are chosen freely, and a picture has one size: the one that the anchors were laid out for.
+"""
+
+from torch import Tensor
+
+from unimm.errors import UserError
+from unimm.tokenizer.configuration import VFMTokConfig
+from unimm.tokenizer.decoders import CausalDecoder
+from unimm.tokenizer.encoders import build_encoder
+from unimm.tokenizer.modeling import ImageTokenizer
+from unimm.tokenizer.pixel_heads import ConvHead
+from unimm.tokenizer.quantizers import NormalizedVQ
+from unimm.tokenizer.samplers import AnchorSampler
+
+
+class VFMTok(ImageTokenizer):
+    """image -> encoder -> four levels -> anchors -> VQ -> causal ViT -> (pixel tokens -> convolutions | features)."""
+
+    config_class = VFMTokConfig
+    trains_encoder = False
+
+    def __init__(self, config: VFMTokConfig) -> None:
+        super().__init__(config)
+        c = config
+        self.encoder = build_encoder(c.encoder_copy(), c._attn_implementation)
+        self.sampler = AnchorSampler(
+            c.hidden_size,
+            c.width,
+            c.codebook_dim,
+            heads=c.num_heads,
+            depth=c.sampler_num_layers,
+            points=c.sampler_points,
+            inner=c.sampler_inner_size,
+            levels=len(c.levels),
+            anchor_grid=c.grid,
+            patch_grid=c.patch_grid,
+        )
+        self.quantizer = NormalizedVQ(c.codebook_size, c.codebook_dim)
+        self.decoder = CausalDecoder(
+            c.codebook_dim,
+            c.width,
+            c.hidden_size,
+            heads=c.num_heads,
+            depth=c.decoder_num_layers,
+            inner=c.decoder_inner_size,
+            anchors=c.num_image_tokens,
+            pixel_grid=c.pixel_grid,
+            feature_grid=c.patch_grid,
+            registers=c.num_registers,
+            share_mask_token=c.share_mask_token,
+            dropout=c.decoder_dropout,
+        )
+        self.pixel_head = ConvHead(c.width, c.head_channels, c.head_multipliers)
+        self.post_init()
+
+    def sources(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The sampled levels, each [B, N, D]."""
+        return tuple(states[level] for level in self.config.levels)
+
+    def targets(self, sources: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The last level, which the feature branch predicts."""
+        return {"deep": sources[-1].detach()}
+
+    def draw(
+        self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """codes [B, M, C] -> pixels [B, 3, H, W], not clamped, and with `predict` the features [B, N, D].
+
+        Raises:
+            UserError: another grid than the anchors'.
+        """
+        if grid != self.config.grid:
+            raise UserError(
+                f"The anchors lie on a grid of {self.config.grid[0]} x {self.config.grid[1]}, and {grid[0]} x {grid[1]}"
+                " is asked for: these pictures have one size."
+            )
+        pixels = (self.pixel_head(self.decoder(codes), self.config.pixel_grid).float() + 1) / 2
+        return pixels, {"deep": self.decoder.features(codes)} if predict else {}
+
+    def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """The anchors' grid. Raises UserError for pictures of another size than the anchors were laid out for."""
+        (height, width), side = pixel_values.shape[-2:], self.config.image_size
+        if (height, width) != (side, side):
+            raise UserError(
+                f"The {self.config.grid[0]} x {self.config.grid[1]} anchors were laid out for pictures of {side} x "
+                f"{side} pixels, and these have {height} x {width}."
+            )
+        return self.config.grid
