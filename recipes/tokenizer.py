@@ -4,8 +4,8 @@
     accelerate launch --num_cpu_threads_per_process 2 recipes/tokenizer.py --config configs/shapes/stage2.yaml
 
 Stage 1 starts from a pretrained vision model (`model.encoder`), stage 2 from stage 1's output (`model.init_from`);
-`model.kind` says which tokenizer is built around it: vqrae, vfmtok or ideal, of which the last two have one stage. A run
-that is started again goes on from its last checkpoint.
+`model.kind` says which tokenizer is built around it: vqrae, vfmtok or ideal, of which the last two have one stage. A
+run that is started again goes on from its last checkpoint.
 """
 
 import sys

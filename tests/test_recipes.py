@@ -10,11 +10,12 @@ import torch
 
 import unimm
 from unimm.config import load_config
+from unimm.tokenizer import TOKENIZERS, VQRAEConfig
 from unimm.tokenizer.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAIN = ("vfm", "stage1", "stage2", "stage3", "c2i", "sft", "t2i")
-STAGES = ("stage1", "stage2", "stage3")
+CHAIN = ("vfm", "vfmtok", "ideal", "stage1", "stage2", "stage3", "c2i", "sft", "t2i")
+STAGES = ("stage1", "stage2", "stage3", "vfmtok", "ideal")
 RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
 RECIPES |= {"questions": "t2i", "positions": "t2i"}  # later legs
 
@@ -97,6 +98,7 @@ def test_the_papers_tokenizers_are_built_in_full_size(name):
         ("stage1", "model.encoder"),
         ("stage2", "model.init_from"),
         ("c2i", "model.image_tokenizer"),
+        ("vfmtok", "model.encoder"),
         ("sft", "model.image_tokenizer"),
         ("t2i", "model.path"),
     ],
@@ -107,6 +109,38 @@ def test_a_missing_folder_is_one_sentence(step, override, tmp_path, monkeypatch,
     assert run(RECIPES[step], "--config", str(ROOT / f"configs/debug/{step}.yaml"), f"{override}={absent}") == 2
     assert str(absent) in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("vfmtok_dinov2_336", (303.56, 20.38, 0.20, 19.91, 32.80)),
+        ("ideal_siglip2_384", (303.69, 8.47, 1.05, 53.16, 35.16)),
+    ],
+)
+def test_full_size_tokenizers_are_built_as_published(name, millions):
+    """The parts' sizes in millions; tests/tokenizer/test_siblings.py adds them up from the published widths."""
+    recipe = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))
+    model = load_config(recipe["TokenizerRecipe"], ROOT / f"configs/tokenizer/{name}.yaml").model
+    published = PUBLISHED[model.encoder]
+    vision = published.vision_config().to_dict() | {"image_size": model.image_size or published.image_size}
+    with torch.device("meta"):
+        tokenizer = TOKENIZERS[model.kind](TOKENIZERS[model.kind].config_class(encoder_config=vision, **model.config))
+    parts = ("encoder", "sampler", "quantizer", "decoder", "pixel_head")
+    found = [sum(p.numel() for p in tokenizer.get_submodule(part).parameters()) / 1e6 for part in parts]
+    assert found == pytest.approx(millions, abs=0.006)
+    assert tokenizer.config.image_size == int(name[-3:])
+
+
+def test_a_wrong_kind_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stage2 = ("--config", str(ROOT / "configs/debug/stage2.yaml"))
+    assert run("tokenizer", *stage2, "model.kind=vqgan") == 2
+    assert "'vqgan'; model.kind is one of vqrae, vfmtok, ideal" in capsys.readouterr().err
+    fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    VQRAEConfig(encoder_config={"model_type": "siglip_vision_model", **fields}).save_pretrained("other")
+    assert run("tokenizer", *stage2, "model.kind=ideal", "model.init_from=other") == 2
+    assert "other is a vqrae model and model.kind is 'ideal'" in capsys.readouterr().err
 
 
 def test_a_misspelt_key_is_one_sentence(capsys):

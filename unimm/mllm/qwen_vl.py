@@ -77,9 +77,7 @@ class _TokenizerInside:
         PreTrainedModel.__init__(self, config)  # the family's would build its own tower
         self.vision_tower = AutoModel.from_config(config.vision_config)
         merger = self._merger(config.vision_config.hidden_size, config.text_config.hidden_size, config)
-        self.multi_modal_projector = MergedPatches(
-            merger, config.vision_config.patch_grid, config.spatial_merge_size
-        )
+        self.multi_modal_projector = MergedPatches(merger, config.vision_config.patch_grid, config.spatial_merge_size)
         self.language_model = AutoModel.from_config(config.text_config)
         self.rope_deltas = None
         self.post_init()  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ TOKENIZERS: dict[str, type[ImageTokenizer]] = {}
 
 
 def register_tokenizer(tokenizer: type[ImageTokenizer]) -> None:
-    """Make a tokenizer known to the Auto classes, to `unimm.attach` and to the recipes, by its config's `model_type`."""
+    """Make a tokenizer known to the Auto classes and to the recipes, by the `model_type` of its configuration."""
     config = tokenizer.config_class
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, tokenizer, exist_ok=True)

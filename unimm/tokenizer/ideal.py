@@ -55,9 +55,7 @@ class IDEAL(ImageTokenizer):
         shallow, deep = sources
         return {"deep": deep.detach(), "shallow": shallow.detach()}
 
-    def draw(
-        self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """codes [B, M, C] -> pixels [B, 3, H, W], not clamped, and with `predict` both levels, each [B, M, D]."""
         deep, shallow = self.decoder(codes, grid)
         pixels = (self.pixel_head(deep, grid).float() + 1) / 2

@@ -43,8 +43,8 @@ class ImageTokenizerOutput(ModelOutput):
     pixels: Tensor = None
     codebook_loss: Tensor = None
     commitment_loss: Tensor = None
-    predictions: dict[str, Tensor] = None
-    targets: dict[str, Tensor] = None
+    predictions: dict[str, Tensor] | None = None
+    targets: dict[str, Tensor] | None = None
     entropy_loss: Tensor = None
 
 
@@ -161,9 +161,7 @@ class ImageTokenizer(PreTrainedModel):
         """The sources that the decoder predicts, by name."""
         return {}
 
-    def draw(
-        self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """codes [B, M, C] -> pixels [B, 3, H, W], not clamped, and with `predict` the predicted features by name."""
         return self.denormalize(self.pixel_head(self.decoder(codes, grid), grid).float()), {}
 

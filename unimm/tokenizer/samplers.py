@@ -63,9 +63,7 @@ class AnchorLayer(OwnStart):
         self.mlp = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
         self.mlp_norm = nn.LayerNorm(width)
 
-    def forward(
-        self, anchors: Tensor, positions: Tensor, places: Tensor, values: Tensor, grids: list[Grid]
-    ) -> Tensor:
+    def forward(self, anchors: Tensor, positions: Tensor, places: Tensor, values: Tensor, grids: list[Grid]) -> Tensor:
         anchors = self.reading_norm(anchors + self.reading(anchors + positions, places, values, grids))
         anchors = self.attention_norm(anchors + self.attention(anchors + positions, causal=True))
         return self.mlp_norm(anchors + self.mlp(anchors))

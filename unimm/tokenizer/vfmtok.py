@@ -65,9 +65,7 @@ class VFMTok(ImageTokenizer):
         """The last level, which the feature branch predicts."""
         return {"deep": sources[-1].detach()}
 
-    def draw(
-        self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """codes [B, M, C] -> pixels [B, 3, H, W], not clamped, and with `predict` the features [B, N, D].
 
         Raises:

@@ -55,7 +55,9 @@ class ObjectiveConfig:
     """Weights of the terms; the defaults are VQRAE's table 7, and cosines alone for the features that a decoder
     predicts ("deep", and IDEAL's "shallow").
 
-    `entropy_temperature` belongs to `entropy_weight`, see `tokenizer.quantizers.code_entropy`. Two are ours and off by default: `l1_weight`, for worlds of flat colour, and `context_weight`, see `context_loss`.
+    `entropy_temperature` belongs to `entropy_weight`, see `tokenizer.quantizers.code_entropy`.
+
+    Two are ours and off by default: `l1_weight`, for worlds of flat colour, and `context_weight`, see `context_loss`.
     """
 
     pixel_weight: float = 1.0
@@ -144,8 +146,9 @@ class TokenizerObjective(nn.Module):
             terms["distillation"] = F.mse_loss(output.features.float(), teacher_features.float())
         if output.entropy_loss is not None:
             terms["entropy"] = output.entropy_loss
+        targets = output.targets or {}
         for name, features in (output.predictions or {}).items():
-            target = output.targets[name].float()
+            target = targets[name].float()
             terms[f"{name}_cosine"] = cosine_loss(features, target)
             terms[f"{name}_mse"] = F.mse_loss(features.float(), target)
         if collage is not None:

@@ -31,7 +31,7 @@ def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
 def parameter_groups(
     tokenizer: ImageTokenizer, learning_rate: float, encoder_learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Encoder and the rest, each split into weights with decay and vectors, norms, positions and the quantizer without."""
+    """Encoder and the rest, each split into weights with decay, and vectors, positions and the quantizer without."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in tokenizer.named_parameters():
         if parameter.requires_grad:

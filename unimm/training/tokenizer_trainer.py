@@ -1,11 +1,11 @@
 """The training loop of the image tokenizers: the only hand-written one, because it has two optimisers (accelerate does
 the rest).
 
-Stage 1 trains everything but the encoder, which is all that VFMTok and IDEAL need; stage 2 trains the encoder too, held near the frozen original by
-self-distillation, and may add a GAN (VQRAE, arXiv 2511.23386, sections 3.3 to 3.5 and table 7); stage 3 trains the
-decoder alone. Within a step the tokenizer moves first, then the discriminator on the same reconstruction, detached. A
-checkpoint holds everything, and pictures are numbered, so that an interrupted run and an uninterrupted one end with
-the same bits on the CPU.
+Stage 1 trains everything but the encoder, which is all that VFMTok and IDEAL need; stage 2 trains the encoder too, held
+near the frozen original by self-distillation, and may add a GAN (VQRAE, arXiv 2511.23386, sections 3.3 to 3.5 and table
+7); stage 3 trains the decoder alone. Within a step the tokenizer moves first, then the discriminator on the same
+reconstruction, detached. A checkpoint holds everything, and pictures are numbered, so that an interrupted run and an
+uninterrupted one end with the same bits on the CPU.
 """
 
 import copy
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from unimm.data.pictures import Pictures
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
-from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput, ImageTokenizerProcessor
+from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 from unimm.tokenizer.encoders import encode_features, final_norm
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -38,43 +38,13 @@ from unimm.training.discriminator import (
     softplus_g_loss,
 )
 from unimm.training.ema import EMA
-from unimm.training.objective import Collage, ObjectiveConfig, TokenizerObjective, make_collage
+from unimm.training.objective import ObjectiveConfig, TokenizerObjective
 from unimm.training.parameters import parameter_groups, set_trainable
 from unimm.training.perceptual import FeaturePerceptualLoss
+from unimm.training.reconstruct import Reconstruct, cell_size
 from unimm.training.schedules import warmup_cosine_scheduler
 
-
 _GENERATOR_LOSSES = {"hinge": hinge_g_loss, "softplus": softplus_g_loss}
-
-
-class Reconstruct(nn.Module):
-    """`reconstruct` as a forward, so that DDP sees it, with the entropy of the codes where a temperature is given, and
-    the latents of a collage where a seed for one is."""
-
-    def __init__(self, tokenizer: ImageTokenizer, entropy_temperature: float | None = None) -> None:
-        super().__init__()
-        self.tokenizer, self.entropy_temperature = tokenizer, entropy_temperature
-
-    def forward(
-        self, pixel_values: Tensor, collage_seed: int | None = None
-    ) -> tuple[ImageTokenizerOutput, Collage | None]:
-        tokenizer = self.tokenizer
-        output = tokenizer.reconstruct(pixel_values)
-        if self.entropy_temperature is not None:
-            output.entropy_loss = tokenizer.quantizer.entropy(output.latents, self.entropy_temperature)
-        if collage_seed is None:
-            return output, None
-        mixed, kept = make_collage(pixel_values, cell_size(tokenizer), collage_seed)
-        latents = tokenizer.latents(*tokenizer.sources(tokenizer.hidden_states(mixed)))
-        return output, Collage(kept, latents)
-
-
-def cell_size(tokenizer: ImageTokenizer) -> int:
-    """Pixels a side of the field that one image token stands in. Raises UserError where it is no whole number."""
-    side, rows = tokenizer.config.image_size, tokenizer.config.grid[0]
-    if side % rows:
-        raise UserError(f"loss.context_weight needs whole fields, and {side} pixels are no multiple of {rows} tokens.")
-    return side // rows
 
 
 class TokenizerTrainer:
