@@ -103,7 +103,9 @@ def trainer(kind: str, output_dir: Any, stage: int = 1, loss: dict[str, Any] | N
     config = TokenizerTrainingConfig(
         output_dir=str(output_dir), stage=stage, batch_size=4, codebook_init="data", codebook_init_pictures=12, **steps
     )
-    gan = GANConfig(start=1, warmup_steps=1, generator="softplus", weight=0.5) if stage == 1 else GANConfig()
+    gan = GANConfig(start=1, warmup_steps=1, weight=0.5) if stage == 1 else GANConfig()
+    gan.generator = "softplus" if kind == "vfmtok" else "hinge"
+    gan.augment_probability, gan.consistency_weight = (0.5, 4.0) if kind == "ideal" else (0.0, 0.0)
     objective = ObjectiveConfig(perceptual=NO_JUDGE, gan=gan, entropy_weight=0.01, **(loss or {}))
     return TokenizerTrainer(tiny(kind, codebook_size=32), Small(12), config, objective)
 

@@ -42,8 +42,8 @@ class SymmetricViTDecoder(OwnStart):
 
 
 class CausalDecoder(OwnStart):
-    """VFMTok's shared ViT (arXiv 2507.08441, section 3.3; layout of the released code): mask tokens behind the codes
-    become pixel tokens on one grid and the encoder's features on another, by the same causal layers.
+    """VFMTok's shared ViT (arXiv 2507.08441, in the layout of the released code): mask tokens behind the codes become
+    pixel tokens on one grid and the encoder's features on another, by the same causal layers.
 
     A sequence is codes, CLS, the mask tokens of one branch, registers; every token sees those before it. The registers
     come last, as in the code, and are therefore seen by nothing.
@@ -116,8 +116,8 @@ class CausalDecoder(OwnStart):
 
 
 class FeatureDecoder(OwnStart):
-    """IDEAL's decoder: the codes in both directions through pre-norm layers, then the deep and the shallow features
-    that they stand for; pixels are painted from the deep ones.
+    """IDEAL's decoder (arXiv 2606.11096): the codes in both directions through pre-norm layers, then the deep and the
+    shallow features that they stand for; pixels are painted from the deep ones.
 
     CLS and registers take part and are not read out.
 

@@ -51,9 +51,9 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
 
 def code_entropy(latents: Tensor, codebook: Tensor, temperature: float) -> Tensor:
     """The entropy term of latents [..., C] over a codebook [K, C]: H of one latent's codes, averaged, minus H of the
-    average, where p = softmax(-|z - q|^2 / temperature) (MaskGIT's tokenizer; LlamaGen, IDEAL).
+    average, where p = softmax(-|z - q|^2 / temperature) (LlamaGen's code, which IDEAL follows).
 
-    Low where every latent is sure of its code and all codes are in use; between -ln K and ln K.
+    Low where every latent is sure of its code and all codes are in use; between -ln K and 0.
     """
     flat = latents.reshape(-1, latents.shape[-1]).float()
     with torch.autocast(flat.device.type, enabled=False):

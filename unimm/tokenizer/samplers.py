@@ -74,8 +74,8 @@ class AnchorLayer(OwnStart):
 
 
 class AnchorSampler(Float32Module, OwnStart):
-    """VFMTok's region-adaptive sampling (arXiv 2507.08441, section 3.2): learned anchors on a grid of their own, in
-    raster order, gather from several encoder levels by deformable attention; M is free of N.
+    """VFMTok's region-adaptive sampling (arXiv 2507.08441): learned anchors on a grid of their own, in raster order,
+    gather from several encoder levels by deformable attention; M is free of N.
 
     Args:
         hidden_size, width, codebook_dim: D, W and C.
@@ -124,8 +124,8 @@ class AnchorSampler(Float32Module, OwnStart):
 
 
 class FusionSampler(Float32Module, OwnStart):
-    """IDEAL's fusion of a shallow and a deep level (M = N): each deep token asks all shallow ones for the detail that
-    it lacks, then an MLP and the in-projection.
+    """IDEAL's fusion of a shallow and a deep level (arXiv 2606.11096; M = N): each deep token asks all shallow ones for
+    the detail that it lacks, then an MLP and the in-projection.
 
     Args:
         hidden_size, codebook_dim: D and C.

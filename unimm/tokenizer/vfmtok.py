@@ -1,4 +1,4 @@
-"""VFMTok: a frozen vision foundation model as a tokenizer (arXiv 2507.08441, figure 2).
+"""VFMTok: a frozen vision foundation model as a tokenizer (arXiv 2507.08441).
 
 Special here: an id is not a patch's. Learned anchors gather from four levels of the encoder wherever their offsets
 lead, and a causal ViT turns their codes into pixels and, beside them, into the encoder's last features. So M and the

@@ -37,7 +37,10 @@ class PerceptualConfig:
 class GANConfig:
     """`start` is the step from which the discriminator learns and judges; None = no GAN (VQRAE's stage 1).
 
-    `generator` is the tokenizer's side of it: the "hinge" -D, or VFMTok's "softplus" of it.
+    `generator` is the tokenizer's side of it: the "hinge" -D, or VFMTok's "softplus" of it. IDEAL shows the
+    discriminator augmented pictures, each family of changes with `augment_probability`, and asks it with
+    `consistency_weight` to say the same of a view that is changed more; `cutout` and `strong_cutout` are the shares of
+    a side that the two leave out.
     """
 
     start: int | None = None
@@ -46,6 +49,10 @@ class GANConfig:
     discriminator: Literal["patchgan", "dino"] = "patchgan"
     weights: str | None = None
     generator: Literal["hinge", "softplus"] = "hinge"
+    augment_probability: float = 0.0
+    consistency_weight: float = 0.0
+    cutout: float = 0.2
+    strong_cutout: float = 0.5
     learning_rate: float = 4e-5
     warmup_steps: int = 2000
 

@@ -28,6 +28,7 @@ from unimm.evaluation.codebook import CodebookUsage
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 from unimm.tokenizer.encoders import encode_features, final_norm
 from unimm.training.arguments import TokenizerTrainingConfig
+from unimm.training.augment import augment
 from unimm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from unimm.training.discriminator import (
     LeCam,
@@ -231,7 +232,7 @@ class TokenizerTrainer:
                 if adversarial:
                     judge = self.accelerator.unwrap_model(self.discriminator)  # DDP has nothing to reduce in this step
                     with frozen(judge), self.accelerator.autocast():
-                        terms["gan"] = _GENERATOR_LOSSES[self.gan.generator](judge(output.pixels))
+                        terms["gan"] = _GENERATOR_LOSSES[self.gan.generator](judge(self._view(output.pixels)))
                     loss = loss + self.gan.weight * terms["gan"]
                 self._refuse_nan(loss, terms)
                 self.accelerator.backward(loss)
@@ -254,9 +255,14 @@ class TokenizerTrainer:
         assert self.discriminator is not None
         with self.accelerator.accumulate(self.discriminator):
             with self.accelerator.autocast():
-                real_logits, fake_logits = self.discriminator(real), self.discriminator(fake)
-            hinge = hinge_d_loss(real_logits, fake_logits)
-            loss = hinge + self.gan.lecam_weight * self.lecam(real_logits, fake_logits)
+                logits = [self.discriminator(self._view(pixels)) for pixels in (real, fake)]
+            hinge = hinge_d_loss(*logits)
+            loss = hinge + self.gan.lecam_weight * self.lecam(*logits)
+            if self.gan.consistency_weight:
+                strong = [augment(pixels, probability=1.0, cutout=self.gan.strong_cutout) for pixels in (real, fake)]
+                with self.accelerator.autocast():
+                    others = [self.discriminator(pixels) for pixels in strong]
+                loss = loss + self.gan.consistency_weight * F.mse_loss(torch.cat(others), torch.cat(logits))
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.discriminator.parameters(), self.config.max_grad_norm)
@@ -265,6 +271,10 @@ class TokenizerTrainer:
         if self.accelerator.sync_gradients:
             self.d_scheduler.step()
         return {"discriminator": hinge.detach()}
+
+    def _view(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] as the discriminator sees them."""
+        return augment(pixels, probability=self.gan.augment_probability, cutout=self.gan.cutout)
 
     @torch.no_grad()
     def _teacher_features(self, pixel_values: Tensor) -> Tensor | None:
