@@ -132,6 +132,21 @@ def test_full_size_tokenizers_are_built_as_published(name, millions):
     assert tokenizer.config.image_size == int(name[-3:])
 
 
+@pytest.mark.parametrize("world", ["shapes", "cifar10"])
+@pytest.mark.parametrize("kind", ["vfmtok", "ideal"])
+def test_small_tokenizers_fit_the_encoder_of_their_world(world, kind):
+    recipes = [runpy.run_path(str(ROOT / "recipes" / name)) for name in ("vfm.py", "tokenizer.py")]
+    vision = load_config(recipes[0]["VFMConfig"], ROOT / f"configs/{world}/vfm.yaml").model.vision
+    recipe = load_config(recipes[1]["TokenizerRecipe"], ROOT / f"configs/{world}/{kind}.yaml")
+    encoder = vision | {"model_type": "siglip_vision_model"}
+    with torch.device("meta"):
+        config = TOKENIZERS[recipe.model.kind].config_class(encoder_config=encoder, **recipe.model.config)
+        tokenizer = TOKENIZERS[recipe.model.kind](config)
+        pixels = tokenizer.draw(torch.empty(1, 64, config.codebook_dim), config.grid)[0]
+    assert (recipe.model.kind, recipe.model.encoder) == (kind, f"runs/{world}/vfm")
+    assert config.grid == (8, 8) and pixels.shape == (1, 3, recipe.data.image_size, recipe.data.image_size)
+
+
 def test_a_wrong_kind_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     stage2 = ("--config", str(ROOT / "configs/debug/stage2.yaml"))
