@@ -87,8 +87,9 @@ class FeaturePerceptualLoss(nn.Module):
     def _states(self, pixels: Tensor) -> list[Tensor]:
         states = self._encoder_forward[0](pixels)
         if not all(-len(states) <= layer < len(states) for layer in self.layers):
-            raise ValueError(
-                f"The feature loss asks for layers {self.layers} of an encoder with {len(states)} hidden states."
+            raise UserError(
+                f"The feature loss asks for layers {self.layers} of an encoder with {len(states)} hidden states: set "
+                f"loss.perceptual.feature_layers to numbers below {len(states)}."
             )
         return [states[layer].float() for layer in self.layers]
 
