@@ -10,7 +10,6 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,13 +19,12 @@ from unimm.class_conditional import ClassConditionalConfig, ClassConditionalGPT
 from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet, load_tokenizer
 from unimm.class_conditional.extraction import ClassIdsConfig, prepare_ids
 from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
-from unimm.class_conditional.trainer import ClassConditionalTrainer
 from unimm.config import parse_recipe_args, save_config
 from unimm.data.images import save_image_atomically
 from unimm.errors import UserError, run_main
 from unimm.provenance import write_atomically
 from unimm.training.arguments import HostTrainingArguments
-from unimm.training.ema import EMA
+from unimm.training.class_conditional_trainer import ClassConditionalTrainer
 
 
 @dataclass
@@ -86,14 +84,13 @@ def main() -> None:
         train,
         train_dataset=IdStream(ids, length, recipe.data.seed),
         eval_dataset=IdRows(held_out),
-        average=None if train.ema_decay is None else partial(EMA, decay=train.ema_decay),
     )
     save_config(recipe, output)
     entropy, uniform = ids.entropy, math.log(ids.info.codebook_size)
     print(f"{len(ids)} sequences of ids; unigram entropy {entropy:.3f} nats an id, ln K {uniform:.3f}")
     if not trainer.done:
         print(f"held-out loss at the start {trainer.held_out_loss():.3f}, unigram entropy {entropy:.3f} nats an id")
-    trainer.run()
+    trainer.train_or_load()
     loss = trainer.held_out_loss()
     print(f"held-out loss at the end {loss:.3f}, unigram entropy {entropy:.3f} nats an id")
     if trainer.is_world_process_zero():

@@ -1,91 +1,68 @@
-"""`ClassConditionalTrainer`: transformers' Trainer over a stream of ids.
+"""`StreamTrainer`: transformers' Trainer over a seeded stream of samples.
 
 Special here: the stream is addressed by position, checkpoints appear whole and know which stream they belong to, so a
-run resumes to the bit on the CPU; averaged weights are evaluated and saved; a loss that is not finite stops the run
-before it reaches a checkpoint. The average is handed in: the arrows do not let this package see `unimm.training`.
+run resumes to the bit on the CPU; averaged weights are evaluated and saved; a loss that is not finite stops the run,
+with the numbers of its samples, before it reaches a checkpoint.
 """
 
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.utils import logging
 
-from unimm.class_conditional.ids import IdRows, IdStream
-from unimm.class_conditional.modeling import ClassConditionalGPT
 from unimm.errors import UserError
+from unimm.training.arguments import HostTrainingArguments
+from unimm.training.ema import EMA
+from unimm.training.host_callbacks import UpdateEMA
 
-AVERAGE_FILE, STREAM_FILE = "ema.pt", "stream.json"
+logger = logging.get_logger(__name__)
 
-
-class WeightAverage(Protocol):
-    """What `unimm.training.ema.EMA` is."""
-
-    def update(self, model: nn.Module) -> None: ...
-
-    def swapped(self, model: nn.Module) -> AbstractContextManager[None]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+EMA_FILE, STREAM_FILE = "ema.pt", "stream.json"
 
 
-class UpdateAverage(TrainerCallback):
-    """Move the averaged weights after every optimizer step."""
-
-    def __init__(self, average: WeightAverage) -> None:
-        self.average = average
-
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        self.average.update(model)
-
-
-class ClassConditionalTrainer(Trainer):
-    """Train `model` on a stream of ids.
+class StreamTrainer(Trainer):
+    """Train `model` on a stream.
 
     Args:
-        model: the GPT.
-        args: settings; samples must be taken in order (`train_sampling_strategy: sequential`).
-        train_dataset, eval_dataset: the stream, and the held-out rows.
-        average: makes the average of the weights, once they are on their device; it is evaluated and saved. None
-            goes without.
+        model: what is trained.
+        args: settings; `ema_decay` adds averaged weights.
+        stream_seed: of the training stream, for messages and for refusing a checkpoint of another stream.
+        parts: of Trainer (data sets, collator, ...).
     """
 
     def __init__(
-        self,
-        model: ClassConditionalGPT,
-        args: TrainingArguments,
-        *,
-        train_dataset: IdStream,
-        eval_dataset: IdRows,
-        average: Callable[[nn.Module], WeightAverage] | None = None,
+        self, model: PreTrainedModel, args: HostTrainingArguments, *, stream_seed: int = 0, **parts: Any
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        self.average = None if average is None else average(model)
-        if self.average is not None:
-            self.add_callback(UpdateAverage(self.average))
-        self._finite = torch.tensor(True, device=args.device)
+        super().__init__(model=model, args=args, **parts)
+        self.stream_seed = stream_seed
+        self.ema = None if args.ema_decay is None else EMA(model, decay=args.ema_decay)
+        if self.ema is not None:
+            self.add_callback(UpdateEMA(self.ema))
+        self._bad_step = torch.tensor(-1, device=args.device)
         self._staging: Path | None = None
 
-    def run(self) -> None:
-        """Train to `max_steps`, from the newest checkpoint where there is one."""
+    # ---- the run ----
+
+    def train_or_load(self) -> None:
+        """Train to `max_steps` from the newest checkpoint, or read that one where the run was over."""
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         found, done = get_last_checkpoint(str(folder)), self.done
         if found and done >= self.args.max_steps:
             self._load_from_checkpoint(found)
-            self._load_average(found)
+            self._load_ema(found)
             return
         if self.is_world_process_zero():
-            self.add_callback(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)))
+            self.add_writer(SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1))
         self.train(resume_from_checkpoint=found)
         self.remove_callback(TensorBoardCallback)  # a later evaluation would open another log
 
@@ -96,25 +73,26 @@ class ClassConditionalTrainer(Trainer):
         found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         return int(found.rsplit("-", 1)[1]) if found else 0
 
+    def add_writer(self, writer: SummaryWriter) -> None:
+        """Log to tensorboard."""
+        self.add_callback(TensorBoardCallback(writer))
+
     def averaged(self) -> AbstractContextManager[None]:
         """Within, the model holds the averaged weights, where there are any."""
-        return nullcontext() if self.average is None else self.average.swapped(self.model)
-
-    def held_out_loss(self) -> float:
-        """The mean cross entropy of the held-out ids, in nats an id."""
-        return self.evaluate()["eval_loss"]
+        return nullcontext() if self.ema is None else self.ema.swapped(self.model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in Trainer, under the averaged weights, and eager: no shape of it is worth compiling for."""
+        """As in Trainer, under the averaged weights where there are any, and eager: no shape is worth compiling for."""
         with self.averaged(), torch.compiler.set_stance("force_eager"):
             return super().evaluate(*args, **kwargs)
 
     # ---- guards ----
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """As in Trainer; remembers a loss that is not finite, on the device and without waiting for it."""
+        """As in Trainer; keeps the first step whose loss is not finite, on the device and without waiting for it."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._finite = self._finite & torch.isfinite(loss)
+        first = ~torch.isfinite(loss) & (self._bad_step < 0)
+        self._bad_step = torch.where(first, self.state.global_step, self._bad_step)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -122,25 +100,27 @@ class ClassConditionalTrainer(Trainer):
         self._stop_if_not_finite()
         super().log(logs, start_time)
 
+    def _samples_per_step(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
     def _stop_if_not_finite(self) -> None:
-        if not self._finite:
+        step, size = int(self._bad_step), self._samples_per_step()
+        if step >= 0:
             raise UserError(
-                f"The loss was not finite at or before step {self.state.global_step} of {self.args.max_steps}. "
-                "Checkpoints written before are intact: lower train.learning_rate."
+                f"The loss of step {step + 1} is not finite; its batch holds the samples {step * size} to "
+                f"{(step + 1) * size - 1} of the stream with data.seed {self.stream_seed}. Checkpoints written before "
+                "are intact: lower train.learning_rate or look at the samples."
             )
 
     # ---- checkpoints ----
 
     def _stream_position(self) -> dict[str, Any]:
-        """What must not change when a run goes on."""
-        stream: Any = self.train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        """What must not change when a run goes on, and the thread count, on which the last bits depend."""
         return {
-            "data.seed": stream.seed,
-            "samples per step": batch,
+            "data.seed": self.stream_seed,
+            "samples per step": self._samples_per_step(),
             "train.max_steps": self.args.max_steps,
-            "rows of ids": len(stream.source),
-            "tokenizer": stream.source.info.tokenizer_fingerprint,
+            "threads": torch.get_num_threads(),
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -156,8 +136,8 @@ class ClassConditionalTrainer(Trainer):
         if self.args.should_save:
             written = self._staging / name
             (written / STREAM_FILE).write_text(json.dumps(self._stream_position()) + "\n", encoding="utf-8")
-            if self.average is not None:
-                torch.save(self.average.state_dict(), written / AVERAGE_FILE)
+            if self.ema is not None:
+                torch.save(self.ema.state_dict(), written / EMA_FILE)
             shutil.rmtree(folder / name, ignore_errors=True)
             written.replace(folder / name)
             shutil.rmtree(self._staging)
@@ -173,15 +153,18 @@ class ClassConditionalTrainer(Trainer):
         if checkpoint is None:
             return
         saved = json.loads((Path(checkpoint) / STREAM_FILE).read_text(encoding="utf-8"))
-        for key, value in self._stream_position().items():
+        now = self._stream_position()
+        if saved.pop("threads") != now.pop("threads"):
+            logger.warning("The run goes on with another number of threads: it will not be equal to the last bit.")
+        for key, value in now.items():
             if saved[key] != value:
                 raise UserError(
                     f"{checkpoint} was written with {key} {saved[key]}, now it is {value}: go on with the old value, "
                     "or choose another train.output_dir to start again."
                 )
-        self._load_average(checkpoint)
+        self._load_ema(checkpoint)
 
-    def _load_average(self, checkpoint: str) -> None:
-        if self.average is not None:
-            path = Path(checkpoint) / AVERAGE_FILE
-            self.average.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+    def _load_ema(self, checkpoint: str) -> None:
+        if self.ema is not None:
+            state = torch.load(Path(checkpoint) / EMA_FILE, map_location=self.args.device, weights_only=True)
+            self.ema.load_state_dict(state)
