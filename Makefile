@@ -56,7 +56,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/positions/.done $(SHAPES)/stage3/.done
+shapes: $(SHAPES)/positions/.done $(SHAPES)/stage3_more/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -72,6 +72,10 @@ $(SHAPES)/stage2/.done: $(SHAPES)/stage1/.done | $(VENV)/.dev
 
 $(SHAPES)/stage3/.done: $(SHAPES)/stage2/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage3.yaml
+	@touch $@
+
+$(SHAPES)/stage3_more/.done: $(SHAPES)/stage3/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage3_more.yaml
 	@touch $@
 
 $(SHAPES)/sft/.done: $(SHAPES)/stage2/.done | $(VENV)/.dev
@@ -90,5 +94,5 @@ $(SHAPES)/positions/.done: $(SHAPES)/questions/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/positions.yaml
 	@touch $@
 
-publish: $(SHAPES)/positions/.done $(SHAPES)/stage3/.done
+publish: $(SHAPES)/positions/.done $(SHAPES)/stage3_more/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml

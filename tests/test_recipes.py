@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAIN = ("vfm", "vfmtok", "ideal", "stage1", "stage2", "stage3", "c2i", "sft", "t2i")
 STAGES = ("stage1", "stage2", "stage3", "vfmtok", "ideal")
 RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
-RECIPES |= {"questions": "t2i", "positions": "t2i"}  # later legs
+RECIPES |= {"stage3_more": "tokenizer", "questions": "t2i", "positions": "t2i"}  # later legs
 
 
 def run(recipe: str, *arguments: str) -> int:
