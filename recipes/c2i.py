@@ -16,13 +16,14 @@ import torch
 from transformers.trainer_utils import set_seed
 
 from unimm.class_conditional import ClassConditionalConfig, ClassConditionalGPT
-from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet, load_tokenizer
+from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet
 from unimm.class_conditional.extraction import ClassIdsConfig, prepare_ids
 from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
 from unimm.config import parse_recipe_args, save_config
 from unimm.data.images import save_image_atomically
 from unimm.errors import UserError, run_main
 from unimm.provenance import write_atomically
+from unimm.tokenizer.loading import load_with_processor
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.class_conditional_trainer import ClassConditionalTrainer
 
@@ -70,7 +71,8 @@ def main() -> None:
     recipe = parse_recipe_args(C2IRecipe)
     train, output = recipe.train, Path(recipe.train.output_dir)
     set_seed(train.seed)
-    tokenizer, image_processor = load_tokenizer(recipe.model.image_tokenizer)
+    tokenizer, image_processor = load_with_processor(recipe.model.image_tokenizer)
+    tokenizer.requires_grad_(False)
     with train.main_process_first(local=False):
         tokenizer.to(train.device)
         ids = prepare_ids(recipe.data, "train", tokenizer, image_processor)

@@ -16,7 +16,7 @@ import torch
 from unimm.config import parse_recipe_args
 from unimm.errors import UserError, run_main
 from unimm.mllm import UnifiedModelMixin, load
-from unimm.mllm.attach import load_image_tokenizer
+from unimm.tokenizer.loading import load_image_tokenizer
 
 CARD = "README.md"
 

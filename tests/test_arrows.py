@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "provenance": {"errors"},
     "typed": {"errors"},
     "report": {"errors", "provenance"},
-    "saving": set(),
+    "saving": {"errors"},
     "sampling": {"errors"},
     "config": {"errors", "provenance", "typed"},
     "evaluation": GROUND,

@@ -284,4 +284,4 @@ def test_a_tokenizer_with_missing_weights_is_refused(tmp_path: Path, capsys: pyt
     state.pop(next(name for name in state if name.startswith("decoder")))
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert run_main(lambda: main(["--model", str(tmp_path), "--parts", "reconstruction"])) == 2
-    assert "lacks 1 weights (decoder" in capsys.readouterr().err
+    assert "weights; missing 1 (decoder" in capsys.readouterr().err

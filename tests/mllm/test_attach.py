@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BertConfig, BertLMHeadModel, PreTrainedModel
 
 from tests.mllm import tiny
@@ -130,6 +131,20 @@ def test_arguments_of_loading_reach_the_host_and_the_result_spreads_over_devices
             tmp_path / "model", dtype=torch.bfloat16, device_map=device_map, attn_implementation="eager"
         )
         assert torch.equal(again.generate(**inputs, **draw), expected)
+
+
+@pytest.mark.parametrize("part", ["host", "tokenizer"])
+def test_parts_with_holes_are_refused_with_the_counts(part: str, tmp_path: Path) -> None:
+    models = {"host": tiny.language_model(tied=False), "tokenizer": tiny.image_tokenizer()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    file = tmp_path / part / "model.safetensors"
+    weights = load_file(file)
+    total, name = len(weights), sorted(weights)[3]
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"loaded {total - 1} of {total} weights; missing 1 \({name}"):
+        attach(tmp_path / "host", tmp_path / "tokenizer", tiny.text_tokenizer())
 
 
 def test_what_cannot_be_attached_is_refused(tmp_path: Path) -> None:

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel
-
-from unimm.errors import UserError, reading
 from unimm.mllm import load
-from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
+from unimm.tokenizer import ImageTokenizer
+from unimm.tokenizer.loading import load_with_processor
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ def load_subject(path: str | Path | None = None) -> Subject:
         UserError: nothing there, something else, or a broken checkpoint.
     """
     if path is not None and _is_image_tokenizer(Path(path)):
-        return _load_tokenizer(Path(path))
+        return Subject(*load_with_processor(path))
     model, processor = load(path)
     return Subject(model.image_tokenizer, processor.image_processor, model, processor)
 
@@ -41,14 +39,3 @@ def _is_image_tokenizer(folder: Path) -> bool:
     except (OSError, ValueError):
         return False  # for `load` to explain
     return isinstance(described, dict) and "encoder_config" in described and "text_config" not in described
-
-
-def _load_tokenizer(folder: Path) -> Subject:
-    with reading("The image tokenizer", folder):
-        tokenizer, report = AutoModel.from_pretrained(folder, output_loading_info=True)
-        image_processor = ImageTokenizerProcessor.from_pretrained(folder)
-    if not isinstance(tokenizer, ImageTokenizer):
-        raise UserError(f"{folder} holds a {type(tokenizer).__name__}, not an image tokenizer or a unified model.")
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"The image tokenizer {folder} lacks {len(missing)} weights ({missing[0]}, ...): save it anew.")
-    return Subject(tokenizer.eval(), image_processor)

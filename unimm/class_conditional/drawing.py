@@ -17,7 +17,8 @@ from unimm.class_conditional.modeling import ClassConditionalGPT
 from unimm.errors import UserError, reading
 from unimm.sampling import SAMPLED, ImageSampling
 from unimm.saving import save_whole
-from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
+from unimm.tokenizer import ImageTokenizer
+from unimm.tokenizer.loading import load_with_processor
 
 TOKENIZER_FOLDER = "image_tokenizer"
 
@@ -69,25 +70,11 @@ def load_drawer(folder: str | Path, device: str | torch.device | None = None) ->
     folder = Path(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with reading("The class-conditional model", folder):
-        model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+        model = AutoModel.from_pretrained(folder)
     if not isinstance(model, ClassConditionalGPT):
         raise UserError(f"{folder} holds a {type(model).__name__}, not a class-conditional model.")
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{folder} lacks {len(missing)} weights ({missing[0]}, ...): save it anew.")
-    tokenizer, image_processor = load_tokenizer(folder / TOKENIZER_FOLDER)
+    tokenizer, image_processor = load_with_processor(folder / TOKENIZER_FOLDER)
     return ClassDrawer(model.eval().to(device), tokenizer.to(device), image_processor)
-
-
-def load_tokenizer(folder: str | Path) -> tuple[ImageTokenizer, ImageTokenizerProcessor]:
-    """An image tokenizer in evaluation mode, and its processor. Raises UserError where the folder holds none."""
-    with reading("The image tokenizer", folder):
-        tokenizer, report = AutoModel.from_pretrained(folder, output_loading_info=True)
-        image_processor = ImageTokenizerProcessor.from_pretrained(folder)
-    if not isinstance(tokenizer, ImageTokenizer):
-        raise UserError(f"{folder} holds a {type(tokenizer).__name__}, not an image tokenizer.")
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"The image tokenizer {folder} lacks {len(missing)} weights ({missing[0]}, ...): save it anew.")
-    return tokenizer.eval().requires_grad_(False), image_processor
 
 
 @dataclass

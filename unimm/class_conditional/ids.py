@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from unimm.data.order import EpochOrder
 from unimm.errors import UserError, reading
 from unimm.evaluation.codebook import CodebookUsage
 
@@ -81,17 +82,13 @@ class IdStream(Dataset):
         self.source = source
         self.length = length
         self.seed = seed
-        self._order: tuple[int, np.ndarray] | None = None
+        self.order = EpochOrder(len(source), seed)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, position = divmod(index, len(self.source))
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
-            self._order = (epoch, order)
-        return sample(self.source, int(self._order[1][position]))
+        return sample(self.source, self.order.row(index))
 
 
 class IdRows(Dataset):

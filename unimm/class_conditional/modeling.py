@@ -27,6 +27,7 @@ from unimm.class_conditional.configuration import ClassConditionalConfig
 from unimm.class_conditional.generation import draw_ids
 from unimm.errors import UserError
 from unimm.sampling import SAMPLED, ImageSampling
+from unimm.saving import WholeCheckpointMixin
 from unimm.tokenizer.precision import Float32Module
 
 
@@ -38,7 +39,7 @@ class ClassConditionalOutput(ModelOutput):
     logits: Tensor = None
 
 
-class ClassConditionalGPT(PreTrainedModel):
+class ClassConditionalGPT(WholeCheckpointMixin, PreTrainedModel):
     """Class -> ids. `forward` is teacher-forced, in training and in evaluation; `generate` draws."""
 
     config_class = ClassConditionalConfig

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from unimm.data.images import load_image
+from unimm.data.order import EpochOrder
 from unimm.data.shapes.datasets import ShapesPictures
 from unimm.errors import UserError
 
@@ -121,26 +122,19 @@ class PictureStream(Dataset):
         self.config = config
         self.length = length
         self.seed = seed
-        self._order: tuple[int, np.ndarray] | None = None
+        self.order = EpochOrder(len(pictures), seed)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, position = divmod(index, len(self.pictures))
-        row = self.pictures[int(self._permutation(epoch)[position])]
+        row = self.pictures[self.order.row(index)]
         rng = np.random.default_rng((self.seed, 1, index))
         offset = rng.random(2).tolist() if self.config.random_crop else (0.5, 0.5)
         image = crop(row["image"], self.config.image_size, offset)
         if self.config.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return {"image": image, "text": self.config.caption_template.format(row["text"])}
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.pictures))
-            self._order = (epoch, order)
-        return self._order[1]
 
 
 def picture_stream(config: PictureConfig, length: int, seed: int, *, allow_withheld: bool = True) -> Pictures:

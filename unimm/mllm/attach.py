@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -40,7 +39,9 @@ from unimm.mllm.vocabulary import (
     visual_base,
 )
 from unimm.sampling import ImageSampling
+from unimm.saving import no_load_report, refuse_holes
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
+from unimm.tokenizer.loading import load_image_tokenizer
 
 TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only language models that are composed to a LLaVA
 PARTS_OF_THEIR_OWN = ("model.vision_tower.", "model.visual.", "model.language_model.", "lm_head.")
@@ -166,7 +167,10 @@ def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
         model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type", "nameless")
         _check_supported(model_type)
         auto = AutoModelForImageTextToText if model_type in MULTIMODAL_HOSTS else AutoModelForCausalLM
-        return auto.from_pretrained(path, **loading)
+        with no_load_report():
+            host, info = auto.from_pretrained(path, ignore_mismatched_sizes=True, output_loading_info=True, **loading)
+        refuse_holes(host, info, path, refuse_unexpected=False)  # some published hosts carry weights that nobody reads
+        return host
 
 
 def _check_supported(model_type: str) -> None:
@@ -219,19 +223,6 @@ def _attachment(host: PreTrainedModel, lost: list[str]) -> Attachment:
     kept = ("language model", "text rows") if projector else ("language model", "text rows", "projector")
     untrained = ("projector", "image rows") if projector else ("image rows",)
     return Attachment(host.config.model_type, kept, untrained)
-
-
-def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
-    """The image tokenizer of a folder or hub id.
-
-    Raises:
-        UserError: it is something else.
-    """
-    with reading("The image tokenizer", path):
-        model = AutoModel.from_pretrained(path)
-    if not isinstance(model, ImageTokenizer):
-        raise UserError(f"{path} is a {model.config.model_type} model, not an image tokenizer.")
-    return model
 
 
 def _copy_of(tokenizer: PreTrainedTokenizerBase | str | Path | None, host: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -5,9 +5,6 @@ Special here: nothing is masked while training (`labels` see every row of the he
 that are asked for are computed, so growing the vocabulary leaves the text logits as they were, to the last bit.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,12 +18,13 @@ from transformers.utils.generic import can_return_tuple
 from unimm.errors import UserError
 from unimm.mllm.generation import ImageGenerationMixin
 from unimm.mllm.vocabulary import VisualVocabulary
+from unimm.saving import WholeCheckpointMixin
 from unimm.tokenizer import ImageTokenizer
 
 Vocabulary = Literal["text", "image", "all", "answer"]
 
 
-class UnifiedModelMixin(ImageGenerationMixin):
+class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
     """In front of a host's `...ForConditionalGeneration`. A subclass names its config class and its output class.
 
     Expects `self.model` (with `vision_tower`), a head, and `vocabulary.ImageVocabularyFields` in the config.
@@ -179,56 +177,16 @@ class UnifiedModelMixin(ImageGenerationMixin):
         return self.get_input_embeddings()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *args: Any,
-        ignore_mismatched_sizes: bool = False,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a checkpoint that is whole, or refuse it: transformers would fill the holes of a broken one at random.
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a checkpoint that is whole, or refuse it.
 
         Raises:
             UserError: weights are missing, unexpected or misshapen, or the codebook is not the one that the model
                 was attached to.
         """
-        with _no_load_report():
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-            )
-        _check_whole(model, info, pretrained_model_name_or_path)
-        _check_codebook(model, pretrained_model_name_or_path)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _check_codebook(model, args[0] if args else kwargs["pretrained_model_name_or_path"])
         return (model, info) if output_loading_info else model
-
-
-@contextmanager
-def _no_load_report() -> Iterator[None]:
-    """Without the library's table of keys: what it would say is an error here, said in one sentence."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    disabled, logger.disabled = logger.disabled, True  # a raised level would switch on another report
-    try:
-        yield
-    finally:
-        logger.disabled = disabled
-
-
-def _check_whole(model: Any, info: dict[str, Any], source: Any) -> None:
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    misshapen = sorted(info["mismatched_keys"])
-    if not (missing or unexpected or misshapen):
-        return
-    expected = (set(model.state_dict()) - set(model.all_tied_weights_keys)) | set(missing)  # tied ones are stored once
-    lost = {*missing, *(name for name, *_ in misshapen)}
-    parts = [f"loaded {len(expected - lost)} of {len(expected)} weights"]
-    if missing:
-        parts.append(f"missing {len(missing)} ({missing[0]}, ...)")
-    if misshapen:
-        name, given, wanted = misshapen[0]
-        parts.append(f"misshapen {len(misshapen)} ({name} is {tuple(given)} instead of {tuple(wanted)}, ...)")
-    if unexpected:
-        parts.append(f"unexpected {len(unexpected)} ({unexpected[0]}, ...)")
-    raise UserError(f"The checkpoint {source} is broken: {'; '.join(parts)}. Save it again or fetch it anew.")
 
 
 def _check_codebook(model: Any, source: Any) -> None:

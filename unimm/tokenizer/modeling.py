@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from unimm.errors import UserError
+from unimm.saving import WholeCheckpointMixin
 from unimm.tokenizer.configuration import ImageTokenizerConfig
 from unimm.tokenizer.encoders import encode_features, final_norm
 from unimm.tokenizer.layers import OwnStart
@@ -48,7 +49,7 @@ class ImageTokenizerOutput(ModelOutput):
     entropy_loss: Tensor = None
 
 
-class ImageTokenizer(PreTrainedModel):
+class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     """Base of the tokenizers. A subclass names its parts: `encoder`, `sampler`, `quantizer`, `decoder`, `pixel_head`.
 
     Where it is no straight line from the last features to the pixels, it says which levels are sampled (`sources`) and

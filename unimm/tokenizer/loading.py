@@ -1,0 +1,29 @@
+"""Image tokenizers from a folder or the hub."""
+
+from pathlib import Path
+
+from transformers import AutoModel
+
+from unimm.errors import UserError, reading
+from unimm.tokenizer.modeling import ImageTokenizer
+from unimm.tokenizer.processing import ImageTokenizerProcessor
+
+
+def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
+    """The image tokenizer of a folder or hub id, in evaluation mode.
+
+    Raises:
+        UserError: nothing there, something else, or a checkpoint with holes.
+    """
+    with reading("The image tokenizer", path):
+        model = AutoModel.from_pretrained(path)
+    if not isinstance(model, ImageTokenizer):
+        raise UserError(f"{path} is a {model.config.model_type} model, not an image tokenizer.")
+    return model.eval()
+
+
+def load_with_processor(path: str | Path) -> tuple[ImageTokenizer, ImageTokenizerProcessor]:
+    """The same, and the processor that was saved beside it."""
+    tokenizer = load_image_tokenizer(path)
+    with reading("The image tokenizer", path):
+        return tokenizer, ImageTokenizerProcessor.from_pretrained(path)
