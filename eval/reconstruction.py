@@ -10,8 +10,10 @@ features are compared with its.
 """
 
 import argparse
+import dataclasses
 import sys
 
+from unimm.benchmarks.pictures import PROTOCOLS
 from unimm.benchmarks.reconstruction import ReconstructionPlan, evaluate_pictures
 from unimm.benchmarks.subject import load_subject
 from unimm.errors import run_main
@@ -25,7 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--source", required=True, help="a parquet file or a folder of pictures")
     parser.add_argument("--kmeans-source", help="pictures that the k-means baseline learns from")
     parser.add_argument("--reference", help="a tokenizer with the original encoder")
-    parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument("--num-images", type=int, default=1000, help="0: all, in the order of their names")
+    parser.add_argument("--protocol", default="adm", help=f"how pictures are cut: {', '.join(PROTOCOLS)}")
+    parser.add_argument("--score-size", type=int, help="pixels a side at which pictures are compared; as drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     arguments = parser.parse_args(argv)
@@ -33,13 +37,27 @@ def main(argv: list[str] | None = None) -> None:
     with report.timed("load"):
         subject = load_subject(arguments.model)
         reference = load_subject(arguments.reference).tokenizer if arguments.reference else None
-    plan = ReconstructionPlan(arguments.source, arguments.num_images, arguments.kmeans_source, seed=arguments.seed)
+    plan = ReconstructionPlan(
+        arguments.source,
+        arguments.num_images or None,
+        arguments.kmeans_source,
+        seed=arguments.seed,
+        protocol=arguments.protocol,
+        score_size=arguments.score_size,
+    )
     with report.timed("reconstruction"):
-        scores = evaluate_pictures(subject.tokenizer, subject.image_processor, plan, reference)
-    for name, value in scores.items():
-        report.say(f"{name:<16} {value:8.4f}")
+        found = evaluate_pictures(subject.tokenizer, subject.image_processor, plan, reference)
+    for name, value in found.scores.items():
+        error = f" ± {found.errors[name]:.4f}" if name in found.errors else ""
+        report.say(f"{name:<22} {value:10.4f}{error}")
     report.add(
-        reconstruction=scores, source=plan.source, num_images=plan.num_images, seed=plan.seed, commit=git_commit()
+        reconstruction=found.scores,
+        standard_errors=found.errors,
+        source=plan.source,
+        num_images=len(found.rows),
+        protocol=dataclasses.asdict(plan.rules) | {"score_size": plan.score_size},
+        seed=plan.seed,
+        commit=git_commit(),
     )
     report.write()
 

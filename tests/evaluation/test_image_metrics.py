@@ -9,7 +9,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, to_uint8
+from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, ssim_llamagen_compat, to_uint8
 
 
 @pytest.fixture
@@ -44,6 +44,14 @@ def test_ssim_is_that_of_scikit_image(pair: tuple[Tensor, Tensor]) -> None:
     arrays = [x.double().permute(0, 2, 3, 1).numpy() for x in pair]
     expected = [structural_similarity(x, y, channel_axis=-1, **convention) for x, y in zip(*arrays, strict=True)]
     np.testing.assert_allclose(ssim(*pair).numpy(), expected, atol=1e-9)
+
+
+def test_ssim_of_llamagen_is_that_of_scikit_image_at_a_data_range_of_two(pair: tuple[Tensor, Tensor]) -> None:
+    arrays = [x.double().permute(0, 2, 3, 1).numpy() for x in pair]
+    expected = [structural_similarity(x, y, channel_axis=-1, data_range=2.0) for x, y in zip(*arrays, strict=True)]
+    found = ssim_llamagen_compat(*pair)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
+    assert (found > ssim(*pair)).all()
 
 
 def test_ssim_of_equal_pictures_is_one(pair: tuple[Tensor, Tensor]) -> None:

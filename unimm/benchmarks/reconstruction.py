@@ -1,86 +1,164 @@
 """Reconstruction of real pictures, beside what plain colours and plain k-means of patches would give.
 
-Protocol: the short side resized to the tokenizer's size (bicubic), the centre cut out, ids decoded, both sides rounded
-to 8 bits; PSNR and SSIM per picture with data range 1, then averaged.
+Special here: the pictures are cut by a named protocol (`unimm.benchmarks.pictures`), both sides of every metric are
+8-bit pictures, and each picture has a row of its own: the figures are means over the rows, with their standard errors.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from unimm.data.pictures import PictureConfig, Pictures, picture_stream, to_array
+from unimm.benchmarks.pictures import PROTOCOLS, Protocol, picture_set
+from unimm.data.pictures import to_array
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
-from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, to_uint8
+from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, ssim_llamagen_compat, to_uint8
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.quantizers import nearest_codes
+
+Row = dict[str, Any]
+HIGHEST_PSNR = 100.0  # dB; the mean could not bear the infinite truth of an exact copy
 
 
 @dataclass(frozen=True)
 class ReconstructionPlan:
-    """`source` as in the recipes' `data.source`; `kmeans_source` gives the patches that the k-means baseline learns
-    from."""
+    """What is measured.
+
+    Args:
+        source: as in the recipes' `data.source`, or an npz of pictures.
+        num_images: how many, drawn at random by `seed`; None is all of them, in the order of their names.
+        kmeans_source: gives the patches that the k-means baseline learns from.
+        protocol: a key of `unimm.benchmarks.pictures.PROTOCOLS`.
+        score_size: pixels a side at which pictures are compared; None is what the tokenizer reads and draws.
+    """
 
     source: str
-    num_images: int = 1000
+    num_images: int | None = 1000
     kmeans_source: str | None = None
     kmeans_codes: int = 1024
     batch_size: int = 50
     seed: int = 0
+    protocol: str = "adm"
+    score_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise UserError(f"No protocol {self.protocol!r}; there are {', '.join(PROTOCOLS)}.")
+        for name in ("num_images", "batch_size", "score_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1.")
+
+    @property
+    def rules(self) -> Protocol:
+        return PROTOCOLS[self.protocol]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One batch: originals and their reconstructions as uint8 [B, H, W, 3], and what was measured of each picture."""
+
+    names: list[str]
+    originals: np.ndarray
+    drawn: np.ndarray
+    ids: Tensor  # [B, M]
+    values: dict[str, Tensor]  # each [B]
+
+    def rows(self) -> list[Row]:
+        columns = {name: values.tolist() for name, values in self.values.items()}
+        return [{"name": name, **{key: columns[key][i] for key in columns}} for i, name in enumerate(self.names)]
+
+
+class Reconstructions(NamedTuple):
+    """`scores` of the whole set, the `errors` (standard errors) of those that are means, one row per picture."""
+
+    scores: dict[str, float]
+    errors: dict[str, float]
+    rows: list[Row]
+
+
+def evaluate_pictures(
+    tokenizer: ImageTokenizer,
+    image_processor: Any,
+    plan: ReconstructionPlan,
+    reference: ImageTokenizer | None = None,
+    on_batch: Callable[[Compared], None] | None = None,
+) -> Reconstructions:
+    """Pictures through their ids and back.
+
+    Scores are psnr (100 dB at most), exact_copy (share of exact copies), psnr_mean_color, ssim, ssim_llamagen_compat,
+    and of all ids codebook_use, entropy (bits), perplexity and dead_codes; psnr_kmeans where a source for it is given,
+    and feature_cosine, the mean cosine to the features of `reference` (a tokenizer with the original encoder) where one
+    is given. `on_batch` sees every batch.
+
+    Raises:
+        UserError: pictures that cannot be read, or too few of them; a tokenizer that draws another size than it reads
+            and no size to compare at.
+    """
+    usage, rows = CodebookUsage(tokenizer.config.codebook_size), list[Row]()
+    for batch in compared_pictures(tokenizer, image_processor, plan, reference):
+        usage.update(batch.ids)
+        rows += batch.rows()
+        if on_batch is not None:
+            on_batch(batch)
+    means = {name: [row[name] for row in rows] for name in rows[0] if name != "name"}
+    scores = {name: float(np.mean(values)) for name, values in means.items()}
+    errors = {name: float(np.std(values, ddof=1) / len(rows) ** 0.5) for name, values in means.items() if len(rows) > 1}
+    use = {"codebook_use": usage.use, "entropy": usage.entropy, "perplexity": usage.perplexity}
+    return Reconstructions(scores | use | {"dead_codes": usage.dead}, errors, rows)
 
 
 @torch.inference_mode()
-def evaluate_pictures(
+def compared_pictures(
     tokenizer: ImageTokenizer, image_processor: Any, plan: ReconstructionPlan, reference: ImageTokenizer | None = None
-) -> dict[str, float]:
-    """psnr, ssim, psnr_mean_color, codebook_use, perplexity; psnr_kmeans where a source for it is given, and
-    feature_cosine, the mean cosine to the features of `reference` (a tokenizer with the original encoder) where one is
-    given.
-    """
-    size = tokenizer.config.image_size
-    batches = pixel_batches(plan.source, size, plan.num_images, plan)
-    usage, rows = CodebookUsage(tokenizer.config.codebook_size), dict[str, list[Tensor]]()
-    patches = raw_patch_codebook(plan, size, tokenizer.config.patch_size) if plan.kmeans_source else None
-    for images in tqdm(batches, desc="pictures", unit="batch"):
-        pixel_values = image_processor(images=images, return_tensors="pt").pixel_values.to(tokenizer.device)
-        pixels = tokenizer.denormalize(pixel_values)
-        encoded = tokenizer.encode(pixel_values)
-        usage.update(encoded.ids)
-        decoded = tokenizer.decode(encoded.ids)
-        if decoded.shape != pixels.shape:
-            raise UserError(
-                f"The tokenizer draws {decoded.shape[-1]} pixels a side and reads {pixels.shape[-1]}: "
-                "they cannot be compared."
-            )
-        rounded = to_uint8(decoded) / 255
-        found = {"psnr": psnr(rounded, pixels), "ssim": ssim(rounded, pixels)}
-        found["psnr_mean_color"] = psnr(mean_color_per_patch(pixels, tokenizer.config.patch_size), pixels)
-        if patches is not None:
-            found["psnr_kmeans"] = psnr(paint(pixels, patches, tokenizer.config.patch_size), pixels)
-        if reference is not None:
-            theirs = reference.features(pixel_values)
-            found["feature_cosine"] = F.cosine_similarity(encoded.features, theirs, dim=-1).mean(dim=1)
-        for name, values in found.items():
-            rows.setdefault(name, []).append(values.float())
-    scores = {name: float(torch.cat(values).mean()) for name, values in rows.items()}
-    return scores | {"codebook_use": usage.use, "perplexity": usage.perplexity}
+) -> Iterator[Compared]:
+    """Every picture of the plan's set beside its reconstruction, batch by batch."""
+    size, patch_size = tokenizer.config.image_size, tokenizer.config.patch_size
+    pictures = picture_set(plan.source, plan.num_images, None if plan.num_images is None else plan.seed)
+    patches = raw_patch_codebook(plan, size, patch_size) if plan.kmeans_source else None
+    with tqdm(total=len(pictures), desc="pictures") as bar:
+        for batch in pictures.batches(plan.batch_size):
+            images = [plan.rules.cut(image, size) for _, image in batch]
+            pixel_values = image_processor(images=images, return_tensors="pt").pixel_values.to(tokenizer.device)
+            encoded = tokenizer.encode(pixel_values)
+            drawn = to_uint8(tokenizer.decode(encoded.ids)).permute(0, 2, 3, 1).cpu().numpy()
+            originals, drawn = _scored(plan, size, [image for _, image in batch], drawn)
+            pixels, copies = pixels_of(originals), pixels_of(drawn)
+            values = {
+                "psnr": psnr(copies, pixels).clamp(max=HIGHEST_PSNR),
+                "exact_copy": (copies == pixels).flatten(1).all(dim=1).double(),
+                "ssim": ssim(copies, pixels),
+                "ssim_llamagen_compat": ssim_llamagen_compat(copies, pixels),
+            }
+            cut = pixels_of(to_array(images))
+            values["psnr_mean_color"] = psnr(mean_color_per_patch(cut, patch_size), cut)
+            if patches is not None:
+                values["psnr_kmeans"] = psnr(paint(cut, patches, patch_size), cut)
+            if reference is not None:
+                theirs = reference.features(pixel_values)
+                values["feature_cosine"] = F.cosine_similarity(encoded.features, theirs, dim=-1).mean(dim=1)
+            yield Compared([name for name, _ in batch], originals, drawn, encoded.ids, values)
+            bar.update(len(batch))
 
 
-def pixel_batches(source: str, size: int, count: int, plan: ReconstructionPlan) -> DataLoader:
-    """Lists of PIL pictures, cut to `size`; every picture at most once. Raises UserError where the source holds
-    fewer."""
-    stream: Pictures = picture_stream(PictureConfig(source, size), count, plan.seed)
-    held = len(getattr(stream, "pictures", stream))
-    if held < count:
-        raise UserError(f"{source} holds {held} pictures and {count} are asked for.")
-    return DataLoader(
-        Subset(stream, range(count)), batch_size=plan.batch_size, collate_fn=lambda rows: [r["image"] for r in rows]
-    )
+def _scored(
+    plan: ReconstructionPlan, size: int, images: list[Image.Image], drawn: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Originals, which the tokenizer read at `size`, and drawn pictures at the size that is scored."""
+    if plan.score_size is None and drawn.shape[1:3] != (size, size):
+        raise UserError(
+            f"The tokenizer draws {drawn.shape[2]} pixels a side and reads {size}: say at which size they are compared "
+            "(--score-size)."
+        )
+    scored = plan.score_size or size
+    originals = to_array([plan.rules.cut(image, scored) for image in images])
+    return originals, np.stack([plan.rules.resized(picture, scored) for picture in drawn])
 
 
 def raw_patch_codebook(
@@ -88,8 +166,9 @@ def raw_patch_codebook(
 ) -> Tensor:
     """`kmeans_codes` centres [K, 3*p*p] of the raw patches of `kmeans_source`."""
     assert plan.kmeans_source is not None
-    batches = pixel_batches(plan.kmeans_source, size, num_images, plan)
-    flat = torch.cat([to_patches(to_pixels(images), patch_size).flatten(0, 1) for images in batches])
+    batches = picture_set(plan.kmeans_source, num_images, plan.seed).batches(plan.batch_size)
+    cut = (pixels_of(to_array([plan.rules.cut(image, size) for _, image in batch])) for batch in batches)
+    flat = torch.cat([to_patches(pixels, patch_size).flatten(0, 1) for pixels in cut])
     generator = torch.Generator().manual_seed(plan.seed)
     centres = flat[torch.randperm(len(flat), generator=generator)[: plan.kmeans_codes]].clone()
     for _ in range(iterations):
@@ -112,6 +191,6 @@ def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
     return F.unfold(pixels, patch_size, stride=patch_size).transpose(1, 2)
 
 
-def to_pixels(images: list) -> Tensor:
-    """PIL RGB pictures of one size -> pixels [B, 3, H, W] in [0, 1]."""
-    return torch.from_numpy(to_array(images)).permute(0, 3, 1, 2).float() / 255
+def pixels_of(pictures: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] -> pixels [B, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255

@@ -141,6 +141,9 @@ def picture_stream(config: PictureConfig, length: int, seed: int, *, allow_withh
     """`length` pictures from `config.source`. Raises UserError where the source cannot be read."""
     if config.source == "shapes":
         return ShapesPictures(length, seed, allow_withheld)
-    path = data_path(config.source)
-    pictures = FolderPictures(path) if path.is_dir() else ParquetPictures(path)
-    return PictureStream(pictures, config, length, seed)
+    return PictureStream(open_pictures(data_path(config.source)), config, length, seed)
+
+
+def open_pictures(path: Path) -> Pictures:
+    """The pictures of a folder or a parquet file. Raises UserError where it cannot be read."""
+    return FolderPictures(path) if path.is_dir() else ParquetPictures(path)

@@ -5,15 +5,21 @@ caller's. Papers disagree on these numbers mostly by convention, so ours are nam
 Wang et al. 2004 (https://doi.org/10.1109/TIP.2003.819861) with an 11 x 11 Gaussian window of sigma 1.5, data range 1,
 population covariance, the mean over channels and over the positions where the window lies wholly inside the picture:
 scikit-image's with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`. (torchmetrics has the
-same map, but also averages over positions that see a reflected border.)
+same map, but also averages over positions that see a reflected border.) LlamaGen and those who took its script call
+scikit-image's default, a uniform 7 x 7 window with sample covariance, at a data range of 2, which is the range of
+[-1, 1], on pictures in [0, 1]: the constants are four times too large and the figure is higher
+(`ssim_llamagen_compat`; https://github.com/FoundationVision/LlamaGen/issues/72).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # (K1 L)² and (K2 L)² for data range L = 1
+SSIM_K1, SSIM_K2 = 0.01, 0.03
+LLAMAGEN_WINDOW, LLAMAGEN_DATA_RANGE = 7, 2.0
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> Tensor:
@@ -28,17 +34,38 @@ def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
 
     Raises ValueError for unlike shapes or for pictures smaller than the window.
     """
+    return _ssim(pixels, reference, _gaussian_means, window=SSIM_WINDOW, data_range=1.0)
+
+
+def ssim_llamagen_compat(pixels: Tensor, reference: Tensor) -> Tensor:
+    """What LlamaGen's evaluation prints as SSIM: too high, and only comparable with figures that were made so."""
+    unbiased = LLAMAGEN_WINDOW**2 / (LLAMAGEN_WINDOW**2 - 1)
+    options = {"window": LLAMAGEN_WINDOW, "data_range": LLAMAGEN_DATA_RANGE, "covariance_factor": unbiased}
+    return _ssim(pixels, reference, lambda maps: F.avg_pool2d(maps, LLAMAGEN_WINDOW, stride=1), **options)
+
+
+def _ssim(
+    pixels: Tensor,
+    reference: Tensor,
+    local_means: Callable[[Tensor], Tensor],
+    *,
+    window: int,
+    data_range: float,
+    covariance_factor: float = 1.0,
+) -> Tensor:
     _check_pair(pixels, reference)
-    if min(pixels.shape[-2:]) < SSIM_WINDOW:
+    if min(pixels.shape[-2:]) < window:
         size = " x ".join(map(str, pixels.shape[-2:]))
-        raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, not {size}")
+        raise ValueError(f"SSIM needs pictures of at least {window} x {window} pixels, not {size}")
+    c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
     x, y = pixels.double(), reference.double()
     # One filter pass over the five maps whose local means the formula needs.
     maps = torch.cat([x, y, x * x, y * y, x * y], dim=1)  # [B, 5 C, H, W]
-    mean_x, mean_y, square_x, square_y, product = _gaussian_means(maps).chunk(5, dim=1)
-    variance_x, variance_y, covariance = square_x - mean_x**2, square_y - mean_y**2, product - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
-    structure = (2 * covariance + SSIM_C2) / (variance_x + variance_y + SSIM_C2)
+    mean_x, mean_y, square_x, square_y, product = local_means(maps).chunk(5, dim=1)
+    variances = covariance_factor * (square_x - mean_x**2 + square_y - mean_y**2)
+    covariance = covariance_factor * (product - mean_x * mean_y)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variances + c2)
     return (luminance * structure).flatten(1).mean(dim=1)
 
 
