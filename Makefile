@@ -1,4 +1,4 @@
-# Seven words: demo, test, lint, shapes, publish, bench, clean. Each installs what it needs into .venv first.
+# Eight words: demo, test, lint, shapes, compare, publish, bench, clean. Each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test lint shapes publish bench clean
+.PHONY: demo test lint shapes compare publish bench clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -96,3 +96,51 @@ $(SHAPES)/positions/.done: $(SHAPES)/questions/.done | $(VENV)/.dev
 
 publish: $(SHAPES)/positions/.done $(SHAPES)/stage3_more/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml
+
+# ---- the three tokenizers at the same number of pictures: trained, given to a language model, measured, one table each ----
+
+COMPARE := runs/compare
+.PRECIOUS: $(COMPARE)/shapes/%/.done $(COMPARE)/cifar10/%/.done $(COMPARE)/sft/%/.done $(COMPARE)/t2i/%/.done
+KINDS := vqrae vfmtok ideal
+CIFAR10 := --source '$$UNIMM_DATA/data/cifar10/train.parquet' --test-source '$$UNIMM_DATA/data/cifar10/test.parquet'
+DRAWING := --guidance-scale 2.0 --temperature 0.6
+
+compare: $(KINDS:%=$(COMPARE)/shapes-%.json) $(KINDS:%=$(COMPARE)/cifar10-%.json) $(KINDS:%=$(COMPARE)/probe-%.json) $(COMPARE)/probe-random.json
+	$(BIN)/python eval/compare.py $(foreach kind,$(KINDS),$(kind)=$(COMPARE)/shapes-$(kind).json)
+	$(BIN)/python eval/compare.py $(foreach kind,$(KINDS),$(kind)=$(COMPARE)/cifar10-$(kind).json,$(COMPARE)/probe-$(kind).json) \
+		random=$(COMPARE)/probe-random.json
+
+runs/cifar10/vfm/.done: | $(VENV)/.dev
+	$(LAUNCH) recipes/vfm.py --config configs/cifar10/vfm.yaml
+	@touch $@
+
+$(COMPARE)/shapes/vqrae/.done: $(COMPARE)/shapes/vqrae_stage1/.done
+$(COMPARE)/cifar10/vqrae/.done: $(COMPARE)/cifar10/vqrae_stage1/.done
+
+$(COMPARE)/shapes/%/.done: $(SHAPES)/vfm/.done
+	$(LAUNCH) recipes/tokenizer.py --config configs/compare/shapes/$*.yaml
+	@touch $@
+
+$(COMPARE)/cifar10/%/.done: runs/cifar10/vfm/.done
+	$(LAUNCH) recipes/tokenizer.py --config configs/compare/cifar10/$*.yaml
+	@touch $@
+
+$(COMPARE)/sft/%/.done: $(COMPARE)/shapes/%/.done
+	$(LAUNCH) recipes/sft.py --config configs/compare/sft.yaml model.image_tokenizer=$(COMPARE)/shapes/$* train.output_dir=$(@D)
+	@touch $@
+
+$(COMPARE)/t2i/%/.done: $(COMPARE)/sft/%/.done
+	$(LAUNCH) recipes/t2i.py --config configs/compare/t2i.yaml model.path=$(COMPARE)/sft/$* train.output_dir=$(@D)
+	@touch $@
+
+$(COMPARE)/shapes-%.json: $(COMPARE)/t2i/%/.done
+	$(BIN)/python eval/shapes.py --model $(<D) $(DRAWING) --json $@
+
+$(COMPARE)/cifar10-%.json: $(COMPARE)/cifar10/%/.done
+	$(BIN)/python eval/reconstruction.py --model $(<D) --source '$$UNIMM_DATA/data/cifar10/test.parquet' --json $@
+
+$(COMPARE)/probe-%.json: $(COMPARE)/cifar10/%/.done
+	$(BIN)/python eval/probe.py --model $(<D) $(CIFAR10) --json $@
+
+$(COMPARE)/probe-random.json: $(COMPARE)/cifar10/vqrae/.done
+	$(BIN)/python eval/probe.py --model $(<D) --random $(CIFAR10) --json $@

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -30,6 +30,7 @@ from unimm.tokenizer.encoders import encode_features, final_norm
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.augment import augment
 from unimm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from unimm.training.codebook_upkeep import CodebookUpkeep
 from unimm.training.discriminator import (
     LeCam,
     build_discriminator,
@@ -84,7 +85,7 @@ class TokenizerTrainer:
         self.lecam = LeCam(reduce=lambda x: self.accelerator.reduce(x, "mean"))
         self._prepare()
         if config.codebook_init == "data" and not checkpoints(self.output_dir):
-            self._fit_codebook()
+            self.upkeep.fit()
 
     # ---- building
     # ---------------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class TokenizerTrainer:
         )
         self.ema = EMA(self.tokenizer, decay=config.ema_decay)
         self.usage = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last log
-        self.chosen = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last revival
+        self.upkeep = CodebookUpkeep(self.tokenizer, config, self.accelerator, self._batches, len(self.pictures))
         for module in (self.teacher, self.objective, self.lecam):
             if module is not None:
                 module.to(device)
@@ -137,39 +138,6 @@ class TokenizerTrainer:
                 d_optimizer, total=total, warmup=min(self.gan.warmup_steps, total), end_lr=config.end_learning_rate
             )
             self.discriminator, self.d_optimizer = self.accelerator.prepare(discriminator, d_optimizer)
-
-    @torch.no_grad()
-    def _fit_codebook(self) -> None:
-        """The same pictures on every process, so that every process has the same codebook."""
-        count = min(self.config.codebook_init_pictures, len(self.pictures))
-        self.tokenizer.eval()
-        latents = [self.tokenizer.encode(batch).latents.flatten(0, 1) for batch in self._batches(range(count))]
-        self.tokenizer.quantizer.fit(torch.cat(latents), seed=self.config.seed)
-
-    @torch.no_grad()
-    def _refit(self) -> None:
-        """`refit_rounds` rounds, each on other pictures of the stream; the last checkpoint is older and unchanged."""
-        self.tokenizer.eval()
-        count = self.config.codebook_init_pictures
-        for number in range(self.config.refit_rounds):
-            pictures = range(number * count, min((number + 1) * count, len(self.pictures)))
-            latents = [self.tokenizer.encode(batch).latents.flatten(0, 1) for batch in self._batches(pictures)]
-            moved = self.tokenizer.quantizer.refit(torch.cat(latents), seed=number) if latents else 0
-            print(f"refit round {number + 1}: {moved} codes moved")
-
-    def _revive(self, latents: Tensor) -> None:
-        """Give codes that no process chose, and redundant ones, a new place; the main process' latents decide for
-        all."""
-        counts = self.accelerator.reduce(self.chosen.counts.to(self.accelerator.device), "sum")
-        self.chosen = CodebookUsage(len(counts))
-        if self.step >= self.config.revive_until * self.config.steps:
-            return
-        quantizer, latents = self.tokenizer.quantizer, broadcast(latents.detach().contiguous())
-        idle = counts == 0
-        if self.config.revive_redundant:
-            idle[quantizer.redundant(latents, counts)] = True
-        if idle.any():
-            quantizer.revive(idle.nonzero().flatten(), latents, seed=self.step)
 
     def _batches(self, indices: range) -> Iterator[Tensor]:
         """pixel_values of the pictures with these numbers, in order."""
@@ -241,14 +209,14 @@ class TokenizerTrainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.usage.update(output.ids)
-            self.chosen.update(output.ids)
+            self.upkeep.chosen.update(output.ids)
             if adversarial:
                 terms |= self._discriminator_step(pixels, output.pixels.detach())
         self.scheduler.step()
         self.ema.update(self.tokenizer)
         self.step += 1
         if self.config.revive_steps and self.step % self.config.revive_steps == 0:
-            self._revive(output.latents.flatten(0, 1))
+            self.upkeep.revive(self.step, output.latents.flatten(0, 1))
         return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}
 
     def _discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
@@ -368,7 +336,7 @@ class TokenizerTrainer:
         """The averaged weights, their codes spread by `refit_rounds`, as an ordinary checkpoint with its processor."""
         if self.accelerator.is_main_process:
             with self.ema.swapped(self.tokenizer):
-                self._refit()
+                self.upkeep.refit()
                 self.tokenizer.save_pretrained(self.output_dir)
             self.processor.save_pretrained(self.output_dir)
         self.accelerator.wait_for_everyone()
@@ -381,7 +349,7 @@ class TokenizerTrainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "ema": self.ema.state_dict(),
-            "chosen": self.chosen.counts,
+            "chosen": self.upkeep.chosen.counts,
             "rng": torch.get_rng_state(),
         }
         if self.discriminator is not None:
@@ -404,7 +372,7 @@ class TokenizerTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.ema.load_state_dict(state["ema"])
-        self.chosen.counts.copy_(state["chosen"])
+        self.upkeep.chosen.counts.copy_(state["chosen"])
         torch.set_rng_state(state["rng"])
         if self.discriminator is not None:
             self.accelerator.unwrap_model(self.discriminator).load_state_dict(state["discriminator"])
