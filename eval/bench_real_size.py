@@ -1,4 +1,4 @@
-"""Real sizes: the weights of a tokenizer on each published encoder, and Qwen3-0.6B with one of them, run.
+"""Real sizes: the weights of the tokenizers and of the class-conditional GPT, and Qwen3-0.6B with one of them, run.
 
     python eval/bench_real_size.py --json real_size.json
     python eval/bench_real_size.py --only table
@@ -13,11 +13,13 @@ import warnings
 
 from transformers.utils import logging
 
-from unimm.benchmarks.real_size import parameter_table, run_real_size
+from unimm.benchmarks.real_size import gpt_table, parameter_table, run_real_size
 from unimm.errors import UserError, run_main
 from unimm.provenance import git_commit
 from unimm.report import Report
 from unimm.tokenizer.published import PUBLISHED
+
+PARTS = ("encoder", "sampler", "quantizer", "decoder", "all")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,12 +37,14 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.only != "run":
         rows = parameter_table()
         report.add(table=rows)
-        report.say(
-            f"{'VQRAE on':<24} {'tokens':>6} {'encoder':>9} {'codebook':>9} {'decoder':>9} {'all':>9}   millions"
-        )
+        report.say(f"{'VQRAE on':<24} {'tokens':>6} {' '.join(f'{part:>9}' for part in PARTS)}   millions")
         for row in rows:
-            millions = [f"{row[part] / 1e6:9.1f}" for part in ("encoder", "quantizer", "decoder", "all")]
+            millions = [f"{row[part] / 1e6:9.1f}" for part in PARTS]
             report.say(f"{row['name']:<24} {row['tokens']:>6} {' '.join(millions)}")
+        sizes = gpt_table()
+        report.add(gpt=sizes)
+        for row in sizes:
+            report.say(f"GPT {row['name']:<20} {row['all'] / 1e6:9.1f}   LlamaGen: {row['published']}")
     if arguments.only != "table":
         result = run_real_size(arguments.encoder)
         report.add(run=result)

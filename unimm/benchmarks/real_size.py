@@ -18,9 +18,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from unimm.benchmarks.hosts import text_tokenizer
+from unimm.class_conditional import SIZES, ClassConditionalConfig, ClassConditionalGPT
 from unimm.mllm import attach, load
 from unimm.saving import save_whole
-from unimm.tokenizer import VQRAE, VQRAEConfig
+from unimm.tokenizer import IDEAL, VQRAE, ImageTokenizer, VFMTok, VQRAEConfig
 from unimm.tokenizer.published import PUBLISHED, PublishedEncoder
 
 QWEN3_0_6B: dict[str, Any] = {
@@ -36,6 +37,9 @@ QWEN3_0_6B: dict[str, Any] = {
 }
 """https://huggingface.co/Qwen/Qwen3-0.6B/blob/main/config.json"""
 
+LLAMAGEN = {"B": "111M", "L": "343M", "XL": "775M", "XXL": "1.4B", "3B": "3.1B"}
+"""The weights that LlamaGen (arXiv 2406.06525) gives its sizes; no total is published for the tokenizers."""
+
 
 def tokenizer_config(encoder: PublishedEncoder) -> VQRAEConfig:
     """VQRAE with the paper's codebook (16384 x 1536) on the encoder."""
@@ -49,16 +53,32 @@ def tokenizer_config(encoder: PublishedEncoder) -> VQRAEConfig:
 
 
 def parameter_table() -> list[dict[str, Any]]:
-    """One row for each published encoder: tokens of a picture and weights of the tokenizer's parts, built on the meta
-    device; C of the codebook is counted though it is not trained."""
+    """One row for VQRAE on each published encoder and one for each sibling as published: tokens of a picture and
+    weights of the tokenizer's parts, built on the meta device; C of the codebook is counted though it is not
+    trained."""
+    with torch.device("meta"):
+        siblings = {
+            "VFMTok, DINOv2-L 336": VFMTok(VFMTok.config_class()),
+            "IDEAL, SigLIP2-L 384": IDEAL(IDEAL.config_class()),
+        }
+        tokenizers = {name: VQRAE(tokenizer_config(encoder)) for name, encoder in PUBLISHED.items()} | siblings
+    return [{"name": name, **_parts(tokenizer)} for name, tokenizer in tokenizers.items()]
+
+
+def gpt_table() -> list[dict[str, Any]]:
+    """One row for each size of the class-conditional GPT: its weights here, and as LlamaGen gives them."""
     rows = []
-    for name, encoder in PUBLISHED.items():
+    for size in SIZES:
         with torch.device("meta"):
-            tokenizer = VQRAE(tokenizer_config(encoder))
-        parts = {part: _size(getattr(tokenizer, part)) for part in ("encoder", "sampler", "quantizer", "decoder")}
-        parts["decoder"] += _size(tokenizer.pixel_head)
-        rows.append({"name": name, "tokens": encoder.grid**2, **parts, "all": sum(parts.values())})
+            model = ClassConditionalGPT(ClassConditionalConfig.of_size(size))
+        rows.append({"name": size, "all": sum(p.numel() for p in model.parameters()), "published": LLAMAGEN[size]})
     return rows
+
+
+def _parts(tokenizer: ImageTokenizer) -> dict[str, int]:
+    parts = {part: _size(getattr(tokenizer, part)) for part in ("encoder", "sampler", "quantizer", "decoder")}
+    parts["decoder"] += _size(tokenizer.pixel_head)
+    return {"tokens": tokenizer.config.num_image_tokens, **parts, "all": sum(parts.values())}
 
 
 def _size(module: nn.Module) -> int:
