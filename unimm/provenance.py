@@ -1,12 +1,18 @@
-"""Where a result comes from: the code's commit and the versions that computed it; and files that appear whole."""
+"""Where a result comes from: the code's commit, the versions and the weights that computed it; and files that appear
+whole."""
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 RECORDED_PACKAGES = ("unimm", "torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "numpy", "pillow")
+UNRELATED_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
+"""Of a configuration: where it was read and by what; the dtype is told by the weights themselves."""
 
 
 def write_atomically(path: str | Path, text: str) -> None:
@@ -44,3 +50,27 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def model_fingerprint(model: Any) -> str:
+    """sha256 over all that a transformers model computes with: its settings, its defaults of generation, its weights.
+
+    Where the files lie, how they were cut and which library version wrote them does not matter; the dtype does.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for config in (model.config, getattr(model, "generation_config", None)):
+        settings = _related(config.to_dict()) if config is not None else None
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _related(settings: Any) -> Any:
+    """The settings without `UNRELATED_SETTINGS`, at any depth."""
+    if isinstance(settings, dict):
+        return {str(name): _related(value) for name, value in settings.items() if name not in UNRELATED_SETTINGS}
+    return settings
