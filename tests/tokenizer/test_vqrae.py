@@ -8,7 +8,8 @@ from transformers import SiglipConfig, SiglipModel
 from tests.tokenizer.conftest import tiny_vqrae
 from unimm.errors import UserError
 from unimm.tokenizer import VQRAE, VQRAEConfig
-from unimm.tokenizer.quantizers import SimVQ, nearest_codes
+from unimm.tokenizer.quantizers import SimVQ
+from unimm.tokenizer.search import nearest_codes
 
 
 def test_the_defaults_are_the_papers():
@@ -80,15 +81,7 @@ def test_an_unsupported_encoder_names_the_supported_ones():
         VQRAE(VQRAEConfig(encoder_config={"model_type": "vit", "image_size": 32, "patch_size": 8}))
 
 
-@pytest.mark.parametrize("bytes_per_chunk", [4 * 50 * 3, 2**26])
-def test_chunked_search_is_brute_force(monkeypatch, bytes_per_chunk):
-    monkeypatch.setattr("unimm.tokenizer.quantizers.SEARCH_BYTES", bytes_per_chunk)
-    latents, codebook = torch.randn(4, 25, 24), torch.randn(50, 24)
-    distances = torch.cdist(latents.double().flatten(0, 1), codebook.double())
-    assert torch.equal(nearest_codes(latents, codebook).flatten(), distances.argmin(dim=1))
-
-
-def test_ties_go_to_the_lowest_index_and_autocast_is_ignored():
+def test_the_search_ignores_autocast():
     codebook = torch.randn(8, 16)
     codebook = torch.cat([codebook, codebook])
     with torch.autocast("cpu", torch.bfloat16):

@@ -21,7 +21,7 @@ from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, ssim_llamagen_compat, to_uint8
 from unimm.tokenizer import ImageTokenizer
-from unimm.tokenizer.quantizers import nearest_codes
+from unimm.tokenizer.search import nearest_codes
 
 Row = dict[str, Any]
 HIGHEST_PSNR = 100.0  # dB; the mean could not bear the infinite truth of an exact copy

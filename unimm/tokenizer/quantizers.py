@@ -6,7 +6,7 @@
 
 Special here:
 
-- the search is done in float32 with autocast off, in chunks: the K scores of every token never exist at once;
+- the search is exact (`tokenizer.search`), autocast or not;
 - `lookup` is the very operation that `forward` uses, W and length included (SimVQ's published code forgets W), so
   decoding ids gives the same bits;
 - codes are gathered with `F.embedding`: the backward of plain indexing is not deterministic on the CPU.
@@ -22,8 +22,7 @@ from transformers import initialization as init
 from unimm.errors import UserError
 from unimm.tokenizer.layers import OwnStart
 from unimm.tokenizer.precision import Float32Module
-
-SEARCH_BYTES = 2**26  # largest block of scores, 64 MiB
+from unimm.tokenizer.search import nearest_codes
 
 
 @dataclass
@@ -34,19 +33,6 @@ class QuantizerOutput:
     ids: Tensor
     codebook_loss: Tensor
     commitment_loss: Tensor
-
-
-def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest row of `codebook` [K, C] for each latent [..., C], by Euclidean distance; ties go to the
-    lowest index."""
-    flat = latents.detach().reshape(-1, latents.shape[-1]).float()
-    table = codebook.detach().float()
-    half_norms = table.square().sum(dim=1) / 2
-    rows = max(1, SEARCH_BYTES // (4 * len(table)))
-    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
-        # argmin |z - q|^2 = argmin |q|^2 / 2 - z.q
-        ids = [torch.addmm(half_norms, chunk, table.t(), alpha=-1).argmin(dim=1) for chunk in flat.split(rows)]
-    return torch.cat(ids).reshape(latents.shape[:-1])
 
 
 def code_entropy(latents: Tensor, codebook: Tensor, temperature: float) -> Tensor:

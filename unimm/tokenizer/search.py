@@ -1,0 +1,115 @@
+"""The nearest code of each latent, exactly.
+
+Special here: scores are computed fast and their rounding errors bounded; whatever lies within the bound of the best is
+compared again in float64. So the ids are those of exact arithmetic whatever the first pass was computed in, float32 or
+bfloat16, on whatever device and in blocks of whatever size, and ties go to the lowest index. Blocks of scores are
+small: the K scores of every latent never exist at once.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SEARCH_BYTES = 2**26  # largest block of scores, 64 MiB
+PAIR_BYTES = 2**20  # blocks that stay in the cache
+LOW_PRECISION_WIDTH = 256  # below this the matrix product is too small a part for bfloat16 to pay
+_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # largest relative error of one rounding
+
+
+@torch.no_grad()
+def nearest_codes(latents: Tensor, codebook: Tensor, *, low_precision: bool | None = None) -> Tensor:
+    """The index of the nearest row of `codebook` [K, C] for each latent [..., C], by Euclidean distance.
+
+    `low_precision` says whether the first pass is in bfloat16, which changes the time and never an id; None: where the
+    device multiplies bfloat16 fast and the latents are wide.
+    """
+    if low_precision is None:
+        low_precision = codebook.shape[1] >= LOW_PRECISION_WIDTH and _multiplies_bfloat16(codebook.device)
+    with torch.autocast(latents.device.type, enabled=False):
+        flat, table = latents.detach().reshape(-1, latents.shape[-1]).float(), codebook.detach().float()
+        search = _Search(table, torch.bfloat16 if low_precision else torch.float32)
+        return torch.cat([search(rows) for rows in flat.split(search.rows)]).reshape(latents.shape[:-1])
+
+
+class _Search:
+    """argmin |z - q|^2 = argmin |q|^2 / 2 - z.q over the rows q of `table` [K, C] in float32."""
+
+    def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
+        self.table, self.dtype = table, dtype
+        self.rounded = table.to(dtype)
+        self.rows = max(1, SEARCH_BYTES // (dtype.itemsize * len(table)))
+        norms = torch.linalg.vector_norm(table, dim=1)
+        half_norms = norms.square() / 2
+        self.offsets = half_norms.to(dtype)
+        self.longest, self.largest_offset = norms.max(), half_norms.max()
+        self.table_error = _rounding_error(table, self.rounded)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """latents [n, C] in float32 -> ids [n]."""
+        scores = torch.addmm(self.offsets, latents.to(self.dtype), self.rounded.t(), alpha=-1)
+        best = scores.amin(dim=1).float()
+        slack = 2 * self._error(latents, best)
+        # Rounded up, so that no candidate is lost to the comparison's own rounding.
+        limit = torch.nextafter((best + slack).to(self.dtype), best.new_tensor(torch.inf).to(self.dtype))
+        row, code = (scores <= limit[:, None]).nonzero(as_tuple=True)
+        rivals = torch.bincount(row, minlength=len(latents))
+        # A latent that is not finite has no candidate; it gets 0, and the loss that it makes is refused elsewhere.
+        ids = code.new_zeros(len(latents)).index_put((row,), code)
+        if (rivals > 1).any():
+            contested = rivals[row] > 1
+            ids = torch.where(rivals > 1, self._decide(latents, row[contested], code[contested]), ids)
+        return ids
+
+    def _error(self, latents: Tensor, best: Tensor) -> Tensor:
+        """How far a score that competes with `best` can be from the exact one, [n]."""
+        lengths, unit = torch.linalg.vector_norm(latents, dim=1), _UNIT[self.dtype]
+        inputs = _rounding_error(latents, latents.to(self.dtype), dim=1) * self.longest + lengths * self.table_error
+        if self.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            inputs = inputs + 2 * _UNIT[torch.bfloat16] * lengths * self.longest
+        # Scores are rounded once or twice; a competitor's is no larger than the best one's and twice this bound.
+        output = 4 * unit * (best.abs() + self.largest_offset)
+        return (1.01 * (1.01 * inputs + output) + self._sum_error(latents)) / (1 - 8 * unit)
+
+    def _sum_error(self, latents: Tensor) -> Tensor:
+        """The same for float32 sums of products, in whatever order."""
+        products = torch.linalg.vector_norm(latents, dim=1) * self.longest + self.largest_offset
+        return 1.02 * (latents.shape[1] + 8) * _UNIT[torch.float32] * products
+
+    def _decide(self, latents: Tensor, row: Tensor, code: Tensor) -> Tensor:
+        """The best candidate of each latent; candidate i belongs to latents[row[i]] and is table[code[i]]."""
+        scores = self._scores(latents, row, code, torch.float32)
+        limit = _smallest(scores, row, len(latents)) + 2.02 * self._sum_error(latents)
+        near = scores <= limit[row]
+        row, code = row[near], code[near]
+        scores = self._scores(latents, row, code, torch.float64)
+        tied = scores == _smallest(scores, row, len(latents))[row]
+        return code.new_full((len(latents),), len(self.table)).scatter_reduce(0, row[tied], code[tied], "amin")
+
+    def _scores(self, latents: Tensor, row: Tensor, code: Tensor, dtype: torch.dtype) -> Tensor:
+        """|q|^2 / 2 - z.q of each candidate, [pairs]."""
+        size, found = max(1, PAIR_BYTES // (dtype.itemsize * latents.shape[1])), []
+        for rows, codes in zip(row.split(size), code.split(size), strict=True):
+            q, z = F.embedding(codes, self.table).to(dtype), F.embedding(rows, latents).to(dtype)
+            found.append(torch.einsum("pc,pc->p", q, q) / 2 - torch.einsum("pc,pc->p", q, z))
+        return torch.cat(found)
+
+
+def _smallest(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """The least of the values of each row, [rows]."""
+    return values.new_full((rows,), torch.inf).scatter_reduce(0, row, values, "amin")
+
+
+def _rounding_error(values: Tensor, rounded: Tensor, dim: int | None = None) -> Tensor:
+    """The length of what rounding took from each row, or with `dim` None from the worst of them."""
+    if values.dtype == rounded.dtype:
+        return values.new_zeros(len(values) if dim is not None else ())
+    rows = max(1, PAIR_BYTES // (4 * values.shape[1]))
+    blocks = zip(values.split(rows), rounded.split(rows), strict=True)
+    lengths = torch.cat([torch.linalg.vector_norm(block - taken.float(), dim=1) for block, taken in blocks])
+    return lengths if dim is not None else lengths.max()
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
