@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUND = {"errors", "provenance", "typed", "config", "report", "saving", "sampling"}
+GROUND = {"errors", "provenance", "typed", "config", "report", "saving", "sampling", "weights"}
 FOUNDATION = GROUND | {"tokenizer", "data", "evaluation"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
 FACES = {"serving", "integrations", "benchmarks", "chat"}
@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "provenance"},
     "saving": {"errors"},
     "sampling": {"errors"},
+    "weights": {"errors"},
     "config": {"errors", "provenance", "typed"},
     "evaluation": GROUND,
     "data": GROUND | {"evaluation"},

@@ -94,6 +94,8 @@ def test_the_command(folder, tokenizer, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["num_images"] == 7 and report["protocol"]["crop"] == "torchvision"
     assert report["protocol"]["resize_filter"] == "bilinear"
+    assert report["space"]["name"] == "own_encoder"
+    assert report["distances"]["count"] == 7 and report["distances"]["fd_own_encoder"] > 0
     assert 0 < report["reconstruction"]["ssim"] < report["reconstruction"]["ssim_llamagen_compat"] < 1
     (folder / "broken.png").write_bytes(b"no picture")
     try:

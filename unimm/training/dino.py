@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimm.training.weights import load_exactly, read_weights
+from unimm.weights import load_exactly, read_weights
 
 IMAGE_SIZE, PATCH_SIZE, HIDDEN_SIZE, DEPTH, NUM_HEADS, NORM_EPS = 224, 16, 384, 12, 6, 1e-6
 READOUT_BLOCKS = (2, 5, 8, 11)

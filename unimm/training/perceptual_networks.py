@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimm.training.weights import load_exactly, read_weights
+from unimm.weights import load_exactly, read_weights
 
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 CONVNEXT_SMALL_DEPTHS, CONVNEXT_SMALL_WIDTHS = (3, 3, 27, 3), (96, 192, 384, 768)

@@ -1,8 +1,8 @@
 """Weight files that a person gives by path: read without unpickling code, hashed, and loaded all or not at all.
 
-The frozen judges of a tokenizer's training (LPIPS, ConvNeXt, DINO) are published as `.pth` or `.safetensors` files.
-They are never downloaded here. A `.pth` is read by `torch.load(weights_only=True)`, which refuses to run code, and the
-file's sha256 goes to the log, so that a run can be repeated.
+The frozen judges of training and evaluation (LPIPS, ConvNeXt, DINO, Inception) are published as `.pth` or
+`.safetensors` files. They are never downloaded here. A `.pth` is read by `torch.load(weights_only=True)`, which refuses
+to run code, and the file's sha256 goes to the log, so that a run can be repeated.
 """
 
 import hashlib
@@ -41,9 +41,14 @@ def read_weights(path: str | Path | None, *, name: str, get: str, setting: str) 
         raise UserError(f"{file} cannot be read as weights of {name} ({reason}): get {get} again.") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file} is not a plain state dict of tensors, which {name} needs: get {get}.")
-    with file.open("rb") as stream:
-        logger.info("%s: %s, sha256 %s", name, file, hashlib.file_digest(stream, "sha256").hexdigest())
+    logger.info("%s: %s, sha256 %s", name, file, file_sha256(file))
     return dict(state)
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, name: str, get: str) -> None:
