@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         np.savez(arguments.write_statistics, **statistics_arrays(generated, space))
     for name, value in found.items():
         report.say(f"{name:<24} {value}" if not isinstance(value, float) else f"{name:<24} {value:12.5f}")
-    report.say(f"{'features':<24} {space.name}, sha256 {space.describe()['sha256'][:12]}")
+    report.say(f"{'features':<24} {space.name}, sha256 {space.describe()['sha256']}")
     report.add(generation=found, space=space.describe(), samples=arguments.samples, reference=arguments.reference)
     report.add(commit=git_commit())
     report.write()

@@ -23,8 +23,10 @@ from unimm.benchmarks.reconstruction import ReconstructionPlan, evaluate_picture
 from unimm.benchmarks.subject import load_subject
 from unimm.errors import run_main
 from unimm.evaluation.distributions import PRDC_NEIGHBOURS
+from unimm.perceptual_networks import load_lpips
 from unimm.provenance import git_commit
 from unimm.report import Report
+from unimm.weights import file_sha256
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reference", help="a tokenizer with the original encoder")
     parser.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
     parser.add_argument("--fd-encoder", metavar="PATH", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
+    parser.add_argument("--lpips-trunk", metavar="FILE", help="torchvision's vgg16 weights: LPIPS is measured too")
+    parser.add_argument("--lpips-heads", metavar="FILE", help="LPIPS v0.1 for VGG; those of an installed lpips")
     parser.add_argument("--num-images", type=int, default=1000, help="0: all, in the order of their names")
     parser.add_argument("--protocol", default="adm", help=f"how pictures are cut: {', '.join(PROTOCOLS)}")
     parser.add_argument("--score-size", type=int, help="pixels a side at which pictures are compared; as drawn")
@@ -45,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     with report.timed("load"):
         subject = load_subject(arguments.model)
         reference = load_subject(arguments.reference).tokenizer if arguments.reference else None
+        lpips = load_lpips(arguments.lpips_trunk, arguments.lpips_heads) if arguments.lpips_trunk else None
         named = load_space(arguments.inception, arguments.fd_encoder)
     space = named or TokenizerSpace(reference or subject.tokenizer, original=reference is not None)
     sets = PairedSets(space)
@@ -63,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             plan,
             reference,
             on_batch=lambda batch: sets.add(batch.originals, batch.drawn),
+            lpips=lpips,
         )
     distances: dict[str, Any] | None = None
     if named is not None or len(found.rows) > PRDC_NEIGHBOURS:
@@ -74,6 +80,11 @@ def main(argv: list[str] | None = None) -> None:
         report.say(f"{name:<22} {value:10.4f}{error}")
     for name, value in (distances or {}).items():
         report.say(f"{'r' + name:<22} {value:10.4f}")
+    report.say(f"{space.name}: sha256 {space.describe()['sha256']}")
+    if lpips is not None:
+        trunk = file_sha256(arguments.lpips_trunk)
+        report.say(f"lpips_vgg: sha256 of the trunk {trunk}")
+        report.add(lpips={"network": "vgg16", "trunk_sha256": trunk})
     report.add(
         distances=distances,
         space=space.describe(),

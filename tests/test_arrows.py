@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUND = {"errors", "provenance", "typed", "config", "report", "saving", "sampling", "weights"}
+GROUND = {"errors", "provenance", "typed", "config", "report", "saving", "sampling", "weights", "perceptual_networks"}
 FOUNDATION = GROUND | {"tokenizer", "data", "evaluation"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
 FACES = {"serving", "integrations", "benchmarks", "chat"}
@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "saving": {"errors"},
     "sampling": {"errors"},
     "weights": {"errors"},
+    "perceptual_networks": {"errors", "weights"},
     "config": {"errors", "provenance", "typed"},
     "evaluation": GROUND,
     "data": GROUND | {"evaluation"},

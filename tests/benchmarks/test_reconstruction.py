@@ -12,6 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tests.mllm.tiny import image_tokenizer
 from unimm.benchmarks.reconstruction import Compared, ReconstructionPlan, evaluate_pictures
 from unimm.errors import UserError, run_main
+from unimm.perceptual_networks import LPIPS
 from unimm.tokenizer import ImageTokenizerProcessor
 
 main = importlib.import_module("eval.reconstruction").main
@@ -58,6 +59,19 @@ def test_rows_are_scikit_images_figures_of_the_pictures_that_were_compared(folde
     assert found.scores["entropy"] == pytest.approx(entropy)
     assert found.scores["perplexity"] == pytest.approx(2**entropy)
     assert found.scores["dead_codes"] == (shares == 0).sum()
+
+
+def test_lpips_is_the_networks_distance_of_each_pair(folder, tokenizer):
+    torch.manual_seed(0)
+    network = LPIPS(((4,), (4,)))
+    processor, seen = ImageTokenizerProcessor.for_tokenizer(tokenizer.config), list[Compared]()
+    plan = ReconstructionPlan(str(folder), num_images=None, batch_size=4)
+    found = evaluate_pictures(tokenizer, processor, plan, on_batch=seen.append, lpips=network)
+    pairs = [pair for batch in seen for pair in zip(batch.drawn, batch.originals, strict=True)]
+    for row, pair in zip(found.rows, pairs, strict=True):
+        drawn, original = (torch.from_numpy(picture)[None].permute(0, 3, 1, 2) / 255 for picture in pair)
+        assert row["lpips_vgg"] == pytest.approx(float(network(drawn, original)), rel=1e-4, abs=1e-9)
+    assert found.scores["lpips_vgg"] > 0
 
 
 def test_the_size_that_is_scored_may_be_another(folder, tokenizer):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, SiglipVisionConfig, SiglipVisionModel
 
+from unimm import perceptual_networks
 from unimm.errors import UserError
-from unimm.training import perceptual_networks
+from unimm.perceptual_networks import LPIPS, ConvNeXt, load_convnext, load_lpips
 from unimm.training.perceptual import (
     FeaturePerceptualLoss,
     PerceptualLoss,
@@ -18,7 +19,6 @@ from unimm.training.perceptual import (
     frozen_hidden_states,
     parse_perceptual,
 )
-from unimm.training.perceptual_networks import LPIPS, ConvNeXt, load_convnext, load_lpips
 
 Judge = TypeVar("Judge", LPIPS, ConvNeXt)
 
@@ -67,6 +67,8 @@ def test_lpips_equals_a_plain_reimplementation() -> None:
     expected = plain_lpips(network.state_dict(), first, second).item()
     assert network(first, second).item() == pytest.approx(expected, rel=1e-5)
     assert network(first, first).item() == 0.0
+    each = [network(a[None], b[None]).item() for a, b in zip(first, second, strict=True)]
+    assert network.distances(first, second).tolist() == pytest.approx(each, rel=1e-5)
 
 
 def test_lpips_has_no_nan_gradient_where_all_features_are_dead() -> None:

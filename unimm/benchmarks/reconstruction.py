@@ -20,6 +20,7 @@ from unimm.data.pictures import to_array
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, ssim_llamagen_compat, to_uint8
+from unimm.perceptual_networks import LPIPS
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.search import nearest_codes
 
@@ -89,20 +90,21 @@ def evaluate_pictures(
     plan: ReconstructionPlan,
     reference: ImageTokenizer | None = None,
     on_batch: Callable[[Compared], None] | None = None,
+    lpips: LPIPS | None = None,
 ) -> Reconstructions:
     """Pictures through their ids and back.
 
     Scores are psnr (100 dB at most), exact_copy (share of exact copies), psnr_mean_color, ssim, ssim_llamagen_compat,
     and of all ids codebook_use, entropy (bits), perplexity and dead_codes; psnr_kmeans where a source for it is given,
     and feature_cosine, the mean cosine to the features of `reference` (a tokenizer with the original encoder) where one
-    is given. `on_batch` sees every batch.
+    is given; lpips_vgg with the network. `on_batch` sees every batch.
 
     Raises:
         UserError: pictures that cannot be read, or too few of them; a tokenizer that draws another size than it reads
             and no size to compare at.
     """
     usage, rows = CodebookUsage(tokenizer.config.codebook_size), list[Row]()
-    for batch in compared_pictures(tokenizer, image_processor, plan, reference):
+    for batch in compared_pictures(tokenizer, image_processor, plan, reference, lpips):
         usage.update(batch.ids)
         rows += batch.rows()
         if on_batch is not None:
@@ -116,7 +118,11 @@ def evaluate_pictures(
 
 @torch.inference_mode()
 def compared_pictures(
-    tokenizer: ImageTokenizer, image_processor: Any, plan: ReconstructionPlan, reference: ImageTokenizer | None = None
+    tokenizer: ImageTokenizer,
+    image_processor: Any,
+    plan: ReconstructionPlan,
+    reference: ImageTokenizer | None = None,
+    lpips: LPIPS | None = None,
 ) -> Iterator[Compared]:
     """Every picture of the plan's set beside its reconstruction, batch by batch."""
     size, patch_size = tokenizer.config.image_size, tokenizer.config.patch_size
@@ -136,6 +142,8 @@ def compared_pictures(
                 "ssim": ssim(copies, pixels),
                 "ssim_llamagen_compat": ssim_llamagen_compat(copies, pixels),
             }
+            if lpips is not None:
+                values["lpips_vgg"] = lpips.distances(copies, pixels).double()
             cut = pixels_of(to_array(images))
             values["psnr_mean_color"] = psnr(mean_color_per_patch(cut, patch_size), cut)
             if patches is not None:

@@ -39,9 +39,14 @@ def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
 
 def ssim_llamagen_compat(pixels: Tensor, reference: Tensor) -> Tensor:
     """What LlamaGen's evaluation prints as SSIM: too high, and only comparable with figures that were made so."""
-    unbiased = LLAMAGEN_WINDOW**2 / (LLAMAGEN_WINDOW**2 - 1)
-    options = {"window": LLAMAGEN_WINDOW, "data_range": LLAMAGEN_DATA_RANGE, "covariance_factor": unbiased}
-    return _ssim(pixels, reference, lambda maps: F.avg_pool2d(maps, LLAMAGEN_WINDOW, stride=1), **options)
+    return _ssim(
+        pixels,
+        reference,
+        lambda maps: F.avg_pool2d(maps, LLAMAGEN_WINDOW, stride=1),
+        window=LLAMAGEN_WINDOW,
+        data_range=LLAMAGEN_DATA_RANGE,
+        covariance_factor=LLAMAGEN_WINDOW**2 / (LLAMAGEN_WINDOW**2 - 1),
+    )
 
 
 def _ssim(

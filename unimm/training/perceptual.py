@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unimm.errors import UserError
-from unimm.training.perceptual_networks import load_convnext, load_lpips, unit_length
+from unimm.perceptual_networks import load_convnext, load_lpips, unit_length
 
 JUDGES = ("lpips", "convnext_s", "features")
 HiddenStates = Callable[[Tensor], Sequence[Tensor]]

@@ -1,4 +1,5 @@
-"""The two frozen networks of the perceptual loss, in plain torch and under the names of their published weight files.
+"""The frozen networks of the perceptual loss, and of LPIPS as a figure, in plain torch and under the names of their
+published weight files.
 
 - `LPIPS`: five stages of VGG-16 and one linear head each (Zhang et al., https://arxiv.org/abs/1801.03924);
 - `ConvNeXt`: torchvision's ConvNeXt, Small by default (Liu et al., https://arxiv.org/abs/2201.03545), whose logits are
@@ -53,14 +54,18 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return self.distances(predicted, target).mean()
+
+    def distances(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """The distance of each pair of pictures, [B]. Raises ValueError for sides below 16 px."""
         if min(predicted.shape[-2:]) < 16:
             raise ValueError(f"LPIPS needs pictures of at least 16 px and got {tuple(predicted.shape[-2:])}.")
         with torch.no_grad():
             target_levels = self._levels(target)
-        distance = predicted.new_zeros(())
+        distance = predicted.new_zeros(len(predicted))
         for index, (ours, theirs) in enumerate(zip(self._levels(predicted), target_levels, strict=True)):
             head = self.get_submodule(f"lin{index}.model")
-            distance = distance + head((unit_length(ours, dim=1) - unit_length(theirs, dim=1)).square()).mean()
+            distance = distance + head((unit_length(ours, dim=1) - unit_length(theirs, dim=1)).square()).mean((1, 2, 3))
         return distance
 
     def _levels(self, pixels: Tensor) -> list[Tensor]:
