@@ -17,7 +17,7 @@ from transformers import (
     ViltForQuestionAnswering,
 )
 
-from tests.benchmarks.tiny_judges import ANSWERS, save_blip, save_llava, save_vilt
+from tests.benchmarks.tiny_judges import ANSWERS, save_blip, save_llava, save_qwen_vl, save_vilt
 from unimm.benchmarks.vqa import MPLUG_ID, load_judge
 from unimm.errors import UserError
 from unimm.saving import weights_fingerprint
@@ -107,6 +107,21 @@ def test_a_chat_model_gives_the_probability_of_yes(folders, images):
         p = torch.softmax(logits, dim=0)
         assert found.probability == pytest.approx(float(p[yes] / (p[yes] + p[no])), abs=1e-5)
         assert found.answer == ("yes" if p[yes] >= p[no] else "no")
+
+
+def test_qwen_vl_judges_pictures_of_any_size(images, tmp_path):
+    pytest.importorskip("torchvision", reason="Qwen-VL's processor needs torchvision")
+    judge = load_judge(save_qwen_vl(tmp_path), batch_size=3)
+    alone = [judge.answer([image], [question])[0] for image, question in zip(images, QUESTIONS, strict=True)]
+    assert judge.answer(images, QUESTIONS) == alone and len(set(alone)) > 1
+    model, processor = judge.model, judge.processor
+    yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "No"])
+    for image, question, found in zip(images, QUESTIONS, judge.answer_yes_no(images, QUESTIONS), strict=True):
+        text = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question} Answer yes or no.<|im_end|>\n"
+        inputs = processor(images=[image], text=[text + "<|im_start|>assistant\n"], return_tensors="pt")
+        with torch.no_grad():
+            p = torch.softmax(model(**inputs).logits[0, -1].double(), dim=0)
+        assert found.probability == pytest.approx(float(p[yes] / (p[yes] + p[no])), abs=1e-4)
 
 
 def test_the_model_that_comes_with_the_library_can_judge():

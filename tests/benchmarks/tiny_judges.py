@@ -79,3 +79,20 @@ def save_llava(folder: Path) -> Path:
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     return folder
+
+
+def save_qwen_vl(folder: Path) -> Path:
+    """Needs torchvision: Qwen-VL's processor reads videos too."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor
+
+    host, tokenizer = tiny_host("qwen2_5_vl")
+    tokenizer.add_tokens(["yes", "No"])
+    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    for name, token in names.items():
+        setattr(tokenizer, name, token)
+    template = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+    sizes = {"patch_size": 4, "size": {"shortest_edge": 256, "longest_edge": 4096}}
+    images, videos = Qwen2VLImageProcessorPil(**sizes), Qwen2VLVideoProcessor(**sizes)
+    Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=template).save_pretrained(folder)
+    host.save_pretrained(folder)
+    return folder
