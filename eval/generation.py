@@ -11,10 +11,8 @@ inception score need FID's Inception weights, whose file you name; every other s
 import argparse
 import sys
 
-import numpy as np
-
 from unimm.benchmarks.feature_spaces import load_space
-from unimm.benchmarks.generation import collect, compare, read_reference, statistics_arrays, write_pictures_npz
+from unimm.benchmarks.generation import collect, compare, read_reference, write_pictures_npz, write_statistics
 from unimm.benchmarks.pictures import picture_set
 from unimm.benchmarks.store import processes
 from unimm.errors import UserError, run_main
@@ -52,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.write_npz is not None:
         write_pictures_npz(arguments.samples, arguments.write_npz, arguments.num_images)
     if arguments.write_statistics is not None:
-        np.savez(arguments.write_statistics, **statistics_arrays(generated, space))
+        write_statistics(arguments.write_statistics, generated, space)
     for name, value in found.items():
         report.say(f"{name:<24} {value}" if not isinstance(value, float) else f"{name:<24} {value:12.5f}")
     report.say(f"{'features':<24} {space.name}, sha256 {space.describe()['sha256']}")

@@ -6,6 +6,7 @@ beside them, as the published ones do. Pictures of another size are never resize
 never compared: the distance depends on N. Processes share the pictures and merge exact statistics.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,14 +210,24 @@ def write_pictures_npz(source: str, path: str | Path, count: int | None = None) 
     return shape
 
 
-def statistics_arrays(collected: Collected, space: FeatureSpace) -> dict[str, np.ndarray]:
-    """What ADM's reference files hold of a set, and the name of the space."""
-    arrays: dict[str, np.ndarray] = {"space": np.array(space.name)}
-    for kind, statistics in collected.statistics.items():
-        mean, covariance = ADM_STATISTICS[kind]
-        arrays |= {mean: statistics.moments.mean, covariance: statistics.moments.covariance}
-        arrays["count"] = np.array(statistics.count)
-    return arrays
+def write_statistics(path: str | Path, collected: Collected, space: FeatureSpace) -> None:
+    """What ADM's reference files hold of a set, and the name of the space. Raises UserError where it cannot be
+    written."""
+    arrays: dict[str, Any] = {"space": np.array(space.name), "count": np.array(collected.count)}
+    for kind, (mean, covariance) in ADM_STATISTICS.items():
+        if kind in collected.statistics:
+            moments = collected.statistics[kind].moments
+            arrays |= {mean: moments.mean, covariance: moments.covariance}
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"Cannot write the statistics {path}: {error.strerror or error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _moments(arrays: dict[str, np.ndarray], names: Iterable[str], path: Path) -> Moments:

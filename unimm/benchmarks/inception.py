@@ -72,7 +72,7 @@ class Mixed(nn.Module):
             inside, names = before, []
             for index, step in enumerate(chain):
                 stride = 2 if pool == "shrink" and index == len(chain) - 1 else 1
-                forks: Sequence[Step] = (step,) if isinstance(step[0], str) else step  # type: ignore[assignment]
+                forks: Sequence[Step] = (step,) if isinstance(step[0], str) else step
                 for name, channels, kernel in forks:
                     self.add_module(name, Convolution(inside, channels, kernel, stride))
                 names.append(tuple(name for name, *_ in forks))

@@ -41,10 +41,6 @@ class Question:
     parents: tuple[int, ...]
     category: str
 
-    @property
-    def level1(self) -> str:
-        return self.category.split("-")[0].strip()
-
 
 class PictureScore(NamedTuple):
     """`raw` answers as 0 or 1, `kept` the same after zeroing, by question number; `score` is the mean of `kept`."""
@@ -160,11 +156,18 @@ def summarize(
         raise UserError(f"None of {len(answers)} prompts has a score.")
     result: dict[str, Any] = {"dpg": 100 * float(np.mean(list(scores.values()))), "prompts": len(scores)}
     result |= {"dropped": dropped, "scores": scores}
-    for suffix, column in (("", 1), ("_kept", 2)):
-        if not suffix or rule.every_picture:
-            result[f"categories{suffix}"] = _means((row[0], row[column]) for row in found)
-            result[f"level1{suffix}"] = _means((row[0].split("-")[0].strip(), row[column]) for row in found)
+    columns = {"": [(name, raw) for name, raw, _ in found]}
+    if rule.every_picture:
+        columns["_kept"] = [(name, kept) for name, _, kept in found]
+    for suffix, column in columns.items():
+        result[f"categories{suffix}"] = _means(column)
+        result[f"level1{suffix}"] = _means((level1(name), value) for name, value in column)
     return result
+
+
+def level1(category: str) -> str:
+    """The first level of a category: "entity" of "entity - whole"."""
+    return category.split("-")[0].strip()
 
 
 def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -10,14 +10,16 @@ which any N below the features' width gives (`adm_frechet_distance`).
 The distance falls with N whatever the pictures are: figures of different N are figures of different scales.
 """
 
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
 from unimm.errors import UserError
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Mean [D] and covariance [D, D] (over N - 1); `count` is N, None where a file does not say it."""
 
     mean: np.ndarray
