@@ -1,0 +1,18 @@
+"""DPG-Bench: draw dense prompts, ask a judge the benchmark's questions, count by the published rule and by a fixed one.
+
+    python eval/dpg.py --model PATH --dpg-csv dpg_bench.csv --judge BLIP_DIR --output runs/dpg/mine
+    python eval/dpg.py --images GRIDS --resolution 512 --dpg-csv dpg_bench.csv --judge mplug --output runs/dpg/theirs
+    python eval/dpg.py --model PATH --prompts dpg_prompts.jsonl --output runs/dpg/pictures      # draw only
+
+An interrupted run goes on with the same command. `--output DIR` holds the pictures, records.jsonl (every answer as
+written), summary.json and the official grids. Figures of different judges are no one scale; only mplug's compare with
+published ones.
+"""
+
+import sys
+
+from unimm.benchmarks.dpg_command import main
+from unimm.errors import run_main
+
+if __name__ == "__main__":
+    sys.exit(run_main(lambda: main(description=__doc__ or ""), name="dpg"))
