@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         error = f" ± {found.errors[name]:.4f}" if name in found.errors else ""
         report.say(f"{name:<22} {value:10.4f}{error}")
     for name, value in (distances or {}).items():
-        report.say(f"{'r' + name:<22} {value:10.4f}")
+        report.say(f"{name:<22} {value:10.4f}")
     report.say(f"{space.name}: sha256 {space.describe()['sha256']}")
     if lpips is not None:
         trunk = file_sha256(arguments.lpips_trunk)

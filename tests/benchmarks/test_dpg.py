@@ -184,5 +184,7 @@ def test_the_model_is_refused_as_its_own_judge(question_file, tmp_path):
     main([*arguments, "--allow-self-judge"])
     report = json.loads((tmp_path / "own.json").read_text())
     assert report["judge"]["kind"] == "chat" and 0 <= report["fixed"]["dpg"] <= 100
+    # The only prompt is the one whose first question the published script skips.
+    assert report["official-compat"]["dpg"] is None and report["official-compat"]["dropped"] == ["first"]
     probabilities = read_records(tmp_path / "own")[0].raw_scores["probabilities"]
     assert set(probabilities) == {"1", "2", "3"} and all(0 <= p <= 1 for p in probabilities.values())

@@ -236,13 +236,16 @@ def table(summary: Mapping[str, Any]) -> str:
     compat, fixed, judge = summary[COMPAT.name], summary[FIXED.name], summary["judge"]
     lines = [f"judge {judge['name']} ({judge['kind']}, {judge['version']}, sha256 {judge['sha256'][:12]})"]
     lines += [f"{'':<28}{COMPAT.name:>16}{FIXED.name:>16}"]
-    lines += [f"{'DPG':<28}{compat['dpg']:>16.2f}{fixed['dpg']:>16.2f}"]
+    lines += [f"{'DPG':<28}{_two_digits(compat['dpg'])}{_two_digits(fixed['dpg'])}"]
     lines += [f"{'prompts':<28}{compat['prompts']:>16}{fixed['prompts']:>16}"]
     for level in ("level1", "categories"):
         for name, value in fixed[level].items():
-            theirs = compat[level].get(name)
-            lines += [f"{name:<28}{'-' if theirs is None else format(theirs, '.2f'):>16}{value:>16.2f}"]
+            lines += [f"{name:<28}{_two_digits(compat[level].get(name))}{_two_digits(value)}"]
     return "\n".join(lines)
+
+
+def _two_digits(value: float | None) -> str:
+    return f"{'-' if value is None else format(value, '.2f'):>16}"
 
 
 def write_grids(folder: Path, paths: Mapping[Key, Path]) -> Path:
@@ -275,5 +278,8 @@ def _figures(rows: Rows, answers: Mapping[str, Sequence[Mapping[int, str]]], rul
     lost = [item for item in answers if item not in questions]  # its only question stood in the first row
     figures = summarize(questions, {item: each for item, each in answers.items() if item not in lost}, rule)
     scores = figures.pop("scores")
-    interval = bootstrap_mean([100 * score for score in scores.values()], list(scores))
-    return figures | {"dropped": figures["dropped"] + lost, "interval": {"low": interval.low, "high": interval.high}}
+    figures["interval"] = None
+    if scores:
+        interval = bootstrap_mean([100 * score for score in scores.values()], list(scores))
+        figures["interval"] = {"low": interval.low, "high": interval.high}
+    return figures | {"dropped": figures["dropped"] + lost}

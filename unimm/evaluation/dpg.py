@@ -130,12 +130,12 @@ def summarize(
         answers: per prompt the answers about each of its pictures.
 
     Returns:
-        `dpg`; `prompts`, their number; `dropped`, the prompts that the compatible rule loses; `scores` per prompt;
-        `categories` and `level1`, means of the raw answers; with the fixed rule `categories_kept` and `level1_kept`
-        too.
+        `dpg`, None where no prompt is left; `prompts`, their number; `dropped`, the prompts that the compatible rule
+        loses; `scores` per prompt; `categories` and `level1`, means of the raw answers; with the fixed rule
+        `categories_kept` and `level1_kept` too.
 
     Raises:
-        UserError: a prompt has no questions, or nothing was answered.
+        UserError: a prompt has no questions.
     """
     scores: dict[str, float] = {}
     dropped: list[str] = []
@@ -152,9 +152,8 @@ def summarize(
             continue
         scores[item] = float(np.mean([picture.score for picture in pictures]))
         found += category_answers(questions[item], pictures, rule)
-    if not scores:
-        raise UserError(f"None of {len(answers)} prompts has a score.")
-    result: dict[str, Any] = {"dpg": 100 * float(np.mean(list(scores.values()))), "prompts": len(scores)}
+    dpg = 100 * float(np.mean(list(scores.values()))) if scores else None
+    result: dict[str, Any] = {"dpg": dpg, "prompts": len(scores)}
     result |= {"dropped": dropped, "scores": scores}
     columns = {"": [(name, raw) for name, raw, _ in found]}
     if rule.every_picture:
