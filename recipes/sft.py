@@ -7,6 +7,7 @@ The output folder loads with `unimm.load`. A run that is started again goes on f
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
@@ -14,7 +15,7 @@ from transformers.trainer_utils import set_seed
 from unimm.config import parse_recipe_args, save_config
 from unimm.data.collators import FlowCollator
 from unimm.data.conversations import shapes_corpus
-from unimm.data.mixture import Mixture, MixtureConfig
+from unimm.data.mixture import MixtureConfig, training_streams
 from unimm.errors import reading, run_main
 from unimm.mllm import attach
 from unimm.mllm.vocabulary import RowInit
@@ -65,13 +66,19 @@ def main() -> None:
         seed=recipe.train.seed,
     )
     save_config(recipe, recipe.train.output_dir)
+    train_stream, test_stream = training_streams(
+        recipe.data,
+        samples_per_step=recipe.train.samples_per_step,
+        reserved=processor.markers,
+        log_folder=Path(recipe.train.output_dir) / "data",
+    )
     HostTrainer(
         model,
         recipe.train,
         processor=processor,
         data_collator=FlowCollator(processor),
-        train_dataset=Mixture(recipe.data),
-        eval_dataset=Mixture(recipe.data, split="test"),
+        train_dataset=train_stream,
+        eval_dataset=test_stream,
         flow_weights=recipe.data.weights,
         stream_seed=recipe.data.seed,
     ).run()

@@ -8,6 +8,7 @@ Starts from the output of `sft.py`. A run that is started again goes on from its
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from transformers.trainer_utils import set_seed
 
 from unimm.config import parse_recipe_args, save_config
 from unimm.data.collators import FlowCollator
-from unimm.data.mixture import Mixture, MixtureConfig
+from unimm.data.mixture import MixtureConfig, training_streams
 from unimm.errors import run_main
 from unimm.mllm import UnifiedModelMixin, UnimmProcessor, load
 from unimm.training.arguments import HostTrainingArguments, PanelConfig
@@ -62,13 +63,19 @@ def main() -> None:
     )
     model.config.null_prompt_prob = recipe.data.null_prompt_prob
     save_config(recipe, recipe.train.output_dir)
+    train_stream, test_stream = training_streams(
+        recipe.data,
+        samples_per_step=recipe.train.samples_per_step,
+        reserved=processor.markers,
+        log_folder=Path(recipe.train.output_dir) / "data",
+    )
     HostTrainer(
         model,
         recipe.train,
         processor=processor,
         data_collator=FlowCollator(processor),
-        train_dataset=Mixture(recipe.data),
-        eval_dataset=Mixture(recipe.data, split="test"),
+        train_dataset=train_stream,
+        eval_dataset=test_stream,
         flow_weights=recipe.data.weights,
         stream_seed=recipe.data.seed,
         panel=panel_of(model, processor, recipe.panel) if recipe.panel.prompts else None,

@@ -18,9 +18,16 @@ class UserError(ValueError):
     """One sentence for the person at the keyboard: what was wrong and what to do about it."""
 
 
+_FROM_A_WORKER = "Caught UserError in DataLoader worker"
+
+
 def one_line(error: BaseException) -> str:
-    """The error's message with every run of white space, line breaks included, made one space."""
-    return " ".join(str(error).split())
+    """The error's message with every run of white space, line breaks included, made one space; of a `UserError` that
+    torch brought here from a worker process without the traceback that it wraps around."""
+    text = str(error)
+    if text.startswith(_FROM_A_WORKER):
+        text = text.rpartition("UserError: ")[2]
+    return " ".join(text.split())
 
 
 @contextmanager

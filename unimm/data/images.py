@@ -8,7 +8,8 @@ is one sentence (`UserError`). Writing is atomic: a picture appears complete or 
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ MAX_PIXELS = 64_000_000
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError)
 """What Pillow's decoders raise on damaged files."""
 
+_PROBES = 16
+
 
 def load_image(path: str | Path) -> Image.Image:
     """Read a picture file as an RGB image, upright.
@@ -29,31 +32,60 @@ def load_image(path: str | Path) -> Image.Image:
     Raises:
         UserError: the file is missing, is no picture, is cut off or damaged, or holds more than `MAX_PIXELS` pixels.
     """
-    path = Path(path)
+    with _bombs_left_to_us(), _opened(Path(path)) as image:
+        image.seek(0)
+        image.load()
+        return to_rgb(image)
+
+
+def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
+    """Those that `load_image` would refuse, as far as the files' first bytes tell, and why: all but cut-off and damaged
+    pictures. Many are looked at together, because disks answer late rather than slowly."""
+
+    def check(path: Path) -> UserError | None:
+        try:
+            with _opened(path):
+                return None
+        except UserError as error:
+            return error
+
+    ordered = sorted(set(paths))
+    with _bombs_left_to_us(), ThreadPoolExecutor(_PROBES) as pool:  # filters of warnings belong to no thread
+        return {path: error for path, error in zip(ordered, pool.map(check, ordered), strict=True) if error is not None}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture of a file, not unpacked yet; what goes wrong within becomes one sentence."""
     if not path.is_file():
         reason = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(f"Cannot read the picture {path}: {reason}.")
     if path.stat().st_size == 0:
         raise UserError(f"Cannot read the picture {path}: the file is empty.")
     try:
-        with _bombs_left_to_us(), Image.open(path) as image:
+        with Image.open(path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 size = f"{width} x {height} = {width * height} pixels"
                 raise UserError(f"The picture {path} has {size}, more than {MAX_PIXELS}: make it smaller first.")
-            image.seek(0)
-            image.load()
-            return to_rgb(image)
+            yield image
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError(f"Cannot read the picture {path}: it is not a picture in a known format.") from None
+        what = "a web page" if _is_web_page(path) else "not a picture in a known format"
+        raise UserError(f"Cannot read the picture {path}: it is {what}.") from None
     except Image.DecompressionBombError:
         raise UserError(f"The picture {path} has far more than {MAX_PIXELS} pixels: make it smaller first.") from None
     except PermissionError:
         raise UserError(f"Cannot read the picture {path}: permission denied.") from None
     except DECODER_ERRORS as error:
         raise UserError(f"Cannot read the picture {path}: the file is cut off or damaged ({error}).") from None
+
+
+def _is_web_page(path: Path) -> bool:
+    """What a failed download leaves behind."""
+    with path.open("rb") as file:
+        return file.read(512).lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

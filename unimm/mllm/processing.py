@@ -74,6 +74,11 @@ class UnimmProcessor(ProcessorMixin):
         return height * width
 
     @property
+    def markers(self) -> tuple[str, str, str]:
+        """The strings that stand for pictures in a text: begin, one image token, end."""
+        return self.boi_token, self.image_token, self.eoi_token
+
+    @property
     def vocabulary(self) -> VisualVocabulary:
         return VisualVocabulary(self.image_vocab_start, self.codebook_size)
 

@@ -56,6 +56,11 @@ class HostTrainingArguments(TrainingArguments):
             )
         super().__post_init__()
 
+    @property
+    def samples_per_step(self) -> int:
+        """Of all processes and accumulation steps together."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
 
 @dataclass
 class PanelConfig:

@@ -100,11 +100,8 @@ class StreamTrainer(Trainer):
         self._stop_if_not_finite()
         super().log(logs, start_time)
 
-    def _samples_per_step(self) -> int:
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-
     def _stop_if_not_finite(self) -> None:
-        step, size = int(self._bad_step), self._samples_per_step()
+        step, size = int(self._bad_step), self.args.samples_per_step
         if step >= 0:
             raise UserError(
                 f"The loss of step {step + 1} is not finite; its batch holds the samples {step * size} to "
@@ -118,7 +115,7 @@ class StreamTrainer(Trainer):
         """What must not change when a run goes on, and the thread count, on which the last bits depend."""
         return {
             "data.seed": self.stream_seed,
-            "samples per step": self._samples_per_step(),
+            "samples per step": self.args.samples_per_step,
             "train.max_steps": self.args.max_steps,
             "threads": torch.get_num_threads(),
         }
