@@ -28,12 +28,15 @@ from unimm.training.text_tokenizer import train_text_tokenizer
 @dataclass
 class SFTModelConfig:
     """`llm`: a folder or hub id, or the fields of a Qwen3Config for one that starts from nothing, with a text tokenizer
-    of `text_vocab_size` entries of its own. `row_init`: how the rows of the image ids begin."""
+    of `text_vocab_size` entries of its own. `row_init`: how the rows of the image ids begin. `chat_template`: a
+    published format by its name, as in `unimm.attach`. `pad_to_square`: pictures are padded, not stretched."""
 
     image_tokenizer: str
     llm: str | dict
     text_vocab_size: int = 600
     row_init: RowInit = "random"
+    chat_template: str | None = None
+    pad_to_square: bool = False
     attn_implementation: str | None = None
 
 
@@ -62,9 +65,11 @@ def main() -> None:
         recipe.model.image_tokenizer,
         text_tokenizer,
         row_init=recipe.model.row_init,
+        chat_template=recipe.model.chat_template,
         attn_implementation=recipe.model.attn_implementation,
         seed=recipe.train.seed,
     )
+    processor.image_processor.pad_to_square = recipe.model.pad_to_square
     save_config(recipe, recipe.train.output_dir)
     train_stream, test_stream = training_streams(
         recipe.data,

@@ -81,6 +81,7 @@ def attach(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     image_position_mode: Literal["1d", "2d"] = "1d",
+    chat_template: str | None = None,
     seed: int = 0,
     **loading: Any,
 ) -> tuple[Any, UnimmProcessor]:
@@ -98,6 +99,8 @@ def attach(
         attn_implementation: as in transformers; the host's when None.
         image_position_mode: "1d": a drawn picture's tokens are numbered as text; "2d": by row and column, where the
             host does so with seen pictures (`M_ROPE`).
+        chat_template: a published one by its name (`chat_formats.CHAT_FORMATS`: "vicuna_v1", "llama3", ...); None: the
+            text tokenizer's own where it renders pictures, else ChatML or plain turns.
         seed: of everything that is new.
         loading: `device_map` and other arguments of `from_pretrained`, for a host that is loaded here.
 
@@ -105,7 +108,8 @@ def attach(
         (model, processor), the model in evaluation mode on the host's device; `model.attachment` says what is new.
 
     Raises:
-        UserError: an unsupported host, a grid that the host cannot merge, or positions that it does not have.
+        UserError: an unsupported host, a grid that the host cannot merge, positions that it does not have, or a chat
+            template that is unknown or another model's.
         ValueError: unknown `row_init`, or a marker that is not one token.
     """
     if isinstance(host, str | Path):
@@ -121,7 +125,7 @@ def attach(
     vocabulary = VisualVocabulary(visual_base(rows, len(texts)), image_tokenizer.config.codebook_size)
     # A host sees patches and draws image tokens, which need not be as many (VFMTok).
     seen_tokens = image_tokenizer.config.num_patches // _merge(host, image_tokenizer) ** 2
-    processor = build_processor(image_tokenizer, texts, markers, vocabulary, seen_tokens)
+    processor = build_processor(image_tokenizer, texts, markers, vocabulary, seen_tokens, chat_template)
     processor.mark_images = markers.begin in vocabulary_before and markers.begin not in _rendered_image(texts)
     compose = _multimodal_config if host.config.model_type in MULTIMODAL_HOSTS else _llava_config
     config = compose(host, image_tokenizer, processor, rows)
@@ -135,7 +139,7 @@ def attach(
     model.load_state_dict(state)
     _copy_buffers(_language_model(host), model.model.language_model)
     _copy_buffers(image_tokenizer, model.image_tokenizer)
-    _set_generation_defaults(model, host, texts)
+    _set_generation_defaults(model, host, texts, end_of_turn_ids(texts, chat_template))
     model.attachment = _attachment(host, lost)
     return model.to(host.device).eval(), processor
 
@@ -241,13 +245,15 @@ def build_processor(
     markers: Markers,
     vocabulary: VisualVocabulary,
     seen_tokens: int | None = None,
+    template_name: str | None = None,
 ) -> UnimmProcessor:
-    """The processor of a unified model; the text tokenizer gets a chat template and a padding token if it has none.
+    """The processor of a unified model; the text tokenizer gets a padding token if it has none, and a chat template:
+    the one of that name, or one that fits it.
 
     A seen picture takes `seen_tokens`, where they differ from a drawn one's: the host merges patches, or the tokenizer
     has another number of image tokens than of patches.
     """
-    template = chat_template(text_tokenizer, markers)
+    template = chat_template(text_tokenizer, markers, template_name)
     text_tokenizer.chat_template = template
     if text_tokenizer.pad_token is None:
         text_tokenizer.pad_token = text_tokenizer.eos_token
@@ -375,10 +381,11 @@ def _copy_buffers(source: PreTrainedModel, target: PreTrainedModel) -> None:
         target.get_buffer(name).data = buffer.detach().to(target.device, copy=True)
 
 
-def _set_generation_defaults(model: PreTrainedModel, host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_generation_defaults(
+    model: PreTrainedModel, host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> None:
     model.generation_config = copy.deepcopy(host.generation_config)
     model.generation_config._from_model_config = None  # one derived from a model config drops what it does not know
-    ends = end_of_turn_ids(tokenizer)
     known = model.generation_config.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
     model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *known])) or None

@@ -1,4 +1,4 @@
-"""Chat templates for text tokenizers that have none, or whose own cannot hold a picture.
+"""Chat templates for text tokenizers that have none, whose own cannot hold a picture, or that are given another.
 
 Special here: an image part renders the same three markers in a user's and in an assistant's turn, so a drawing is an
 answer like any other; `{% generation %}` marks what the assistant says, its closing token included, for
@@ -8,6 +8,8 @@ assistant-only losses.
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from unimm.errors import UserError
+from unimm.mllm.chat_formats import EOS, jinja_of, named_format
 from unimm.mllm.vocabulary import Markers
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -50,12 +52,39 @@ _PLAIN = """\
 """
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers) -> str:
-    """The tokenizer's own template if it renders images, else ChatML if the tokenizer knows it, else plain turns."""
-    if tokenizer.chat_template is not None and _renders_images(tokenizer, markers):
+def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers, name: str | None = None) -> str:
+    """The format of that name (`chat_formats.CHAT_FORMATS`). Without a name the tokenizer's own template if it renders
+    images, else ChatML if the tokenizer knows it, else plain turns.
+
+    Raises:
+        UserError: an unknown name, or a format whose closing token the tokenizer does not have.
+    """
+    if name is None and tokenizer.chat_template is not None and _renders_images(tokenizer, markers):
         return str(tokenizer.chat_template)
-    body = _CHATML if TURN_END in tokenizer.get_vocab() else _PLAIN
+    if name is not None:
+        _check_closing(tokenizer, name)
+        body = jinja_of(named_format(name))
+    else:
+        body = _CHATML if TURN_END in tokenizer.get_vocab() else _PLAIN
     return _CONTENT.replace("IMAGE", markers.begin + markers.image + markers.end) + body
+
+
+def closing_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
+    """The token that ends an answer in the format of that name; None where it is no token of its own (plain)."""
+    closing = named_format(name).closing.strip()
+    return (tokenizer.eos_token if closing == EOS else closing) or None
+
+
+def _check_closing(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """A model whose tokenizer lacks the token would learn to spell it, and never stop: the wrong template for it."""
+    closing = closing_token(tokenizer, name)
+    if closing is None and named_format(name).closing.strip() == EOS:
+        raise UserError(f"The chat template {name!r} ends answers with an end token, and the text tokenizer has none.")
+    if closing is not None and closing not in tokenizer.get_vocab():
+        raise UserError(
+            f"The chat template {name!r} ends answers with {closing!r}, which is no token of this text tokenizer: it "
+            "is for another language model."
+        )
 
 
 def _renders_images(tokenizer: PreTrainedTokenizerBase, markers: Markers) -> bool:
@@ -66,9 +95,10 @@ def _renders_images(tokenizer: PreTrainedTokenizerBase, markers: Markers) -> boo
         return False
 
 
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer."""
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> list[int]:
+    """Token ids that end an answer, in the chat template of that name if there is one."""
     ends = [tokenizer.eos_token_id]
-    if TURN_END in tokenizer.get_vocab():
-        ends.insert(0, tokenizer.convert_tokens_to_ids(TURN_END))
+    closing = TURN_END if name is None else closing_token(tokenizer, name)
+    if closing in tokenizer.get_vocab():
+        ends.insert(0, tokenizer.convert_tokens_to_ids(closing))
     return list(dict.fromkeys(end for end in ends if end is not None))
