@@ -73,7 +73,7 @@ def main() -> None:
         model,
         recipe.train,
         processor=processor,
-        data_collator=FlowCollator(processor),
+        data_collator=FlowCollator(processor, max_length=recipe.train.max_length, pack_length=recipe.train.pack_length),
         train_dataset=train_stream,
         eval_dataset=test_stream,
         flow_weights=recipe.data.weights,

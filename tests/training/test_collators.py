@@ -93,3 +93,32 @@ def test_a_template_without_generation_marks_is_an_error() -> None:
     processor.chat_template = processor.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     with pytest.raises(UserError, match="2 assistant turns and 0 label spans"):
         FlowCollator(processor)(samples("conversation", TALK))
+
+
+def long_talks() -> list[dict[str, Any]]:
+    """A short talk, one whose second picture does not fit into 60 tokens, and one whose question alone is longer."""
+    pictured = [*conversation(RED, [("What color is it?", "red")]), *conversation(BLUE, [("And now?", "blue")])]
+    endless = conversation(RED, [("circle " * 80, "red")])
+    return samples("conversation", SHORT_TALK, pictured, endless)
+
+
+def test_conversations_are_cut_in_front_of_a_picture_that_does_not_fit(processor: UnimmProcessor) -> None:
+    talks = long_talks()
+    whole = FlowCollator(processor)(talks)["conversation"]
+    second = (whole["input_ids"][1] == processor.image_token_id).nonzero()[16].item()
+    for capacity in (second + 1, second + 15):  # the picture's tokens begin, but do not fit
+        cut = FlowCollator(processor, max_length=capacity)(talks)["conversation"]
+        assert cut["input_ids"].shape[0] == 2  # the endless question leaves nothing to learn
+        length = int(cut["attention_mask"][1].sum())
+        assert length <= second and (cut["input_ids"][1] == processor.image_token_id).sum() == 16
+        assert torch.equal(cut["input_ids"][1, :length], whole["input_ids"][1, :length])
+        assert torch.equal(cut["labels"][1, :length], whole["labels"][1, :length])
+        assert processor.tokenizer.decode(labelled(cut, 0)).startswith("a blue ring.")
+        assert torch.equal(cut["pixel_values"], whole["pixel_values"][:2])
+    uncut = FlowCollator(processor, max_length=10_000)(talks)["conversation"]
+    assert all(torch.equal(uncut[name], whole[name]) for name in whole)
+
+
+def test_a_batch_of_which_nothing_is_left_is_an_error(processor: UnimmProcessor) -> None:
+    with pytest.raises(UserError, match="No sample of a batch .* learns anything in its first 60 tokens"):
+        FlowCollator(processor, max_length=60)(long_talks()[2:])

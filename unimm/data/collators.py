@@ -3,22 +3,26 @@
 Special here: labels come from the chat template's own `{% generation %}` spans (`unimm.data.label_spans`), never from
 tokenizing pieces again, and a sample whose spans and turns do not match is an error, not a silently empty row. Rows are
 padded within their flow only, on the right, and cut behind the last label, so that short drawings do not pay for long
-conversations.
+conversations; or several share a row (`unimm.data.packing`).
 The processor is given; any of the usual contract will do. B rows, L tokens, I pictures.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
+from unimm.data.cutting import fitting
 from unimm.data.label_spans import check_every_turn_has_tokens, check_no_marker, parts_of, rendered, turn_tokens
+from unimm.data.packing import IGNORED, even_rows, pack
 from unimm.errors import UserError
 
-IGNORED = -100
+logger = logging.get_logger(__name__)
 
 
 class ChatProcessor(Protocol):
@@ -30,10 +34,22 @@ class ChatProcessor(Protocol):
     image_token_id: int
     boi_token: str
     num_image_tokens: int
+    image_seq_length: int
 
     def __call__(self, **kwargs: Any) -> Any: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass
+class _Rows:
+    """Samples as padded rows: what the processor made of them, and which of its tokens are drawn and learned [B, L]."""
+
+    samples: list[dict[str, Any]]
+    inputs: Any
+    drawings: list[bool]
+    drawn: Tensor
+    labelled: Tensor
 
 
 class FlowCollator:
@@ -47,37 +63,58 @@ class FlowCollator:
         pixel_values [I, 3, H, W]: pictures in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
         absent without any.
 
+    With `max_length` a conversation ends after so many tokens, and one that has nothing left to learn is left out of
+    its batch with a warning (`unimm.data.cutting`). With `pack_length` the samples of a flow share rows of at most that
+    many tokens; `position_ids` [R, P] stand in the place of the attention mask (`unimm.data.packing`).
+
     A drawing's text is the very prompt that generation starts from, so it needs nothing of the template for it.
 
     Raises:
         UserError: a sample without an assistant turn, or whose label spans do not match its assistant turns, or that
-        writes an image token; a drawing that does not end with one drawn picture.
+        writes an image token; a drawing that does not end with one drawn picture. With `pack_length`: a sample that is
+        longer, or that holds a picture to look at. With `max_length`: a batch of which nothing is left.
     """
 
-    def __init__(self, processor: ChatProcessor) -> None:
+    def __init__(
+        self, processor: ChatProcessor, *, max_length: int | None = None, pack_length: int | None = None
+    ) -> None:
         self.processor = processor
+        self.max_length = max_length
+        self.pack_length = pack_length
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
         ordered = sorted(samples, key=lambda sample: sample["flow"])
         return {flow: self._batch(list(rows)) for flow, rows in groupby(ordered, key=lambda sample: sample["flow"])}
 
     def _batch(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        kind = self._drawn if samples[0]["kind"] == "drawing" else self._said
-        inputs, drawn, labelled = kind(samples)
-        input_ids = torch.as_tensor(inputs["input_ids"])
-        attention_mask = torch.as_tensor(inputs["attention_mask"])
+        rows = self._drawn(samples) if samples[0]["kind"] == "drawing" else self._said(samples)
+        labelled = rows.labelled
+        input_ids = torch.as_tensor(rows.inputs["input_ids"])
+        attention_mask = torch.as_tensor(rows.inputs["attention_mask"])
         length = int((labelled | (input_ids == self.processor.image_token_id)).any(0).nonzero()[-1]) + 1
         batch = {
             "input_ids": input_ids[:, :length],
             "attention_mask": attention_mask[:, :length],
             "labels": input_ids.masked_fill(~labelled, IGNORED)[:, :length],
-            "drawn": drawn[:, :length],
+            "drawn": rows.drawn[:, :length],
         }
-        batch |= _pictures(inputs.get("pixel_values"), _drawings(samples))
-        return batch
+        batch |= _pictures(rows.inputs.get("pixel_values"), rows.drawings)
+        return batch if self.pack_length is None else self._packed(rows.samples, batch, self.pack_length)
 
-    def _said(self, samples: list[dict[str, Any]]) -> tuple[Any, Tensor, Tensor]:
-        """Conversations: inputs, drawn placeholders and labelled tokens [B, L], all of the assistant's turns."""
+    def _packed(self, samples: list[dict[str, Any]], batch: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
+        flow = samples[0]["flow"]
+        if "pixel_values" in batch:
+            raise UserError(f"The flow {flow!r} has pictures to look at; only drawings and texts are packed.")
+        lengths = batch["attention_mask"].sum(1)
+        if (longest := int(lengths.max())) > capacity:
+            raise UserError(
+                f"Sample {samples[int(lengths.argmax())]['index']} of the flow {flow!r} has {longest} tokens and a "
+                f"packed row {capacity}: raise train.pack_length."
+            )
+        return pack(batch, even_rows(lengths.tolist(), capacity), self.processor.tokenizer.pad_token_id)
+
+    def _said(self, samples: list[dict[str, Any]]) -> _Rows:
+        """Conversations: all of the assistant's turns are learned."""
         processor, tokens = self.processor, self.processor.tokenizer.special_tokens_map
         for sample in samples:
             check_no_marker(sample, processor.image_token)
@@ -101,11 +138,47 @@ class FlowCollator:
             turns = turn_tokens(spans, offsets[row], replacements[row])
             check_every_turn_has_tokens(sample, turns)
             said[row] = turns.any(0)
+        if self.max_length is not None:
+            samples, said = self._cut(samples, inputs, said, self.max_length)
         labelled = torch.from_numpy(said)
-        return inputs, labelled & (torch.as_tensor(inputs["input_ids"]) == processor.image_token_id), labelled
+        drawn = labelled & (torch.as_tensor(inputs["input_ids"]) == processor.image_token_id)
+        return _Rows(samples, inputs, _drawings(samples) if self.max_length is None else [], drawn, labelled)
 
-    def _drawn(self, samples: list[dict[str, Any]]) -> tuple[Any, Tensor, Tensor]:
-        """Drawings: inputs, and the drawn placeholders [B, L], which are all that is labelled."""
+    def _cut(
+        self, samples: list[dict[str, Any]], inputs: Any, said: np.ndarray, capacity: int
+    ) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Rows of at most `capacity` tokens: the samples that still learn something, and what [B', L]; `inputs` is
+        changed in place."""
+        processor, flow = self.processor, samples[0]["flow"]
+        if any(_drawings(samples)):
+            raise UserError(
+                f"The flow {flow!r} has drawings inside conversations; they are not cut: no train.max_length."
+            )
+        mask = inputs["attention_mask"].astype(bool)
+        learns, kept_pictures = [], []
+        for row, sample in enumerate(samples):
+            ids = inputs["input_ids"][row, : mask[row].sum()]
+            tokens, whole = fitting(ids, capacity, processor.image_token_id, processor.image_seq_length)
+            mask[row, tokens:] = said[row, tokens:] = False
+            learns.append(bool(said[row].any()))
+            kept_pictures += [learns[-1] and picture < whole for picture in range(len(_images(sample)))]
+            if not learns[-1]:
+                logger.warning(
+                    f"Sample {sample['index']} of the flow {flow!r} is left out: nothing is learned in its first "
+                    f"{capacity} of {len(ids)} tokens."
+                )
+        if not any(learns):
+            raise UserError(
+                f"No sample of a batch of the flow {flow!r} learns anything in its first {capacity} tokens."
+            )
+        ids = np.where(mask, inputs["input_ids"], processor.tokenizer.pad_token_id)
+        inputs["input_ids"], inputs["attention_mask"] = ids[learns], mask[learns].astype(np.int64)
+        if kept_pictures:
+            inputs["pixel_values"] = inputs["pixel_values"][kept_pictures]
+        return [sample for sample, each in zip(samples, learns, strict=True) if each], said[learns]
+
+    def _drawn(self, samples: list[dict[str, Any]]) -> _Rows:
+        """Drawings: their placeholders are all that is learned."""
         for sample in samples:
             _check_drawing(sample)
         processor = self.processor
@@ -121,7 +194,7 @@ class FlowCollator:
         placeholders = torch.as_tensor(inputs["input_ids"]) == processor.image_token_id
         from_the_end = placeholders.flip(1).cumsum(1).flip(1)  # a picture to look at may come before the drawing
         drawn = placeholders & (from_the_end <= processor.num_image_tokens)
-        return inputs, drawn, drawn
+        return _Rows(samples, inputs, _drawings(samples), drawn, drawn)
 
 
 def _images(sample: dict[str, Any]) -> list[dict[str, Any]]:
@@ -149,9 +222,11 @@ def _drawings(samples: Sequence[dict[str, Any]]) -> list[bool]:
 
 
 def _pictures(pixel_values: Any, drawings: Sequence[bool]) -> dict[str, Tensor]:
-    """Split the pictures [I, 3, H, W], which come in reading order, by who shows them."""
+    """Split the pictures [I, 3, H, W], which come in reading order, by who shows them; the flags of cut rows are left
+    out, where nothing is drawn."""
     if pixel_values is None:
         return {}
+    drawings = drawings or [False] * len(pixel_values)
     pixel_values, drawn = torch.as_tensor(pixel_values), torch.tensor(drawings)
     pictures = {"pixel_values": pixel_values[~drawn], "drawn_pixel_values": pixel_values[drawn]}
     return {name: values for name, values in pictures.items() if len(values)}

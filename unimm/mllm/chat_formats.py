@@ -159,7 +159,7 @@ def named_format(name: str) -> ChatFormat:
 
 def jinja_of(chat_format: ChatFormat) -> str:
     """The chat template of a format; it calls a macro `render(content)`, which must stand in front of it."""
-    values = {
+    values: dict[str, str | bool] = {
         "DEFAULT_SYSTEM": chat_format.default_system,
         "SYSTEM_IN_USER": chat_format.system_in_user,
         "SYSTEM_0": chat_format.system[0],

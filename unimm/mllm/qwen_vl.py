@@ -142,6 +142,7 @@ class _QwenVLMixin(UnifiedModelMixin):
 
     _inner_class: type[PreTrainedModel]
     _output_class = CausalLMOutputWithPast
+    positions_are_1d = False
 
     def __init__(self, config: Any) -> None:
         PreTrainedModel.__init__(self, config)

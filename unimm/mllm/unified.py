@@ -31,6 +31,8 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
     """
 
     _output_class: type[ModelOutput]
+    positions_are_1d = True
+    """Whether a token's position is its place in its sequence, so that restarting it begins another sequence."""
 
     @property
     def image_tokenizer(self) -> ImageTokenizer:

@@ -23,12 +23,16 @@ class HostTrainingArguments(TrainingArguments):
     Args:
         ema_decay: of the running mean of the trained weights, which is evaluated and saved; None trains without.
         use_muon: Muon instead of AdamW for the matrices of the language model's blocks, at the same learning rate.
+        max_length: tokens after which a conversation is cut; None cuts none (`unimm.data.cutting`).
+        pack_length: tokens of a row that several drawings or texts share; None pads every sample to a row of its own.
         compile_blocks: torch.compile for the language model's blocks, one compilation for all of them and every
             length; evaluation and drawing stay eager.
     """
 
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
     use_muon: bool = field(default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW elsewhere."})
+    max_length: int | None = field(default=None, metadata={"help": "Cut conversations after so many tokens."})
+    pack_length: int | None = field(default=None, metadata={"help": "Tokens of a row of several samples; None: pad."})
     compile_blocks: bool = field(default=False, metadata={"help": "Compile the language model's blocks."})
     max_steps: int = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are messages, not columns."})

@@ -27,6 +27,7 @@ from unimm.training.optimizers import MuonAdamW, muon_groups
 from unimm.training.stream_trainer import StreamTrainer
 
 Batch = dict[str, dict[str, Tensor]]
+PACKABLE_ATTENTION = ("sdpa", "eager")
 
 
 def learning_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -37,6 +38,17 @@ def learning_blocks(model: PreTrainedModel) -> list[nn.Module]:
         for block in model.modules()
         if type(block).__name__ in names and any(p.requires_grad for p in block.parameters())
     ]
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise UserError where several sequences cannot share a row: positions of several dimensions, or an attention that
+    is not held against rows of one sequence."""
+    attention = model.config.get_text_config()._attn_implementation
+    if not model.positions_are_1d or attention not in PACKABLE_ATTENTION:
+        raise UserError(
+            f"A {model.config.model_type} model with attn_implementation {attention!r} cannot be packed: packing needs "
+            f"positions in one dimension and {' or '.join(PACKABLE_ATTENTION)}; leave train.pack_length out."
+        )
 
 
 class HostTrainer(StreamTrainer):
@@ -68,6 +80,8 @@ class HostTrainer(StreamTrainer):
         stream_seed: int = 0,
         panel: Panel | None = None,
     ) -> None:
+        if args.pack_length is not None:
+            check_packing(model)
         model.image_tokenizer.requires_grad_(False)  # DDP needs it too: the drawing half takes no part in a forward
         super().__init__(
             model=model,
@@ -152,8 +166,20 @@ class HostTrainer(StreamTrainer):
                 total, count = self._flow_loss(model, inputs[flow])
                 loss = loss + weight * total / counts[k].clamp_min(1)
                 sums[k] += torch.stack([total.detach(), total.new_tensor(count)])
+        unseen = model.training and not any("pixel_values" in batch for batch in inputs.values())
+        if unseen and (self.args.world_size > 1 or not loss.requires_grad):
+            loss = loss + self._no_picture()
         loss = loss * self.args.world_size  # DDP divides the gradients by it; the counts above are global already
         return (loss, {}) if return_outputs else loss
+
+    def _no_picture(self) -> Tensor:
+        """Zero, through the tower and the projector: without pictures to look at other processes would wait for the
+        projector's gradients, and a run that trains nothing else would have none."""
+        size = self.model.image_tokenizer.config.image_size
+        black = torch.zeros(1, 3, size, size, device=self.args.device, dtype=self.model.dtype)
+        with self.accelerator.autocast():
+            features = self.model.get_image_features(black, return_dict=True).pooler_output
+        return 0.0 * features[0].float().sum()
 
     def _flow_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the cross entropy over a batch's labels, and their number."""

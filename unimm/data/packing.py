@@ -1,0 +1,80 @@
+"""Several samples in one row, so that short ones do not pay for long ones, and each sample on its own.
+
+Special here: there is no attention mask. Positions restart at every sample, and transformers makes the block-diagonal
+causal mask out of that where no cache is asked for (`use_cache=False`), so no sample sees another, to the last bit. The
+first token of a sample is never a label: what would predict it belongs to another sample. N samples, R rows, P tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a token without a loss."""
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Samples by row: each goes into the first row with room for it, the longest first; their order within the batch
+    does not matter to a mean over it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for sample in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        fitting = next((k for k, free in enumerate(room) if free >= lengths[sample]), None)
+        if fitting is None:
+            rows.append([])
+            room.append(capacity)
+            fitting = len(rows) - 1
+        rows[fitting].append(sample)
+        room[fitting] -= lengths[sample]
+    return rows
+
+
+def even_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Samples by row: as many rows as first fit needs, filled evenly. A batch is as wide as its fullest row, so each
+    sample, the longest first, goes into the emptiest one (Graham 1969); first fit's rows stay where that is worse."""
+    rows = first_fit(lengths, capacity)
+    dealt: list[list[int]] = [[] for _ in rows]
+    filled = [0] * len(rows)
+    for sample in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        emptiest = filled.index(min(filled))
+        dealt[emptiest].append(sample)
+        filled[emptiest] += lengths[sample]
+    fullest = max(sum(lengths[sample] for sample in row) for row in rows)
+    return dealt if max(filled) <= fullest else rows
+
+
+def pack(batch: dict[str, Tensor], rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """A batch of right-padded samples [N, L] as rows [R, P], P the tokens of the fullest one.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels` and `drawn` [N, L]; `drawn_pixel_values` [N, 3, H, W] or absent.
+        rows: which samples stand in which row (`even_rows`).
+        pad: token id for what is left of a row, which is a sequence of its own and learns nothing.
+
+    Returns:
+        `input_ids`, `position_ids`, `labels` and `drawn` [R, P], and `drawn_pixel_values` in the order of the rows.
+    """
+    lengths = batch["attention_mask"].sum(1).tolist()
+    width = max(sum(lengths[sample] for sample in row) for row in rows)
+    shape = (len(rows), width)
+    packed = {
+        "input_ids": torch.full(shape, pad, dtype=batch["input_ids"].dtype),
+        "labels": torch.full(shape, IGNORED, dtype=batch["labels"].dtype),
+        "drawn": torch.zeros(shape, dtype=torch.bool),
+        "position_ids": torch.zeros(shape, dtype=torch.int64),
+    }
+    for k, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            end = start + lengths[sample]
+            for name in ("input_ids", "labels", "drawn"):
+                packed[name][k, start:end] = batch[name][sample, : lengths[sample]]
+            packed["labels"][k, start] = IGNORED
+            packed["position_ids"][k, start:end] = torch.arange(lengths[sample])
+            start = end
+        packed["position_ids"][k, start:] = torch.arange(width - start)
+    if "drawn_pixel_values" in batch:
+        order = torch.tensor([sample for row in rows for sample in row])
+        packed["drawn_pixel_values"] = batch["drawn_pixel_values"][order]
+    return packed
