@@ -8,7 +8,9 @@ The output folder loads with `unimm.load`. A run that is started again goes on f
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
@@ -16,28 +18,45 @@ from unimm.config import parse_recipe_args, save_config
 from unimm.data.collators import FlowCollator
 from unimm.data.conversations import shapes_corpus
 from unimm.data.mixture import MixtureConfig, training_streams
-from unimm.errors import reading, run_main
-from unimm.mllm import attach
+from unimm.errors import UserError, reading, run_main
+from unimm.mllm import UnimmProcessor, attach, load
+from unimm.mllm.templates import set_chat_template
 from unimm.mllm.vocabulary import RowInit
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_trainer import HostTrainer
 from unimm.training.language_model import CHAT_TOKENS, new_language_model
+from unimm.training.parameters import train_projector_only
 from unimm.training.text_tokenizer import train_text_tokenizer
 
 
 @dataclass
 class SFTModelConfig:
-    """`llm`: a folder or hub id, or the fields of a Qwen3Config for one that starts from nothing, with a text tokenizer
-    of `text_vocab_size` entries of its own. `row_init`: how the rows of the image ids begin. `chat_template`: a
-    published format by its name, as in `unimm.attach`. `pad_to_square`: pictures are padded, not stretched."""
+    """Either `init_from`, a unified model to go on with, or the two parts that are attached to each other.
 
-    image_tokenizer: str
-    llm: str | dict
+    Args:
+        image_tokenizer: a folder or hub id.
+        llm: a folder or hub id, or the fields of a Qwen3Config for one that starts from nothing, with a text tokenizer
+            of `text_vocab_size` entries of its own.
+        row_init: how the rows of the image ids begin.
+        chat_template: a published format by its name, as in `unimm.attach`.
+        pad_to_square: pictures are padded to squares, not stretched.
+        trains: "projector" freezes the language model too, as LLaVA's pretraining does.
+    """
+
+    image_tokenizer: str | None = None
+    llm: str | dict | None = None
+    init_from: str | None = None
     text_vocab_size: int = 600
     row_init: RowInit = "random"
     chat_template: str | None = None
     pad_to_square: bool = False
+    trains: Literal["all", "projector"] = "all"
     attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        parts = self.image_tokenizer is not None and self.llm is not None
+        if parts == (self.init_from is not None) or (self.init_from and (self.image_tokenizer or self.llm)):
+            raise UserError("model needs either init_from, or image_tokenizer and llm; not both.")
 
 
 @dataclass
@@ -53,23 +72,37 @@ def build_llm(model: SFTModelConfig, seed: int) -> tuple[PreTrainedModel, PreTra
             llm = AutoModelForCausalLM.from_pretrained(model.llm, dtype="float32")
             return llm, AutoTokenizer.from_pretrained(model.llm)
     tokenizer = train_text_tokenizer(shapes_corpus(1000, seed), model.text_vocab_size, CHAT_TOKENS)
-    return new_language_model(model.llm, tokenizer), tokenizer
+    return new_language_model(model.llm or {}, tokenizer), tokenizer
+
+
+def build_model(model: SFTModelConfig, data_seed: int, seed: int) -> tuple[Any, UnimmProcessor]:
+    """The unified model and its processor, as the settings say."""
+    if model.init_from is not None:
+        attention = {"attn_implementation": model.attn_implementation}
+        unified, processor = load(model.init_from, device="cpu", dtype=torch.float32, **attention)
+        if model.chat_template is not None:
+            set_chat_template(unified, processor, model.chat_template)
+    else:
+        llm, texts = build_llm(model, data_seed)
+        unified, processor = attach(
+            llm,
+            str(model.image_tokenizer),
+            texts,
+            row_init=model.row_init,
+            attn_implementation=model.attn_implementation,
+            chat_template=model.chat_template,
+            seed=seed,
+        )
+    processor.image_processor.pad_to_square = model.pad_to_square
+    if model.trains == "projector":
+        train_projector_only(unified)
+    return unified, processor
 
 
 def main() -> None:
     recipe = parse_recipe_args(SFTRecipe)
     set_seed(recipe.train.seed)
-    llm, text_tokenizer = build_llm(recipe.model, recipe.data.seed)
-    model, processor = attach(
-        llm,
-        recipe.model.image_tokenizer,
-        text_tokenizer,
-        row_init=recipe.model.row_init,
-        chat_template=recipe.model.chat_template,
-        attn_implementation=recipe.model.attn_implementation,
-        seed=recipe.train.seed,
-    )
-    processor.image_processor.pad_to_square = recipe.model.pad_to_square
+    model, processor = build_model(recipe.model, recipe.data.seed, recipe.train.seed)
     save_config(recipe, recipe.train.output_dir)
     train_stream, test_stream = training_streams(
         recipe.data,
@@ -81,7 +114,7 @@ def main() -> None:
         model,
         recipe.train,
         processor=processor,
-        data_collator=FlowCollator(processor),
+        data_collator=FlowCollator(processor, max_length=recipe.train.max_length, pack_length=recipe.train.pack_length),
         train_dataset=train_stream,
         eval_dataset=test_stream,
         flow_weights=recipe.data.weights,

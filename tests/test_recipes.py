@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAIN = ("vfm", "vfmtok", "ideal", "stage1", "stage2", "stage3", "c2i", "sft", "t2i")
 STAGES = ("stage1", "stage2", "stage3", "vfmtok", "ideal")
 RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
+RECIPES |= {"llava15_pretrain": "sft", "llava15_mix665k": "sft"}
 RECIPES |= {"stage3_more": "tokenizer", "questions": "t2i", "positions": "t2i"}  # later legs
 
 
@@ -56,8 +57,8 @@ def test_the_chain_in_small(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: "/".join(p.parts[-2:]))
 def test_every_configuration_is_read_by_its_recipe(path):
-    tokenizers = ("tokenizer", "compare/shapes", "compare/cifar10")
-    name = "tokenizer" if path.parent.as_posix().endswith(tokenizers) else RECIPES[path.stem]
+    folders = {"tokenizer": "tokenizer", "compare/shapes": "tokenizer", "compare/cifar10": "tokenizer", "sft": "sft"}
+    name = next((r for f, r in folders.items() if path.parent.as_posix().endswith(f"/{f}")), RECIPES.get(path.stem))
     classes = {
         "vfm": "VFMConfig",
         "tokenizer": "TokenizerRecipe",

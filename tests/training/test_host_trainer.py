@@ -10,11 +10,13 @@ from transformers import TrainerCallback
 
 from tests.training.tiny_host import tiny_host
 from unimm.data.collators import IGNORED, FlowCollator
+from unimm.data.conversations import message
 from unimm.data.mixture import FlowConfig, Mixture, MixtureConfig
 from unimm.errors import UserError
 from unimm.mllm import load
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_trainer import HostTrainer
+from unimm.training.parameters import train_projector_only
 
 TALK = {"conversation": FlowConfig("conversation", num_turns=(1, 2))}
 BOTH = {
@@ -232,3 +234,18 @@ def test_muon_takes_the_blocks_matrices_and_resumes_to_the_bit(tmp_path):
     build(tmp_path / "cut", TALK, use_muon=True).run()
     whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_batch_without_pictures_reaches_the_projector_with_zeros(tmp_path: Path) -> None:
+    """Else the other processes of a run would wait, and a run of the projector alone would have nothing to follow."""
+    trainer = build(tmp_path, TALK)
+    train_projector_only(trainer.model)
+    messages = [message("user", "one"), message("assistant", "red")]
+    batch = trainer.data_collator([{"flow": "conversation", "kind": "conversation", "index": 0, "messages": messages}])
+    with torch.no_grad():
+        expected = trainer.model.eval()(**{k: v for k, v in batch["conversation"].items() if k != "drawn"}).loss
+    loss = trainer.compute_loss(trainer.model.train(), batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    gradients = [p.grad for p in trainer.model.parameters() if p.requires_grad]
+    assert len(gradients) == 4 and all(g is not None and not g.any() for g in gradients)

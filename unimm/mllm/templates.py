@@ -5,6 +5,8 @@ answer like any other; `{% generation %}` marks what the assistant says, its clo
 assistant-only losses.
 """
 
+from typing import Any
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -85,6 +87,19 @@ def _check_closing(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             f"The chat template {name!r} ends answers with {closing!r}, which is no token of this text tokenizer: it "
             "is for another language model."
         )
+
+
+def set_chat_template(model: Any, processor: Any, name: str) -> None:
+    """Give a unified model another published format: its processor, its null prompt and what ends an answer.
+
+    Raises:
+        UserError: as in `chat_template`.
+    """
+    tokenizer = processor.tokenizer
+    template = chat_template(tokenizer, Markers(processor.boi_token, processor.image_token, processor.eoi_token), name)
+    tokenizer.chat_template = processor.chat_template = template
+    model.config.null_prompt = processor.null_prompt_ids()
+    model.generation_config.eos_token_id = end_of_turn_ids(tokenizer, name)
 
 
 def _renders_images(tokenizer: PreTrainedTokenizerBase, markers: Markers) -> bool:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer
@@ -26,6 +27,12 @@ def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
         tokenizer.pixel_head.requires_grad_(True)
     tokenizer.encoder.requires_grad_(stage == 2)
     final_norm(tokenizer.encoder).requires_grad_(stage == 2 and tokenizer.config.apply_post_norm)
+
+
+def train_projector_only(model: PreTrainedModel) -> None:
+    """Freeze a unified model but for its projector, as LLaVA's pretraining does."""
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
 
 
 def parameter_groups(

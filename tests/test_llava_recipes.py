@@ -1,0 +1,121 @@
+"""LLaVA-1.5's two stages: their settings against the paper, the model at full size, and both in small."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig
+
+import unimm
+from tests.test_recipes import ROOT, run
+from tests.training.tiny_host import tiny_image_tokenizer
+from unimm.config import load_config
+from unimm.errors import UserError
+from unimm.mllm.hosts import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
+from unimm.tokenizer import VQRAEConfig
+from unimm.tokenizer.published import PUBLISHED
+from unimm.training.parameters import train_projector_only
+
+CONFIGS = sorted(ROOT.glob("configs/sft/*.yaml"))
+PROCESSES = 8
+
+
+def settings(path: Path) -> Any:
+    return load_config(runpy.run_path(str(ROOT / "recipes" / "sft.py"))["SFTRecipe"], path)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "batch", "rows", "template"),
+    [
+        ("pretrain_558k", 1e-3, 256, 558_128, "plain"),
+        ("pretrain_595k", 1e-3, 256, 595_375, "plain"),
+        ("mix665k", 2e-5, 128, 665_298, "vicuna_v1"),
+    ],
+)
+def test_the_settings_are_llavas(name: str, rate: float, batch: int, rows: int, template: str) -> None:
+    recipe = settings(ROOT / f"configs/sft/llava15_{name}.yaml")
+    train = recipe.train
+    assert (train.learning_rate, train.weight_decay, train.warmup_steps, train.max_length) == (rate, 0.0, 0.03, 2048)
+    assert train.per_device_train_batch_size * train.gradient_accumulation_steps * PROCESSES == batch
+    assert abs(train.max_steps - rows / batch) <= 1  # one pass
+    assert str(train.lr_scheduler_type.value) == "cosine" and train.bf16 and train.gradient_checkpointing
+    (flow,) = recipe.data.flows.values()
+    stage1 = template == "plain"
+    assert recipe.model.chat_template == template
+    assert (recipe.model.trains, flow.drop_questions) == (("projector", True) if stage1 else ("all", False))
+    assert (recipe.model.pad_to_square, flow.group_by_modality) == (not stage1, not stage1)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_model_is_built_at_full_size(path: Path) -> None:
+    """On the meta device: Vicuna-7B as published, SigLIP2 at 256 pixels, and a projector of two linear layers."""
+    recipe = settings(path)
+    vicuna = LlamaConfig(
+        vocab_size=32_000 + 16_384,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+    )
+    tower = VQRAEConfig(encoder_config=PUBLISHED["siglip2-so400m-p16-256"].vision_config())
+    config = UnimmLlavaConfig(vision_config=tower, text_config=vicuna, image_seq_length=256)
+    with torch.device("meta"):
+        model = UnimmLlavaForConditionalGeneration(config)
+    if recipe.model.trains == "projector":
+        train_projector_only(model)
+    model.image_tokenizer.requires_grad_(False)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    projector = 1152 * 4096 + 4096 + 4096 * 4096 + 4096
+    language_model = (
+        6_738_415_616 + 2 * 16_384 * 4096
+    )  # Llama-7B's published count, and the image rows of both matrices
+    assert learned == projector + (0 if recipe.model.trains == "projector" else language_model)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer and twenty conversations, one of them far too long."""
+    folder = tmp_path_factory.mktemp("llava15")
+    tiny_image_tokenizer().save_pretrained(folder / "runs/debug/stage2")
+    (folder / "llava").mkdir()
+    Image.new("RGB", (30, 20), "red").save(folder / "llava/red.png")
+    records: list[dict[str, Any]] = []
+    for n in range(20):
+        said = [{"from": "human", "value": "<image>\nWhat?" if n % 2 else "Hello?"}, {"from": "gpt", "value": "red"}]
+        records.append({"conversations": said} | ({"image": "red.png"} if n % 2 else {}))
+    records[4]["conversations"][0]["value"] = "long " * 200
+    (folder / "llava/talk.json").write_text(json.dumps(records))
+    return folder
+
+
+def test_both_stages_in_small(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small)
+    weights = []
+    for stage in ("pretrain", "mix665k"):
+        assert run("sft", "--config", str(ROOT / f"configs/debug/llava15_{stage}.yaml")) == 0
+        model, processor = unimm.load(f"runs/debug/llava15_{stage}")
+        weights.append({name: tensor.clone() for name, tensor in model.model.named_parameters()})
+        report = json.loads(next(Path(f"runs/debug/llava15_{stage}/data").glob("*.report.json")).read_text())
+        assert (report["rows"], report["usable"], report["with pictures"]) == (20, 20, 10)
+    assert processor.image_processor.pad_to_square
+    assert processor.chat_template != unimm.load("runs/debug/llava15_pretrain")[1].chat_template
+    assert model.config.null_prompt == processor.null_prompt_ids()
+    moved = {name.split(".")[0] for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert moved == {"language_model", "multi_modal_projector"}
+
+
+def test_a_model_comes_from_one_place() -> None:
+    config = runpy.run_path(str(ROOT / "recipes" / "sft.py"))["SFTModelConfig"]
+    for wrong in (
+        {},
+        {"llm": "a"},
+        {"init_from": "a", "llm": "b", "image_tokenizer": "c"},
+        {"init_from": "a", "llm": "b"},
+    ):
+        with pytest.raises(UserError, match="either init_from, or image_tokenizer and llm"):
+            config(**wrong)
