@@ -248,6 +248,8 @@ def test_a_flow_of_the_mixture(tmp_path: Path, pictures: Path) -> None:
     again = Mixture(config, samples_per_step=6)
     assert [int(again[n]["messages"][1]["content"][0]["text"]) for n in (71, 3, 40)] == [said[n] for n in (71, 3, 40)]
     assert again.sources[0] is stream.sources[0]  # looked through once
+    with pytest.raises(UserError, match="one step takes 41 samples and there are 40 rows"):
+        Mixture(config, samples_per_step=41)[0]
 
 
 def test_steps_hold_one_modality_and_similar_lengths() -> None:

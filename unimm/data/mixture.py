@@ -148,7 +148,7 @@ class Mixture(Dataset):
         """Row number of the flow's `rank`-th sample, counted on from pass to pass, each pass in a new order."""
         grouped = self.split == "train" and self.config.flows[self.names[k]].group_by_modality
         step = self._step_size() if grouped else 1
-        epoch, position = divmod(rank, length // step * step)
+        epoch, position = divmod(rank, length // step * step or length)
         if (k, epoch) not in self._shuffled:
             self._shuffled = {key: order for key, order in self._shuffled.items() if key[0] != k}
             rng = np.random.default_rng((self.config.seed, k, epoch))
