@@ -7,6 +7,7 @@ torchvision declares how two of its operators behave on abstract tensors, which 
 were not built; nothing here calls them. It has to happen before transformers or lmms-eval look for torchvision.
 """
 
+import importlib.util
 import runpy
 import sys
 
@@ -17,8 +18,8 @@ _LIBRARIES: list[torch.library.Library] = []  # a library that is collected take
 
 
 def declare_missing_operators() -> None:
-    """Declare the operators, once, where torch was built without CUDA."""
-    if torch.version.cuda is not None or _LIBRARIES:
+    """Declare the operators, once, where torchvision is installed and torch was built without CUDA."""
+    if torch.version.cuda is not None or _LIBRARIES or importlib.util.find_spec("torchvision") is None:
         return
     library = torch.library.Library("torchvision", "DEF")
     for name in _SCHEMAS:

@@ -63,6 +63,8 @@ class UnderstandingPlan:
         for name in ("limit", "batch_size", "default_max_new_tokens", "questions"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
+        if self.data is not None and not Path(self.data).is_dir():
+            raise UserError(f"There is no folder {self.data} with the benchmarks' data.")
         if self.limit is not None and self.limit % 2 and {"mme", "shapes_mme"} & set(self.tasks):
             raise UserError(f"limit is {self.limit}: MME asks two questions about each picture, give an even number.")
 

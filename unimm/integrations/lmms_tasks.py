@@ -230,7 +230,8 @@ def _hub(benchmark: Benchmark, owner: str) -> dict[str, Any]:
 
 def _local(benchmark: Benchmark, data: Path) -> dict[str, Any]:
     """Where a local copy lies: parquet files as on the hub, or a folder that `save_to_disk` wrote."""
-    folder = next((each for each in _folders(data) if each.name.lower() == benchmark.repository.lower()), None)
+    folders = sorted(path for path in data.iterdir() if path.is_dir())
+    folder = next((each for each in folders if each.name.lower() == benchmark.repository.lower()), None)
     if folder is None:
         raise UserError(
             f"There is no folder {benchmark.repository} in {data}: put the data of {_source(benchmark)} there."
@@ -247,12 +248,6 @@ def _local(benchmark: Benchmark, data: Path) -> dict[str, Any]:
     _check_columns(benchmark, files[0])
     paths = [str(path.resolve()) for path in files]
     return kept | {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {benchmark.split: paths}}}
-
-
-def _folders(data: Path) -> list[Path]:
-    if not data.is_dir():
-        raise UserError(f"There is no folder {data} with the benchmarks' data.")
-    return sorted(path for path in data.iterdir() if path.is_dir())
 
 
 def _source(benchmark: Benchmark) -> str:
