@@ -193,9 +193,9 @@ def hand_ai2d(pairs: list[tuple[str, Any]]) -> float:
 
 @pytest.mark.parametrize("run_name", ["script", "model"])
 def test_scores_are_the_counts_by_hand_and_lmms_evals(
-    run_name: str, by_script: Found, by_model: Found, place: Path
+    run_name: str, request: pytest.FixtureRequest, place: Path
 ) -> None:
-    found = {"script": by_script, "model": by_model}[run_name]
+    found: Found = request.getfixturevalue(f"by_{run_name}")
     ours = {name: result["scores"] for name, result in found.items()}
     theirs = {name: result["lmms_eval"] for name, result in found.items()}
     pairs = {name: answers(place / run_name, name) for name in HUB_TASKS}
