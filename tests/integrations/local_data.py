@@ -21,13 +21,13 @@ def picture(number: int) -> Image.Image:
 
 
 def mme() -> list[Row]:
-    questions = ("Is there a red circle in this image?", "Is there a blue square in this image?")
+    questions = ("Is there a red circle", "Is there a blue square")
     kinds = ("existence", "existence", "count", "commonsense_reasoning")
     return [
         {
             "question_id": f"{kind}/{number:04d}.png",
             "image": picture(number),
-            "question": f"{question} Please answer yes or no.",
+            "question": f"{question} in picture {number}? Please answer yes or no.",
             "answer": answer,
             "category": kind,
         }
@@ -41,7 +41,7 @@ def pope() -> list[Row]:
         {
             "id": str(number),
             "question_id": str(number + 1),
-            "question": f"Is there a {OPTIONS[number % 4]} in the image?",
+            "question": f"Is there a {OPTIONS[number % 4]} in picture {number}?",
             "answer": "yes" if number % 2 else "no",
             "image_source": f"COCO_val2014_{number // 3:012d}",
             "image": picture(number // 3),

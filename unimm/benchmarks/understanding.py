@@ -10,6 +10,7 @@ papers count differently, each count is named (POPE by three readings, SEED's pi
 """
 
 import argparse
+import functools
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -108,8 +109,7 @@ class _Books:
     def finish(self) -> dict[str, Any]:
         """Task -> its scores, from the records alone."""
         return {
-            name: self.stores[task].finish(lambda records, name=name: summary_of(name, records))
-            for task, name in self.names.items()
+            name: self.stores[task].finish(functools.partial(summary_of, name)) for task, name in self.names.items()
         }
 
     def _manifest(self, name: str, split: Any) -> Manifest:

@@ -181,17 +181,9 @@ class UnimmChat(ChatModel):
             raise UserError(f"--model_args has no {', '.join(sorted(unknown))}; it has {known}.")
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"--model_args dtype={dtype} is none of {', '.join(DTYPES)}.")
-        model, processor = load(pretrained, rank_device(device), None if dtype is None else getattr(torch, dtype))
+        model, processor = load(pretrained, device, None if dtype is None else getattr(torch, dtype))
         super().__init__(model, processor, batch_size=batch_size, default_max_new_tokens=default_max_new_tokens)
         _check_fingerprint(short_fingerprint(model), fingerprint)
-
-
-def rank_device(device: str | None) -> str | None:
-    """Each rank's own GPU where several ranks share a machine and no single one was asked for."""
-    local_rank = os.environ.get("LOCAL_RANK")
-    if local_rank is None or device not in (None, "cuda") or not torch.cuda.is_available():
-        return device
-    return f"cuda:{local_rank}"
 
 
 def generation_settings(
