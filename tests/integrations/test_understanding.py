@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset, DatasetDict
 
 import unimm
 from tests.conftest import ROOT
@@ -27,6 +29,7 @@ from unimm.benchmarks.understanding import HUB_TASKS, UnderstandingPlan, evaluat
 from unimm.errors import UserError
 from unimm.evaluation.records import Record, read_records
 from unimm.integrations import lmms_eval as plugin
+from unimm.integrations.lmms_tasks import write_overlays
 from unimm.mllm.answering import Answer
 
 WORDS = ("yes", "No.", "Yes, there is one", "no", "red", "two", "", "not so", "yes", "no", "NO")
@@ -76,16 +79,16 @@ class Script:
         return [Answer(say(text), len(text), 1) for text in texts]
 
 
-def scripted(loaded: Any, place: Path, folder: Path, stop: int | None = None) -> tuple[Found, int]:
+def scripted(loaded: Any, asked: UnderstandingPlan, folder: Path, stop: int | None = None) -> tuple[Found, int]:
     script = Script(stop)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugin, "answer_all", script)
-        return evaluate_understanding(*loaded, plan(place), folder), script.asked
+        return evaluate_understanding(*loaded, asked, folder), script.asked
 
 
 @pytest.fixture(scope="module")
 def by_script(loaded: Any, place: Path) -> Found:
-    return scripted(loaded, place, place / "script")[0]
+    return scripted(loaded, plan(place), place / "script")[0]
 
 
 @pytest.fixture(scope="module")
@@ -285,12 +288,12 @@ def test_lmms_evals_own_command_gives_the_same(by_model: Found, place: Path) -> 
 def test_an_interrupted_run_goes_on_where_it_stood(loaded: Any, by_script: Found, place: Path) -> None:
     total = sum(len(read_records(place / "script" / name)) for name in HUB_TASKS)
     with pytest.raises(KeyboardInterrupt):
-        scripted(loaded, place, place / "broken", stop=4)
-    found, asked = scripted(loaded, place, place / "broken")
+        scripted(loaded, plan(place), place / "broken", stop=4)
+    found, asked = scripted(loaded, plan(place), place / "broken")
     assert 0 < asked < total
     assert records_of(place / "broken") == records_of(place / "script")
     assert {name: found[name]["scores"] for name in found} == {name: by_script[name]["scores"] for name in found}
-    _, again = scripted(loaded, place, place / "broken")
+    _, again = scripted(loaded, plan(place), place / "broken")
     assert again == 0
 
 
@@ -309,6 +312,25 @@ def test_questions_about_the_picture_world(loaded: Any, place: Path) -> None:
     assert pope["plain"]["pooled"]["accuracy"] == right == pytest.approx(mme["categories"]["existence"]["acc"] / 100)
     assert pope["verdict"]["clusters"] == 6 and pope["plain"]["pooled"]["unparsed"] == 0
     assert right >= 0.5  # the default answers 96 of 100 of them
+
+
+def test_a_folder_of_save_to_disk_is_read_too(loaded: Any, by_script: Found, place: Path, tmp_path: Path) -> None:
+    table = Dataset.from_list(local_data.ai2d())
+    DatasetDict({"test": table}).save_to_disk(tmp_path / "data" / "AI2D")
+    asked = UnderstandingPlan(tasks=("ai2d",), data=str(tmp_path / "data"))
+    scripted(loaded, asked, tmp_path / "out")
+    assert read_records(tmp_path / "out" / "ai2d") == read_records(place / "script" / "ai2d")
+
+
+def test_tasks_of_the_hub_keep_everything_but_their_name_and_owner(place: Path, tmp_path: Path) -> None:
+    names = write_overlays(("gqa", "textvqa_ocr"), tmp_path, hub_owner="lmms-lab")
+    gqa, ocr = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in names)
+    assert names == ["unimm_gqa", "unimm_textvqa_ocr"] and Path(gqa.pop("include")).is_file()
+    assert gqa == {"task": "unimm_gqa", "dataset_path": "lmms-lab/GQA"}
+    assert ocr["lmms_eval_specific_kwargs"]["default"]["ocr"] is True
+    (local,) = write_overlays(("gqa",), tmp_path, data=place / "data")
+    task = yaml.safe_load((tmp_path / f"{local}.yaml").read_text())
+    assert task["process_docs"] is None and task["dataset_path"] == "parquet"  # no pictures from the hub
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ papers count differently, each count is named (POPE by three readings, SEED's pi
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,6 +113,11 @@ class _Books:
             name: self.stores[task].finish(functools.partial(summary_of, name)) for task, name in self.names.items()
         }
 
+    def close(self) -> None:
+        """Let others write the folders; what is recorded stays."""
+        for store in self.stores.values():
+            store.close()
+
     def _manifest(self, name: str, split: Any) -> Manifest:
         columns = [column for column in self.benchmarks[name].columns if not column.startswith("image")]
         plan = self.plan
@@ -164,16 +170,16 @@ def evaluate_understanding(
 
     folder = Path(folder)
     overlays = _prepare(plan, folder)
-    books = _Books(folder, plan, model, arguments or {})
-    subject = ChatModel(
-        model,
-        processor,
-        batch_size=plan.batch_size,
-        default_max_new_tokens=plan.default_max_new_tokens,
-        memory=books,
-    )
-    theirs = run_tasks(subject, [task_name(name) for name in plan.tasks], overlays, folder, plan.limit)
-    ours = books.finish()
+    with contextlib.closing(_Books(folder, plan, model, arguments or {})) as books:
+        subject = ChatModel(
+            model,
+            processor,
+            batch_size=plan.batch_size,
+            default_max_new_tokens=plan.default_max_new_tokens,
+            memory=books,
+        )
+        theirs = run_tasks(subject, [task_name(name) for name in plan.tasks], overlays, folder, plan.limit)
+        ours = books.finish()
     return {name: {"scores": ours[name], "lmms_eval": theirs.get(task_name(name), {})} for name in plan.tasks}
 
 
