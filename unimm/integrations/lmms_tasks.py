@@ -275,7 +275,7 @@ def run_tasks(model: Any, tasks: Sequence[str], overlays: Path, output: Path, li
     found = simple_evaluate(
         model=model,
         tasks=list(tasks),
-        task_manager=TaskManager(include_path=str(overlays), model_name="unimm"),
+        task_manager=TaskManager(include_path=str(overlays), include_defaults=False, model_name="unimm"),
         limit=limit,
         log_samples=False,
         bootstrap_iters=0,
