@@ -125,7 +125,7 @@ def seed() -> list[Row]:
 def mmmu() -> list[Row]:
     choice, written = "multiple-choice", "open"
     asked = [
-        ("Art_Theory_1", "Compare <image 1> with <image 2>: which is rounder?", str(list(OPTIONS)), "B", choice, 2),
+        ("Art_Theory_1", "Compare <image 1> with <image 2>: which is rounder?", str(list(OPTIONS)), "C", choice, 2),
         ("Art_Theory_2", "Which shape is in <image 1>?", "['first', 'second', 'the \"third\" one']", "C", choice, 1),
         ("Math_1", "Which of these is even, with no picture to see?", "['two', 'three']", "A", choice, 0),
         ("Math_2", "How many objects does <image 1> show?", "[]", "2", written, 1),

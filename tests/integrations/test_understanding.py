@@ -25,7 +25,7 @@ from datasets import Dataset, DatasetDict
 import unimm
 from tests.conftest import ROOT
 from tests.integrations import local_data
-from unimm.benchmarks.understanding import HUB_TASKS, UnderstandingPlan, evaluate_understanding, main
+from unimm.benchmarks.understanding import HUB_TASKS, UnderstandingPlan, evaluate_understanding
 from unimm.errors import UserError
 from unimm.evaluation.records import Record, read_records
 from unimm.integrations import lmms_eval as plugin
@@ -331,21 +331,6 @@ def test_tasks_of_the_hub_keep_everything_but_their_name_and_owner(place: Path, 
     (local,) = write_overlays(("gqa",), tmp_path, data=place / "data")
     task = yaml.safe_load((tmp_path / f"{local}.yaml").read_text())
     assert task["process_docs"] is None and task["dataset_path"] == "parquet"  # no pictures from the hub
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--tasks", "mme,vqav2"], "There is no understanding task vqav2; there are mme, pope"),
-        (["--tasks", "mme,mme"], "each of them once"),
-        (["--tasks", "mme", "--limit", "3"], "limit is 3: MME asks two questions about each picture"),
-        (["--tasks", "mme", "--data", "/nowhere"], "There is no folder /nowhere"),
-        (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
-    ],
-)
-def test_wrong_arguments_are_one_sentence(options: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        main([*options, "--output", str(tmp_path / "out"), "--device", "cpu"])
 
 
 def test_data_that_is_not_there_is_said(loaded: Any, place: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,10 +163,8 @@ def evaluate_understanding(
     Raises:
         UserError: lmms-eval is not installed, data is missing, or the folder holds a run that differs.
     """
-    try:
-        from unimm.integrations.lmms_eval import ChatModel
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'unimm[lmms]'.") from None
+    _require_lmms_eval()
+    from unimm.integrations.lmms_eval import ChatModel
     from unimm.integrations.lmms_tasks import run_tasks, task_name
 
     folder = Path(folder)
@@ -181,6 +180,11 @@ def evaluate_understanding(
         theirs = run_tasks(subject, [task_name(name) for name in plan.tasks], overlays, folder, plan.limit)
         ours = books.finish()
     return {name: {"scores": ours[name], "lmms_eval": theirs.get(task_name(name), {})} for name in plan.tasks}
+
+
+def _require_lmms_eval() -> None:
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise UserError("These benchmarks are asked by lmms-eval, which is not installed: pip install 'unimm[lmms]'.")
 
 
 def _prepare(plan: UnderstandingPlan, folder: Path) -> Path:
@@ -228,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(arguments["json"])
     given = {name: arguments[name] for name in UnderstandingPlan.__dataclass_fields__}
     plan = UnderstandingPlan(**{**given, "tasks": tuple(name.strip() for name in given["tasks"].split(","))})
+    _require_lmms_eval()
     with report.timed("load"):
         model, processor = load(arguments["model"], arguments["device"])
     with report.timed("understanding"):

@@ -148,7 +148,8 @@ class ChatModel(lmms):
             answers = answer_all(*self.subject, conversations, **settings)
             for asked, document, whole in zip(batch, documents, answers, strict=True):
                 answer = replace(whole, text=cut_at_first(whole.text, until))
-                if memory is not None:
+                # the shorter rank asks its last question again until all ranks have asked as many
+                if memory is not None and memory.recall(asked.task, asked.doc_id) is None:
                     memory.keep(asked.task, asked.doc_id, document, asked.prompt, answer)
                 yield asked, answer
 
