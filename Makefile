@@ -1,6 +1,8 @@
-# Eight words: demo, test, lint, shapes, compare, publish, bench, clean. Each installs what it needs into .venv first.
+# Nine words: demo, test, test-lmms, lint, shapes, compare, publish, bench, clean. Each installs what it needs into .venv
+# first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the default one must do without.
 PYTHON ?= python3
 VENV ?= .venv
+LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
 DEVELOPMENT := [train,eval,dev]
 # Without an NVIDIA GPU take the tested versions, which also selects the CPU build of torch.
@@ -9,7 +11,7 @@ PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test lint shapes compare publish bench clean
+.PHONY: demo test test-lmms lint shapes compare publish bench clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -17,6 +19,9 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-lmms:
+	@$(MAKE) --no-print-directory VENV=$(LMMS_VENV) DEVELOPMENT=[lmms,dev] test ARGS="tests/integrations $(ARGS)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "mllm": FOUNDATION | {"class_conditional"},
     "training": FOUNDATION | {"class_conditional"},  # a recipe hands it the processor and the panel callback
     "chat": MODELS,
-    "benchmarks": MODELS | {"chat"},
+    "benchmarks": MODELS | {"chat", "integrations"},
     "serving": MODELS | {"chat"},
     "integrations": MODELS | {"chat"},
     "cli": MODELS | FACES,

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from unimm.data.images import load_image, save_image_atomically, to_rgb
 from unimm.errors import UserError, one_line, run_main
+from unimm.mllm.answering import Conversation, chat_inputs
 
 Picture = Image.Image | str | Path
 HELP = "/image FILE shows a picture, /draw PROMPT draws one, /reset forgets, /quit ends."
@@ -36,7 +37,7 @@ class ChatSession:
     def __init__(self, model: Any, processor: Any, *, max_new_tokens: int = 256, **generation: Any) -> None:
         self.model, self.processor = model, processor
         self.generation = {"max_new_tokens": max_new_tokens, **generation}
-        self.messages: list[dict[str, Any]] = []
+        self.messages: Conversation = []
 
     def reset(self) -> None:
         """Forget everything said and shown."""
@@ -125,16 +126,8 @@ class ChatSession:
         self._remember(request, [{"type": "image", "image": picture} for picture in pictures])
         return pictures
 
-    def _inputs(self, messages: list[dict[str, Any]]) -> BatchFeature:
-        inputs = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            sanitize_control_tokens=True,
-        )
-        return inputs.to(self.model.device)
+    def _inputs(self, messages: Conversation) -> BatchFeature:
+        return chat_inputs(self.model, self.processor, [messages])
 
     def _room(self, inputs: BatchFeature, needed: int, advice: str) -> int:
         """Tokens left for the answer; at least `needed`."""

@@ -200,9 +200,10 @@ def export(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def doctor(arguments: argparse.Namespace, report: Report) -> int:
-    """Try out ten points that the tower of a model must meet; exit code 1 when one fails."""
+    """Try out ten points that the tower of a model must meet, and lmms-eval's plug-in; exit code 1 when one fails."""
     from dataclasses import asdict
 
+    from unimm.integrations.lmms_plugin import lmms_finding
     from unimm.mllm.doctor import examine
 
     findings = []
@@ -211,6 +212,10 @@ def doctor(arguments: argparse.Namespace, report: Report) -> int:
         for finding in examine(model, processor):
             report.say(finding.line())
             findings.append(asdict(finding))
+        plugin = lmms_finding(len(findings) + 1)
+        if plugin is not None:  # lmms-eval is installed
+            report.say(plugin.line())
+            findings.append(asdict(plugin))
     sound = all(finding["ok"] for finding in findings)
     report.add(findings=findings, ok=sound)
     return 0 if sound else FAILED_EXIT_CODE

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, 
 from tests.mllm import tiny
 from unimm.errors import UserError
 from unimm.mllm import UnimmLlavaForConditionalGeneration, load
-from unimm.mllm.loading import default_model_path
+from unimm.mllm.loading import default_model_path, own_device
 
 IDS = torch.tensor([[5, 6, 384, 400, 7]])
 
@@ -173,3 +173,25 @@ def test_loading_is_quiet_and_leaves_the_logger_alone(checkpoint: Path, caplog: 
     load(checkpoint)
     assert not caplog.records
     assert AutoProcessor.from_pretrained(checkpoint).image_vocab_start == 384
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "rank", "expected"),
+    [
+        (None, False, "1", "cpu"),
+        (None, True, None, "cuda:0"),
+        (None, True, "3", "cuda:3"),
+        ("cuda", True, "3", "cuda:3"),
+        ("cuda:1", True, "3", "cuda:1"),
+        ("cpu", True, "3", "cpu"),
+        ("cuda", False, None, "cuda"),
+    ],
+)
+def test_every_process_takes_its_own_gpu(
+    asked: str | None, gpus: bool, rank: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert str(own_device(asked)) == expected

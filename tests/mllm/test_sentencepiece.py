@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.mllm import tiny
+from unimm.chat import ChatSession
 from unimm.mllm import attach
+from unimm.mllm.answering import chat_inputs
 
 ROWS = 300
 
@@ -64,3 +66,15 @@ def test_it_reads_draws_and_reloads(host: Path, tmp_path: Path) -> None:
     assert reread.apply_chat_template(chat, **options)["input_ids"][0].tolist() == ids
     assert torch.equal(again.generate(**inputs, generation_mode="image", seed=1), drawn)
     assert "</s>" in reread.apply_chat_template([*chat, tiny.assistant("yes")], tokenize=False)
+
+
+def test_a_begin_token_of_the_tokenizer_stands_before_conversations_once(host: Path) -> None:
+    model, processor = attach(host, tiny.image_tokenizer())
+    chats = [[tiny.user(tiny.picture(), "is there a blue ring?")], [tiny.user("one two three")]]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    inputs = chat_inputs(model, processor, chats)
+    for row, mask, chat in zip(inputs["input_ids"], inputs["attention_mask"], chats, strict=True):
+        expected = processor.apply_chat_template(chat, **options, return_tensors="pt")["input_ids"][0]
+        assert row[mask.bool()].tolist() == expected.tolist() and expected[0] == 1
+    session = ChatSession(model, processor, max_new_tokens=3)
+    assert isinstance(session.ask(f"a {processor.boi_token} ring?"), str)

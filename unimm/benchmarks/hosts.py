@@ -29,6 +29,7 @@ from transformers.utils import is_torchvision_available
 
 from unimm.errors import UserError
 from unimm.mllm import attach
+from unimm.mllm.answering import chat_inputs
 from unimm.mllm.attach import TEXT_HOSTS
 from unimm.mllm.doctor import examine
 from unimm.mllm.export import detach
@@ -192,7 +193,7 @@ def try_pair(host_family: str, encoder: str, folder: Path) -> Row:
     model, processor = attach(host, image_tokenizer, texts)
     row["attach"] = True
     chat = _chat(_noise(), "is there a red circle?")
-    inputs = _inputs(processor, [chat])
+    inputs = chat_inputs(model, processor, [chat])
     row |= _learning(model, inputs)
     greedy: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": [], "pad_token_id": 0}
     written = model.generate(**inputs, **greedy)
@@ -245,15 +246,6 @@ def _chat(*parts: str | Image.Image) -> list[dict[str, Any]]:
     return [{"role": "user", "content": texts}]
 
 
-def _inputs(processor: Any, chats: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
-    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    padding = {"padding": True}
-    inputs: dict[str, torch.Tensor] = processor.apply_chat_template(
-        chats, add_generation_prompt=True, processor_kwargs=padding, **options
-    )
-    return inputs
-
-
 @torch.no_grad()
 def _batches(model: Any, processor: Any) -> bool:
     """Answers and drawings of one, two and no pictures are the same alone, together, and in another order."""
@@ -264,7 +256,7 @@ def _batches(model: Any, processor: Any) -> bool:
     )
 
     def made(rows: list[int], options: dict[str, Any]) -> list[list[int]]:
-        inputs = _inputs(processor, [chats[n] for n in rows])
+        inputs = chat_inputs(model, processor, [chats[n] for n in rows])
         drawing = "generation_mode" in options
         seeds = {"seed": rows} if drawing else {}
         out = model.generate(**inputs, **options, **seeds)

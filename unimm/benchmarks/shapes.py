@@ -25,6 +25,7 @@ from unimm.evaluation.answers import same_answer
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.evaluation.geneval import summary, verdict
 from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, to_uint8
+from unimm.mllm.answering import answer_all, chat_inputs
 
 PARTS = ("reconstruction", "chat", "generation")
 QUESTION_KINDS = ("existence", "color", "count", "position")
@@ -181,10 +182,7 @@ def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, s
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
         for image, question in questions
     ]
-    inputs = _inputs(model, processor, messages)
-    written = model.generate(**inputs, generation_mode="text", do_sample=False, max_new_tokens=MAX_ANSWER_TOKENS)
-    new = written[:, inputs["input_ids"].shape[1] :]
-    return [answer.strip() for answer in processor.post_process_multimodal_output(new, generation_mode="text")]
+    return [each.text for each in answer_all(model, processor, messages, max_new_tokens=MAX_ANSWER_TOKENS)]
 
 
 def _draw(
@@ -193,25 +191,13 @@ def _draw(
     """`plan.images_per_prompt` pictures of each prompt, one after the other."""
     messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
     token_ids = model.generate(
-        **_inputs(model, processor, messages),
+        **chat_inputs(model, processor, messages),
         generation_mode="image",
         num_return_sequences=plan.images_per_prompt,
         seed=list(seeds),
         **plan.sampling,
     )
     return list(processor.post_process_multimodal_output(model.decode_image_tokens(token_ids), generation_mode="image"))
-
-
-def _inputs(model: Any, processor: Any, messages: list[list[dict[str, Any]]]) -> Any:
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
-    return inputs.to(model.device)
 
 
 def _judge(prompt: Prompt, image: Image.Image) -> Row:

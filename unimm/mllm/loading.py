@@ -1,6 +1,7 @@
 """`load`: a unified model and its processor, from the default that comes with the library, a folder or the hub."""
 
 import json
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +32,7 @@ def load(
 
     Args:
         path_or_id: a folder, a hub id, or None for the default that comes with the library.
-        device: None takes the GPU when there is one.
+        device: None takes the GPU when there is one, this process's own where several share the machine.
         dtype: None is float32 on the CPU and bfloat16 elsewhere; the codebook is float32 always.
         kwargs: of `from_pretrained` (`attn_implementation`, `revision`, ...).
 
@@ -43,13 +44,22 @@ def load(
     """
     source = default_model_path() if path_or_id is None else path_or_id
     _check_source(source)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = own_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     with reading("The model", source):
         processor = AutoProcessor.from_pretrained(source)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
     _check_pair(model, processor, source)
     return model.to(place).eval(), processor
+
+
+def own_device(device: str | torch.device | None = None) -> torch.device:
+    """The device that is asked for; for None and "cuda" the GPU of this process (`LOCAL_RANK`), where there is one."""
+    if device not in (None, "cuda"):
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        return torch.device(device or "cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _check_source(source: str | Path) -> None:

@@ -1,0 +1,1 @@
+"""A package, so that one named `tests` which somebody else installed cannot take its place."""

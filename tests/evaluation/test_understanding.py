@@ -1,0 +1,102 @@
+"""Scores of the multiple-choice benchmarks against recorded verdicts and counts by hand."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from unimm.errors import UserError
+from unimm.evaluation.understanding import (
+    RULES,
+    first_letter,
+    mmbench_scores,
+    mmmu_choice,
+    mmmu_scores,
+    same_text,
+    seed_scores,
+)
+
+FIXTURES = json.loads((ROOT / "tests/fixtures/answer_parsing_cases.json").read_text())
+MMMU, SEED = FIXTURES["mmmu_multi_choice"], FIXTURES["seed_first_char"]
+
+
+@pytest.mark.parametrize("case", MMMU["cases"], ids=lambda case: repr(case["text"]))
+def test_mmmu_letters_are_those_of_its_tool_and_a_random_choice_is_none(case: dict[str, str]) -> None:
+    recorded = None if case["pred"] == "RANDOM" else case["pred"]
+    assert mmmu_choice(case["text"], MMMU["index2ans"]) == recorded
+
+
+def test_mmmu_takes_the_option_that_is_named_last() -> None:
+    assert mmmu_choice("it may be 1 cm but then rather 4 cm or so", MMMU["index2ans"]) == "D"
+    assert mmmu_choice("(D) and (B) and (A)?", MMMU["index2ans"]) == "A"
+
+
+def test_mmmu_counts_what_it_cannot_read() -> None:
+    rows = [
+        {"id": "validation_Art_Theory_1", "correct": True, "options": None},
+        {"id": "validation_Art_Theory_2", "correct": False, "options": 4},
+        {"id": "validation_Math_30", "correct": False, "options": None},
+        {"id": "validation_Math_31", "correct": False, "options": 2},
+    ]
+    assert mmmu_scores(rows) == {
+        "accuracy": 1 / 4,
+        "expected": (1 + 1 / 4 + 0 + 1 / 2) / 4,
+        "subjects": {"Art_Theory": 1 / 2, "Math": 0.0},
+        "unparsed": 2,
+    }
+
+
+@pytest.mark.parametrize("case", SEED["cases"], ids=lambda case: repr(case["text"]))
+def test_seed_reads_the_first_character(case: dict[str, str]) -> None:
+    assert first_letter(case["text"]) == case["pred"].upper()
+
+
+def test_seed_by_kind() -> None:
+    rows: list[dict[str, Any]] = [
+        {"answer": "b", "expected": "B", "data_type": "image"},
+        {"answer": "(A)", "expected": "A", "data_type": "image"},
+        {"answer": "D. ring", "expected": "D", "data_type": "video"},
+    ]
+    assert seed_scores(rows) == {"image": 1 / 2, "video": 1.0, "all": 2 / 3, "unparsed": 1}
+
+
+def rotation(index: int, choice: str | None, expected: str, category: str = "shape") -> dict[str, Any]:
+    return {"index": index, "choice": choice, "expected": expected, "category": category, "l2": "fine"}
+
+
+def test_mmbench_counts_a_question_when_every_rotation_is_right() -> None:
+    rows = [
+        rotation(3, "A", "A"),
+        rotation(1_000_003, "B", "B"),
+        rotation(5, "A", "A", "place"),
+        rotation(1_000_005, None, "B", "place"),
+        rotation(2_000_005, "C", "C", "place"),
+    ]
+    found = mmbench_scores(rows)
+    assert (found["circular"], found["per_row"], found["unparsed"]) == (50.0, 80.0, 1)
+    assert found["category"] == {"place": 0.0, "shape": 100.0} and found["l2"] == {"fine": 50.0}
+    with pytest.raises(UserError, match="question 5 is there in rotations only"):
+        mmbench_scores(rows[:2] + rows[3:])
+
+
+def test_exact_matches_ignore_case_and_punctuation_and_nothing_else() -> None:
+    assert same_text("Two-fold!", "twofold") and not same_text("two fold", "twofold")
+    assert same_text("B.", "b") and not same_text("the b", "b")
+
+
+def test_every_rule_counts_its_rows_and_clusters_what_belongs_together() -> None:
+    assert RULES["mme"].cluster({"question_id": "a"}) == "a"
+    assert RULES["pope"].cluster({"image": "i"}) == "i"
+    assert RULES["mmbench"].cluster({"index": 2_000_007}) == 7
+    assert RULES["gqa"].cluster({"item": "000001"}) == "000001"
+    verdicts = {
+        "mme": {"answer": "Yes", "expected": "yes"},
+        "pope": {"answer": "No, there is none", "expected": "no"},
+        "mmbench": {"choice": "A", "expected": "A"},
+        "seed": {"answer": "c) ring", "expected": "C"},
+        "mmmu": {"correct": True},
+        "ai2d": {"score": 1.0},
+    }
+    for name, row in verdicts.items():
+        assert RULES[name].verdict(row) == 1, name

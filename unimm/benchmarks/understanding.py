@@ -1,0 +1,254 @@
+"""The understanding benchmarks, as lmms-eval asks them: MME, POPE, GQA, TextVQA, MMBench, SEED, MMMU, AI2D.
+
+    python eval/lmms.py --model PATH --tasks mme,pope --output runs/und               # data from the hub
+    python eval/lmms.py --model PATH --data /data/benchmarks --output runs/und        # from local folders
+    python eval/lmms.py --tasks shapes_pope,shapes_mme --questions 300          # questions about the picture world
+
+Special here: every answer is on disk the moment it is given, with all that its score needs, so a killed run goes on
+where it stood, and the scores are a function of these records. They stand beside lmms-eval's own figures, and where
+papers count differently, each count is named (POPE by three readings, SEED's pictures and all, MME's two halves).
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from unimm.benchmarks.shapes_questions import write_shapes_questions
+from unimm.benchmarks.store import Manifest, Record, RunStore, content_sha256, processes
+from unimm.errors import UserError
+from unimm.evaluation.bootstrap import bootstrap_mean
+from unimm.evaluation.understanding import RULES
+from unimm.mllm import load
+from unimm.mllm.answering import Answer
+from unimm.provenance import git_commit, model_fingerprint, package_versions
+from unimm.report import Report
+
+HUB_TASKS = ("mme", "pope", "gqa", "textvqa", "textvqa_ocr", "mmbench", "seed", "mmmu", "ai2d")
+SHAPES_TASKS = ("shapes_mme", "shapes_pope")
+
+
+@dataclass(frozen=True)
+class UnderstandingPlan:
+    """What is asked, and of which data.
+
+    Args:
+        tasks: names of HUB_TASKS or SHAPES_TASKS.
+        data: a folder with one folder per benchmark; None takes them from the hub.
+        hub_owner: of the benchmarks' repositories on the hub.
+        limit: the first documents of each task only.
+        batch_size: conversations in one forward; the answers do not depend on it.
+        default_max_new_tokens: longest answer where a task does not say.
+        questions: about the picture world, for SHAPES_TASKS.
+        seed: of these questions.
+    """
+
+    tasks: tuple[str, ...] = HUB_TASKS
+    data: str | None = None
+    hub_owner: str = "lmms-lab-encoder"
+    limit: int | None = None
+    batch_size: int = 8
+    default_max_new_tokens: int = 64
+    questions: int = 300
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = (*HUB_TASKS, *SHAPES_TASKS)
+        if unknown := [name for name in self.tasks if name not in known]:
+            raise UserError(f"There is no understanding task {', '.join(unknown)}; there are {', '.join(known)}.")
+        if len(set(self.tasks)) != len(self.tasks) or not self.tasks:
+            raise UserError(f"Name at least one task and each of them once, not {', '.join(self.tasks) or 'none'}.")
+        for name in ("limit", "batch_size", "default_max_new_tokens", "questions"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1.")
+        if self.data is not None and not Path(self.data).is_dir():
+            raise UserError(f"There is no folder {self.data} with the benchmarks' data.")
+        if self.limit is not None and self.limit % 2 and {"mme", "shapes_mme"} & set(self.tasks):
+            raise UserError(f"limit is {self.limit}: MME asks two questions about each picture, give an even number.")
+
+
+class _Books:
+    """The answers of each task in the store of its own; what the model remembers (`integrations.lmms_eval.Memory`)."""
+
+    def __init__(self, folder: Path, plan: UnderstandingPlan, model: Any, arguments: Mapping[str, Any]) -> None:
+        from unimm.integrations.lmms_tasks import BENCHMARKS, task_name
+
+        self.folder, self.plan, self.arguments = folder, plan, dict(arguments)
+        self.weights, self.dtype = model_fingerprint(model), str(model.dtype).removeprefix("torch.")
+        self.names = {task_name(name): name for name in plan.tasks}
+        self.benchmarks = BENCHMARKS
+        self.stores: dict[str, RunStore] = {}
+        self.known: dict[tuple[str, int], Answer] = {}
+
+    def begin(self, documents: Mapping[str, Any]) -> None:
+        """Open every task's folder, on all processes in one order."""
+        for task, name in self.names.items():
+            split = documents[task][self.benchmarks[name].split]
+            store = RunStore.open(self.folder / name, self._manifest(name, split))
+            self.stores[task] = store
+            for record in store.records():
+                said = record.raw_scores
+                self.known[task, int(record.item)] = Answer(said["answer"], said["prompt_tokens"], said["new_tokens"])
+
+    def recall(self, task: str, doc_id: int) -> Answer | None:
+        return self.known.get((task, doc_id))
+
+    def keep(self, task: str, doc_id: int, document: Mapping[str, Any], prompt: str, answer: Answer) -> None:
+        name = self.names[task]
+        row = self.benchmarks[name].row(document, answer.text)
+        verdict = RULES[name].verdict(row | {"item": doc_id})
+        said = {"answer": row.pop("answer"), "prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens}
+        self.stores[task].append(
+            Record(name, f"{doc_id:06d}", inputs={"prompt": prompt, **row}, raw_scores=said, verdict=verdict)
+        )
+        self.known[task, doc_id] = answer
+
+    def finish(self) -> dict[str, Any]:
+        """Task -> its scores, from the records alone."""
+        return {
+            name: self.stores[task].finish(functools.partial(summary_of, name)) for task, name in self.names.items()
+        }
+
+    def close(self) -> None:
+        """Let others write the folders; what is recorded stays."""
+        for store in self.stores.values():
+            store.close()
+
+    def _manifest(self, name: str, split: Any) -> Manifest:
+        columns = [column for column in self.benchmarks[name].columns if not column.startswith("image")]
+        plan = self.plan
+        return Manifest(
+            bench=name,
+            prompts_sha256=content_sha256(split.select_columns(columns)),
+            seed=plan.seed,
+            settings={
+                "protocol": "lmms-eval",
+                "definition": self.benchmarks[name].definition,
+                "limit": plan.limit,
+                "default_max_new_tokens": plan.default_max_new_tokens,
+                "dtype": self.dtype,
+            },
+            weights={"model": self.weights},
+            versions=package_versions() | {"lmms-eval": importlib.metadata.version("lmms-eval")},
+            arguments=self.arguments,
+        )
+
+
+def summary_of(name: str, records: Sequence[Record]) -> dict[str, Any]:
+    """The scores of a task; the interval of the mean verdict of an answer, `verdict`; how many answers, how long."""
+    rows = [{"item": record.item, **record.inputs, **record.raw_scores} for record in records]
+    rule = RULES[name]
+    interval = bootstrap_mean([float(rule.verdict(row)) for row in rows], [rule.cluster(row) for row in rows])
+    length = sum(row["new_tokens"] for row in rows) / len(rows)
+    return {**rule.scores(rows), "verdict": interval._asdict(), "answers": len(rows), "mean_new_tokens": length}
+
+
+def evaluate_understanding(
+    model: Any, processor: Any, plan: UnderstandingPlan, folder: str | Path, arguments: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Ask all tasks of the plan; an unfinished run in `folder` goes on.
+
+    Args:
+        folder: gets one run folder per task, the task files and what the tasks write themselves.
+        arguments: for the manifest, how the run was started.
+
+    Returns:
+        task -> {"scores": ours, from the records; "lmms_eval": its own figures, empty but on the main process}.
+
+    Raises:
+        UserError: lmms-eval is not installed, data is missing, or the folder holds a run that differs.
+    """
+    _require_lmms_eval()
+    from unimm.integrations.lmms_eval import ChatModel
+    from unimm.integrations.lmms_tasks import run_tasks, task_name
+
+    folder = Path(folder)
+    overlays = _prepare(plan, folder)
+    with contextlib.closing(_Books(folder, plan, model, arguments or {})) as books:
+        subject = ChatModel(
+            model,
+            processor,
+            batch_size=plan.batch_size,
+            default_max_new_tokens=plan.default_max_new_tokens,
+            memory=books,
+        )
+        theirs = run_tasks(subject, [task_name(name) for name in plan.tasks], overlays, folder, plan.limit)
+        ours = books.finish()
+    return {name: {"scores": ours[name], "lmms_eval": theirs.get(task_name(name), {})} for name in plan.tasks}
+
+
+def _require_lmms_eval() -> None:
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise UserError("These benchmarks are asked by lmms-eval, which is not installed: pip install 'unimm[lmms]'.")
+
+
+def _prepare(plan: UnderstandingPlan, folder: Path) -> Path:
+    """Write the task files, and the questions about the picture world where they are asked, on the main process."""
+    from unimm.integrations.lmms_tasks import write_overlays
+
+    overlays, state = folder / "tasks", processes()
+    if state.is_main_process:
+        made = [name for name in plan.tasks if name in SHAPES_TASKS]
+        if made:
+            write_shapes_questions(folder / "data", plan.questions, plan.seed)
+            write_overlays(made, overlays, data=folder / "data")
+        named = [name for name in plan.tasks if name not in SHAPES_TASKS]
+        write_overlays(named, overlays, data=plan.data, hub_owner=plan.hub_owner)
+    state.wait_for_everyone()
+    return overlays
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python eval/lmms.py`, and `unimm eval und`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a unified model; the default comes with the library")
+    parser.add_argument(
+        "--tasks", default=",".join(HUB_TASKS), help=f"default {','.join(HUB_TASKS)}; also shapes_mme,shapes_pope"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="a folder with MME, POPE, GQA, textvqa, ...; the hub unless given"
+    )
+    parser.add_argument(
+        "--hub-owner", default=UnderstandingPlan.hub_owner, help="of the repositories; default %(default)s"
+    )
+    parser.add_argument(
+        "--output", default="runs/und", metavar="DIR", help="a run folder per task; default %(default)s"
+    )
+    parser.add_argument("--limit", type=int, help="the first N documents of each task")
+    for name in ("batch_size", "default_max_new_tokens", "questions", "seed"):
+        default = getattr(UnderstandingPlan, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
+    parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
+    arguments = vars(parser.parse_args(argv))
+    report = Report(arguments["json"])
+    given = {name: arguments[name] for name in UnderstandingPlan.__dataclass_fields__}
+    plan = UnderstandingPlan(**{**given, "tasks": tuple(name.strip() for name in given["tasks"].split(","))})
+    _require_lmms_eval()
+    with report.timed("load"):
+        model, processor = load(arguments["model"], arguments["device"])
+    with report.timed("understanding"):
+        found = evaluate_understanding(model, processor, plan, arguments["output"], arguments)
+    if not processes().is_main_process:
+        return
+    for name, result in found.items():
+        report.say("\n".join([name, *_lines(result["scores"]), *_lines(result["lmms_eval"], "lmms-eval: ")]))
+    report.add(understanding=found, plan=asdict(plan), model=arguments["model"] or "default", commit=git_commit())
+    report.write()
+
+
+def _lines(scores: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """One line per number, nested names joined by dots."""
+    for name, value in scores.items():
+        if isinstance(value, Mapping):
+            yield from _lines(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"  {prefix}{name:<40} {value:10.4f}"
