@@ -21,6 +21,7 @@ import numpy as np
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
 # The 80 COCO classes in COCO's order; the benchmark renames three (computer mouse, tv remote, computer keyboard).
 _COCO_NAMES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
