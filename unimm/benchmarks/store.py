@@ -103,6 +103,18 @@ class RunStore:
         missing = [key for key in self._expected if key not in self.done]
         return missing[self._state.process_index :: self._state.num_processes]
 
+    def split_blocks(self, keys: Iterable[Key], size: int) -> list[list[Key]]:
+        """`split` for what is computed in batches: blocks of `size` neighbours among all keys, shared out whole.
+
+        A block of which something is missing comes whole, so that a batch, on whose company the last bit of a product
+        depends, is the same for any number of processes and after any interruption. Only what is missing is appended.
+        """
+        keys = list(keys)
+        self.split(keys)
+        blocks = [keys[start : start + size] for start in range(0, len(keys), size)]
+        todo = [block for block in blocks if not self.done.issuperset(block)]
+        return todo[self._state.process_index :: self._state.num_processes]
+
     def append(self, record: Record, *, seconds: float | None = None) -> None:
         """Write one record to disk at once, with the `seconds` that it took.
 
