@@ -27,7 +27,7 @@ MUTATIONS = {
     "counting threshold for counting only": ('if metadata["tag"] == "counting" else', 'if metadata["tag"] else'),
     "exclude from its count": ("if len(objects.get(name, [])) >= count:", "if len(objects.get(name, [])) > count:"),
     "failed groups are no target": ("groups.append(None if reason else found)", "groups.append(found)"),
-    "sorted by confidence": ("scored.sort(key=lambda pair: -pair[0])", "pass"),
+    "sorted by confidence": ("scored.sort(key=lambda found: -found.score)", "pass"),
     "the most confident ones": ('[: wanted["count"]]', '[-wanted["count"] :]'),
     "enough of them": ("if len(found) < count:", "if len(found) < count - 1:"),
     "every object in the colour": ("if seen.count(color) < count:", "if False:"),
@@ -45,12 +45,11 @@ MUTATIONS = {
 
 
 @pytest.fixture(scope="module")
-def recorded(request: pytest.FixtureRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def recorded(unimm_data: Data) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The recorded pictures, each with its prompt, and the recorded pairs of boxes."""
-    data: Data = request.getfixturevalue("unimm_data")
 
     def lines(name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in data(f"evaldata/fixtures/{name}").read_text().splitlines()]
+        return [json.loads(line) for line in unimm_data(f"evaldata/fixtures/{name}").read_text().splitlines()]
 
     prompts = official_prompts()
     cases = [case | {"prompt": prompts[case["meta_index"]]} for case in lines("geneval_synthetic_cases.jsonl")]

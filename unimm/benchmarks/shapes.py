@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from unimm.benchmarks.drawing import chat_inputs, draw_prompts
 from unimm.data.shapes import SHAPES, TAGS, Prompt, render, sample_prompt, sample_questions, sample_scene
 from unimm.data.shapes.detector import detect
 from unimm.errors import UserError
@@ -132,7 +133,7 @@ def evaluate_generation(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
     rows = []
     for batch in _progress(jobs, max(1, plan.batch_size // plan.images_per_prompt), "generation"):
         texts, seeds = [prompt.prompt for _, prompt, _ in batch], [seed for *_, seed in batch]
-        pictures = _draw(model, processor, texts, seeds, plan)
+        pictures = draw_prompts(model, processor, texts, seeds, plan.images_per_prompt, **plan.sampling)
         for index, image in enumerate(pictures):
             group, prompt, _ = batch[index // plan.images_per_prompt]
             rows.append(_judge(prompt, image) | {"group": group})
@@ -181,37 +182,10 @@ def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, s
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
         for image, question in questions
     ]
-    inputs = _inputs(model, processor, messages)
+    inputs = chat_inputs(model, processor, messages)
     written = model.generate(**inputs, generation_mode="text", do_sample=False, max_new_tokens=MAX_ANSWER_TOKENS)
     new = written[:, inputs["input_ids"].shape[1] :]
     return [answer.strip() for answer in processor.post_process_multimodal_output(new, generation_mode="text")]
-
-
-def _draw(
-    model: Any, processor: Any, prompts: Sequence[str], seeds: Sequence[int], plan: ShapesPlan
-) -> list[Image.Image]:
-    """`plan.images_per_prompt` pictures of each prompt, one after the other."""
-    messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
-    token_ids = model.generate(
-        **_inputs(model, processor, messages),
-        generation_mode="image",
-        num_return_sequences=plan.images_per_prompt,
-        seed=list(seeds),
-        **plan.sampling,
-    )
-    return list(processor.post_process_multimodal_output(model.decode_image_tokens(token_ids), generation_mode="image"))
-
-
-def _inputs(model: Any, processor: Any, messages: list[list[dict[str, Any]]]) -> Any:
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
-    return inputs.to(model.device)
 
 
 def _judge(prompt: Prompt, image: Image.Image) -> Row:

@@ -20,7 +20,7 @@ class Subject:
     processor: Any = None
 
 
-def load_subject(path: str | Path | None = None) -> Subject:
+def load_subject(path: str | Path | None = None, device: str | None = None) -> Subject:
     """Load a unified model (None: the default of the library) or the folder of an image tokenizer, ready to use.
 
     Raises:
@@ -28,7 +28,7 @@ def load_subject(path: str | Path | None = None) -> Subject:
     """
     if path is not None and _is_image_tokenizer(Path(path)):
         return Subject(*load_with_processor(path))
-    model, processor = load(path)
+    model, processor = load(path, device)
     return Subject(model.image_tokenizer, processor.image_processor, model, processor)
 
 

@@ -139,6 +139,17 @@ def compare_by_tag(
     return result | {"all": compare(verdicts, people)}
 
 
+def agreement_table(rows: Mapping[str, Comparison]) -> str:
+    """For a person: one line per tag with agreement, kappa and the four cells of the confusion."""
+    titles = ("pictures", "agree", "kappa", "both", "people", "scorer", "neither")
+    lines = ["  " + " " * 14 + "".join(f"{title:>10}" for title in titles)]
+    for tag, row in rows.items():
+        cells = (row.both_right, row.only_people, row.only_scorer, row.both_wrong)
+        numbers = f"{row.pictures:>10}{row.agreement:>10.3f}{row.kappa:>10.3f}"
+        lines.append(f"  {tag:<14}{numbers}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
 def cohens_kappa(a: np.ndarray, b: np.ndarray) -> float:
     """Agreement of two yes/no raters beyond chance; 1 where both always say the same one thing, and 0 for chance."""
     observed = float((a == b).mean())
