@@ -99,12 +99,14 @@ def test_generation_of_an_oracle(monkeypatch: pytest.MonkeyPatch, draws_what_is_
     asked = {p.prompt: p for tag in (*TAGS, None) for p in held_out_prompts(PLAN, tag)}
     rng = np.random.default_rng(0)
 
-    def draw(model: Any, processor: Any, prompts: list[str], seeds: list[int], plan: ShapesPlan) -> list[Image.Image]:
+    def draw(
+        model: Any, processor: Any, prompts: list[str], seeds: list[int], count: int, **sampling: Any
+    ) -> list[Image.Image]:
         if not draws_what_is_asked:
-            return [Image.new("RGB", (64, 64), "white")] * (len(prompts) * plan.images_per_prompt)
-        return [render(scene_for(rng, asked[prompt])) for prompt in prompts for _ in range(plan.images_per_prompt)]
+            return [Image.new("RGB", (64, 64), "white")] * (len(prompts) * count)
+        return [render(scene_for(rng, asked[prompt])) for prompt in prompts for _ in range(count)]
 
-    monkeypatch.setattr(shapes, "_draw", draw)
+    monkeypatch.setattr(shapes, "draw_prompts", draw)
     scores, rows = evaluate_generation(None, None, PLAN)
     assert scores == dict.fromkeys((*TAGS, "overall", "withheld"), score)
     assert len(rows) == 7 * PLAN.prompts * PLAN.images_per_prompt
@@ -116,11 +118,13 @@ def test_pictures_are_judged_by_their_own_prompt(monkeypatch: pytest.MonkeyPatch
     asked = {p.prompt: p for tag in (*TAGS, None) for p in held_out_prompts(PLAN, tag)}
     rng = np.random.default_rng(0)
 
-    def draw(model: Any, processor: Any, prompts: list[str], seeds: list[int], plan: ShapesPlan) -> list[Image.Image]:
+    def draw(
+        model: Any, processor: Any, prompts: list[str], seeds: list[int], count: int, **sampling: Any
+    ) -> list[Image.Image]:
         white = Image.new("RGB", (64, 64), "white")
         return [picture for prompt in prompts for picture in (render(scene_for(rng, asked[prompt])), white)]
 
-    monkeypatch.setattr(shapes, "_draw", draw)
+    monkeypatch.setattr(shapes, "draw_prompts", draw)
     for size in (1, 4, 7, 64):
         scores, _ = evaluate_generation(None, None, ShapesPlan(prompts=2, images_per_prompt=2, batch_size=size))
         assert set(scores.values()) == {0.5}

@@ -149,6 +149,17 @@ def test_a_run_killed_while_it_finishes(
     assert result(tmp_path / "run") == undisturbed
 
 
+def test_blocks_come_whole_until_nothing_of_them_is_missing(tmp_path: Path) -> None:
+    keys: list[Key] = [("a", sample) for sample in range(5)]
+    with RunStore.open(tmp_path, MANIFEST) as store:
+        assert store.split_blocks(keys, 2) == [keys[:2], keys[2:4], keys[4:]]
+        for key in (keys[0], keys[2], keys[3]):
+            store.append(Record("toy", *key))
+        assert store.split_blocks(keys, 2) == [keys[:2], keys[4:]]
+        with pytest.raises(UserError, match="2 of 5 samples .* have no record: a #1, a #4"):
+            store.finish(len)  # type: ignore[arg-type]
+
+
 def test_order_does_not_matter(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     measure(tmp_path, KEYS[::-1])
     assert result(tmp_path) == undisturbed

@@ -21,10 +21,10 @@ from unimm.data.shapes import (
 )
 from unimm.data.shapes.datasets import ShapesPictures
 from unimm.data.shapes.prompts import scene_for, split_of
-from unimm.data.shapes.words import NUMBERS, plural, with_article
 from unimm.data.shapes.world import DISTANCES, MAX_RADIUS, MIN_BORDER, MIN_GAP, MIN_RADIUS
 from unimm.errors import UserError
 from unimm.evaluation.geneval import relative_position, verdict
+from unimm.evaluation.words import NUMBERS, plural, with_article
 
 
 @pytest.fixture

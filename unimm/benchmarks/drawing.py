@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from unimm.mllm.answering import chat_inputs
+
 
 @torch.inference_mode()
 def draw_prompts(
@@ -32,17 +34,3 @@ def draw_prompts(
         **sampling,
     )
     return list(processor.post_process_multimodal_output(model.decode_image_tokens(token_ids), generation_mode="image"))
-
-
-def chat_inputs(model: Any, processor: Any, messages: list[list[dict[str, Any]]]) -> Any:
-    """Conversations as one batch, padded on the left; markers that somebody typed stay plain text."""
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        sanitize_control_tokens=True,
-        processor_kwargs={"padding": True},
-    )
-    return inputs.to(model.device)

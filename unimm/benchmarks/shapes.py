@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from unimm.benchmarks.drawing import draw_prompts
 from unimm.data.shapes import SHAPES, TAGS, Prompt, render, sample_prompt, sample_questions, sample_scene
 from unimm.data.shapes.detector import detect
 from unimm.errors import UserError
@@ -25,7 +26,7 @@ from unimm.evaluation.answers import same_answer
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.evaluation.geneval import summary, verdict
 from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, to_uint8
-from unimm.mllm.answering import answer_all, chat_inputs
+from unimm.mllm.answering import answer_all
 
 PARTS = ("reconstruction", "chat", "generation")
 QUESTION_KINDS = ("existence", "color", "count", "position")
@@ -133,7 +134,7 @@ def evaluate_generation(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
     rows = []
     for batch in _progress(jobs, max(1, plan.batch_size // plan.images_per_prompt), "generation"):
         texts, seeds = [prompt.prompt for _, prompt, _ in batch], [seed for *_, seed in batch]
-        pictures = _draw(model, processor, texts, seeds, plan)
+        pictures = draw_prompts(model, processor, texts, seeds, plan.images_per_prompt, **plan.sampling)
         for index, image in enumerate(pictures):
             group, prompt, _ = batch[index // plan.images_per_prompt]
             rows.append(_judge(prompt, image) | {"group": group})
@@ -183,21 +184,6 @@ def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, s
         for image, question in questions
     ]
     return [each.text for each in answer_all(model, processor, messages, max_new_tokens=MAX_ANSWER_TOKENS)]
-
-
-def _draw(
-    model: Any, processor: Any, prompts: Sequence[str], seeds: Sequence[int], plan: ShapesPlan
-) -> list[Image.Image]:
-    """`plan.images_per_prompt` pictures of each prompt, one after the other."""
-    messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
-    token_ids = model.generate(
-        **chat_inputs(model, processor, messages),
-        generation_mode="image",
-        num_return_sequences=plan.images_per_prompt,
-        seed=list(seeds),
-        **plan.sampling,
-    )
-    return list(processor.post_process_multimodal_output(model.decode_image_tokens(token_ids), generation_mode="image"))
 
 
 def _judge(prompt: Prompt, image: Image.Image) -> Row:

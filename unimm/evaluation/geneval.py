@@ -21,6 +21,7 @@ import numpy as np
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
 # The 80 COCO classes in COCO's order; the benchmark renames three (computer mouse, tv remote, computer keyboard).
 _COCO_NAMES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
@@ -44,9 +45,12 @@ class Verdict(NamedTuple):
     counts: dict[str, int]
 
 
-class _Object(NamedTuple):
-    box: np.ndarray  # [4] float32
+class FoundObject(NamedTuple):
+    """A detection that counts: `box` is [4] in float32."""
+
+    box: np.ndarray
     color: str | None
+    score: np.float32
 
 
 def relative_position(box_a: Box, box_b: Box, threshold: float = 0.1) -> set[str]:
@@ -101,9 +105,9 @@ def verdict(
         ValueError: a label is neither an index into `class_names` nor one of them.
     """
     limit = counting_threshold if metadata["tag"] == "counting" else threshold
-    objects = _select(detections, class_names, limit=limit, max_objects=max_objects, max_overlap=max_overlap)
+    objects = select_objects(detections, class_names, limit=limit, max_objects=max_objects, max_overlap=max_overlap)
     reasons: list[str] = []
-    groups: list[list[_Object] | None] = []  # per include entry its objects, None where it failed
+    groups: list[list[FoundObject] | None] = []  # per include entry its objects, None where it failed
     for wanted in metadata["include"]:
         found = objects.get(wanted["class"], [])[: wanted["count"]]
         reason = _first_failure(wanted, found, groups, position_threshold)
@@ -142,27 +146,27 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return scores | {"overall": overall, "correct_images": images, "correct_prompts": prompts}
 
 
-def _select(
+def select_objects(
     detections: Iterable[Mapping[str, Any]],
     class_names: Sequence[str],
     *,
     limit: float,
     max_objects: int,
     max_overlap: float,
-) -> dict[str, list[_Object]]:
-    """Confident detections per class, the most confident first (equal scores keep their order)."""
+) -> dict[str, list[FoundObject]]:
+    """Detections above the confidence `limit` per class, the most confident first (equal scores keep their order)."""
     names = set(class_names)
-    by_class: dict[str, list[tuple[np.float32, _Object]]] = defaultdict(list)
+    by_class: dict[str, list[FoundObject]] = defaultdict(list)
     for detection in detections:
         name, score = _class_name(detection["label"], class_names, names), np.float32(detection["score"])
         if score > np.float32(limit):
-            found = _Object(np.asarray(detection["box"], dtype=np.float32), detection.get("color"))
-            by_class[name].append((score, found))
+            box = np.asarray(detection["box"], dtype=np.float32)
+            by_class[name].append(FoundObject(box, detection.get("color"), score))
     selected = {}
     for name, scored in by_class.items():
-        scored.sort(key=lambda pair: -pair[0])
-        kept: list[_Object] = []
-        for _, candidate in scored[:max_objects]:
+        scored.sort(key=lambda found: -found.score)
+        kept: list[FoundObject] = []
+        for candidate in scored[:max_objects]:
             if max_overlap == 1 or all(box_iou(candidate.box, other.box) < max_overlap for other in kept):
                 kept.append(candidate)
         selected[name] = kept
@@ -180,7 +184,10 @@ def _class_name(label: int | str, class_names: Sequence[str], names: set[str]) -
 
 
 def _first_failure(
-    wanted: Mapping[str, Any], found: list[_Object], groups: list[list[_Object] | None], position_threshold: float
+    wanted: Mapping[str, Any],
+    found: list[FoundObject],
+    groups: list[list[FoundObject] | None],
+    position_threshold: float,
 ) -> str | None:
     """Why `found` does not fulfil one include entry, in GenEval's words; None when it does."""
     name, count = wanted["class"], wanted["count"]

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unimm.data.shapes.words import NUMBERS, enumeration, plural, with_article
 from unimm.data.shapes.world import (
     BACKGROUNDS,
     COLORS,
@@ -24,12 +23,12 @@ from unimm.data.shapes.world import (
     sample_scene,
 )
 from unimm.errors import UserError
-from unimm.evaluation.geneval import TAGS, relative_position
+from unimm.evaluation.geneval import RELATIONS, TAGS, relative_position
+from unimm.evaluation.words import NUMBERS, enumeration, plural, with_article
 
 Split = Literal["train", "test"]
 Rules = tuple[dict[str, Any], ...]
 
-RELATIONS = ("left of", "right of", "above", "below")
 OPENINGS = tuple(
     f"{article} {noun} of"
     for article, noun in (

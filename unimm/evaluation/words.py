@@ -1,4 +1,4 @@
-"""English for the picture world: articles, plurals, numbers and lists."""
+"""English for prompts and questions: articles, GenEval's plurals, numbers and lists."""
 
 from collections.abc import Sequence
 
