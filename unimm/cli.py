@@ -1,4 +1,4 @@
-"""The command `unimm`: demo, chat, generate, reconstruct; encoders, attach, detach, export, doctor.
+"""The command `unimm`: demo, chat, generate, reconstruct; encoders, attach, detach, export, doctor; eval.
 
 The first four take `--model PATH` (default: the embedded model); all take `--json FILE` (`-` = standard output): one
 JSON object with what was done and the seconds it took. What a person got wrong is one line on standard error and exit
@@ -221,6 +221,15 @@ def doctor(arguments: argparse.Namespace, report: Report) -> int:
     return 0 if sound else FAILED_EXIT_CODE
 
 
+def evaluate(arguments: argparse.Namespace, report: Report) -> None:
+    """Run a suite of measurements on a model, or write the page of a finished run."""
+    from unimm.benchmarks.suites import REPORT, run_suite
+
+    if arguments.suite != REPORT:  # a page needs no model, and not the seconds that importing transformers takes
+        _quiet_libraries()
+    run_suite(arguments.suite, arguments.rest)
+
+
 def _new_folder(path: str) -> Path:
     output = Path(path)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -282,6 +291,8 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; `parse_args` gives the chosen function as `command`."""
+    from unimm.benchmarks.suites import ALL, SUITES
+
     parser = _Parser(prog="unimm", description="One model that understands pictures and draws them.")
     parser.add_argument("--version", action="version", version=f"unimm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -337,6 +348,11 @@ def build_parser() -> argparse.ArgumentParser:
         each.add_argument(
             "model", nargs="?", metavar="PATH", default=argparse.SUPPRESS, help="the same as --model PATH"
         )
+
+    measure = commands.add_parser("eval", help=_summary(evaluate), description=_summary(evaluate))
+    measure.add_argument("suite", choices=[*SUITES, ALL], metavar="SUITE", help=", ".join([*SUITES, ALL]))
+    measure.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="unimm eval SUITE --help lists them")
+    measure.set_defaults(command=evaluate, json=None)
     return parser
 
 
@@ -344,13 +360,17 @@ def _command(
     commands: Any, function: Callable[[argparse.Namespace, Report], int | None], model: bool = True
 ) -> argparse.ArgumentParser:
     """A sub-command named after its function, with what all of them take; `model`: those that load one."""
-    summary = (function.__doc__ or "").partition("\n")[0]
+    summary = _summary(function)
     parser: argparse.ArgumentParser = commands.add_parser(function.__name__, help=summary, description=summary)
     if model:
         parser.add_argument("--model", metavar="PATH", help="a model folder or name (default: the embedded model)")
     parser.add_argument("--json", metavar="FILE", help="report as one JSON object; - for standard output")
     parser.set_defaults(command=function)
     return parser
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
 
 
 def _whole_number(text: str) -> int:

@@ -213,6 +213,15 @@ def test_two_processes_are_refused_together(tmp_path: Path) -> None:
     two_ranks(tmp_path / "run", failing=True)
 
 
+def test_batches_stay_together(tmp_path: Path) -> None:
+    """A batch with a missing key is done as a whole, by one process."""
+    with RunStore.open(tmp_path, MANIFEST) as store:
+        for item, sample in (KEYS[0], KEYS[5], *KEYS[8:12]):
+            store.append(Record("toy", item, sample))
+        assert store.split(KEYS[:20], together=4) == [*KEYS[1:5], *KEYS[6:8], *KEYS[12:20]]
+        assert store.split(KEYS[20:], together=4) == KEYS[20:]
+
+
 # ---- one writer --------------------------------------------------------------------------------------------------
 
 

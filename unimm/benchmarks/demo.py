@@ -4,9 +4,7 @@ Three parts from one seed: originals beside what their ids give back, questions 
 The prompts are of the picture world's test split. Pictures are data URIs, so the page can be moved or mailed.
 """
 
-import base64
 import html
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -22,6 +20,7 @@ from tqdm import tqdm
 from unimm.chat import ChatSession
 from unimm.data.shapes import TAGS, Prompt, Scene, Turn, render, sample_conversation, sample_prompt, sample_scene
 from unimm.evaluation.answers import same_answer
+from unimm.evaluation.page import base_style, data_uri
 from unimm.provenance import write_atomically
 from unimm.report import timed
 
@@ -103,6 +102,7 @@ def write_page(result: DemoResult, folder: str | Path, *, title: str, seed: int)
     score = result.score()
     page = Template(resources.files("unimm.benchmarks").joinpath("demo.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
+        style=base_style(),
         seed=seed,
         pairs="\n".join(_pair(original, copy) for original, copy in result.pairs),
         talks="\n".join(_conversation(image, talk) for image, talk in result.talks),
@@ -129,10 +129,7 @@ def _talk(
 
 
 def _picture(image: Image.Image, alt: str) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt, quote=True)}">'
+    return f'<img src="{data_uri(image)}" alt="{html.escape(alt, quote=True)}">'
 
 
 def _pair(original: Image.Image, copy: Image.Image) -> str:

@@ -100,10 +100,14 @@ class PictureSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batches(self, size: int) -> Iterator[list[tuple[str, Image.Image]]]:
-        """(name, picture) pairs, `size` at a time, in order."""
+    def batches(
+        self, size: int, wanted: Callable[[Sequence[str]], bool] = bool
+    ) -> Iterator[list[tuple[str, Image.Image]]]:
+        """(name, picture) pairs, `size` at a time, in order; a batch whose names are not `wanted` is not read."""
         for start in range(0, len(self), size):
-            yield [(self.names[i], self.load(i)) for i in range(start, min(start + size, len(self)))]
+            names = self.names[start : start + size]
+            if wanted(names):
+                yield [(name, self.load(start + i)) for i, name in enumerate(names)]
 
 
 def picture_set(source: str, count: int | None = None, seed: int | None = None) -> PictureSet:

@@ -4,7 +4,7 @@ Special here: the pictures are cut by a named protocol (`unimm.benchmarks.pictur
 8-bit pictures, and each picture has a row of its own: the figures are means over the rows, with their standard errors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from unimm.benchmarks.pictures import PROTOCOLS, Protocol, picture_set
+from unimm.benchmarks.pictures import PROTOCOLS, PictureSet, Protocol, picture_set
 from unimm.data.pictures import to_array
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
@@ -59,6 +59,10 @@ class ReconstructionPlan:
     @property
     def rules(self) -> Protocol:
         return PROTOCOLS[self.protocol]
+
+    def pictures(self) -> PictureSet:
+        """The set that is measured, in its order. Raises UserError where it cannot be had."""
+        return picture_set(self.source, self.num_images, None if self.num_images is None else self.seed)
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ def evaluate_pictures(
         rows += batch.rows()
         if on_batch is not None:
             on_batch(batch)
+    return summarized(rows, usage)
+
+
+def summarized(rows: list[Row], usage: CodebookUsage) -> Reconstructions:
+    """The scores of a whole set from the rows of its pictures and the count of all their ids."""
     means = {name: [row[name] for row in rows] for name in rows[0] if name != "name"}
     scores = {name: float(np.mean(values)) for name, values in means.items()}
     errors = {name: float(np.std(values, ddof=1) / len(rows) ** 0.5) for name, values in means.items() if len(rows) > 1}
@@ -123,13 +132,16 @@ def compared_pictures(
     plan: ReconstructionPlan,
     reference: ImageTokenizer | None = None,
     lpips: LPIPS | None = None,
+    wanted: Callable[[Sequence[str]], bool] = bool,
 ) -> Iterator[Compared]:
-    """Every picture of the plan's set beside its reconstruction, batch by batch."""
+    """Every picture of the plan's set beside its reconstruction, batch by batch; only the batches whose names are
+    `wanted`."""
     size, patch_size = tokenizer.config.image_size, tokenizer.config.patch_size
-    pictures = picture_set(plan.source, plan.num_images, None if plan.num_images is None else plan.seed)
+    pictures = plan.pictures()
     patches = raw_patch_codebook(plan, size, patch_size) if plan.kmeans_source else None
     with tqdm(total=len(pictures), desc="pictures") as bar:
-        for batch in pictures.batches(plan.batch_size):
+        for batch in pictures.batches(plan.batch_size, wanted):
+            bar.update(len(batch))
             images = [plan.rules.cut(image, size) for _, image in batch]
             pixel_values = image_processor(images=images, return_tensors="pt").pixel_values.to(tokenizer.device)
             encoded = tokenizer.encode(pixel_values)
@@ -152,7 +164,6 @@ def compared_pictures(
                 theirs = reference.features(pixel_values)
                 values["feature_cosine"] = F.cosine_similarity(encoded.features, theirs, dim=-1).mean(dim=1)
             yield Compared([name for name, _ in batch], originals, drawn, encoded.ids, values)
-            bar.update(len(batch))
 
 
 def _scored(

@@ -8,7 +8,7 @@ not a confidence: whatever it accepts counts for the rules, in counting prompts 
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unimm.benchmarks.drawing import draw_prompts
+from unimm.benchmarks.reconstruction import HIGHEST_PSNR
 from unimm.data.shapes import SHAPES, TAGS, Prompt, render, sample_prompt, sample_questions, sample_scene
 from unimm.data.shapes.detector import detect
 from unimm.errors import UserError
@@ -26,7 +27,9 @@ from unimm.evaluation.answers import same_answer
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.evaluation.geneval import summary, verdict
 from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, to_uint8
+from unimm.evaluation.records import Key
 from unimm.mllm.answering import answer_all
+from unimm.typed import plain
 
 PARTS = ("reconstruction", "chat", "generation")
 QUESTION_KINDS = ("existence", "color", "count", "position")
@@ -35,6 +38,10 @@ MAX_ANSWER_TOKENS = 16
 DRAWS_PER_PROMPT = 200  # tries for each new distinct prompt before one may repeat
 
 Row = dict[str, Any]
+Shown = tuple[Row, dict[str, Image.Image]]
+"""A row and its pictures: `original`, `drawn`."""
+Wanted = Callable[[Sequence[Key]], bool]
+"""Whether a batch of these keys is to be done."""
 Scored = tuple[dict[str, float], list[Row]]
 T = TypeVar("T")
 
@@ -68,6 +75,10 @@ class ShapesPlan:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
+    @property
+    def prompts_at_once(self) -> int:
+        return max(1, self.batch_size // self.images_per_prompt)
+
     def rng(self, *names: str) -> np.random.Generator:
         """Random numbers of one part; training seeds its scenes by small numbers and never meets them."""
         return np.random.default_rng([self.seed, self.number(*names)])
@@ -78,69 +89,116 @@ class ShapesPlan:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2
 
 
-@torch.inference_mode()
 def evaluate_reconstruction(tokenizer: Any, image_processor: Any, plan: ShapesPlan) -> Scored:
-    """Pictures through their ids and back.
+    """Pictures through their ids and back: `reconstruction_scores`, and one row per compared picture."""
+    rows = _rows(reconstructions(tokenizer, image_processor, plan))
+    scores = reconstruction_scores(rows, tokenizer.config.codebook_size)
+    return scores, [{name: row[name] for name in row if name != "ids"} for row in rows if "correct" in row]
 
-    Returns the scores (agreement, the share of scenes from whose reconstruction the detector reads the same colours
-    and shapes as from the original; psnr and psnr_mean_color in dB; ssim; codebook_use; perplexity), and one row per
-    compared picture.
-    """
+
+@torch.inference_mode()
+def reconstructions(
+    tokenizer: Any, image_processor: Any, plan: ShapesPlan, wanted: Wanted = bool
+) -> Iterator[list[Shown]]:
+    """Rows with the `ids` of every picture; those that are compared say what the detector reads on both sides."""
     rng = plan.rng("reconstruction")
-    total = max(plan.num_scenes, plan.codebook_scenes)
-    scenes = (sample_scene(rng) for _ in range(total))
-    usage, rows = CodebookUsage(tokenizer.config.codebook_size), list[Row]()
-    for batch in _progress(scenes, plan.batch_size, "reconstruction", total):
-        images = [render(scene) for scene in batch]
+    keys = [(f"reconstruction/{index:05}", 0) for index in range(max(plan.num_scenes, plan.codebook_scenes))]
+    both_sides = set(keys[: plan.num_scenes])
+    scenes = ((key, sample_scene(rng)) for key in keys)
+    for batch in _progress(scenes, plan.batch_size, "reconstruction", len(keys)):
+        if not wanted([key for key, _ in batch]):
+            continue
+        images = [render(scene) for _, scene in batch]
         pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].to(tokenizer.device)
         ids = tokenizer.encode(pixel_values).ids
-        usage.update(ids)
-        if wanted := min(len(batch), plan.num_scenes - len(rows)):
-            originals = tokenizer.denormalize(pixel_values[:wanted].float())
-            rows += _compare(originals, tokenizer.decode(ids[:wanted]), tokenizer.config.grid)
-    scores = {"agreement": _mean(row["correct"] for row in rows)}
-    scores |= {name: _mean(row[name] for row in rows) for name in ("psnr", "psnr_mean_color", "ssim")}
-    return scores | {"codebook_use": usage.use, "perplexity": usage.perplexity}, rows
+        shown: list[Shown] = [(_row(key, ids=codes), {}) for (key, _), codes in zip(batch, ids.tolist(), strict=True)]
+        if compared := sum(key in both_sides for key, _ in batch):
+            originals = tokenizer.denormalize(pixel_values[:compared].float())
+            pairs = _compare(originals, tokenizer.decode(ids[:compared]), tokenizer.config.grid)
+            shown[:compared] = [(row | found, pair) for (row, _), (found, pair) in zip(shown, pairs, strict=False)]
+        yield shown
+
+
+def reconstruction_scores(rows: Iterable[Row], codebook_size: int) -> dict[str, float]:
+    """agreement, the share of scenes from whose reconstruction the detector reads the same colours and shapes as from
+    the original; psnr and psnr_mean_color in dB; ssim; codebook_use and perplexity of all ids."""
+    rows, usage = list(rows), CodebookUsage(codebook_size)
+    usage.update(torch.tensor([row["ids"] for row in rows]))
+    compared = [row for row in rows if "correct" in row]
+    scores = {"agreement": _mean(row["correct"] for row in compared)}
+    scores |= {name: _mean(row[name] for row in compared) for name in ("psnr", "psnr_mean_color", "ssim")}
+    return scores | {"codebook_use": usage.use, "perplexity": usage.perplexity}
+
+
+def evaluate_chat(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
+    """Questions about fresh scenes, answered greedily: accuracy per kind, and one row per question."""
+    rows = _rows(answers(model, processor, plan))
+    return chat_scores(rows), rows
 
 
 @torch.inference_mode()
-def evaluate_chat(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
-    """Questions about fresh scenes, answered greedily: accuracy per kind, and one row per question."""
+def answers(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -> Iterator[list[Shown]]:
+    """A row per question."""
     asked = []
     for kind in QUESTION_KINDS:
         rng = plan.rng("chat", kind)
-        asked += [sample_questions(rng, kind) for _ in range(plan.questions)]
-    rows = []
+        asked += [((f"chat/{kind}/{i:04}", 0), sample_questions(rng, kind)) for i in range(plan.questions)]
     for batch in _progress(asked, plan.batch_size, "chat"):
-        answers = _answer(model, processor, [(render(scene), turn.question) for scene, turn in batch])
-        for (_, turn), answer in zip(batch, answers, strict=True):
-            row = {"kind": turn.kind, "question": turn.question, "answer": answer, "expected": turn.answer}
-            rows.append(row | {"correct": same_answer(answer, turn.answer)})
-    return {kind: _mean(row["correct"] for row in rows if row["kind"] == kind) for kind in QUESTION_KINDS}, rows
+        if not wanted([key for key, _ in batch]):
+            continue
+        pictures = [render(scene) for _, (scene, _) in batch]
+        questions = [(picture, turn.question) for picture, (_, (_, turn)) in zip(pictures, batch, strict=True)]
+        shown: list[Shown] = []
+        for (key, (_, turn)), (picture, _), answer in zip(
+            batch, questions, _answer(model, processor, questions), strict=True
+        ):
+            row = _row(key, kind=turn.kind, question=turn.question, answer=answer, expected=turn.answer)
+            shown.append((row | {"correct": same_answer(answer, turn.answer)}, {"original": picture}))
+        yield shown
+
+
+def chat_scores(rows: Iterable[Row]) -> dict[str, float]:
+    """Accuracy per kind of question."""
+    rows = list(rows)
+    return {kind: _mean(row["correct"] for row in rows if row["kind"] == kind) for kind in QUESTION_KINDS}
+
+
+def evaluate_generation(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
+    """Held-out prompts drawn and judged by GenEval's rules: `generation_scores`, and one row per picture."""
+    rows = _rows(drawings(model, processor, plan))
+    return generation_scores(rows), rows
 
 
 @torch.inference_mode()
-def evaluate_generation(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
-    """Held-out prompts drawn and judged by GenEval's rules.
-
-    Returns the mean per tag, `overall` (the mean of the six), `withheld`, and one row per picture.
-    """
+def drawings(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -> Iterator[list[Shown]]:
+    """A row per picture."""
     groups = {tag: held_out_prompts(plan, tag) for tag in TAGS} | {WITHHELD: held_out_prompts(plan, None)}
     jobs = [
-        (group, prompt, plan.number("generation", group, str(index)))
+        (group, index, prompt, plan.number("generation", group, str(index)))
         for group, prompts in groups.items()
         for index, prompt in enumerate(prompts)
     ]
-    rows = []
-    for batch in _progress(jobs, max(1, plan.batch_size // plan.images_per_prompt), "generation"):
-        texts, seeds = [prompt.prompt for _, prompt, _ in batch], [seed for *_, seed in batch]
+    for batch in _progress(jobs, plan.prompts_at_once, "generation"):
+        keys = [
+            (f"generation/{group}/{index:03}", k) for group, index, *_ in batch for k in range(plan.images_per_prompt)
+        ]
+        if not wanted(keys):
+            continue
+        texts, seeds = [prompt.prompt for *_, prompt, _ in batch], [seed for *_, seed in batch]
         pictures = draw_prompts(model, processor, texts, seeds, plan.images_per_prompt, **plan.sampling)
-        for index, image in enumerate(pictures):
-            group, prompt, _ = batch[index // plan.images_per_prompt]
-            rows.append(_judge(prompt, image) | {"group": group})
+        shown: list[Shown] = []
+        for index, (key, image) in enumerate(zip(keys, pictures, strict=True)):
+            group, _, prompt, seed = batch[index // plan.images_per_prompt]
+            shown.append((_row(key, seed=seed, group=group) | _judge(prompt, image), {"drawn": image}))
+        yield shown
+
+
+def generation_scores(rows: Iterable[Row]) -> dict[str, float]:
+    """The mean per tag, `overall` (the mean of the six) and `withheld`."""
+    rows = list(rows)
     by_tag = summary([row for row in rows if row["group"] != WITHHELD])
     withheld = _mean(row["correct"] for row in rows if row["group"] == WITHHELD)
-    return {name: by_tag[name] for name in (*TAGS, "overall")} | {WITHHELD: withheld}, rows
+    return {name: by_tag[name] for name in (*TAGS, "overall")} | {WITHHELD: withheld}
 
 
 def held_out_prompts(plan: ShapesPlan, tag: str | None) -> list[Prompt]:
@@ -161,20 +219,30 @@ def read_objects(image: Image.Image | np.ndarray) -> Counter[tuple[str, str]]:
     return Counter((item.color, item.shape) for item in detect(image))
 
 
-def _compare(originals: torch.Tensor, pixels: torch.Tensor, grid: tuple[int, int]) -> Iterator[Row]:
+def _rows(batches: Iterable[list[Shown]]) -> list[Row]:
+    return [row for batch in batches for row, _ in batch]
+
+
+def _row(key: Key, **fields: Any) -> Row:
+    item, sample = key
+    return {"item": item, "sample": sample, **fields}
+
+
+def _compare(originals: torch.Tensor, pixels: torch.Tensor, grid: tuple[int, int]) -> Iterator[Shown]:
     """One row per pair of pictures [B, 3, H, W]; both are rounded to 8 bits, as files would be."""
     originals, pixels = to_uint8(originals), to_uint8(pixels)
     reference, decoded = originals.float() / 255, pixels.float() / 255
     painted = to_uint8(mean_color_per_patch(reference, reference.shape[-2] // grid[0])).float() / 255
     metrics = {
-        "psnr": psnr(decoded, reference),
+        "psnr": psnr(decoded, reference).clamp(max=HIGHEST_PSNR),
         "psnr_mean_color": psnr(painted, reference),
         "ssim": ssim(decoded, reference),
     }
     for index, (before, after) in enumerate(zip(_arrays(originals), _arrays(pixels), strict=True)):
         expected, found = read_objects(before), read_objects(after)
         row: Row = {"correct": found == expected, "expected": _names(expected), "found": _names(found)}
-        yield row | {name: float(values[index]) for name, values in metrics.items()}
+        pair = {"original": Image.fromarray(before), "drawn": Image.fromarray(after)}
+        yield row | {name: float(values[index]) for name, values in metrics.items()}, pair
 
 
 def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, str]]) -> list[str]:
@@ -191,7 +259,7 @@ def _judge(prompt: Prompt, image: Image.Image) -> Row:
     judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
     found = _names(Counter((item["color"], item["label"]) for item in detections))
     row = {"tag": prompt.tag, "prompt": prompt.prompt, "correct": judged.correct}
-    return row | {"reasons": judged.reasons, "found": found}
+    return row | {"reasons": judged.reasons, "found": found, "detections": plain(detections)}
 
 
 def _arrays(pictures: torch.Tensor) -> np.ndarray:

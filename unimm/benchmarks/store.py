@@ -95,13 +95,22 @@ class RunStore:
         state.wait_for_everyone()  # nobody appends while another still reads what is done
         return store
 
-    def split(self, keys: Iterable[Key]) -> list[Key]:
-        """Of all `keys` of the run, those that this process has to do. `finish` requires every one of them."""
-        self._expected = list(keys)
+    def split(self, keys: Iterable[Key], *, together: int = 1) -> list[Key]:
+        """Of `keys`, those that this process has to do. `finish` requires every key that any call was given.
+
+        Args:
+            together: keys are cut into batches of so many, in their order, and a batch with a missing key is done by
+                one process: who computes whole batches then gives each sample the company that it always has, and the
+                last bit of a product does not depend on interruptions and processes.
+        """
+        keys = list(keys)
+        self._expected = [*(self._expected or []), *keys]
         if doubled := sorted(key for key, count in Counter(self._expected).items() if count > 1):
             raise ValueError(f"a key stands for one sample, but these come twice: {_listed(doubled)}")
-        missing = [key for key in self._expected if key not in self.done]
-        return missing[self._state.process_index :: self._state.num_processes]
+        batches = [keys[start : start + together] for start in range(0, len(keys), together)]
+        missing = [[key for key in batch if key not in self.done] for batch in batches]
+        mine = [batch for batch in missing if batch][self._state.process_index :: self._state.num_processes]
+        return [key for batch in mine for key in batch]
 
     def split_blocks(self, keys: Iterable[Key], size: int) -> list[list[Key]]:
         """`split` for what is computed in batches: blocks of `size` neighbours among all keys, shared out whole.
@@ -123,9 +132,8 @@ class RunStore:
         """
         if record.bench != self.manifest.bench or record.key in self.done:
             raise ValueError(f"{record.bench} {record.key} is not missing in this run of {self.manifest.bench}")
-        if record.output_path is not None and Path(record.output_path).is_relative_to(self.folder):
-            inside = Path(record.output_path).relative_to(self.folder).as_posix()
-            record = dataclasses.replace(record, output_path=inside)
+        if record.output_path is not None:
+            record = dataclasses.replace(record, output_path=self.inside(record.output_path))
         self._write(f"{PARTS}/rank-{self._state.process_index}.jsonl", to_line(record))
         self.done.add(record.key)
         if seconds is not None:
@@ -145,11 +153,17 @@ class RunStore:
                     raise UserError(f"{self.folder} holds two different records of {record.key}: start anew.")
         return [found[key] for key in sorted(found)]
 
-    def image_path(self, item: str, sample: int = 0) -> Path:
-        """Where the picture of a sample goes; a file name on any system, and another one for every item."""
+    def image_path(self, item: str, sample: int = 0, *, role: str = "") -> Path:
+        """Where the picture of a sample goes, or one of another `role` beside it; a file name on any system, and
+        another one for every item."""
         readable = re.sub(r"[^a-z0-9]+", "-", item.lower()).strip("-")[:60] or "item"
         digest = hashlib.blake2b(item.encode(), digest_size=4).hexdigest()
-        return self.folder / IMAGES / f"{readable}-{digest}-{sample}.png"
+        return self.folder / IMAGES / f"{readable}-{digest}-{sample}{f'-{role}' if role else ''}.png"
+
+    def inside(self, path: str | Path) -> str:
+        """The path as records keep it: relative to the folder where it lies inside."""
+        within = Path(path).is_relative_to(self.folder)
+        return Path(path).relative_to(self.folder).as_posix() if within else str(path)
 
     def finish(self, summarize: Summarize) -> dict[str, Any]:
         """Merge what all processes have recorded, write records.jsonl and summary.json, and close; gives the summary.

@@ -121,6 +121,17 @@ def verdict(
     return Verdict(not reasons, reasons, {name: len(group) for name, group in objects.items()})
 
 
+def failed_rule(reason: str) -> str | None:
+    """Which rule a reason of `verdict` speaks of: too few, too many, color or position; None for another text."""
+    if reason.startswith("no target for ") or (reason.startswith("expected ") and " target, found" in reason):
+        return "position"
+    if not (reason.startswith("expected ") and ", found " in reason):
+        return None
+    if "; and " in reason:
+        return "color"
+    return "too few" if ">=" in reason else "too many"
+
+
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Scores of many judged pictures, each a mapping with `tag`, `prompt` and `correct`.
 

@@ -28,9 +28,11 @@ class Record:
     Args:
         bench, item, sample: whose it is; see the module.
         seed: what it was drawn or answered with.
-        inputs: what was asked: `prompt`, `tag`, metadata, the original's path.
+        inputs: what was asked. Reports read `prompt` or `question`, `tag`, `part` (of a benchmark that measures
+            several things), `cluster` (what makes samples alike; default: the item) and `original_path` (a picture).
         output_path: the picture, relative to the run's folder where it lies inside.
-        raw_scores: everything measured or detected, before any rule.
+        raw_scores: everything measured or detected, before any rule; `detections` have `label`, `box` (xyxy) and
+            `score`.
         verdict: what the rule says, None where there is none to say.
         reason: why not, one line per failed rule.
         judge: `name`, `version`, `sha256` of the model that judged; empty for a rule that needs none.
@@ -74,7 +76,7 @@ class Manifest:
 
     def differences(self, other: "Manifest") -> list[str]:
         """The dotted keys that decide results and differ, each with both values."""
-        mine, theirs = (dict(_leaves(plain(manifest))) for manifest in (self, other))
+        mine, theirs = (dict(leaves(plain(manifest))) for manifest in (self, other))
         keys = [key for key in dict.fromkeys([*mine, *theirs]) if not key.startswith("arguments.")]
         return [
             f"{key} ({json.dumps(mine.get(key))}, now {json.dumps(theirs.get(key))})"
@@ -135,10 +137,10 @@ def read_records(folder: str | Path) -> list[Record]:
     return list(parse_lines(path))
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in nested mappings."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
+            yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))
     else:
         yield prefix, tree

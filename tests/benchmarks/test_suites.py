@@ -1,0 +1,173 @@
+"""`unimm eval`: suites by name; a run that is kept gives the figures of one that is not, and goes on after a kill."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import PartialState
+from PIL import Image
+
+from tests.mllm.tiny import image_tokenizer, unified
+from unimm.benchmarks import store as store_module
+from unimm.benchmarks.commands import shapes as shapes_command
+from unimm.benchmarks.shapes import ShapesPlan
+from unimm.benchmarks.suites import ALL, SUITES
+from unimm.cli import main
+from unimm.evaluation.records import read_manifest, read_records
+from unimm.tokenizer import ImageTokenizerProcessor
+
+SIZES = ["--num-scenes=3", "--codebook-scenes=5", "--questions=2", "--prompts=1", "--images-per-prompt=2"]
+
+
+@pytest.fixture(autouse=True)
+def one_process() -> None:
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    for part in unified():
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = image_tokenizer()
+    tokenizer.save_pretrained(folder)
+    ImageTokenizerProcessor.for_tokenizer(tokenizer.config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        Image.fromarray(rng.integers(0, 256, (33, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def scored(path: Path, *sections: str) -> dict[str, dict[str, float]]:
+    written = json.loads(path.read_text())
+    return {section: written[section] for section in sections}
+
+
+def run_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("records.jsonl", "summary.json")}
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the store takes so many records and no more."""
+    append, taken = store_module.RunStore.append, []
+
+    def limited(self: store_module.RunStore, record: store_module.Record) -> None:
+        if len(taken) == count:
+            raise Killed
+        taken.append(record.key)
+        append(self, record)
+
+    monkeypatch.setattr(store_module.RunStore, "append", limited)
+
+
+def test_tok_keeps_its_pictures_goes_on_and_repeats_itself(
+    tokenizer_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["eval", "tok", "--model", str(tokenizer_folder), "--source", str(pictures), "--num-images", "0"]
+    assert main([*command, "--json", str(tmp_path / "plain.json")]) == 0
+    assert main([*command, "--output", str(tmp_path / "run"), "--json", str(tmp_path / "kept.json")]) == 0
+    plain, kept = (scored(tmp_path / name, "reconstruction") for name in ("plain.json", "kept.json"))
+    assert plain == kept
+    assert json.loads((tmp_path / "run/summary.json").read_text())["reconstruction"] == plain["reconstruction"]
+    records = read_records(tmp_path / "run")
+    assert [record.item for record in records] == [f"{index}.png" for index in range(5)]
+    for record in records:
+        assert record.output_path is not None
+        sides = [Image.open(tmp_path / "run" / path) for path in (record.inputs["original_path"], record.output_path)]
+        error = np.square(np.subtract(*(np.asarray(side) / 255 for side in sides))).mean()
+        assert record.raw_scores["psnr"] == pytest.approx(-10 * np.log10(error), abs=1e-4)
+    with monkeypatch.context() as patch:
+        kill_after(2, patch)
+        with pytest.raises(Killed):
+            main([*command, "--output", str(tmp_path / "again")])
+    assert main(["eval", "tok", "--from", str(tmp_path / "run"), "--output", str(tmp_path / "again")]) == 0
+    assert run_files(tmp_path / "again") == run_files(tmp_path / "run")
+
+
+def test_tok_in_a_folder_of_another_run_is_one_line(
+    tokenizer_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", "tok", "--model", str(tokenizer_folder), "--source", str(pictures), "--num-images", "0"]
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main([*command, "--output", str(tmp_path), "--protocol", "torchvision"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("unimm: error: ") and 'settings.protocol.crop ("adm", now "torchvision")' in error
+
+
+def test_shapes_keeps_its_pictures_and_goes_on(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = ("reconstruction", "chat", "generation")
+    command = ["eval", "shapes", "--model", str(model_folder), *SIZES, "--batch-size=4"]
+    assert main([*command, "--json", str(tmp_path / "plain.json")]) == 0
+    with monkeypatch.context() as patch:
+        kill_after(9, patch)
+        with pytest.raises(Killed):
+            main([*command, "--output", str(tmp_path / "run")])
+    assert main([*command, "--output", str(tmp_path / "run"), "--json", str(tmp_path / "kept.json")]) == 0
+    assert scored(tmp_path / "kept.json", *parts) == scored(tmp_path / "plain.json", *parts)
+    assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+    assert run_files(tmp_path / "whole") == run_files(tmp_path / "run")
+    records = read_records(tmp_path / "run")
+    plan = ShapesPlan(num_scenes=3, codebook_scenes=5, questions=2, prompts=1, images_per_prompt=2, batch_size=4)
+    expected = [key for part in parts for key in shapes_command.part_keys(part, plan)[0]]
+    assert sorted(expected) == [record.key for record in records]
+    drawn = [record for record in records if record.item.startswith("generation/")]
+    assert all(record.verdict or record.reason for record in drawn)
+    assert all("detections" in record.raw_scores and record.inputs["prompt"] for record in drawn)
+    assert {record.inputs["part"] for record in drawn} == {"generation", "withheld"}
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["eval", "report", str(tmp_path / "run"), "--output", str(page), "--json", "-"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    by_name = {(score["part"], score["name"]): score for score in written["scores"]}
+    summary = scored(tmp_path / "kept.json", *parts)
+    assert by_name["generation", "correct"]["value"] == pytest.approx(summary["generation"]["overall"])
+    assert by_name["withheld", "correct"]["value"] == pytest.approx(summary["generation"]["withheld"])
+    assert by_name["reconstruction", "psnr"]["value"] == pytest.approx(summary["reconstruction"]["psnr"])
+    assert by_name["chat", "correct"]["value"] == pytest.approx(np.mean(list(summary["chat"].values())))
+    assert page.read_text().count("<article") == 3 + 8 + 14
+    assert read_manifest(tmp_path / "run").arguments["parts"] == ",".join(parts)
+
+
+def test_every_suite_can_be_imported_and_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for place in SUITES.values():
+        module, _, function = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    assert ", ".join([*SUITES, ALL]) in " ".join(capsys.readouterr().out.split())
+    assert main(["eval", "taste"]) == 2
+    assert "invalid choice: 'taste'" in capsys.readouterr().err
+
+
+def test_all_runs_every_suite_and_says_which_did_not(
+    tokenizer_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer alone can be measured on pictures; it cannot draw."""
+    arguments = ["--model", str(tokenizer_folder), "--output", str(tmp_path), "--source", str(pictures)]
+    assert main(["eval", "all", *arguments]) == 2
+    assert "holds 5 pictures and 1000 are asked for" in capsys.readouterr().err
+    assert main(["eval", "all", *arguments, "--num-images", "0"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "1 of 2 suites did not run: shapes: " in error and "cannot answer or draw" in error
+    assert (tmp_path / "tok/report.html").exists() and not (tmp_path / "shapes").exists()

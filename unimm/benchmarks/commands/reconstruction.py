@@ -1,0 +1,221 @@
+"""The command that measures an image tokenizer on real pictures: `unimm eval tok`, eval/reconstruction.py."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unimm.benchmarks.feature_spaces import TokenizerSpace, load_space
+from unimm.benchmarks.generation import PairedSets
+from unimm.benchmarks.pictures import PROTOCOLS
+from unimm.benchmarks.reconstruction import (
+    ReconstructionPlan,
+    Reconstructions,
+    compared_pictures,
+    evaluate_pictures,
+    summarized,
+)
+from unimm.benchmarks.run_arguments import add_run_arguments, parse_run, recorded_arguments
+from unimm.benchmarks.store import Manifest, Record, RunStore, content_sha256
+from unimm.benchmarks.subject import Subject, load_subject
+from unimm.data.images import load_image, save_image_atomically
+from unimm.data.pictures import to_array
+from unimm.evaluation.codebook import CodebookUsage
+from unimm.evaluation.distributions import PRDC_NEIGHBOURS
+from unimm.perceptual_networks import LPIPS, load_lpips
+from unimm.provenance import git_commit, model_fingerprint
+from unimm.report import Report
+from unimm.tokenizer import ImageTokenizer
+from unimm.weights import file_sha256
+
+BENCH = "reconstruction"
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    """Parse, load, measure, report."""
+    arguments = parse_run(_parser(description), argv, bench=BENCH)
+    report = Report(arguments.json)
+    plan = ReconstructionPlan(
+        arguments.source,
+        arguments.num_images or None,
+        arguments.kmeans_source,
+        seed=arguments.seed,
+        protocol=arguments.protocol,
+        score_size=arguments.score_size,
+    )
+    with report.timed("load"):
+        subject = load_subject(arguments.model)
+        reference = load_subject(arguments.reference).tokenizer if arguments.reference else None
+        lpips = load_lpips(arguments.lpips_trunk, arguments.lpips_heads) if arguments.lpips_trunk else None
+        named = load_space(arguments.inception, arguments.fd_encoder)
+    space = named or TokenizerSpace(reference or subject.tokenizer, original=reference is not None)
+    sets = PairedSets(space)
+    with report.timed("reconstruction"):
+        if arguments.output is None:
+            found = evaluate_pictures(
+                subject.tokenizer,
+                subject.image_processor,
+                plan,
+                reference,
+                on_batch=lambda batch: sets.add(batch.originals, batch.drawn),
+                lpips=lpips,
+            )
+        else:
+            manifest = _manifest(subject, plan, reference, arguments)
+            found = recorded_pictures(subject, plan, reference, arguments.output, manifest, sets=sets, lpips=lpips)
+    distances: dict[str, Any] | None = None
+    if named is not None or len(found.rows) > PRDC_NEIGHBOURS:
+        distances = sets.figures()
+    else:
+        report.say(f"{len(found.rows)} pictures are no distribution: the sets are not compared.")
+    for name, value in found.scores.items():
+        error = f" ± {found.errors[name]:.4f}" if name in found.errors else ""
+        report.say(f"{name:<22} {value:10.4f}{error}")
+    for name, value in (distances or {}).items():
+        report.say(f"{name:<22} {value:10.4f}")
+    report.say(f"{space.name}: sha256 {space.describe()['sha256']}")
+    if lpips is not None:
+        trunk = file_sha256(arguments.lpips_trunk)
+        report.say(f"lpips_vgg: sha256 of the trunk {trunk}")
+        report.add(lpips={"network": "vgg16", "trunk_sha256": trunk})
+    report.add(
+        distances=distances,
+        space=space.describe(),
+        reconstruction=found.scores,
+        standard_errors=found.errors,
+        source=plan.source,
+        num_images=len(found.rows),
+        protocol=_protocol(plan),
+        seed=plan.seed,
+        commit=git_commit(),
+    )
+    report.write()
+
+
+def recorded_pictures(
+    subject: Subject,
+    plan: ReconstructionPlan,
+    reference: ImageTokenizer | None,
+    folder: str,
+    manifest: Manifest,
+    *,
+    sets: PairedSets,
+    lpips: LPIPS | None = None,
+) -> Reconstructions:
+    """As `evaluate_pictures`, with every picture recorded in `folder`; an interrupted run goes on. `sets` sees all
+    pictures as they were kept."""
+    with RunStore.open(folder, manifest) as store:
+        todo = set(store.split([(name, 0) for name in plan.pictures().names], together=plan.batch_size))
+        batches = compared_pictures(
+            subject.tokenizer,
+            subject.image_processor,
+            plan,
+            reference,
+            lpips,
+            wanted=lambda names: any((name, 0) in todo for name in names),
+        )
+        for batch in batches:
+            for index, row in enumerate(batch.rows()):
+                name = row.pop("name")
+                if (name, 0) not in todo:
+                    continue
+                original = save_image_atomically(
+                    Image.fromarray(batch.originals[index]), store.image_path(name, role="original")
+                )
+                drawn = save_image_atomically(Image.fromarray(batch.drawn[index]), store.image_path(name))
+                own = CodebookUsage(subject.tokenizer.config.codebook_size)
+                own.update(batch.ids[index])
+                store.append(
+                    Record(
+                        BENCH,
+                        name,
+                        seed=plan.seed,
+                        inputs={"original_path": store.inside(original)},
+                        output_path=str(drawn),
+                        raw_scores=row | {"entropy_of_picture": own.entropy, "ids": batch.ids[index].tolist()},
+                    )
+                )
+        size = subject.tokenizer.config.codebook_size
+        store.finish(lambda records: _summary(records, size))
+        records = store.records()
+        for start in range(0, len(records), plan.batch_size):
+            batch = records[start : start + plan.batch_size]
+            originals = [store.folder / record.inputs["original_path"] for record in batch]
+            drawings = [store.folder / str(record.output_path) for record in batch]
+            sets.add(to_array([load_image(path) for path in originals]), to_array([load_image(p) for p in drawings]))
+        return _reconstructions(records, size)
+
+
+def _reconstructions(records: list[Record], codebook_size: int) -> Reconstructions:
+    usage = CodebookUsage(codebook_size)
+    usage.update(torch.tensor([record.raw_scores["ids"] for record in records]))
+    rows = [
+        {"name": record.item} | {name: value for name, value in record.raw_scores.items() if name not in _OWN}
+        for record in records
+    ]
+    return summarized(rows, usage)
+
+
+_OWN = ("ids", "entropy_of_picture")  # of one picture, and no mean of the set's
+
+
+def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:
+    found = _reconstructions(records, codebook_size)
+    return {"reconstruction": found.scores, "standard_errors": found.errors, "num_images": len(records)}
+
+
+def _manifest(
+    subject: Subject, plan: ReconstructionPlan, reference: ImageTokenizer | None, arguments: argparse.Namespace
+) -> Manifest:
+    tokenizer = subject.tokenizer
+    weights = {"tokenizer": model_fingerprint(tokenizer)}
+    for name in ("lpips_trunk", "lpips_heads"):
+        if path := getattr(arguments, name):
+            weights[name] = file_sha256(path)
+    return Manifest(
+        BENCH,
+        content_sha256(plan.pictures().names),
+        plan.seed,
+        settings={
+            "protocol": _protocol(plan) | {"image_size": tokenizer.config.image_size},
+            "source": plan.source,
+            "kmeans_source": plan.kmeans_source,
+            "kmeans_codes": plan.kmeans_codes,
+            "mean": list(subject.image_processor.image_mean),
+            "std": list(subject.image_processor.image_std),
+            "device": tokenizer.device.type,
+            "dtype": str(tokenizer.dtype),
+        },
+        weights=weights if reference is None else weights | {"reference": model_fingerprint(reference)},
+        arguments=recorded_arguments(arguments),
+    )
+
+
+def _protocol(plan: ReconstructionPlan) -> dict[str, Any]:
+    return dataclasses.asdict(plan.rules) | {"score_size": plan.score_size}
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=None if description else "unimm eval tok",
+        description=description or __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="an image tokenizer or a unified model; the default comes with the library")
+    parser.add_argument("--source", required=True, help="a parquet file or a folder of pictures")
+    parser.add_argument("--kmeans-source", help="pictures that the k-means baseline learns from")
+    parser.add_argument("--reference", help="a tokenizer with the original encoder")
+    parser.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
+    parser.add_argument("--fd-encoder", metavar="PATH", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
+    parser.add_argument("--lpips-trunk", metavar="FILE", help="torchvision's vgg16 weights: LPIPS is measured too")
+    parser.add_argument("--lpips-heads", metavar="FILE", help="LPIPS v0.1 for VGG; those of an installed lpips")
+    parser.add_argument("--num-images", type=int, default=1000, help="0: all, in the order of their names")
+    parser.add_argument("--protocol", default="adm", help=f"how pictures are cut: {', '.join(PROTOCOLS)}")
+    parser.add_argument("--score-size", type=int, help="pixels a side at which pictures are compared; as drawn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
+    add_run_arguments(parser)
+    return parser
