@@ -155,6 +155,7 @@ def test_blocks_come_whole_until_nothing_of_them_is_missing(tmp_path: Path) -> N
         assert store.split_blocks(keys, 2) == [keys[:2], keys[2:4], keys[4:]]
         for key in (keys[0], keys[2], keys[3]):
             store.append(Record("toy", *key))
+    with RunStore.open(tmp_path, MANIFEST) as store:
         assert store.split_blocks(keys, 2) == [keys[:2], keys[4:]]
         with pytest.raises(UserError, match="2 of 5 samples .* have no record: a #1, a #4"):
             store.finish(len)  # type: ignore[arg-type]

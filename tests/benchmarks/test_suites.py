@@ -163,11 +163,11 @@ def test_every_suite_can_be_imported_and_is_named(capsys: pytest.CaptureFixture[
 def test_all_runs_every_suite_and_says_which_did_not(
     tokenizer_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A tokenizer alone can be measured on pictures; it cannot draw."""
+    """A tokenizer alone can be measured on pictures; it can neither draw nor answer."""
     arguments = ["--model", str(tokenizer_folder), "--output", str(tmp_path), "--source", str(pictures)]
     assert main(["eval", "all", *arguments]) == 2
     assert "holds 5 pictures and 1000 are asked for" in capsys.readouterr().err
     assert main(["eval", "all", *arguments, "--num-images", "0"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "1 of 2 suites did not run: shapes: " in error and "cannot answer or draw" in error
+    assert "3 of 4 suites did not run: shapes: " in error and "cannot answer or draw" in error
     assert (tmp_path / "tok/report.html").exists() and not (tmp_path / "shapes").exists()

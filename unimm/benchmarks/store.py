@@ -96,21 +96,9 @@ class RunStore:
         return store
 
     def split(self, keys: Iterable[Key], *, together: int = 1) -> list[Key]:
-        """Of `keys`, those that this process has to do. `finish` requires every key that any call was given.
-
-        Args:
-            together: keys are cut into batches of so many, in their order, and a batch with a missing key is done by
-                one process: who computes whole batches then gives each sample the company that it always has, and the
-                last bit of a product does not depend on interruptions and processes.
-        """
-        keys = list(keys)
-        self._expected = [*(self._expected or []), *keys]
-        if doubled := sorted(key for key, count in Counter(self._expected).items() if count > 1):
-            raise ValueError(f"a key stands for one sample, but these come twice: {_listed(doubled)}")
-        batches = [keys[start : start + together] for start in range(0, len(keys), together)]
-        missing = [[key for key in batch if key not in self.done] for batch in batches]
-        mine = [batch for batch in missing if batch][self._state.process_index :: self._state.num_processes]
-        return [key for batch in mine for key in batch]
+        """Of `keys`, the missing ones that this process has to do; `together` as the size of `split_blocks`. `finish`
+        requires every key that any call was given."""
+        return [key for block in self.split_blocks(keys, together) for key in block if key not in self.done]
 
     def split_blocks(self, keys: Iterable[Key], size: int) -> list[list[Key]]:
         """`split` for what is computed in batches: blocks of `size` neighbours among all keys, shared out whole.
@@ -119,7 +107,9 @@ class RunStore:
         depends, is the same for any number of processes and after any interruption. Only what is missing is appended.
         """
         keys = list(keys)
-        self.split(keys)
+        self._expected = [*(self._expected or []), *keys]
+        if doubled := sorted(key for key, count in Counter(self._expected).items() if count > 1):
+            raise ValueError(f"a key stands for one sample, but these come twice: {_listed(doubled)}")
         blocks = [keys[start : start + size] for start in range(0, len(keys), size)]
         todo = [block for block in blocks if not self.done.issuperset(block)]
         return todo[self._state.process_index :: self._state.num_processes]

@@ -15,6 +15,8 @@ REPORT, ALL = "report", "all"
 SUITES = {
     "tok": "unimm.benchmarks.commands.reconstruction:main",
     "shapes": "unimm.benchmarks.commands.shapes:main",
+    "gen": "unimm.benchmarks.commands.geneval:main",
+    "und": "unimm.benchmarks.understanding:main",
     REPORT: "unimm.benchmarks.commands.report:main",
 }
 MEASURING = tuple(name for name in SUITES if name != REPORT)
