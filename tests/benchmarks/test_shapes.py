@@ -184,24 +184,6 @@ def test_plan_is_a_function_of_its_seed() -> None:
 # ---- a tiny random model -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unified")
-    model, processor = unified()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = image_tokenizer()
-    tokenizer.save_pretrained(folder)
-    ImageTokenizerProcessor.for_tokenizer(tokenizer.config).save_pretrained(folder)
-    return folder
-
-
 def test_drawings_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = unified()
     pictures: dict[int, list[bytes]] = {}

@@ -9,14 +9,12 @@ import pytest
 from accelerate import PartialState
 from PIL import Image
 
-from tests.mllm.tiny import image_tokenizer, unified
 from unimm.benchmarks import store as store_module
 from unimm.benchmarks.commands import shapes as shapes_command
 from unimm.benchmarks.shapes import ShapesPlan
 from unimm.benchmarks.suites import ALL, SUITES
 from unimm.cli import main
 from unimm.evaluation.records import read_manifest, read_records
-from unimm.tokenizer import ImageTokenizerProcessor
 
 SIZES = ["--num-scenes=3", "--codebook-scenes=5", "--questions=2", "--prompts=1", "--images-per-prompt=2"]
 
@@ -24,23 +22,6 @@ SIZES = ["--num-scenes=3", "--codebook-scenes=5", "--questions=2", "--prompts=1"
 @pytest.fixture(autouse=True)
 def one_process() -> None:
     PartialState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    for part in unified():
-        part.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = image_tokenizer()
-    tokenizer.save_pretrained(folder)
-    ImageTokenizerProcessor.for_tokenizer(tokenizer.config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
