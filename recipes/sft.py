@@ -7,23 +7,21 @@ The output folder loads with `unimm.load`. A run that is started again goes on f
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_recipe_args, save_config
-from unimm.data.collators import FlowCollator
+from unimm.config import parse_recipe_args
 from unimm.data.conversations import shapes_corpus
-from unimm.data.mixture import MixtureConfig, training_streams
+from unimm.data.mixture import MixtureConfig
 from unimm.errors import UserError, reading, run_main
 from unimm.mllm import UnimmProcessor, attach, load
 from unimm.mllm.templates import set_chat_template
 from unimm.mllm.vocabulary import RowInit
 from unimm.training.arguments import HostTrainingArguments
-from unimm.training.host_trainer import HostTrainer
+from unimm.training.host_recipe import train_on_flows
 from unimm.training.language_model import CHAT_TOKENS, new_language_model
 from unimm.training.parameters import train_projector_only
 from unimm.training.text_tokenizer import train_text_tokenizer
@@ -103,23 +101,7 @@ def main() -> None:
     recipe = parse_recipe_args(SFTRecipe)
     set_seed(recipe.train.seed)
     model, processor = build_model(recipe.model, recipe.data.seed, recipe.train.seed)
-    save_config(recipe, recipe.train.output_dir)
-    train_stream, test_stream = training_streams(
-        recipe.data,
-        samples_per_step=recipe.train.samples_per_step,
-        reserved=processor.markers,
-        log_folder=Path(recipe.train.output_dir) / "data",
-    )
-    HostTrainer(
-        model,
-        recipe.train,
-        processor=processor,
-        data_collator=FlowCollator(processor, max_length=recipe.train.max_length, pack_length=recipe.train.pack_length),
-        train_dataset=train_stream,
-        eval_dataset=test_stream,
-        flow_weights=recipe.data.weights,
-        stream_seed=recipe.data.seed,
-    ).run()
+    train_on_flows(recipe, model, processor)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,19 @@ Starts from the output of `sft.py`. A run that is started again goes on from its
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_recipe_args, save_config
-from unimm.data.collators import FlowCollator
-from unimm.data.mixture import MixtureConfig, training_streams
+from unimm.config import parse_recipe_args
+from unimm.data.mixture import MixtureConfig
 from unimm.errors import run_main
 from unimm.mllm import UnifiedModelMixin, UnimmProcessor, load
 from unimm.training.arguments import HostTrainingArguments, PanelConfig
-from unimm.training.host_trainer import HostTrainer, Panel
+from unimm.training.host_callbacks import Panel
+from unimm.training.host_recipe import train_on_flows
 
 
 @dataclass
@@ -62,24 +61,8 @@ def main() -> None:
         recipe.model.path, device="cpu", dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
     )
     model.config.null_prompt_prob = recipe.data.null_prompt_prob
-    save_config(recipe, recipe.train.output_dir)
-    train_stream, test_stream = training_streams(
-        recipe.data,
-        samples_per_step=recipe.train.samples_per_step,
-        reserved=processor.markers,
-        log_folder=Path(recipe.train.output_dir) / "data",
-    )
-    HostTrainer(
-        model,
-        recipe.train,
-        processor=processor,
-        data_collator=FlowCollator(processor, max_length=recipe.train.max_length, pack_length=recipe.train.pack_length),
-        train_dataset=train_stream,
-        eval_dataset=test_stream,
-        flow_weights=recipe.data.weights,
-        stream_seed=recipe.data.seed,
-        panel=panel_of(model, processor, recipe.panel) if recipe.panel.prompts else None,
-    ).run()
+    panel = panel_of(model, processor, recipe.panel) if recipe.panel.prompts else None
+    train_on_flows(recipe, model, processor, panel)
 
 
 if __name__ == "__main__":
