@@ -27,17 +27,18 @@ def nearest_codes(latents: Tensor, codebook: Tensor, *, low_precision: bool | No
         low_precision = codebook.shape[1] >= LOW_PRECISION_WIDTH and _multiplies_bfloat16(codebook.device)
     with torch.autocast(latents.device.type, enabled=False):
         flat, table = latents.detach().reshape(-1, latents.shape[-1]).float(), codebook.detach().float()
-        search = _Search(table, torch.bfloat16 if low_precision else torch.float32)
+        search = _Search(table, torch.bfloat16 if low_precision else torch.float32, len(flat))
         return torch.cat([search(rows) for rows in flat.split(search.rows)]).reshape(latents.shape[:-1])
 
 
 class _Search:
     """argmin |z - q|^2 = argmin |q|^2 / 2 - z.q over the rows q of `table` [K, C] in float32."""
 
-    def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, table: Tensor, dtype: torch.dtype, latents: int) -> None:
         self.table, self.dtype = table, dtype
         self.rounded = table.to(dtype)
-        self.rows = max(1, SEARCH_BYTES // (dtype.itemsize * len(table)))
+        self.rows = max(1, min(latents, SEARCH_BYTES // (dtype.itemsize * len(table))))
+        self.block = torch.empty(self.rows, len(table), dtype=dtype, device=table.device)
         norms = torch.linalg.vector_norm(table, dim=1)
         half_norms = norms.square() / 2
         self.offsets = half_norms.to(dtype)
@@ -46,14 +47,30 @@ class _Search:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """latents [n, C] in float32 -> ids [n]."""
-        scores = torch.addmm(self.offsets, latents.to(self.dtype), self.rounded.t(), alpha=-1)
-        best = scores.amin(dim=1).float()
-        slack = 2 * self._error(latents, best)
+        scores = self.block[: len(latents)]
+        torch.addmm(self.offsets, latents.to(self.dtype), self.rounded.t(), alpha=-1, out=scores)
+        if self.dtype != torch.float32:  # nearly every latent has several candidates
+            return self._settle(latents, scores, self._limit(latents, scores.amin(dim=1)))
+        best, ids = scores.min(dim=1)
+        limit = self._limit(latents, best)
+        scores.scatter_(1, ids[:, None], torch.inf)
+        # A latent that is not finite has no candidate; it gets 0, and the loss that it makes is refused elsewhere.
+        rows = (~(scores.amin(dim=1) > limit) | ~best.isfinite()).nonzero()[:, 0]
+        if len(rows):
+            scores.scatter_(1, ids[:, None], best[:, None])
+            ids[rows] = self._settle(latents[rows], scores[rows], limit[rows])
+        return ids
+
+    def _limit(self, latents: Tensor, best: Tensor) -> Tensor:
+        """The largest score that the best code can have, [n]."""
+        limit = best.float() + 2 * self._error(latents, best.float())
         # Rounded up, so that no candidate is lost to the comparison's own rounding.
-        limit = torch.nextafter((best + slack).to(self.dtype), best.new_tensor(torch.inf).to(self.dtype))
+        return torch.nextafter(limit.to(self.dtype), limit.new_tensor(torch.inf).to(self.dtype))
+
+    def _settle(self, latents: Tensor, scores: Tensor, limit: Tensor) -> Tensor:
+        """The ids of latents [n, C] that may have several candidates, by all scores [n, K] up to `limit` [n]."""
         row, code = (scores <= limit[:, None]).nonzero(as_tuple=True)
         rivals = torch.bincount(row, minlength=len(latents))
-        # A latent that is not finite has no candidate; it gets 0, and the loss that it makes is refused elsewhere.
         ids = code.new_zeros(len(latents)).index_put((row,), code)
         if (rivals > 1).any():
             contested = rivals[row] > 1
