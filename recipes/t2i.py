@@ -18,6 +18,7 @@ from unimm.config import parse_recipe_args
 from unimm.data.mixture import MixtureConfig
 from unimm.errors import run_main
 from unimm.mllm import UnifiedModelMixin, UnimmProcessor, load
+from unimm.mllm.exchange import exchange_image_tokenizer
 from unimm.training.arguments import HostTrainingArguments, PanelConfig
 from unimm.training.host_callbacks import Panel
 from unimm.training.host_recipe import train_on_flows
@@ -25,9 +26,11 @@ from unimm.training.host_recipe import train_on_flows
 
 @dataclass
 class T2IModelConfig:
-    """`path`: a unified model, as `sft.py` or `unimm.attach` makes it."""
+    """`path` is a unified model, as `sft.py` or `unimm.attach` makes it ("default": the one that comes with the
+    library), `image_tokenizer` a fine-tuned version of its image tokenizer to go on with."""
 
     path: str
+    image_tokenizer: str | None = None
     attn_implementation: str | None = None
 
 
@@ -60,6 +63,8 @@ def main() -> None:
     model, processor = load(
         recipe.model.path, device="cpu", dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
     )
+    if recipe.model.image_tokenizer is not None:
+        exchange_image_tokenizer(model, recipe.model.image_tokenizer)
     model.config.null_prompt_prob = recipe.data.null_prompt_prob
     panel = panel_of(model, processor, recipe.panel) if recipe.panel.prompts else None
     train_on_flows(recipe, model, processor, panel)

@@ -11,11 +11,14 @@ run that is started again goes on from its last checkpoint.
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PreTrainedConfig
 
 from unimm.config import parse_recipe_args, save_config
 from unimm.data.pictures import PictureConfig, picture_stream
 from unimm.errors import UserError, reading, run_main
+from unimm.mllm import load
+from unimm.mllm.loading import DEFAULT
 from unimm.tokenizer import TOKENIZERS, ImageTokenizer
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.objective import ObjectiveConfig
@@ -24,8 +27,9 @@ from unimm.training.tokenizer_trainer import TokenizerTrainer
 
 @dataclass
 class TokenizerModelConfig:
-    """`encoder` is a vision model's folder or hub id, `init_from` a tokenizer's; `kind` is the tokenizer's model type,
-    `config` are fields of its configuration and `image_size` the pictures' side, where it is not the encoder's own."""
+    """`encoder` is a vision model's folder or hub id, `init_from` a tokenizer's, or a unified model's ("default": the
+    one that comes with the library); `kind` is the tokenizer's model type, `config` are fields of its configuration and
+    `image_size` the pictures' side, where it is not the encoder's own."""
 
     kind: str = "vqrae"
     encoder: str | None = None
@@ -54,11 +58,22 @@ def build(model: TokenizerModelConfig) -> ImageTokenizer:
             model.encoder, image_size=model.image_size, attn_implementation=attention, **model.config
         )
     assert model.init_from is not None
-    with reading("The tokenizer model.init_from", model.init_from):
-        found = PreTrainedConfig.get_config_dict(model.init_from)[0].get("model_type")
-        if found != model.kind:
-            raise UserError(f"{model.init_from} is a {found} model and model.kind is {model.kind!r}.")
-        return tokenizer.from_pretrained(model.init_from, attn_implementation=attention)
+    begun = begun_tokenizer(model.init_from, attention)
+    if begun.config.model_type != model.kind:
+        raise UserError(f"{model.init_from} is a {begun.config.model_type} model and model.kind is {model.kind!r}.")
+    return begun
+
+
+def begun_tokenizer(path: str, attn_implementation: str | None) -> ImageTokenizer:
+    """The image tokenizer of a folder or hub id, which may hold a unified model around it."""
+    if path != DEFAULT:
+        with reading("The tokenizer model.init_from", path):
+            found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+        if found in TOKENIZERS:
+            with reading("The tokenizer model.init_from", path):
+                return TOKENIZERS[found].from_pretrained(path, attn_implementation=attn_implementation)
+    unified, _ = load(path, device="cpu", dtype=torch.float32, attn_implementation=attn_implementation)
+    return unified.image_tokenizer
 
 
 def main() -> None:

@@ -14,6 +14,9 @@ from unimm.errors import UserError, one_line, reading
 from unimm.mllm.hosts import HOSTS
 from unimm.mllm.processing import UnimmProcessor
 
+DEFAULT = "default"
+"""The name of the model that comes with the library; a folder of this name is "./default"."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -31,7 +34,7 @@ def load(
     """Load a unified model, ready to use.
 
     Args:
-        path_or_id: a folder, a hub id, or None for the default that comes with the library.
+        path_or_id: a folder, a hub id, or None or "default" for the one that comes with the library.
         device: None takes the GPU when there is one, this process's own where several share the machine.
         dtype: None is float32 on the CPU and bfloat16 elsewhere; the codebook is float32 always.
         kwargs: of `from_pretrained` (`attn_implementation`, `revision`, ...).
@@ -42,7 +45,7 @@ def load(
     Raises:
         UserError: nothing there, something else than a unified model, or a broken one.
     """
-    source = default_model_path() if path_or_id is None else path_or_id
+    source = default_model_path() if path_or_id in (None, DEFAULT) else path_or_id
     _check_source(source)
     place = own_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
