@@ -58,22 +58,26 @@ def build(model: TokenizerModelConfig) -> ImageTokenizer:
             model.encoder, image_size=model.image_size, attn_implementation=attention, **model.config
         )
     assert model.init_from is not None
-    begun = begun_tokenizer(model.init_from, attention)
-    if begun.config.model_type != model.kind:
-        raise UserError(f"{model.init_from} is a {begun.config.model_type} model and model.kind is {model.kind!r}.")
-    return begun
+    return begun_tokenizer(model.init_from, model.kind, attention)
 
 
-def begun_tokenizer(path: str, attn_implementation: str | None) -> ImageTokenizer:
+def begun_tokenizer(path: str, kind: str, attn_implementation: str | None) -> ImageTokenizer:
     """The image tokenizer of a folder or hub id, which may hold a unified model around it."""
     if path != DEFAULT:
         with reading("The tokenizer model.init_from", path):
             found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
         if found in TOKENIZERS:
+            require_kind(path, found, kind)
             with reading("The tokenizer model.init_from", path):
-                return TOKENIZERS[found].from_pretrained(path, attn_implementation=attn_implementation)
+                return TOKENIZERS[kind].from_pretrained(path, attn_implementation=attn_implementation)
     unified, _ = load(path, device="cpu", dtype=torch.float32, attn_implementation=attn_implementation)
+    require_kind(path, unified.image_tokenizer.config.model_type, kind)
     return unified.image_tokenizer
+
+
+def require_kind(path: str, found: str, kind: str) -> None:
+    if found != kind:
+        raise UserError(f"{path} is a {found} model and model.kind is {kind!r}.")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import torch
 
 import unimm
 from unimm.config import load_config
+from unimm.errors import UserError
 from unimm.tokenizer import TOKENIZERS, VQRAEConfig
 from unimm.tokenizer.published import PUBLISHED
 
@@ -167,3 +168,19 @@ def test_a_wrong_kind_is_one_sentence(tmp_path, monkeypatch, capsys):
 def test_a_misspelt_key_is_one_sentence(capsys):
     assert run("tokenizer", "--config", str(ROOT / "configs/shapes/stage1.yaml"), "train.stepz=3") == 2
     assert "stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("begin", ["default", "tokenizer", "unified"])
+def test_a_tokenizer_run_begins_from_a_tokenizer_or_the_model_around_it(begin, tmp_path):
+    recipe = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))
+    model, processor = unimm.load()
+    if begin == "tokenizer":
+        model.image_tokenizer.save_pretrained(tmp_path / begin)
+    elif begin == "unified":
+        model.save_pretrained(tmp_path / begin)
+        processor.save_pretrained(tmp_path / begin)
+    path = begin if begin == "default" else str(tmp_path / begin)
+    begun = recipe["build"](recipe["TokenizerModelConfig"](init_from=path))
+    assert all(map(torch.equal, begun.state_dict().values(), model.image_tokenizer.state_dict().values()))
+    with pytest.raises(UserError, match=r"is a .*vqrae model and model.kind is 'ideal'"):
+        recipe["build"](recipe["TokenizerModelConfig"](kind="ideal", init_from=path))

@@ -11,7 +11,7 @@ from unimm.errors import UserError
 from unimm.evaluation.records import read_manifest
 from unimm.typed import plain
 
-ABOUT_THE_PLACE = frozenset({"output", "repeated", "json", "rows"})
+ABOUT_THE_PLACE = frozenset({"output", "repeated", "json", "rows", "page"})
 """What says where a run goes and not what it does: a repetition chooses anew."""
 
 
