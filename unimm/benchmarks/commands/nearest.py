@@ -97,7 +97,8 @@ def _record(
             store.append(
                 Record(
                     BENCH,
-                    *key,
+                    key[0],
+                    key[1],
                     seed=seed,
                     inputs={
                         "part": part,
