@@ -131,8 +131,8 @@ def test_shapes_keeps_its_pictures_and_goes_on(
 
 
 def test_every_suite_can_be_imported_and_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    for place in SUITES.values():
-        module, _, function = place.partition(":")
+    for suite in SUITES.values():
+        module, _, function = suite.place.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
@@ -141,14 +141,46 @@ def test_every_suite_can_be_imported_and_is_named(capsys: pytest.CaptureFixture[
     assert "invalid choice: 'taste'" in capsys.readouterr().err
 
 
-def test_all_runs_every_suite_and_says_which_did_not(
+def test_all_runs_every_suite_and_says_what_the_others_lack(
     tokenizer_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tokenizer alone can be measured on pictures; it can neither draw nor answer."""
     arguments = ["--model", str(tokenizer_folder), "--output", str(tmp_path), "--source", str(pictures)]
+    arguments += ["--data", str(tmp_path / "nowhere")]
     assert main(["eval", "all", *arguments]) == 2
     assert "holds 5 pictures and 1000 are asked for" in capsys.readouterr().err
     assert main(["eval", "all", *arguments, "--num-images", "0"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "3 of 4 suites did not run: shapes: " in error and "cannot answer or draw" in error
+    lacking = ["cannot answer or draw", "--detector is not given", "Give either --dpg-csv FILE (dpg_bench.csv from"]
+    lacking += ["Name two sets: --samples", "There is no folder"]
+    places = [error.index(said) for said in lacking]
+    assert error.startswith("unimm: error: 5 of 6 suites did not run: shapes: ") and places == sorted(places)
     assert (tmp_path / "tok/report.html").exists() and not (tmp_path / "shapes").exists()
+
+
+def test_all_hands_each_suite_what_is_its_own(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def note(argv: list[str]) -> None:
+        ran.append(argv)
+        if "--output" in argv and "und" in argv[argv.index("--output") + 1]:  # leaves a run for each of its tasks
+            for task in ("gqa", "mme"):
+                folder = Path(argv[argv.index("--output") + 1]) / task
+                folder.mkdir(parents=True)
+                (folder / "manifest.json").write_text("{}")
+
+    for suite in SUITES.values():
+        module, _, function = suite.place.partition(":")
+        monkeypatch.setattr(importlib.import_module(module), function, note)
+    given = ["--model=M", "--num-images=5", "--dpg-csv=D", "--judge=J", "--samples=S", "--reference=R", "--data=L"]
+    assert main(["eval", "all", "--output", str(tmp_path), "--source", str(pictures), *given]) == 0
+    assert [argv[:-2] for argv in ran if argv[-2] == "--output" and argv[0].startswith("--")] == [
+        ["--model=M", f"--source={pictures}", "--num-images=5"],
+        ["--model=M"],
+        ["--model=M"],
+        ["--model=M", "--dpg-csv=D", "--judge=J"],
+        ["--samples=S", "--reference=R"],
+        ["--model=M", "--data=L"],
+    ]
+    pages = [argv[-1] for argv in ran if not argv[0].startswith("--")]
+    assert pages == [str(tmp_path / "und" / task / "report.html") for task in ("gqa", "mme")]
