@@ -21,7 +21,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
 test-lmms:
-	@$(MAKE) --no-print-directory VENV=$(LMMS_VENV) DEVELOPMENT=[lmms,dev] test ARGS="tests/integrations $(ARGS)"
+	@$(MAKE) --no-print-directory VENV=$(LMMS_VENV) DEVELOPMENT=[lmms,fidelity,dev] test ARGS="tests/integrations $(ARGS)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

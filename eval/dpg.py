@@ -11,8 +11,8 @@ published ones.
 
 import sys
 
-from unimm.benchmarks.dpg_command import main
+from unimm.benchmarks.commands.dpg import main
 from unimm.errors import run_main
 
 if __name__ == "__main__":
-    sys.exit(run_main(lambda: main(description=__doc__ or ""), name="dpg"))
+    sys.exit(run_main(lambda: main(description=__doc__), name="dpg"))

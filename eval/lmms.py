@@ -2,15 +2,19 @@
 
     python eval/lmms.py --model PATH --output runs/und --json und.json
     python eval/lmms.py --tasks mme,pope --data /data/benchmarks          # local folders instead of the hub
+    python eval/lmms.py --tasks shapes_pope,shapes_mme --questions 300    # questions about the picture world
+    python eval/lmms.py --from runs/und/mme --output runs/again           # the whole run that this task was part of
     torchrun --nproc_per_node 2 eval/lmms.py --tasks shapes_pope          # a share of the questions for each process
 
-The same as `unimm eval und`; `--help` lists the options, unimm/benchmarks/understanding.py says what is special.
+The same as `unimm eval und`. `--output DIR` gets a run folder per task; an interrupted run goes on. Papers count
+differently: each count is named (POPE by three readings, SEED's pictures and all, MME's two halves), and lmms-eval's
+own figures stand beside them.
 """
 
 import sys
 
-from unimm.benchmarks.understanding import main
+from unimm.benchmarks.commands.und import main
 from unimm.errors import run_main
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, name="lmms"))
+    sys.exit(run_main(lambda: main(description=__doc__), name="lmms"))

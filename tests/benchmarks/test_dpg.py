@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -13,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.benchmarks.ranks import FORK, on_two_ranks
 from tests.benchmarks.tiny_judges import save_blip
+from unimm.benchmarks.commands.dpg import main
 from unimm.benchmarks.dpg import GridPictures, read_prompts, read_question_file, summarize_records
-from unimm.benchmarks.dpg_command import main
 from unimm.benchmarks.store import RunStore
 from unimm.benchmarks.vqa import load_judge
 from unimm.errors import UserError
-from unimm.evaluation.records import Record, read_records
+from unimm.evaluation.records import Record, read_manifest, read_records
 from unimm.mllm.loading import default_model_path
 
 HEADER = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed"]
@@ -67,7 +67,15 @@ def drawn(question_file, blip, tmp_path_factory) -> Path:
 
 
 def command(question_file: Path, blip: Path) -> list[str]:
-    return ["--dpg-csv", str(question_file), "--judge", str(blip), "--num-images", "2", "--seed", "3"]
+    """The judge is random: no known picture is asked about."""
+    judge = ["--judge", str(blip), "--no-canary"]
+    return ["--dpg-csv", str(question_file), *judge, "--num-images", "2", "--seed", "3"]
+
+
+def result(folder: Path) -> dict[str, bytes]:
+    """Everything that has to be equal."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.name != "timings.jsonl"}
 
 
 def test_answers_are_the_judges_about_the_pictures_on_disk(drawn, blip):
@@ -87,18 +95,21 @@ def test_answers_are_the_judges_about_the_pictures_on_disk(drawn, blip):
 
 def test_a_killed_run_goes_on_to_the_same_bytes(drawn, question_file, blip, tmp_path):
     arguments = [*command(question_file, blip), "--output", str(tmp_path / "killed")]
-    process = multiprocessing.get_context("fork").Process(target=killed_after_one_record, args=(arguments,))
+    process = FORK.Process(target=killed_after_one_record, args=(arguments,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "summary.json").exists()
     main(arguments)
-    for name in ("records.jsonl", "summary.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (drawn / name).read_bytes()
-    pictures = sorted(path.name for path in (drawn / "images").iterdir())
-    assert len(pictures) == 4
-    for name in pictures:
-        assert (tmp_path / "killed" / "images" / name).read_bytes() == (drawn / "images" / name).read_bytes()
+    assert result(tmp_path / "killed") == result(drawn)
+    assert len(list((drawn / "images").iterdir())) == 4
+
+
+def test_two_processes_give_the_bytes_of_one(drawn, question_file, blip, tmp_path):
+    on_two_ranks(main, [*command(question_file, blip), "--output", str(tmp_path / "ranks")])
+    assert result(tmp_path / "ranks") == result(drawn)
+    timed = [json.loads(line) for line in (tmp_path / "ranks" / "timings.jsonl").read_text().splitlines()]
+    assert len(timed) == 4 and len({row["item"] for row in timed}) == 2
 
 
 def test_another_seed_reuses_nothing(drawn, question_file, blip):
@@ -137,6 +148,31 @@ def test_both_rules_stand_side_by_side():
     other = Record("dpg", "c", 0, inputs=records[0].inputs, raw_scores=records[0].raw_scores, judge={"name": "k"})
     with pytest.raises(UserError, match="from 2 judges"):
         summarize_records([*records, other])
+
+
+def test_a_judge_that_fails_on_a_known_picture_judges_nothing(question_file, blip, tmp_path):
+    known, folder = tmp_path / "known", tmp_path / "run"
+    known.mkdir()
+    Image.new("RGB", (16, 16), "white").save(known / "white.png")
+    said = load_judge(blip).answer([Image.new("RGB", (16, 16), "white")], ["is there a circle?"])[0]
+    base = ["--dpg-csv", str(question_file), "--judge", str(blip), "--num-images", "1", "--limit", "1"]
+
+    def expect(answer: str) -> None:
+        row = {"image": "white.png", "question": "is there a circle?", "answer": answer}
+        (known / "canaries.jsonl").write_text(json.dumps(row) + "\n")
+
+    with pytest.raises(UserError, match="blip fails on a picture that is known: of the photograph of a cat"):
+        main([*base, "--output", str(folder)])
+    expect("surely")
+    with pytest.raises(UserError, match="of white.png it answers 'is there a circle.' with .*, expected 'surely'"):
+        main([*base, "--output", str(folder), "--canary", str(known)])
+    assert not folder.exists()
+    expect(said)
+    main([*base, "--output", str(folder), "--canary", str(known), "--json", str(tmp_path / "report.json")])
+    assert json.loads((tmp_path / "report.json").read_text())["canaries"] == 1
+    assert len(read_manifest(folder).settings["canary"]) == 64
+    with pytest.raises(UserError, match=r'differs in settings.canary \("[0-9a-f]{64}", now "not asked"\)'):
+        main([*base, "--output", str(folder), "--no-canary"])
 
 
 def test_the_question_file_is_known_by_gits_name(question_file):
@@ -179,6 +215,7 @@ def test_what_a_person_gets_wrong(drawn, question_file, blip, tmp_path):
 def test_the_model_is_refused_as_its_own_judge(question_file, tmp_path):
     arguments = ["--dpg-csv", str(question_file), "--judge", str(default_model_path()), "--num-images", "1"]
     arguments += ["--limit", "1", "--output", str(tmp_path / "own"), "--json", str(tmp_path / "own.json")]
+    arguments += ["--no-canary"]  # it was never shown a photograph
     with pytest.raises(UserError, match="is its own judge"):
         main(arguments)
     main([*arguments, "--allow-self-judge"])

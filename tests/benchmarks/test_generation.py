@@ -6,17 +6,23 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
-from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
+from transformers import Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
+from tests.benchmarks.ranks import on_two_ranks
 from tests.mllm.tiny import image_tokenizer
+from unimm.benchmarks.commands import generation as command
 from unimm.benchmarks.feature_spaces import EncoderSpace, InceptionSpace, TokenizerSpace
 from unimm.benchmarks.generation import PairedSets, collect, compare, read_reference
 from unimm.benchmarks.inception import InceptionFeatures
 from unimm.benchmarks.pictures import picture_set
+from unimm.benchmarks.store import processes
 from unimm.errors import UserError
 from unimm.evaluation.distributions import inception_score, kernel_distance, manifolds
 from unimm.evaluation.frechet import frechet_distance, moments_of
+from unimm.evaluation.html_report import write_report
+from unimm.evaluation.records import read_manifest
 
 main = importlib.import_module("eval.generation").main
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -35,6 +41,11 @@ class TinyInception(torch.nn.Module):
         return InceptionFeatures(pool, pool[:, :3] ** 2, self.fc(pool * 9).softmax(dim=1))
 
 
+@pytest.fixture(autouse=True)
+def one_process():
+    PartialState._reset_state()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Real pictures and bluer ones, 24 of each."""
@@ -48,11 +59,8 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("encoder")
-    Dinov2Model(Dinov2Config(**SIZES, mlp_ratio=2)).eval().save_pretrained(folder)
-    return folder
+def encoder(encoder_folder):
+    return encoder_folder
 
 
 def arrays(folder):
@@ -80,6 +88,44 @@ def test_figures_are_those_of_bare_forwards(folders, encoder, tmp_path, capsys):
     assert found["kid"] == pytest.approx(kernel_distance(real, drawn, size=24).mean, rel=1e-3)
     assert found["precision"] == manifolds(real, drawn).precision and "inception_score" not in found
     assert f"fd_{name}" in capsys.readouterr().out
+
+
+def test_a_run_is_kept_goes_on_and_becomes_a_page(folders, encoder, tmp_path, monkeypatch):
+    sets = [f"--samples={folders / 'drawn'}", f"--reference={folders / 'real'}"]
+    main([*sets, "--encoder", str(encoder), "--output", str(tmp_path / "run"), "--json", str(tmp_path / "kept.json")])
+    kept = json.loads((tmp_path / "kept.json").read_text())["generation"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["distances"] == kept and kept["fd_dinov2_cls_16"] > 0
+    assert read_manifest(tmp_path / "run").weights == {"dinov2_cls_16": summary["space"]["sha256"]}
+    main(["--from", str(tmp_path / "run"), "--output", str(tmp_path / "again")])
+    for name in ("records.jsonl", "summary.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert write_report(tmp_path / "run", tmp_path / "page.html", tmp_path / "again") == []
+    assert "fd dinov2 cls 16" in (tmp_path / "page.html").read_text()
+    monkeypatch.setattr(command, "collect", lambda *_: pytest.fail("a finished run looks at the pictures again"))
+    main([*sets, "--encoder", str(encoder), "--output", str(tmp_path / "run")])
+    for changed in (folders / "drawn", folders / "real"):
+        picture = (changed / "05.png").read_bytes()
+        Image.new("RGB", (16, 16)).save(changed / "05.png")
+        with pytest.raises(UserError, match="differs in prompts_sha256"):
+            main([*sets, "--encoder", str(encoder), "--output", str(tmp_path / "run")])
+        (changed / "05.png").write_bytes(picture)
+
+
+def collected_by_two(folders, encoder, path):
+    space = EncoderSpace(encoder, torch.device("cpu"))
+    generated = collect(space, picture_set(str(folders / "drawn")), batch_size=5)
+    found = compare(generated, read_reference(str(folders / "real"), space, None), space=space)
+    if processes().is_main_process:
+        path.write_text(json.dumps(found))
+
+
+def test_two_processes_collect_the_figures_of_one(folders, encoder, tmp_path):
+    """The last bit of a feature depends on its batch, so the figures agree to rounding."""
+    for name, run in (("one", collected_by_two), ("two", lambda *given: on_two_ranks(collected_by_two, *given))):
+        run(folders, encoder, tmp_path / name)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4) and one["count"] == 24
 
 
 def test_inceptions_figures_have_their_own_names(folders):

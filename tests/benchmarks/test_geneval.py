@@ -1,11 +1,9 @@
 """GenEval from end to end: the same bytes after kills and in two processes, folders of others, the second judge."""
 
 import json
-import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 from accelerate import PartialState
 from PIL import Image
 
+from tests.benchmarks.ranks import FORK, on_two_ranks
 from tests.benchmarks.tiny_scorers import save_scorer
 from tests.conftest import ROOT
 from unimm.benchmarks import detector as detector_module
@@ -24,14 +23,13 @@ from unimm.benchmarks.commands.geneval import main
 from unimm.benchmarks.geneval import GenevalPlan, shapes_track
 from unimm.benchmarks.geneval_files import read_folder
 from unimm.benchmarks.geneval_scorers import ShapesScorer
-from unimm.benchmarks.store import RunStore, processes, sample_seed
+from unimm.benchmarks.store import RunStore, sample_seed
 from unimm.data.shapes import Scene, SceneObject, render
 from unimm.errors import UserError
 from unimm.evaluation.geneval import COLORS
 from unimm.evaluation.geneval_prompts import official_prompts, to_jsonl
 from unimm.evaluation.records import Record, read_records
 
-FORK = multiprocessing.get_context("fork")
 PROMPTS = [
     {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"},
     {"tag": "colors", "include": [{"class": "ring", "count": 1, "color": "red"}], "prompt": "a photo of a red ring"},
@@ -151,11 +149,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(prompts: Path, undisturbed: Path
     assert result(folder) == result(undisturbed)
 
 
-def rank(number: int, port: int, prompts: Path, folder: Path) -> None:
-    os.environ |= {"LOCAL_RANK": str(number), "RANK": str(number), "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    PartialState._reset_state()
-    assert processes().num_processes == 2
+def drawing_a_share(prompts: Path, folder: Path) -> None:
     appended = []
     append = RunStore.append
 
@@ -166,20 +160,10 @@ def rank(number: int, port: int, prompts: Path, folder: Path) -> None:
     RunStore.append = counted  # type: ignore[method-assign]
     main(drawing(prompts, folder))
     assert len(appended) in (2, 4)  # three blocks of two pictures
-    (folder.parent / f"rank-{number}-is-well").touch()
-    processes().destroy_process_group()
 
 
 def test_two_processes_draw_the_pictures_of_one(prompts: Path, undisturbed: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [FORK.Process(target=rank, args=(number, port, prompts, tmp_path / "run")) for number in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(600)
-    assert all((tmp_path / f"rank-{number}-is-well").exists() for number in range(2))
+    on_two_ranks(drawing_a_share, prompts, tmp_path / "run")
     assert result(tmp_path / "run") == result(undisturbed)
 
 

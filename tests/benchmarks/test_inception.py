@@ -1,11 +1,12 @@
-"""FID's Inception: the published names and shapes, arithmetic against plain loops, and torch-fidelity's own where it is
-installed."""
+"""FID's Inception: the published names and shapes, arithmetic against plain loops; tests/integrations holds it against
+torch-fidelity's own."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tests.benchmarks.random_inception import random_inception
 from unimm.benchmarks import inception
 from unimm.benchmarks.feature_spaces import InceptionSpace
 from unimm.benchmarks.inception import FidInception, Mixed, load_inception, tensorflow1_resize
@@ -32,14 +33,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def network() -> FidInception:
-    torch.manual_seed(0)
-    made = FidInception()
-    for module in made.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as fresh ones do nothing, give them something to do
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.weight, 0.8, 1.6)
-    return made
+    return random_inception()
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +115,3 @@ def test_the_space_takes_eight_bit_pictures(network, pictures, features):
     found = space.features(np.ascontiguousarray(pictures.permute(0, 2, 3, 1).numpy()))
     assert torch.equal(found["pool"], features.pool) and set(found) == {"pool", "spatial", "probabilities"}
     assert inception.GET_INCEPTION and space.describe()["layer"] == "pool3"
-
-
-def test_torch_fidelity_agrees(network, pictures, features, tmp_path):
-    theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", exc_type=ImportError)
-    torch.save(network.state_dict(), tmp_path / "inception.pth")
-    layers = ["2048", "logits_unbiased"]
-    other = theirs.FeatureExtractorInceptionV3(
-        "inception", layers, feature_extractor_weights_path=str(tmp_path / "inception.pth")
-    )
-    pool, logits = other(pictures)
-    torch.testing.assert_close(features.pool, pool, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(features.probabilities, logits.softmax(dim=1), atol=1e-6, rtol=1e-4)

@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +13,11 @@ import pytest
 from accelerate import PartialState
 from PIL import Image
 
+from tests.benchmarks.ranks import FORK, on_two_ranks
 from tests.mllm.tiny import image_tokenizer
 from unimm.benchmarks import store as store_module
 from unimm.benchmarks.run_arguments import add_run_arguments, parse_run, recorded_arguments
-from unimm.benchmarks.store import Key, Manifest, Record, RunStore, content_sha256, processes, sample_seed
+from unimm.benchmarks.store import Key, Manifest, Record, RunStore, content_sha256, sample_seed
 from unimm.errors import UserError
 from unimm.evaluation.records import read_manifest, read_records
 from unimm.provenance import model_fingerprint
@@ -31,7 +30,6 @@ MANIFEST = Manifest(
     settings={"sampler": {"scale": 3.0, "sizes": (8, 8)}},
     weights={"m": "1"},
 )
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
@@ -170,48 +168,29 @@ def test_order_does_not_matter(tmp_path: Path, undisturbed: dict[str, bytes]) ->
 # ---- two processes -----------------------------------------------------------------------------------------------
 
 
-def rank(number: int, port: int, folder: Path, failing: bool) -> None:
-    os.environ |= {"LOCAL_RANK": str(number), "RANK": str(number), "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    PartialState._reset_state()
-    assert processes().num_processes == 2
-    manifest = replace(MANIFEST, seed=8) if failing else MANIFEST
-    if failing:
-        with pytest.raises(UserError, match=r"differs in seed \(7, now 8\)"):
-            RunStore.open(folder, manifest)
-    else:
-        done = measure(folder, KEYS, lambda store, record: None)
-        assert 0 < done < len(KEYS)
-    (folder.parent / f"rank-{number}-is-well").touch()
-    processes().destroy_process_group()
+def measure_a_share(folder: Path) -> None:
+    assert 0 < measure(folder, KEYS, lambda store, record: None) < len(KEYS)
 
 
-def two_ranks(folder: Path, failing: bool = False) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [FORK.Process(target=rank, args=(number, port, folder, failing)) for number in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert all((folder.parent / f"rank-{number}-is-well").exists() for number in range(2))
+def be_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"differs in seed \(7, now 8\)"):
+        RunStore.open(folder, replace(MANIFEST, seed=8))
 
 
 def test_two_processes_write_the_files_of_one(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    two_ranks(tmp_path / "run")
+    on_two_ranks(measure_a_share, tmp_path / "run")
     assert result(tmp_path / "run") == undisturbed
 
 
 def test_two_processes_go_on_with_what_one_began(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     run_and_wait(measure, tmp_path / "run", KEYS, in_the_middle_of_a_line)
-    two_ranks(tmp_path / "run")
+    on_two_ranks(measure_a_share, tmp_path / "run")
     assert result(tmp_path / "run") == undisturbed
 
 
 def test_two_processes_are_refused_together(tmp_path: Path) -> None:
     measure(tmp_path / "run")
-    two_ranks(tmp_path / "run", failing=True)
+    on_two_ranks(be_refused, tmp_path / "run")
 
 
 def test_batches_stay_together(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """What is wrong with a run of the understanding benchmarks is said before anything is loaded, and without lmms-eval."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
-from unimm.benchmarks import understanding
-from unimm.benchmarks.understanding import UnderstandingPlan, evaluate_understanding, main, summary_of
+from unimm.benchmarks.commands import und
+from unimm.benchmarks.commands.und import main
+from unimm.benchmarks.understanding import UnderstandingPlan, evaluate_understanding, summary_of
 from unimm.errors import UserError
-from unimm.evaluation.records import Record
+from unimm.evaluation.records import Manifest, Record
 from unimm.integrations.lmms_plugin import lmms_finding
+from unimm.typed import plain
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def without_lmms_eval(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_lmms_eval_one_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"not installed: pip install 'unimm\[lmms\]'"):
         evaluate_understanding(None, None, UnderstandingPlan(), tmp_path / "out")
-    monkeypatch.setattr(understanding, "load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(und, "load", lambda *_: pytest.fail("the model was loaded first"))
     with pytest.raises(UserError, match="not installed"):
         main(["--output", str(tmp_path / "out")])
     assert lmms_finding(11) is None and not (tmp_path / "out").exists()
@@ -41,6 +44,19 @@ def test_without_lmms_eval_one_is_told_what_to_install(tmp_path: Path, monkeypat
 def test_wrong_arguments_are_one_sentence(options: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         main([*options, "--output", str(tmp_path / "out")])
+
+
+def test_a_run_is_repeated_by_the_manifest_of_any_of_its_tasks(tmp_path: Path) -> None:
+    """The rest needs lmms-eval: tests/integrations/test_understanding.py."""
+    path, out = tmp_path / "manifest.json", str(tmp_path / "out")
+    path.write_text(json.dumps(plain(Manifest("gqa", "0" * 64, 0, arguments={"tasks": "mme,gqa", "limit": 3}))))
+    with pytest.raises(UserError, match="limit is 3: MME asks two questions"):
+        main(["--from", str(path), "--output", out])
+    with pytest.raises(UserError, match="limit is 5: MME"):
+        main(["--from", str(path), "--output", out, "--limit", "5"])
+    path.write_text(json.dumps(plain(Manifest("shapes", "0" * 64, 0))))
+    with pytest.raises(UserError, match="of a run of shapes, this command measures mme, pope, .*, shapes_pope"):
+        main(["--from", str(path), "--output", out])
 
 
 def test_a_summary_is_a_function_of_the_records() -> None:

@@ -1,4 +1,5 @@
-"""Kernel distance, inception score and manifolds against recorded figures, brute force and torch-fidelity."""
+"""Kernel distance, inception score and manifolds against recorded figures and brute force; tests/integrations holds
+them against torch-fidelity."""
 
 import json
 from itertools import product
@@ -106,20 +107,3 @@ def test_too_few_pictures_are_an_error(recorded):
         manifolds(real, fake[:5])
     with pytest.raises(ValueError, match=r"\[240, 24\] and \[200, 3\]"):
         squared_mmd(real, fake[:, :3])
-
-
-def test_torch_fidelity_agrees(recorded):
-    kid = pytest.importorskip("torch_fidelity.metric_kid", exc_type=ImportError)
-    isc = pytest.importorskip("torch_fidelity.metric_isc", exc_type=ImportError)
-    prc = pytest.importorskip("torch_fidelity.metric_prc", exc_type=ImportError)
-    real, fake = recorded["real"].double(), recorded["fake"].double()
-    settings = {"kid_subsets": 20, "kid_subset_size": 50, "verbose": False, "rng_seed": 2020}
-    theirs = kid.kid_features_to_metric(real, fake, **settings)
-    ours = kernel_distance(real, fake, subsets=20, size=50)
-    keys = ("kernel_inception_distance_mean", "kernel_inception_distance_std")
-    assert ours == pytest.approx(tuple(theirs[key] for key in keys), abs=1e-9)
-    theirs = isc.isc_features_to_metric(recorded["probs"].double().log())
-    ours = inception_score(recorded["probs"])
-    assert ours == pytest.approx((theirs["inception_score_mean"], theirs["inception_score_std"]), abs=1e-6)
-    precision, recall = prc.calculate_precision_recall_part(fake, real)
-    assert manifolds(real, fake)[:2] == pytest.approx((precision, recall))

@@ -96,12 +96,3 @@ def test_what_is_no_number_is_an_error(recorded):
         require_same_count(real, fake)
     with pytest.raises(ValueError, match="widths 24 and 1 "):
         frechet_distance(real, Moments(np.zeros(1), np.eye(1)))
-
-
-def test_torch_fidelity_agrees(recorded):
-    fidelity = pytest.importorskip("torch_fidelity.metric_fid", exc_type=ImportError)
-    torch = pytest.importorskip("torch")
-    pair = [fidelity.fid_features_to_statistics(torch.from_numpy(recorded[name])) for name in ("real", "fake")]
-    theirs = fidelity.fid_statistics_to_metric(*pair, verbose=False)["frechet_inception_distance"]
-    ours = frechet_distance(moments_of(recorded["real"]), moments_of(recorded["fake"]))
-    assert ours == pytest.approx(theirs, abs=1e-6)

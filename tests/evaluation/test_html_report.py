@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +23,12 @@ HOSTILE = '<script>alert("x")</script>'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def run_folder(folder: Path, records: list[Record], bench: str = "toy") -> Path:
+def run_folder(folder: Path, records: list[Record], bench: str = "toy", **summary: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(bench, "f" * 64, 7, {"protocol": {"name": "adm", "score_size": None}, "note": HOSTILE})
     write_atomically(folder / "manifest.json", json.dumps(plain(manifest)))
     write_atomically(folder / "records.jsonl", "".join(map(to_line, records)))
+    write_atomically(folder / "summary.json", json.dumps(summary))
     return folder
 
 
@@ -129,6 +131,27 @@ def test_two_runs_are_compared(folder: Path) -> None:
     assert len(tags.of("img")) == 12
 
 
+def compared_sets(folder: Path, fid: float, count: int = 50, sha256: str = "a" * 64) -> Path:
+    figures = {"count": count, "count_reference": 50, "fid": fid, "kid": 0.00012359}
+    record = Record("generation", "sets", raw_scores={"distances": figures})
+    return run_folder(folder, [record], distances=figures, space={"name": "inception", "sha256": sha256})
+
+
+def test_distances_of_sets_stand_beside_those_of_another_run_of_their_scale(tmp_path: Path) -> None:
+    mine, theirs = compared_sets(tmp_path / "a", 1.5), compared_sets(tmp_path / "b", 2.25)
+    for other, shown in (
+        (theirs, "fid 2.25 1.5 kid 0.0001236 0.0001236"),
+        (compared_sets(tmp_path / "c", 3.0, count=49), "fid not comparable 1.5 kid not comparable 0.0001236"),
+        (compared_sets(tmp_path / "d", 3.0, sha256="b" * 64), "fid not comparable 1.5 kid not comparable 0.0001236"),
+    ):
+        assert write_report(mine, tmp_path / "page.html", other) == []
+        said = Tags((tmp_path / "page.html").read_text()).text
+        assert "50 pictures against 50 real ones, by\ninception, sha256 aaaaaaaaaaaa" in said
+        cells = re.findall(r"<td[^>]*>([^<]*)</td>", (tmp_path / "page.html").read_text())
+        assert " ".join(cells).startswith(shown)
+        assert "Scores" not in said and "count reference" not in said
+
+
 def test_the_page_stays_light(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
@@ -197,6 +220,9 @@ def test_what_cannot_be_reported(folder: Path, tmp_path: Path) -> None:
     other = drawings(tmp_path / "other", wrong=1, bench="another")
     with pytest.raises(UserError, match="a run of toy and .* one of another: they cannot be compared"):
         write_report(folder / "a", tmp_path / "x.html", other)
+    (tmp_path / "other" / "summary.json").unlink()
+    with pytest.raises(UserError, match="summary.json cannot be read .* is it finished"):
+        write_report(other, tmp_path / "x.html")
     with pytest.raises(UserError, match="Cannot write the report"):
         write_report(folder / "a", folder / "a/manifest.json/x.html")
     assert not (tmp_path / "x.html").exists()

@@ -10,13 +10,20 @@ import pytest
 
 from tests.conftest import ROOT
 
-REASON = "needs lmms-eval, which has an environment of its own: make test-lmms"
-
 
 def require_lmms_eval() -> None:
     """Skip the whole module where lmms-eval is not installed."""
-    if importlib.util.find_spec("lmms_eval") is None:
-        pytest.skip(REASON, allow_module_level=True)
+    _require("lmms_eval", "lmms-eval")
+
+
+def require_torch_fidelity() -> None:
+    """Skip the whole module where torch-fidelity is not installed."""
+    _require("torch_fidelity", "torch-fidelity")
+
+
+def _require(module: str, name: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs {name}, which has an environment of its own: make test-lmms", allow_module_level=True)
 
 
 def run(*arguments: str, cache: Path, ranks: int = 1) -> str:

@@ -119,6 +119,11 @@ def load_space(
     return None if encoder is None else EncoderSpace(encoder, place)
 
 
+def space_settings(described: dict[str, Any]) -> dict[str, Any]:
+    """What `FeatureSpace.describe` says beside the sha256 of the weights, which a manifest keeps among its weights."""
+    return {name: value for name, value in described.items() if name != "sha256"}
+
+
 def _resized(pictures: np.ndarray, side: int) -> np.ndarray:
     if pictures.shape[1:3] == (side, side):
         return pictures

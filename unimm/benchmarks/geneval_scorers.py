@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from unimm.benchmarks.color_votes import ColorVoter
 from unimm.benchmarks.detector import InstanceDetector, Segment
+from unimm.benchmarks.known_pictures import ABSENT, photographs
 from unimm.data.shapes import SHAPES, TAGS, Scene, render, sample_prompt
 from unimm.data.shapes.detector import detect
 from unimm.data.shapes.prompts import scene_for
@@ -172,19 +173,11 @@ class DetectorScorer(Scorer):
         Raises:
             UserError: scikit-image is not installed, or the colour classifier fails on plain colours already.
         """
-        try:
-            from skimage import data
-        except ImportError:
-            raise UserError(
-                "The known pictures of geneval-hf come with scikit-image, which is not installed: install unimm[eval], "
-                "or give pictures of your own with --canary FOLDER."
-            ) from None
+        pictures = photographs()
         self._check_plain_colors()
-        photographs = {"cat": data.chelsea(), "person": data.astronaut(), "cup": data.coffee()}
         known = []
-        for name, pixels in photographs.items():
-            image = Image.fromarray(pixels)
-            for asked in (name, "zebra"):
+        for name, image in pictures.items():
+            for asked in (name, ABSENT):
                 rules = {
                     "tag": "single_object",
                     "include": [{"class": asked, "count": 1}],

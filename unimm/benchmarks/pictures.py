@@ -17,6 +17,8 @@ from unimm.data.order import EpochOrder
 from unimm.data.pictures import FolderPictures, crop, data_path, open_pictures
 from unimm.data.shapes.datasets import ShapesPictures
 from unimm.errors import UserError, one_line
+from unimm.evaluation.records import content_sha256
+from unimm.weights import file_sha256
 
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -132,6 +134,25 @@ def picture_set(source: str, count: int | None = None, seed: int | None = None) 
     order = None if seed is None else EpochOrder(len(names), seed)
     rows = [i if order is None else order.row(i) for i in range(len(names) if count is None else count)]
     return PictureSet(lambda i: load(rows[i]), [names[row] for row in rows])
+
+
+def source_sha256(source: str, count: int | None = None, seed: int | None = None) -> str:
+    """sha256 over all that `picture_set` with these arguments would read: the names, and the bytes of their files.
+
+    Files are streamed and not decoded. Statistics in an npz count as the pictures that they stand for.
+
+    Raises:
+        UserError: as `picture_set`.
+    """
+    path = data_path(source)
+    if path.suffix == ".npz" and path.is_file():
+        return content_sha256([file_sha256(path), count, seed])
+    names = picture_set(source, count, seed).names
+    if source == "shapes":
+        return content_sha256([seed, *names])
+    if path.is_dir():
+        return content_sha256([name, file_sha256(path / name)] for name in names)
+    return content_sha256([file_sha256(path), *names])
 
 
 def read_pictures_npz(path: Path) -> np.ndarray:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from unimm.benchmarks.pictures import PROTOCOLS, PictureSet, Protocol, picture_set
+from unimm.benchmarks.pictures import PROTOCOLS, PictureSet, Protocol, picture_set, source_sha256
 from unimm.data.pictures import to_array
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
@@ -25,6 +25,7 @@ from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.search import nearest_codes
 
 Row = dict[str, Any]
+KMEANS_IMAGES = 2000
 HIGHEST_PSNR = 100.0  # dB; the mean could not bear the infinite truth of an exact copy
 
 
@@ -62,7 +63,24 @@ class ReconstructionPlan:
 
     def pictures(self) -> PictureSet:
         """The set that is measured, in its order. Raises UserError where it cannot be had."""
-        return picture_set(self.source, self.num_images, None if self.num_images is None else self.seed)
+        return picture_set(self.source, self.num_images, self._drawn_by)
+
+    def pictures_sha256(self) -> str:
+        """Of that set's names and files: changed data is another measurement."""
+        return source_sha256(self.source, self.num_images, self._drawn_by)
+
+    def kmeans_pictures(self) -> PictureSet:
+        """What the k-means baseline learns from."""
+        assert self.kmeans_source is not None
+        return picture_set(self.kmeans_source, KMEANS_IMAGES, self.seed)
+
+    def kmeans_sha256(self) -> str:
+        assert self.kmeans_source is not None
+        return source_sha256(self.kmeans_source, KMEANS_IMAGES, self.seed)
+
+    @property
+    def _drawn_by(self) -> int | None:
+        return None if self.num_images is None else self.seed
 
 
 @dataclass(frozen=True)
@@ -180,12 +198,9 @@ def _scored(
     return originals, np.stack([plan.rules.resized(picture, scored) for picture in drawn])
 
 
-def raw_patch_codebook(
-    plan: ReconstructionPlan, size: int, patch_size: int, num_images: int = 2000, iterations: int = 15
-) -> Tensor:
+def raw_patch_codebook(plan: ReconstructionPlan, size: int, patch_size: int, iterations: int = 15) -> Tensor:
     """`kmeans_codes` centres [K, 3*p*p] of the raw patches of `kmeans_source`."""
-    assert plan.kmeans_source is not None
-    batches = picture_set(plan.kmeans_source, num_images, plan.seed).batches(plan.batch_size)
+    batches = plan.kmeans_pictures().batches(plan.batch_size)
     cut = (pixels_of(to_array([plan.rules.cut(image, size) for _, image in batch])) for batch in batches)
     flat = torch.cat([to_patches(pixels, patch_size).flatten(0, 1) for pixels in cut])
     generator = torch.Generator().manual_seed(plan.seed)

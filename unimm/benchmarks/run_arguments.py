@@ -26,8 +26,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, bench: str) -> argparse.Namespace:
+def parse_run(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, bench: str | Sequence[str]
+) -> argparse.Namespace:
     """The arguments, those of the repeated run filled in where the command line says nothing.
+
+    Args:
+        bench: what the command measures; several, where it leaves a run of each and any of them says how it was
+            started.
 
     Raises:
         UserError: the manifest cannot be read, is of another benchmark, or names arguments that this command lacks.
@@ -37,8 +43,10 @@ def parse_run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, be
     source = first.parse_known_args(argv)[0].repeated
     if source is not None:
         manifest = read_manifest(source)
-        if manifest.bench != bench:
-            raise UserError(f"{source} is of a run of {manifest.bench}, this command measures {bench}.")
+        measured = (bench,) if isinstance(bench, str) else bench
+        if manifest.bench not in measured:
+            known = ", ".join(measured)
+            raise UserError(f"{source} is of a run of {manifest.bench}, this command measures {known}.")
         actions = {action.dest: action for action in parser._actions}
         if unknown := sorted(set(manifest.arguments) - set(actions)):
             raise UserError(f"{source} has arguments that this version does not know: {', '.join(unknown)}.")

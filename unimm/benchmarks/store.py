@@ -196,7 +196,10 @@ class RunStore:
             return f"{len(missing)} of {len(expected)} samples of {self.folder} have no record: {_listed(missing)}."
         if foreign := sorted(recorded - expected):
             return f"{self.folder} holds {len(foreign)} records that nobody asked for: {_listed(foreign)}."
-        summary = json.dumps(plain(summarize(records)), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        try:
+            summary = json.dumps(plain(summarize(records)), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        except UserError as error:  # the others wait to hear of it
+            return str(error)
         write_atomically(self.folder / RECORDS, "".join(to_line(record) for record in records))
         write_atomically(self.folder / SUMMARY, summary)
         for path in (self.folder / PARTS).glob("*.jsonl"):

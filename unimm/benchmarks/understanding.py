@@ -1,21 +1,16 @@
 """The understanding benchmarks, as lmms-eval asks them: MME, POPE, GQA, TextVQA, MMBench, SEED, MMMU, AI2D.
 
-    python eval/lmms.py --model PATH --tasks mme,pope --output runs/und               # data from the hub
-    python eval/lmms.py --model PATH --data /data/benchmarks --output runs/und        # from local folders
-    python eval/lmms.py --tasks shapes_pope,shapes_mme --questions 300          # questions about the picture world
-
 Special here: every answer is on disk the moment it is given, with all that its score needs, so a killed run goes on
 where it stood, and the scores are a function of these records. They stand beside lmms-eval's own figures, and where
 papers count differently, each count is named (POPE by three readings, SEED's pictures and all, MME's two halves).
 """
 
-import argparse
 import contextlib
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +19,8 @@ from unimm.benchmarks.store import Manifest, Record, RunStore, content_sha256, p
 from unimm.errors import UserError
 from unimm.evaluation.bootstrap import bootstrap_mean
 from unimm.evaluation.understanding import RULES
-from unimm.mllm import load
 from unimm.mllm.answering import Answer
-from unimm.provenance import git_commit, model_fingerprint, package_versions
-from unimm.report import Report
+from unimm.provenance import model_fingerprint, package_versions
 
 HUB_TASKS = ("mme", "pope", "gqa", "textvqa", "textvqa_ocr", "mmbench", "seed", "mmmu", "ai2d")
 SHAPES_TASKS = ("shapes_mme", "shapes_pope")
@@ -163,7 +156,7 @@ def evaluate_understanding(
     Raises:
         UserError: lmms-eval is not installed, data is missing, or the folder holds a run that differs.
     """
-    _require_lmms_eval()
+    require_lmms_eval()
     from unimm.integrations.lmms_eval import ChatModel
     from unimm.integrations.lmms_tasks import run_tasks, task_name
 
@@ -182,7 +175,8 @@ def evaluate_understanding(
     return {name: {"scores": ours[name], "lmms_eval": theirs.get(task_name(name), {})} for name in plan.tasks}
 
 
-def _require_lmms_eval() -> None:
+def require_lmms_eval() -> None:
+    """Raises UserError where it is not installed."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise UserError("These benchmarks are asked by lmms-eval, which is not installed: pip install 'unimm[lmms]'.")
 
@@ -201,54 +195,3 @@ def _prepare(plan: UnderstandingPlan, folder: Path) -> Path:
         write_overlays(named, overlays, data=plan.data, hub_owner=plan.hub_owner)
     state.wait_for_everyone()
     return overlays
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python eval/lmms.py`, and `unimm eval und`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a unified model; the default comes with the library")
-    parser.add_argument(
-        "--tasks", default=",".join(HUB_TASKS), help=f"default {','.join(HUB_TASKS)}; also shapes_mme,shapes_pope"
-    )
-    parser.add_argument(
-        "--data", metavar="DIR", help="a folder with MME, POPE, GQA, textvqa, ...; the hub unless given"
-    )
-    parser.add_argument(
-        "--hub-owner", default=UnderstandingPlan.hub_owner, help="of the repositories; default %(default)s"
-    )
-    parser.add_argument(
-        "--output", default="runs/und", metavar="DIR", help="a run folder per task; default %(default)s"
-    )
-    parser.add_argument("--limit", type=int, help="the first N documents of each task")
-    for name in ("batch_size", "default_max_new_tokens", "questions", "seed"):
-        default = getattr(UnderstandingPlan, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
-    parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
-    arguments = vars(parser.parse_args(argv))
-    report = Report(arguments["json"])
-    given = {name: arguments[name] for name in UnderstandingPlan.__dataclass_fields__}
-    plan = UnderstandingPlan(**{**given, "tasks": tuple(name.strip() for name in given["tasks"].split(","))})
-    _require_lmms_eval()
-    with report.timed("load"):
-        model, processor = load(arguments["model"], arguments["device"])
-    with report.timed("understanding"):
-        found = evaluate_understanding(model, processor, plan, arguments["output"], arguments)
-    if not processes().is_main_process:
-        return
-    for name, result in found.items():
-        report.say("\n".join([name, *_lines(result["scores"]), *_lines(result["lmms_eval"], "lmms-eval: ")]))
-    report.add(understanding=found, plan=asdict(plan), model=arguments["model"] or "default", commit=git_commit())
-    report.write()
-
-
-def _lines(scores: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """One line per number, nested names joined by dots."""
-    for name, value in scores.items():
-        if isinstance(value, Mapping):
-            yield from _lines(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"  {prefix}{name:<40} {value:10.4f}"

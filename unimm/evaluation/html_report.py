@@ -1,9 +1,9 @@
 """The report of a run's folder: one HTML file that needs no model, no network and nothing beside it.
 
-Scores with their intervals, judge and protocol; bars per tag; the samples, failed and worst ones first, with boxes,
-seeds and reasons, to be filtered by the rule that failed; and, against a second run, paired differences. Pictures are
-small data URIs, and at most `MAX_CARDS` samples of a part are shown, so that the page stays light. All text that comes
-from records is escaped by the template.
+Scores with their intervals, judge and protocol; bars per tag; distances of whole sets; the samples, failed and worst
+ones first, with boxes, seeds and reasons, to be filtered by the rule that failed; and, against a second run, paired
+differences. Pictures are small data URIs, and at most `MAX_CARDS` samples of a part are shown, so that the page stays
+light. All text that comes from records is escaped by the template.
 """
 
 from collections import Counter
@@ -31,13 +31,14 @@ from unimm.evaluation.measures import (
     tag_of,
 )
 from unimm.evaluation.page import base_style, data_uri
-from unimm.evaluation.records import Key, Manifest, Record, leaves, read_manifest, read_records
+from unimm.evaluation.records import Key, Manifest, Record, leaves, read_manifest, read_records, read_summary
 from unimm.provenance import write_atomically
 from unimm.typed import plain
 
 MAX_CARDS = 240
 THUMBNAIL_SIDE = 224
 SHOWN_NUMBERS = 5  # of a sample; the records hold them all
+SET_SIZES = ("count", "count_reference")  # of the sets that were compared
 WORST_BY = "psnr"  # where there is no verdict, the lowest first
 
 
@@ -48,14 +49,25 @@ class Run:
     folder: Path
     manifest: Manifest
     records: list[Record]
+    summary: dict[str, Any]
 
     @classmethod
     def read(cls, folder: str | Path) -> "Run":
         """Raises UserError where there is none, or one that is not finished or is empty."""
-        run = cls(Path(folder), read_manifest(folder), read_records(folder))
+        run = cls(Path(folder), read_manifest(folder), read_records(folder), read_summary(folder))
         if not run.records:
             raise UserError(f"{folder} holds a run without a single record: there is nothing to report.")
         return run
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """How two sets of pictures differ as a whole, where the run compared any; no mean over records."""
+        return self.summary.get("distances") or {}
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """The features in which the sets were compared; figures of two spaces are figures of two scales."""
+        return self.summary.get("space") or {}
 
     @property
     def protocol(self) -> str:
@@ -91,7 +103,14 @@ def write_report(folder: str | Path, output: str | Path, against: str | Path | N
 def render(run: Run, scores: Sequence[Measure], other: Run | None = None) -> str:
     """The page as text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"figure": figure, "signed": signed, "span": span, "spread": spread, "words": words}
+    environment.filters |= {
+        "described": described,
+        "figure": figure,
+        "signed": signed,
+        "span": span,
+        "spread": spread,
+        "words": words,
+    }
     template = resources.files("unimm.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     comparisons = [] if other is None else compare(other.records, run.records)
     cards = list(_cards(run, other))
@@ -101,6 +120,7 @@ def render(run: Run, scores: Sequence[Measure], other: Run | None = None) -> str
         style=Markup(base_style()),
         scores=scores,
         parts=any(score.part for score in scores),
+        distances=_distances(run, other),
         comparisons=comparisons,
         only=None if other is None else _only(run.records, other.records),
         cards=cards,
@@ -148,6 +168,17 @@ def rules_of(record: Record) -> list[str]:
     """The rules that a record fails, in a word or two each: GenEval's, or what stands before a reason's colon."""
     lines = record.reason.splitlines()
     return list(dict.fromkeys(failed_rule(line) or line.partition(":")[0][:32] for line in lines))
+
+
+def _distances(run: Run, other: Run | None) -> list[tuple[str, float, float | None]]:
+    """Name, value, and the other run's where both are of one scale: the same features, and as many pictures."""
+    alike = other is not None and (other.space, _sizes(other)) == (run.space, _sizes(run))
+    theirs = other.distances if other is not None and alike else {}
+    return [(name, value, theirs.get(name)) for name, value in run.distances.items() if name not in SET_SIZES]
+
+
+def _sizes(run: Run) -> list[float | None]:
+    return [run.distances.get(name) for name in SET_SIZES]
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

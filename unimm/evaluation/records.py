@@ -137,6 +137,18 @@ def read_records(folder: str | Path) -> list[Record]:
     return list(parse_lines(path))
 
 
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """The summary of a finished run. Raises UserError where the run is not finished."""
+    path = Path(folder) / SUMMARY
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): is there a run, and is it finished?") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is no summary: it is a {type(tree).__name__}, expected an object.")
+    return tree
+
+
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in nested mappings."""
     if isinstance(tree, Mapping):

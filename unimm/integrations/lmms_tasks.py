@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from unimm.errors import UserError
+from unimm.evaluation.textvqa import soft_accuracy
 from unimm.evaluation.understanding import mmmu_choice, same_text
 
 Row = dict[str, Any]
@@ -70,11 +71,8 @@ def _gqa(document: Document, answer: str) -> Row:
 
 
 def _textvqa(document: Document, answer: str) -> Row:
-    from lmms_eval.tasks.textvqa.utils import textvqa_process_results
-
-    annotated = {**document, "answers": list(document["answers"])}  # the function rewrites the list
-    score = textvqa_process_results(annotated, [answer])["exact_match"]
-    return {"answer": answer, "expected": list(document["answers"]), "score": float(score)}
+    annotated = list(document["answers"])
+    return {"answer": answer, "expected": annotated, "score": soft_accuracy(answer, annotated)}
 
 
 def _mmbench(document: Document, answer: str) -> Row:

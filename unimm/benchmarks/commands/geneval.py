@@ -63,7 +63,9 @@ SHAPES_PROMPTS = 50  # of each tag, where no --limit is given
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        description=description or __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=None if description else "unimm eval gen",
+        description=description or __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(made)
     made.add_argument("--json", metavar="FILE", help="write the result, - for standard output")

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unimm.benchmarks.feature_spaces import TokenizerSpace, load_space
-from unimm.benchmarks.generation import PairedSets
+from unimm.benchmarks.feature_spaces import FeatureSpace, InceptionSpace, TokenizerSpace, load_space, space_settings
+from unimm.benchmarks.generation import SCORE_SPLITS, PairedSets
 from unimm.benchmarks.pictures import PROTOCOLS
 from unimm.benchmarks.reconstruction import (
+    Compared,
     ReconstructionPlan,
     Reconstructions,
     compared_pictures,
@@ -19,10 +20,11 @@ from unimm.benchmarks.reconstruction import (
     summarized,
 )
 from unimm.benchmarks.run_arguments import add_run_arguments, parse_run, recorded_arguments
-from unimm.benchmarks.store import Manifest, Record, RunStore, content_sha256
+from unimm.benchmarks.store import Key, Manifest, Record, RunStore, processes
 from unimm.benchmarks.subject import Subject, load_subject
 from unimm.data.images import load_image, save_image_atomically
 from unimm.data.pictures import to_array
+from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.evaluation.distributions import PRDC_NEIGHBOURS
 from unimm.perceptual_networks import LPIPS, load_lpips
@@ -37,7 +39,7 @@ BENCH = "reconstruction"
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
     """Parse, load, measure, report."""
     arguments = parse_run(_parser(description), argv, bench=BENCH)
-    report = Report(arguments.json)
+    report = Report(arguments.json if processes().is_main_process else None)
     plan = ReconstructionPlan(
         arguments.source,
         arguments.num_images or None,
@@ -52,9 +54,10 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
         lpips = load_lpips(arguments.lpips_trunk, arguments.lpips_heads) if arguments.lpips_trunk else None
         named = load_space(arguments.inception, arguments.fd_encoder)
     space = named or TokenizerSpace(reference or subject.tokenizer, original=reference is not None)
-    sets = PairedSets(space)
+    compared = _may_compare(len(plan.pictures()), space, asked_for=named is not None)
     with report.timed("reconstruction"):
         if arguments.output is None:
+            sets = PairedSets(space)
             found = evaluate_pictures(
                 subject.tokenizer,
                 subject.image_processor,
@@ -63,13 +66,15 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
                 on_batch=lambda batch: sets.add(batch.originals, batch.drawn),
                 lpips=lpips,
             )
+            distances = sets.figures() if compared else None
         else:
-            manifest = _manifest(subject, plan, reference, arguments)
-            found = recorded_pictures(subject, plan, reference, arguments.output, manifest, sets=sets, lpips=lpips)
-    distances: dict[str, Any] | None = None
-    if named is not None or len(found.rows) > PRDC_NEIGHBOURS:
-        distances = sets.figures()
-    else:
+            manifest = _manifest(subject, plan, reference, named, arguments)
+            found, distances = recorded_pictures(
+                subject, plan, reference, arguments.output, manifest, space=space if compared else None, lpips=lpips
+            )
+    if not processes().is_main_process:
+        return
+    if not compared:
         report.say(f"{len(found.rows)} pictures are no distribution: the sets are not compared.")
     for name, value in found.scores.items():
         error = f" ± {found.errors[name]:.4f}" if name in found.errors else ""
@@ -102,11 +107,12 @@ def recorded_pictures(
     folder: str,
     manifest: Manifest,
     *,
-    sets: PairedSets,
+    space: FeatureSpace | None = None,
     lpips: LPIPS | None = None,
-) -> Reconstructions:
-    """As `evaluate_pictures`, with every picture recorded in `folder`; an interrupted run goes on. `sets` sees all
-    pictures as they were kept."""
+) -> tuple[Reconstructions, dict[str, Any] | None]:
+    """As `evaluate_pictures`, with every picture recorded in `folder`, and how the sets differ in `space`, as they were
+    kept. An interrupted run goes on."""
+    size = subject.tokenizer.config.codebook_size
     with RunStore.open(folder, manifest) as store:
         todo = set(store.split([(name, 0) for name in plan.pictures().names], together=plan.batch_size))
         batches = compared_pictures(
@@ -118,35 +124,57 @@ def recorded_pictures(
             wanted=lambda names: any((name, 0) in todo for name in names),
         )
         for batch in batches:
-            for index, row in enumerate(batch.rows()):
-                name = row.pop("name")
-                if (name, 0) not in todo:
-                    continue
-                original = save_image_atomically(
-                    Image.fromarray(batch.originals[index]), store.image_path(name, role="original")
-                )
-                drawn = save_image_atomically(Image.fromarray(batch.drawn[index]), store.image_path(name))
-                own = CodebookUsage(subject.tokenizer.config.codebook_size)
-                own.update(batch.ids[index])
-                store.append(
-                    Record(
-                        BENCH,
-                        name,
-                        seed=plan.seed,
-                        inputs={"original_path": store.inside(original)},
-                        output_path=str(drawn),
-                        raw_scores=row | {"entropy_of_picture": own.entropy, "ids": batch.ids[index].tolist()},
-                    )
-                )
-        size = subject.tokenizer.config.codebook_size
-        store.finish(lambda records: _summary(records, size))
-        records = store.records()
-        for start in range(0, len(records), plan.batch_size):
-            batch = records[start : start + plan.batch_size]
-            originals = [store.folder / record.inputs["original_path"] for record in batch]
-            drawings = [store.folder / str(record.output_path) for record in batch]
-            sets.add(to_array([load_image(path) for path in originals]), to_array([load_image(p) for p in drawings]))
-        return _reconstructions(records, size)
+            _keep(store, batch, todo, plan.seed, size)
+        summary = store.finish(
+            lambda records: _summary(records, size) | _distances(store, records, space, plan.batch_size)
+        )
+        return _reconstructions(store.records(), size), summary["distances"]
+
+
+def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_size: int) -> None:
+    """Both pictures of every missing row, and its record."""
+    for index, row in enumerate(batch.rows()):
+        name = row.pop("name")
+        if (name, 0) not in todo:
+            continue
+        original, drawn = store.image_path(name, role="original"), store.image_path(name)
+        save_image_atomically(Image.fromarray(batch.originals[index]), original)
+        save_image_atomically(Image.fromarray(batch.drawn[index]), drawn)
+        own = CodebookUsage(codebook_size)
+        own.update(batch.ids[index])
+        store.append(
+            Record(
+                BENCH,
+                name,
+                seed=seed,
+                inputs={"original_path": store.inside(original)},
+                output_path=str(drawn),
+                raw_scores=row | {"entropy_of_picture": own.entropy, "ids": batch.ids[index].tolist()},
+            )
+        )
+
+
+def _may_compare(count: int, space: FeatureSpace, *, asked_for: bool) -> bool:
+    """Whether so many pictures are a distribution. Raises UserError for too few where a network was named."""
+    least = max(PRDC_NEIGHBOURS + 1, SCORE_SPLITS if isinstance(space, InceptionSpace) else 0)
+    if count < least and asked_for:
+        raise UserError(f"{count} pictures are no distribution: {space.name} compares sets of at least {least}.")
+    return count >= least
+
+
+def _distances(
+    store: RunStore, records: Sequence[Record], space: FeatureSpace | None, batch_size: int
+) -> dict[str, Any]:
+    """The two sets on disk compared, for the summary."""
+    if space is None:
+        return {"distances": None}
+    sets = PairedSets(space)
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        originals = [load_image(store.folder / record.inputs["original_path"]) for record in batch]
+        drawn = [load_image(store.folder / str(record.output_path)) for record in batch]
+        sets.add(to_array(originals), to_array(drawn))
+    return {"distances": sets.figures(), "space": space.describe()}
 
 
 def _reconstructions(records: list[Record], codebook_size: int) -> Reconstructions:
@@ -168,21 +196,29 @@ def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:
 
 
 def _manifest(
-    subject: Subject, plan: ReconstructionPlan, reference: ImageTokenizer | None, arguments: argparse.Namespace
+    subject: Subject,
+    plan: ReconstructionPlan,
+    reference: ImageTokenizer | None,
+    named: FeatureSpace | None,
+    arguments: argparse.Namespace,
 ) -> Manifest:
-    tokenizer = subject.tokenizer
+    tokenizer, space = subject.tokenizer, {}
     weights = {"tokenizer": model_fingerprint(tokenizer)}
+    if named is not None:
+        space = named.describe()
+        weights["inception" if arguments.inception else "fd_encoder"] = space["sha256"]
+    if plan.kmeans_source:
+        weights["kmeans_source"] = plan.kmeans_sha256()
     for name in ("lpips_trunk", "lpips_heads"):
         if path := getattr(arguments, name):
             weights[name] = file_sha256(path)
     return Manifest(
         BENCH,
-        content_sha256(plan.pictures().names),
+        plan.pictures_sha256(),
         plan.seed,
         settings={
             "protocol": _protocol(plan) | {"image_size": tokenizer.config.image_size},
-            "source": plan.source,
-            "kmeans_source": plan.kmeans_source,
+            "space": space_settings(space),
             "kmeans_codes": plan.kmeans_codes,
             "mean": list(subject.image_processor.image_mean),
             "std": list(subject.image_processor.image_std),

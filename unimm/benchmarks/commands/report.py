@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from unimm.evaluation.html_report import span, write_report
+from unimm.evaluation.records import read_summary
 from unimm.report import Report
 
 
@@ -24,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.say(f"{name:<40} {score.interval.value:10.4f}  {span(score.interval)}")
         tags = {tag: interval._asdict() for tag, interval in score.by_tag.items()}
         rows.append({"part": score.part, "name": score.name, **score.interval._asdict(), "tags": tags})
-    report.add(scores=rows, page=arguments.output)
+    distances = read_summary(arguments.folder).get("distances")
+    for name, value in (distances or {}).items():
+        report.say(f"{name:<40} {value:10.4f}")
+    report.add(scores=rows, distances=distances, page=arguments.output)
     report.say(arguments.output)
     report.write()

@@ -1,4 +1,4 @@
-"""The command of DPG-Bench: `eval/dpg.py`, and what `unimm eval` calls."""
+"""The command of DPG-Bench: `unimm eval dpg`, eval/dpg.py."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from unimm.benchmarks.dpg import (
     BENCH,
+    GET_CSV,
     OFFICIAL_CSV,
     DrawnPictures,
     GridPictures,
@@ -18,6 +19,7 @@ from unimm.benchmarks.dpg import (
     table,
     write_grids,
 )
+from unimm.benchmarks.known_pictures import KnownAnswer, check_judge, known_answers
 from unimm.benchmarks.run_arguments import add_run_arguments, parse_run, recorded_arguments
 from unimm.benchmarks.store import Manifest, RunStore, content_sha256, processes
 from unimm.benchmarks.subject import Subject, load_subject
@@ -27,8 +29,12 @@ from unimm.report import Report
 from unimm.saving import weights_fingerprint
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog=None if description else "unimm eval dpg",
+        description=description or __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     asked = made.add_argument_group("what is drawn and asked")
     asked.add_argument("--dpg-csv", metavar="FILE", help="the benchmark's question file, dpg_bench.csv")
     asked.add_argument("--prompts", metavar="FILE", help="lines of item_id and prompt: draw only, ask nothing")
@@ -47,19 +53,22 @@ def parser(description: str) -> argparse.ArgumentParser:
     judging.add_argument("--judge-kind", help="blip, vilt, chat or mplug; read from its configuration unless given")
     judging.add_argument("--judge-batch-size", type=int, default=16)
     judging.add_argument("--allow-self-judge", action="store_true", help="let the model judge its own pictures")
+    known = judging.add_mutually_exclusive_group()
+    known.add_argument("--canary", metavar="DIR", help="known pictures: canaries.jsonl of image, question and answer")
+    known.add_argument("--no-canary", action="store_true", help="let the judge judge without known pictures")
     made.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
     made.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     add_run_arguments(made)
     return made
 
 
-def main(argv: Sequence[str] | None = None, description: str = __doc__ or "") -> None:
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
     """Do what the command line asks. Raises UserError: what a person got wrong."""
     arguments = parse_run(parser(description), argv, bench=BENCH)
     _check(arguments)
     report = Report(arguments.json if processes().is_main_process else None)
     prompts = read_question_file(arguments.dpg_csv) if arguments.dpg_csv else read_prompts(arguments.prompts)
-    if prompts.blob not in (None, OFFICIAL_CSV):
+    if prompts.blob not in (None, OFFICIAL_CSV) and processes().is_main_process:
         report.say(f"{arguments.dpg_csv} is not the published question file: its git name is {prompts.blob}.")
     prompts = prompts.limited(arguments.limit)
     grids, subject, judge = None, None, None
@@ -72,7 +81,11 @@ def main(argv: Sequence[str] | None = None, description: str = __doc__ or "") ->
         if arguments.judge is not None:
             options = {"device": arguments.device, "batch_size": arguments.judge_batch_size}
             judge = load_judge(arguments.judge, arguments.judge_kind, **options)
-    manifest = _manifest(arguments, prompts, grids, subject, judge)
+    known = [] if judge is None or arguments.no_canary else known_answers(arguments.canary)
+    manifest = _manifest(arguments, prompts, grids, subject, judge, known)
+    if judge is not None and not arguments.no_canary:
+        with report.timed("canary"):
+            report.add(canaries=check_judge(judge, known))
     with report.timed("score"), RunStore.open(arguments.output, manifest) as store:
         pictures: Pictures | None = grids
         if pictures is None:
@@ -83,6 +96,8 @@ def main(argv: Sequence[str] | None = None, description: str = __doc__ or "") ->
     missing = grids.missing if grids is not None else []
     if processes().is_main_process:
         report.say(table(summary))
+        if judge is not None:
+            report.say("no known picture was asked about" if not known else f"{len(known)} known answers were right")
         if missing:
             report.say(f"{len(missing)} of {len(prompts.texts)} prompts have no grid and no score.")
         if grids is None:
@@ -95,7 +110,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         raise UserError("--output DIR is not given: pictures, answers and scores are kept there.")
     if (arguments.dpg_csv is None) == (arguments.prompts is None):
-        raise UserError("Give either --dpg-csv FILE, to draw and ask, or --prompts FILE, to draw only.")
+        raise UserError(f"Give either --dpg-csv FILE ({GET_CSV}), to draw and ask, or --prompts FILE, to draw only.")
     if (arguments.dpg_csv is None) != (arguments.judge is None):
         raise UserError("A judge needs questions and questions a judge: give --dpg-csv and --judge together.")
     if arguments.images is not None and (arguments.resolution is None or arguments.dpg_csv is None):
@@ -116,6 +131,7 @@ def _manifest(
     grids: GridPictures | None,
     subject: Subject | None,
     judge: Judge | None,
+    known: Sequence[KnownAnswer],
 ) -> Manifest:
     """How the run comes about. Raises UserError for a model that draws and judges, or cannot draw."""
     weights: dict[str, str] = {}
@@ -131,11 +147,13 @@ def _manifest(
     if judge is not None:
         weights["judge"] = judge.fingerprint
         settings |= {"judge": judge.describe(), "judge_batch_size": arguments.judge_batch_size}
+        asked = [(each.name, each.question, each.expected) for each in known]
+        settings["canary"] = "not asked" if arguments.no_canary else content_sha256(asked)
         own = weights.get("model") == judge.fingerprint
         if (own or _same_folder(arguments)) and not arguments.allow_self_judge:
             raise UserError("The model under test is its own judge: name another --judge, or add --allow-self-judge.")
-    asked = content_sha256([prompts.texts, prompts.rows])
-    return Manifest(BENCH, asked, arguments.seed, settings, weights, arguments=recorded_arguments(arguments))
+    questions = content_sha256([prompts.texts, prompts.rows])
+    return Manifest(BENCH, questions, arguments.seed, settings, weights, arguments=recorded_arguments(arguments))
 
 
 def _same_folder(arguments: argparse.Namespace) -> bool:
