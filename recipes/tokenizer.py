@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.trainer_utils import set_seed
 
 from unimm.config import parse_recipe_args
 from unimm.data.pictures import PictureConfig, picture_stream
@@ -86,6 +87,7 @@ def require_kind(path: str, found: str, kind: str) -> None:
 def main() -> None:
     recipe = parse_recipe_args(TokenizerRecipe)
     train = recipe.train
+    set_seed(train.seed)
     samples_per_step = train.batch_size * train.gradient_accumulation_steps * processes().num_processes
     pictures = picture_stream(recipe.data, train.steps * samples_per_step, train.seed)
     tokenizer = build(recipe.model)

@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -44,12 +46,12 @@ def debug_cases() -> list[Case]:
     """All that a checkpoint may hold: codebook upkeep, both sides of the GAN, EMA, Muon, data workers, two flows."""
     tokenizer = ("train.steps=8", "train.save_steps=3", "train.num_workers=1", "train.panel_steps=8")
     host = ("train.max_steps=8", "train.save_steps=3", "train.eval_steps=8", "train.ema_decay=0.9")
-    host += ("train.dataloader_num_workers=1", "panel.prompts=[]")
+    host = (*host, "train.dataloader_num_workers=1")
     return [
         Case("stage1", "tokenizer", 8, tokenizer),
         Case("stage2", "tokenizer", 8, (*tokenizer, "loss.gan.start=2")),
-        Case("sft", "sft", 8, host[:-1]),
-        Case("t2i", "t2i", 8, host),
+        Case("sft", "sft", 8, host),
+        Case("t2i", "t2i", 8, (*host, "panel.prompts=[]")),
     ]
 
 
@@ -94,7 +96,10 @@ class Launcher:
 
 
 def run_script(script: Path, arguments: Sequence[str]) -> None:
-    """As the command line would, in this process."""
+    """As the command line would, in this process, whose random numbers begin as anywhere, not as its parent's."""
+    random.seed()
+    np.random.seed()
+    torch.seed()
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
@@ -122,7 +127,7 @@ def fork(body: Callable[[], None], log: Path, folder: Path) -> int:
     except SystemExit as ended:
         code = int(ended.code or 0)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)

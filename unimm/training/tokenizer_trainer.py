@@ -148,6 +148,7 @@ class TokenizerTrainer:
             Subset(self.pictures, indices),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
+            generator=torch.Generator(),  # a loader draws a number when it starts: not from ours, a resumed run has two
             collate_fn=lambda rows: (
                 self.processor(images=[row["image"] for row in rows], return_tensors="pt").pixel_values
             ),
