@@ -19,13 +19,14 @@ from unimm.class_conditional import ClassConditionalConfig, ClassConditionalGPT
 from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet
 from unimm.class_conditional.extraction import ClassIdsConfig, prepare_ids
 from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
-from unimm.config import parse_recipe_args, save_config
+from unimm.config import parse_recipe_args
 from unimm.data.images import save_image_atomically
 from unimm.errors import UserError, run_main
 from unimm.provenance import write_atomically
 from unimm.tokenizer.loading import load_with_processor
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.class_conditional_trainer import ClassConditionalTrainer
+from unimm.training.run import open_run
 
 
 @dataclass
@@ -69,7 +70,7 @@ def build(recipe: C2IRecipe, ids: ClassIds) -> ClassConditionalGPT:
 
 def main() -> None:
     recipe = parse_recipe_args(C2IRecipe)
-    train, output = recipe.train, Path(recipe.train.output_dir)
+    train = recipe.train
     set_seed(train.seed)
     tokenizer, image_processor = load_with_processor(recipe.model.image_tokenizer)
     tokenizer.requires_grad_(False)
@@ -80,14 +81,22 @@ def main() -> None:
     for each in (ids, held_out):
         each.require_classes(recipe.model.num_classes)
     model = build(recipe, ids)
-    length = train.max_steps * train.train_batch_size * train.gradient_accumulation_steps * train.world_size
+    facts = {"rows of ids": len(ids), "tokenizer": ids.info.tokenizer_fingerprint}
+    with open_run(recipe, samples_per_step=train.samples_per_step, **facts):
+        train_and_draw(recipe, model, ClassDrawer(model, tokenizer, image_processor), ids, held_out)
+
+
+def train_and_draw(
+    recipe: C2IRecipe, model: ClassConditionalGPT, drawer: ClassDrawer, ids: ClassIds, held_out: ClassIds
+) -> None:
+    """Train, and save the GPT with its tokenizer, a sheet of drawings and the held-out loss."""
+    train, output = recipe.train, Path(recipe.train.output_dir)
     trainer = ClassConditionalTrainer(
         model,
         train,
-        train_dataset=IdStream(ids, length, recipe.data.seed),
+        train_dataset=IdStream(ids, train.max_steps * train.samples_per_step, recipe.data.seed),
         eval_dataset=IdRows(held_out),
     )
-    save_config(recipe, output)
     entropy, uniform = ids.entropy, math.log(ids.info.codebook_size)
     print(f"{len(ids)} sequences of ids; unigram entropy {entropy:.3f} nats an id, ln K {uniform:.3f}")
     if not trainer.done:
@@ -97,7 +106,7 @@ def main() -> None:
     print(f"held-out loss at the end {loss:.3f}, unigram entropy {entropy:.3f} nats an id")
     if trainer.is_world_process_zero():
         with trainer.averaged(), torch.compiler.set_stance("force_eager"):
-            drawer = ClassDrawer(model.eval(), tokenizer.to(model.device), image_processor)
+            model.eval()
             drawer.save(output)
             save_image_atomically(draw_sheet(drawer, recipe.sheet), output / "sheet.png")
         result = {"held_out_loss": loss, "unigram_entropy": entropy, "uniform": uniform, "steps": train.max_steps}

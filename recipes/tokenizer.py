@@ -13,15 +13,19 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_recipe_args, save_config
+from unimm.config import parse_recipe_args
 from unimm.data.pictures import PictureConfig, picture_stream
 from unimm.errors import UserError, reading, run_main
 from unimm.mllm import load
 from unimm.mllm.loading import DEFAULT
+from unimm.processes import processes
+from unimm.saving import weights_fingerprint
 from unimm.tokenizer import TOKENIZERS, ImageTokenizer
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.objective import ObjectiveConfig
+from unimm.training.run import open_run
 from unimm.training.tokenizer_trainer import TokenizerTrainer
 
 
@@ -83,11 +87,13 @@ def require_kind(path: str, found: str, kind: str) -> None:
 def main() -> None:
     recipe = parse_recipe_args(TokenizerRecipe)
     train = recipe.train
-    length = train.steps * train.batch_size * train.gradient_accumulation_steps
-    trainer_pictures = picture_stream(recipe.data, length, train.seed)
-    trainer = TokenizerTrainer(build(recipe.model), trainer_pictures, train, recipe.loss)
-    save_config(recipe, train.output_dir)
-    trainer.train()
+    set_seed(train.seed)
+    samples_per_step = train.batch_size * train.gradient_accumulation_steps * processes().num_processes
+    pictures = picture_stream(recipe.data, train.steps * samples_per_step, train.seed)
+    tokenizer = build(recipe.model)
+    encoder = weights_fingerprint(tokenizer.encoder)  # the teacher
+    with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder):
+        TokenizerTrainer(tokenizer, pictures, train, recipe.loss).train()
 
 
 if __name__ == "__main__":

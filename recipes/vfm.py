@@ -8,15 +8,17 @@ started again goes on from its last checkpoint.
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil
+from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_recipe_args, save_config
+from unimm.config import parse_recipe_args
 from unimm.data.pictures import PictureConfig, picture_stream, to_array
 from unimm.errors import run_main
+from unimm.training.arguments import StreamTrainingArguments
+from unimm.training.run import open_run
+from unimm.training.stream_trainer import StreamTrainer
 from unimm.training.text_tokenizer import train_text_tokenizer
 from unimm.training.vision_pretraining import VisionPretraining, VisionPretrainingConfig
 
@@ -34,7 +36,7 @@ class VFMModelConfig:
 @dataclass
 class VFMConfig:
     model: VFMModelConfig
-    train: TrainingArguments
+    train: StreamTrainingArguments
     data: PictureConfig = field(default_factory=PictureConfig)
     loss: VisionPretrainingConfig = field(default_factory=VisionPretrainingConfig)
 
@@ -43,7 +45,7 @@ def main() -> None:
     config = parse_recipe_args(VFMConfig)
     train = config.train
     set_seed(train.seed)
-    length = train.max_steps * train.train_batch_size * train.gradient_accumulation_steps * train.world_size
+    length = train.max_steps * train.samples_per_step
     stream = picture_stream(config.data, length, train.seed, allow_withheld=False)
     tokenizer = train_text_tokenizer((stream[i]["text"] for i in range(min(2000, length))), config.model.vocab_size)
     size = {"height": config.data.image_size, "width": config.data.image_size}
@@ -60,17 +62,14 @@ def main() -> None:
             "input_ids": to_input_ids(tokenizer, rows, siglip_config),
         }
 
-    # A stream is shuffled by construction: taken in order, the step is the data position.
-    train.train_sampling_strategy = "sequential"
-    trainer = Trainer(model=model, args=train, train_dataset=stream, data_collator=collate)
-    save_config(config, train.output_dir)
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(train.output_dir) if Path(train.output_dir).is_dir() else None
-    )
-    if trainer.is_world_process_zero():
-        model.siglip.save_pretrained(train.output_dir)
-        tokenizer.save_pretrained(train.output_dir)
-        processor.save_pretrained(train.output_dir)
+    with open_run(config, samples_per_step=train.samples_per_step):
+        trainer = StreamTrainer(model, train, train_dataset=stream, data_collator=collate, stream_seed=train.seed)
+        trainer.train_or_load()
+        if trainer.is_world_process_zero():
+            with trainer.averaged():
+                model.siglip.save_pretrained(train.output_dir)
+            tokenizer.save_pretrained(train.output_dir)
+            processor.save_pretrained(train.output_dir)
 
 
 def to_pixel_values(images: list) -> torch.Tensor:

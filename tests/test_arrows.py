@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 GROUND = {"errors", "provenance", "typed", "config", "report", "saving", "sampling", "weights", "perceptual_networks"}
+GROUND |= {"processes"}
 FOUNDATION = GROUND | {"tokenizer", "data", "evaluation"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
 FACES = {"serving", "integrations", "benchmarks", "chat"}
@@ -18,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "provenance": {"errors"},
     "typed": {"errors"},
     "report": {"errors", "provenance"},
+    "processes": {"errors", "provenance"},
     "saving": {"errors"},
     "sampling": {"errors"},
     "weights": {"errors"},

@@ -56,8 +56,10 @@ def parse_recipe_args(cls: type[T], argv: Sequence[str] | None = None) -> T:
         raise SystemExit(USER_ERROR_EXIT_CODE) from None
 
 
-def save_config(config: Any, folder: str | Path, name: str = "config.yaml") -> Path:
-    """Write `config` whole into `folder/name` and versions, git commit and command into `folder/run.json`.
+def save_config(
+    config: Any, folder: str | Path, name: str = "config.yaml", *, facts: Mapping[str, Any] | None = None
+) -> Path:
+    """Write `config` whole into `folder/name` and versions, git commit, command and `facts` into `folder/run.json`.
 
     Both files appear complete or not at all. Distributed runs call it on the main process only. Returns the YAML path.
     """
@@ -65,9 +67,25 @@ def save_config(config: Any, folder: str | Path, name: str = "config.yaml") -> P
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     write_atomically(path, yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
-    run = {"command": sys.argv, "commit": git_commit(), "versions": package_versions()}
+    run = {"command": sys.argv, "commit": git_commit(), "versions": package_versions(), "facts": dict(facts or {})}
     write_atomically(folder / "run.json", json.dumps(run, indent=2) + "\n")
     return path
+
+
+def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the facts that `save_config` wrote into the folder, as plain values.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    tree = _read_with_bases(folder / "config.yaml", seen=())
+    try:
+        facts: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("facts", {})
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder}/run.json, which belongs to the settings beside it, cannot be read: {error}."
+        ) from None
+    return tree, facts
 
 
 class _Loader(yaml.SafeLoader):

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """One sentence for the person at the keyboard: what was wrong and what to do about it."""
 
 
+class Interrupted(Exception):
+    """A run was asked to stop and has saved all: what to do to go on. A program that ends with it ends well."""
+
+
 _FROM_A_WORKER = "Caught UserError in DataLoader worker"
 
 
@@ -47,12 +51,16 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
 
 
 def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
-    """Run a program's `main` and return its exit code; a `UserError` becomes one line on standard error and code 2.
+    """Run a program's `main` and return its exit code; a `UserError` becomes one line on standard error and code 2, an
+    `Interrupted` is printed and becomes 0.
 
     Recipes and eval drivers end with `sys.exit(run_main(main, name="sft"))`.
     """
     try:
         return main() or 0
+    except Interrupted as pause:
+        print(pause, flush=True)
+        return 0
     except UserError as error:
         print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE

@@ -178,16 +178,6 @@ def test_a_loss_that_is_not_finite_names_its_samples(tmp_path: Path) -> None:
     assert not (tmp_path / "config.json").exists()
 
 
-def test_a_checkpoint_of_another_stream_is_refused(tmp_path: Path) -> None:
-    trainer = build(tmp_path, TALK, max_steps=4)
-    trainer.add_callback(StopAt(2))
-    trainer.run()
-    with pytest.raises(UserError, match=r"data\.seed 0, now it is 1"):
-        build(tmp_path, TALK, seed=1, max_steps=4).run()
-    with pytest.raises(UserError, match="samples per step 4, now it is 2"):
-        build(tmp_path, TALK, per_device_train_batch_size=2, max_steps=4).run()
-
-
 def test_a_run_killed_while_it_saves_leaves_whole_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(tmp_path, TALK)
     save = trainer._save_optimizer_and_scheduler

@@ -123,7 +123,7 @@ def test_stage_1_moves_all_but_the_encoder(kind: str, tmp_path: Any) -> None:
     rest = {"sampler", "quantizer", "decoder", "pixel_head"}
     assert moved(before, run.tokenizer) == rest
     saved = TOKENIZERS[kind].from_pretrained(tmp_path)
-    assert moved(before, saved) == rest and run.discriminator is not None
+    assert moved(before, saved) == rest and run.adversary is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,17 +15,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from unimm.errors import UserError
 from unimm.evaluation.records import (
@@ -40,12 +37,13 @@ from unimm.evaluation.records import (
     read_manifest,
     to_line,
 )
+from unimm.processes import lock_folder, processes, refuse_together
 from unimm.provenance import write_atomically
 from unimm.typed import plain
 
 __all__ = ["Key", "Manifest", "Record", "RunStore", "content_sha256", "processes", "sample_seed"]
 
-IMAGES, PARTS, TIMINGS, LOCK, WRITER = "images", "parts", "timings.jsonl", ".lock", ".writer"
+IMAGES, PARTS, TIMINGS = "images", "parts", "timings.jsonl"
 NAMED_KEYS = 10  # of a longer list of keys, the first ones stand in the message
 
 Summarize = Callable[[list[Record]], Mapping[str, Any]]
@@ -55,11 +53,6 @@ def sample_seed(run_seed: int, bench: str, item: str, sample: int) -> int:
     """The seed of one sample, from 0 to 2**63 - 1: whatever the batch, the order and the number of processes."""
     text = json.dumps([run_seed, bench, item, sample])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
-
-
-def processes() -> PartialState:
-    """The processes of this run; without `cpu`, accelerate takes two processes on a CPU for two runs of one."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 class RunStore:
@@ -79,18 +72,9 @@ class RunStore:
         Raises:
             UserError: the folder holds something else, a run under another manifest, or one that is being written.
         """
-        folder, state, lock = Path(folder), processes(), None
-        refusal: UserError | None = None
-        if state.is_main_process:
-            try:
-                lock = _prepare(folder, manifest)
-            except UserError as error:
-                refusal = error
-        message = str(refusal or "")
-        if state.num_processes > 1:
-            (message,) = broadcast_object_list([message])
-        if message:
-            raise UserError(message)
+        folder, state, locks = Path(folder), processes(), list[FileLock]()
+        refuse_together(lambda: locks.append(_prepare(folder, manifest)))
+        lock = locks[0] if locks else None
         store = cls(folder, manifest, state, lock)
         state.wait_for_everyone()  # nobody appends while another still reads what is done
         return store
@@ -166,12 +150,10 @@ class RunStore:
         """
         self._close_files()
         self._state.wait_for_everyone()
-        message = self._merge(summarize) if self._state.is_main_process else ""
-        if self._state.num_processes > 1:
-            (message,) = broadcast_object_list([message])
-        self.close()
-        if message:
-            raise UserError(message)
+        try:
+            refuse_together(lambda: self._merge(summarize))
+        finally:
+            self.close()
         summary: dict[str, Any] = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
         return summary
 
@@ -187,24 +169,22 @@ class RunStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _merge(self, summarize: Summarize) -> str:
-        """Write the finished files; gives what is wrong, for all processes to say."""
+    def _merge(self, summarize: Summarize) -> None:
+        """Write the finished files."""
         records = self.records()
         recorded = {record.key for record in records}
         expected = recorded if self._expected is None else set(self._expected)
         if missing := sorted(expected - recorded):
-            return f"{len(missing)} of {len(expected)} samples of {self.folder} have no record: {_listed(missing)}."
+            raise UserError(
+                f"{len(missing)} of {len(expected)} samples of {self.folder} have no record: {_listed(missing)}."
+            )
         if foreign := sorted(recorded - expected):
-            return f"{self.folder} holds {len(foreign)} records that nobody asked for: {_listed(foreign)}."
-        try:
-            summary = json.dumps(plain(summarize(records)), indent=2, sort_keys=True, allow_nan=False) + "\n"
-        except UserError as error:  # the others wait to hear of it
-            return str(error)
+            raise UserError(f"{self.folder} holds {len(foreign)} records that nobody asked for: {_listed(foreign)}.")
+        summary = json.dumps(plain(summarize(records)), indent=2, sort_keys=True, allow_nan=False) + "\n"
         write_atomically(self.folder / RECORDS, "".join(to_line(record) for record in records))
         write_atomically(self.folder / SUMMARY, summary)
         for path in (self.folder / PARTS).glob("*.jsonl"):
             path.unlink()
-        return ""
 
     def _write(self, name: str, line: str) -> None:
         if name not in self._files:
@@ -228,7 +208,7 @@ def _prepare(folder: Path, manifest: Manifest) -> FileLock:
         raise UserError(f"--output {folder} holds other files and no run: choose a new folder, or one with a run.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = lock_folder(folder)
     except OSError as error:
         raise UserError(f"Cannot write into {folder}: {error.strerror or error}.") from None
     path = folder / MANIFEST
@@ -247,18 +227,6 @@ def _prepare(folder: Path, manifest: Manifest) -> FileLock:
     except BaseException:
         lock.release()
         raise
-    return lock
-
-
-def _lock(folder: Path) -> FileLock:
-    """Hold the folder until the process ends, however it ends: the system frees the lock, not we."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        writer = (folder / WRITER).read_text(encoding="utf-8") if (folder / WRITER).exists() else "another process"
-        raise UserError(f"{writer} is writing into {folder}: wait for it, or choose another folder.") from None
-    write_atomically(folder / WRITER, f"Process {os.getpid()} on {platform.node()}")
     return lock
 
 

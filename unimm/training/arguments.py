@@ -14,26 +14,17 @@ def _no_gpu() -> bool:
 
 
 @dataclass
-class HostTrainingArguments(TrainingArguments):
+class StreamTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what an endless, seeded stream of samples needs as defaults.
 
     Samples are taken in order (the stream is shuffled by construction), a loss that is not finite is never averaged
-    away, and DDP does not look for unused parameters: the tower is frozen and every batch holds every flow.
+    away, and DDP does not look for unused parameters: every batch reaches all that learns.
 
     Args:
         ema_decay: of the running mean of the trained weights, which is evaluated and saved; None trains without.
-        use_muon: Muon instead of AdamW for the matrices of the language model's blocks, at the same learning rate.
-        max_length: tokens after which a conversation is cut; None cuts none (`unimm.data.cutting`).
-        pack_length: tokens of a row that several drawings or texts share; None pads every sample to a row of its own.
-        compile_blocks: torch.compile for the language model's blocks, one compilation for all of them and every
-            length; evaluation and drawing stay eager.
     """
 
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
-    use_muon: bool = field(default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW elsewhere."})
-    max_length: int | None = field(default=None, metadata={"help": "Cut conversations after so many tokens."})
-    pack_length: int | None = field(default=None, metadata={"help": "Tokens of a row of several samples; None: pad."})
-    compile_blocks: bool = field(default=False, metadata={"help": "Compile the language model's blocks."})
     max_steps: int = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are messages, not columns."})
     train_sampling_strategy: str = field(
@@ -58,12 +49,34 @@ class HostTrainingArguments(TrainingArguments):
             raise UserError(
                 f"train.train_sampling_strategy must be 'sequential', got {self.train_sampling_strategy!r}."
             )
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise UserError(
+                f"train.save_total_limit must be at least 1, or null to keep all; got {self.save_total_limit}."
+            )
         super().__post_init__()
 
     @property
     def samples_per_step(self) -> int:
         """Of all processes and accumulation steps together."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+@dataclass
+class HostTrainingArguments(StreamTrainingArguments):
+    """Settings of a language model's training.
+
+    Args:
+        use_muon: Muon instead of AdamW for the matrices of the language model's blocks, at the same learning rate.
+        max_length: tokens after which a conversation is cut; None cuts none (`unimm.data.cutting`).
+        pack_length: tokens of a row that several drawings or texts share; None pads every sample to a row of its own.
+        compile_blocks: torch.compile for the language model's blocks, one compilation for all of them and every
+            length; evaluation and drawing stay eager.
+    """
+
+    use_muon: bool = field(default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW elsewhere."})
+    max_length: int | None = field(default=None, metadata={"help": "Cut conversations after so many tokens."})
+    pack_length: int | None = field(default=None, metadata={"help": "Tokens of a row of several samples; None: pad."})
+    compile_blocks: bool = field(default=False, metadata={"help": "Compile the language model's blocks."})
 
 
 @dataclass
@@ -123,3 +136,9 @@ class TokenizerTrainingConfig:
     panel_steps: int = 1000
     save_steps: int = 1000
     keep_last: int = 1
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}.")

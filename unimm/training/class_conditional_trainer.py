@@ -1,7 +1,5 @@
 """`ClassConditionalTrainer`: a `StreamTrainer` over pre-extracted ids."""
 
-from typing import Any
-
 from unimm.class_conditional.ids import IdRows, IdStream
 from unimm.class_conditional.modeling import ClassConditionalGPT
 from unimm.training.arguments import HostTrainingArguments
@@ -9,7 +7,7 @@ from unimm.training.stream_trainer import StreamTrainer
 
 
 class ClassConditionalTrainer(StreamTrainer):
-    """Train the GPT on a stream of ids; a checkpoint of another file or tokenizer is refused.
+    """Train the GPT on a stream of ids.
 
     Args:
         model: the GPT.
@@ -27,10 +25,3 @@ class ClassConditionalTrainer(StreamTrainer):
     def held_out_loss(self) -> float:
         """The mean cross entropy of the held-out ids, in nats an id."""
         return self.evaluate()["eval_loss"]
-
-    def _stream_position(self) -> dict[str, Any]:
-        stream: Any = self.train_dataset
-        return super()._stream_position() | {
-            "rows of ids": len(stream.source),
-            "tokenizer": stream.source.info.tokenizer_fingerprint,
-        }

@@ -1,14 +1,16 @@
-"""What happens beside the steps of a `HostTrainer`: averaged weights and panels of drawings."""
+"""What happens beside the steps of a `StreamTrainer`: averaged weights, signals, and panels of drawings."""
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from unimm.training.ema import EMA
+from unimm.training.interruption import Interruption
+from unimm.training.rng import undisturbed
 
 Panel = Callable[[SummaryWriter, int], None]
 """Writes pictures or text of the model as it is at a step."""
@@ -24,6 +26,18 @@ class UpdateEMA(TrainerCallback):
         self.ema.update(model)
 
 
+class StopOnSignal(TrainerCallback):
+    """End the run after a step, with a checkpoint, when any of its processes got a signal."""
+
+    def __init__(self, interruption: Interruption, accelerator: Accelerator) -> None:
+        self.interruption, self.accelerator = interruption, accelerator
+        self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interruption.agreed(self.accelerator):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
 class DrawPanel(TrainerCallback):
     """Call the panel after every evaluation; it may draw random numbers without changing what is trained."""
 
@@ -32,5 +46,5 @@ class DrawPanel(TrainerCallback):
         self.writer = writer
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        with torch.random.fork_rng():
+        with undisturbed(args.device):
             self.panel(self.writer, state.global_step)

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from unimm.config import save_config
 from unimm.data.collators import FlowCollator
 from unimm.data.mixture import MixtureConfig, training_streams
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_callbacks import Panel
 from unimm.training.host_trainer import HostTrainer
+from unimm.training.run import open_run
 
 
 class HostRecipe(Protocol):
@@ -21,21 +21,21 @@ class HostRecipe(Protocol):
 def train_on_flows(recipe: HostRecipe, model: Any, processor: Any, panel: Panel | None = None) -> None:
     """Train `model` on the recipe's flows; the run's settings, log, checkpoints and result are in its output folder."""
     data, train = recipe.data, recipe.train
-    save_config(recipe, train.output_dir)
-    train_stream, test_stream = training_streams(
-        data,
-        samples_per_step=train.samples_per_step,
-        reserved=processor.markers,
-        log_folder=Path(train.output_dir) / "data",
-    )
-    HostTrainer(
-        model,
-        train,
-        processor=processor,
-        data_collator=FlowCollator(processor, max_length=train.max_length, pack_length=train.pack_length),
-        train_dataset=train_stream,
-        eval_dataset=test_stream,
-        flow_weights=data.weights,
-        stream_seed=data.seed,
-        panel=panel,
-    ).run()
+    with open_run(recipe, samples_per_step=train.samples_per_step):
+        train_stream, test_stream = training_streams(
+            data,
+            samples_per_step=train.samples_per_step,
+            reserved=processor.markers,
+            log_folder=Path(train.output_dir) / "data",
+        )
+        HostTrainer(
+            model,
+            train,
+            processor=processor,
+            data_collator=FlowCollator(processor, max_length=train.max_length, pack_length=train.pack_length),
+            train_dataset=train_stream,
+            eval_dataset=test_stream,
+            flow_weights=data.weights,
+            stream_seed=data.seed,
+            panel=panel,
+        ).run()

@@ -1,11 +1,10 @@
 """`StreamTrainer`: transformers' Trainer over a seeded stream of samples.
 
-Special here: the stream is addressed by position, checkpoints appear whole and know which stream they belong to, so a
-run resumes to the bit on the CPU; averaged weights are evaluated and saved; a loss that is not finite stops the run,
-with the numbers of its samples, before it reaches a checkpoint.
+Special here: the stream is addressed by position and checkpoints appear whole, so a run resumes to the bit on the CPU;
+a signal ends it after a step, with a checkpoint; averaged weights are evaluated and saved; a loss that is not finite
+stops the run, with the numbers of its samples, before it reaches a checkpoint.
 """
 
-import json
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,34 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
-from transformers.utils import logging
 
 from unimm.errors import UserError
-from unimm.training.arguments import HostTrainingArguments
+from unimm.processes import refuse_together
+from unimm.training.arguments import StreamTrainingArguments
+from unimm.training.checkpoint import (
+    bytes_of,
+    checkpoints,
+    clear_leftovers,
+    model_bytes,
+    optimizer_bytes,
+    publish,
+    require_space,
+    staging_folder,
+    step_of,
+)
 from unimm.training.ema import EMA
-from unimm.training.host_callbacks import UpdateEMA
+from unimm.training.host_callbacks import StopOnSignal, UpdateEMA
+from unimm.training.interruption import Interruption
+from unimm.training.rng import undisturbed
 
-logger = logging.get_logger(__name__)
-
-EMA_FILE, STREAM_FILE = "ema.pt", "stream.json"
+EMA_FILE = "ema.pt"
 
 
 class StreamTrainer(Trainer):
-    """Train `model` on a stream.
+    """Train `model` on a stream; a recipe does so within `open_run`.
 
     Args:
         model: what is trained.
         args: settings; `ema_decay` adds averaged weights.
-        stream_seed: of the training stream, for messages and for refusing a checkpoint of another stream.
+        stream_seed: of the training stream, for messages.
         parts: of Trainer (data sets, collator, ...).
     """
 
-    def __init__(
-        self, model: PreTrainedModel, args: HostTrainingArguments, *, stream_seed: int = 0, **parts: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, args: StreamTrainingArguments, *, stream_seed: int = 0, **parts: Any) -> None:
         super().__init__(model=model, args=args, **parts)
         self.stream_seed = stream_seed
         self.ema = None if args.ema_decay is None else EMA(model, decay=args.ema_decay)
@@ -53,25 +60,35 @@ class StreamTrainer(Trainer):
     # ---- the run ----
 
     def train_or_load(self) -> None:
-        """Train to `max_steps` from the newest checkpoint, or read that one where the run was over."""
+        """Train to `max_steps` from the newest checkpoint, or read that one where the run was over.
+
+        Raises:
+            Interrupted: a signal ended the run after a step; its checkpoint is written.
+        """
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        found, done = get_last_checkpoint(str(folder)), self.done
-        if found and done >= self.args.max_steps:
+        found = str(checkpoints(folder)[-1]) if self.done else None
+        if found and self.done >= self.args.max_steps:
             self._load_from_checkpoint(found)
             self._load_ema(found)
             return
         if self.is_world_process_zero():
-            self.add_writer(SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1))
-        self.train(resume_from_checkpoint=found)
+            clear_leftovers(folder)
+            self.add_writer(SummaryWriter(str(folder / "tensorboard"), purge_step=self.done + 1))
+        with Interruption() as interruption:
+            stop = StopOnSignal(interruption, self.accelerator)
+            self.add_callback(stop)
+            self.train(resume_from_checkpoint=found)
+            self.remove_callback(stop)
         self.remove_callback(TensorBoardCallback)  # a later evaluation would open another log
+        if self.state.global_step < self.args.max_steps and stop.stopped:
+            raise interruption.goodbye(checkpoints(folder)[-1], self.state.global_step, self.args.max_steps)
 
     @property
     def done(self) -> int:
         """Steps of the newest checkpoint, 0 where there is none."""
-        folder = Path(self.args.output_dir)
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        return int(found.rsplit("-", 1)[1]) if found else 0
+        found = checkpoints(Path(self.args.output_dir))
+        return step_of(found[-1]) if found else 0
 
     def add_writer(self, writer: SummaryWriter) -> None:
         """Log to tensorboard."""
@@ -82,8 +99,9 @@ class StreamTrainer(Trainer):
         return nullcontext() if self.ema is None else self.ema.swapped(self.model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in Trainer, under the averaged weights where there are any, and eager: no shape is worth compiling for."""
-        with self.averaged(), torch.compiler.set_stance("force_eager"):
+        """As in Trainer, under the averaged weights where there are any, eager (no shape is worth compiling for), and
+        without an influence on the random numbers of the steps to come."""
+        with self.averaged(), torch.compiler.set_stance("force_eager"), undisturbed(self.args.device):
             return super().evaluate(*args, **kwargs)
 
     # ---- guards ----
@@ -111,34 +129,38 @@ class StreamTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def _stream_position(self) -> dict[str, Any]:
-        """What must not change when a run goes on, and the thread count, on which the last bits depend."""
-        return {
-            "data.seed": self.stream_seed,
-            "samples per step": self.args.samples_per_step,
-            "train.max_steps": self.args.max_steps,
-            "threads": torch.get_num_threads(),
-        }
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """As in Trainer; then a run that will not fit onto the disk is refused before its first step."""
+        super().create_optimizer_and_scheduler(num_training_steps)
+        if self.args.save_strategy != "no":
+            kept = self.args.save_total_limit or 1
+            present = len(checkpoints(Path(self.args.output_dir)))
+            self._require_space(max(1, kept + 1 - present), extra=model_bytes(self.model))
+
+    def _require_space(self, copies: int, *, extra: int = 0) -> None:
+        size = model_bytes(self.model) + optimizer_bytes(self.optimizer)
+        size += bytes_of(self.ema.shadow.values()) if self.ema is not None else 0
+        refuse_together(lambda: require_space(Path(self.args.output_dir), size, copies, extra))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint under another name, then rename it: a killed run leaves whole checkpoints only."""
         self._stop_if_not_finite()
-        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        self._staging = folder / ".checkpoint"
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        if step == self.done:
+            return
+        self._require_space(copies=1)
+        self._staging = staging_folder(folder, step)
         if self.args.should_save:
             shutil.rmtree(self._staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            written = self._staging / name
-            (written / STREAM_FILE).write_text(json.dumps(self._stream_position()) + "\n", encoding="utf-8")
+            written = self._staging / f"checkpoint-{step}"  # as Trainer calls it, in the folder that it was given
             if self.ema is not None:
                 torch.save(self.ema.state_dict(), written / EMA_FILE)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            written.replace(folder / name)
+            publish(written, folder, step, self.args.save_total_limit)
             shutil.rmtree(self._staging)
-            rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
         self._staging = None
         self.accelerator.wait_for_everyone()
 
@@ -147,19 +169,8 @@ class StreamTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        saved = json.loads((Path(checkpoint) / STREAM_FILE).read_text(encoding="utf-8"))
-        now = self._stream_position()
-        if saved.pop("threads") != now.pop("threads"):
-            logger.warning("The run goes on with another number of threads: it will not be equal to the last bit.")
-        for key, value in now.items():
-            if saved[key] != value:
-                raise UserError(
-                    f"{checkpoint} was written with {key} {saved[key]}, now it is {value}: go on with the old value, "
-                    "or choose another train.output_dir to start again."
-                )
-        self._load_ema(checkpoint)
+        if checkpoint is not None:
+            self._load_ema(checkpoint)
 
     def _load_ema(self, checkpoint: str) -> None:
         if self.ema is not None:

@@ -3,14 +3,12 @@ the rest).
 
 Stage 1 trains everything but the encoder, which is all that VFMTok and IDEAL need; stage 2 trains the encoder too, held
 near the frozen original by self-distillation, and may add a GAN (VQRAE, arXiv 2511.23386, sections 3.3 to 3.5 and table
-7); stage 3 trains the decoder alone. Within a step the tokenizer moves first, then the discriminator on the same
-reconstruction, detached. A checkpoint holds everything, and pictures are numbered, so that an interrupted run and an
-uninterrupted one end with the same bits on the CPU.
+7); stage 3 trains the decoder alone. A checkpoint holds everything, and pictures are numbered, so that an interrupted
+run and an uninterrupted one end with the same bits on the CPU.
 """
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +23,53 @@ from tqdm.auto import tqdm
 from unimm.data.pictures import Pictures
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
+from unimm.processes import refuse_together
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 from unimm.tokenizer.encoders import encode_features, final_norm
+from unimm.training.adversary import Adversary
 from unimm.training.arguments import TokenizerTrainingConfig
-from unimm.training.augment import augment
-from unimm.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from unimm.training.codebook_upkeep import CodebookUpkeep
-from unimm.training.discriminator import (
-    LeCam,
-    build_discriminator,
-    frozen,
-    hinge_d_loss,
-    hinge_g_loss,
-    softplus_g_loss,
+from unimm.training.checkpoint import (
+    bytes_of,
+    checkpoints,
+    clear_leftovers,
+    load_checkpoint,
+    model_bytes,
+    optimizer_bytes,
+    require_space,
+    save_checkpoint,
 )
+from unimm.training.codebook_upkeep import CodebookUpkeep
 from unimm.training.ema import EMA
+from unimm.training.interruption import Interruption
 from unimm.training.objective import ObjectiveConfig, TokenizerObjective
 from unimm.training.parameters import parameter_groups, set_trainable
 from unimm.training.perceptual import FeaturePerceptualLoss
 from unimm.training.reconstruct import Reconstruct, cell_size
+from unimm.training.rng import random_states, set_random_states, undisturbed
+from unimm.training.run_log import RunLog
 from unimm.training.schedules import warmup_cosine_scheduler
 
-_GENERATOR_LOSSES = {"hinge": hinge_g_loss, "softplus": softplus_g_loss}
+SHOWN = (
+    "loss",
+    "pixel",
+    "perceptual",
+    "distillation",
+    "context",
+    "deep_cosine",
+    "shallow_cosine",
+    "gan",
+    "discriminator",
+    "codebook",
+    "codebook/use",
+    "codebook/perplexity",
+    "images_per_second",
+)
+"""Of what is logged, what is said too."""
 
 
 class TokenizerTrainer:
     """Trains `tokenizer` in place on `pictures`; `evaluate(tokenizer)` may return scalars for the log at every panel
-    step."""
+    step. A recipe does so within `open_run`."""
 
     def __init__(
         self,
@@ -77,13 +95,11 @@ class TokenizerTrainer:
         # The teacher and the feature judge are the encoder as it was before this stage.
         self.teacher = copy.deepcopy(tokenizer.encoder).requires_grad_(False).eval() if config.stage == 2 else None
         self.objective = TokenizerObjective(objective, self._feature_judge(objective))
-        self.gan = objective.gan
         self.collages = objective.context_weight > 0
         if self.collages:
             cell_size(tokenizer)
         self.entropy_temperature = objective.entropy_temperature if objective.entropy_weight else None
-        self.lecam = LeCam(reduce=lambda x: self.accelerator.reduce(x, "mean"))
-        self._prepare()
+        self._prepare(objective)
         if config.codebook_init == "data" and not checkpoints(self.output_dir):
             self.upkeep.fit()
 
@@ -98,7 +114,7 @@ class TokenizerTrainer:
             lambda pixels: encode_features(judge, self.tokenizer.normalize(pixels)), objective.perceptual.feature_layers
         )
 
-    def _prepare(self) -> None:
+    def _prepare(self, objective: ObjectiveConfig) -> None:
         config, device = self.config, self.accelerator.device
         optimizer = torch.optim.AdamW(
             parameter_groups(self.tokenizer, config.learning_rate, config.encoder_learning_rate),
@@ -119,25 +135,12 @@ class TokenizerTrainer:
         self.ema = EMA(self.tokenizer, decay=config.ema_decay)
         self.usage = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last log
         self.upkeep = CodebookUpkeep(self.tokenizer, config, self.accelerator, self._batches, len(self.pictures))
-        for module in (self.teacher, self.objective, self.lecam):
+        for module in (self.teacher, self.objective):
             if module is not None:
                 module.to(device)
-        self.discriminator = None
-        if self.gan.start is not None:
-            discriminator = build_discriminator(
-                self.gan.discriminator, self.gan.weights, self.tokenizer.config.output_size
-            )
-            d_optimizer = torch.optim.AdamW(
-                discriminator.parameters(),
-                lr=self.gan.learning_rate,
-                betas=tuple(config.betas),
-                weight_decay=config.weight_decay,
-            )
-            total = max(1, config.steps - self.gan.start)
-            self.d_scheduler = warmup_cosine_scheduler(
-                d_optimizer, total=total, warmup=min(self.gan.warmup_steps, total), end_lr=config.end_learning_rate
-            )
-            self.discriminator, self.d_optimizer = self.accelerator.prepare(discriminator, d_optimizer)
+        self.adversary = None
+        if objective.gan.start is not None:
+            self.adversary = Adversary(objective.gan, config, self.tokenizer.config.output_size, self.accelerator)
 
     def _batches(self, indices: range) -> Iterator[Tensor]:
         """pixel_values of the pictures with these numbers, in order."""
@@ -145,6 +148,7 @@ class TokenizerTrainer:
             Subset(self.pictures, indices),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
+            generator=torch.Generator(),  # a loader draws a number when it starts: not from ours, a resumed run has two
             collate_fn=lambda rows: (
                 self.processor(images=[row["image"] for row in rows], return_tensors="pt").pixel_values
             ),
@@ -157,29 +161,48 @@ class TokenizerTrainer:
 
     def train(self) -> None:
         """Run to `config.steps`, from the newest checkpoint where there is one, and save the averaged weights in
-        output_dir."""
-        if found := checkpoints(self.output_dir):
+        output_dir.
+
+        Raises:
+            Interrupted: a signal ended the run after a step; its checkpoint is written.
+        """
+        self._go_on()
+        config, main = self.config, self.accelerator.is_main_process
+        self.log = RunLog(self.output_dir, config.report_to, step=self.step, main=main)
+        self.tokenizer.train()
+        bar = tqdm(total=config.steps, initial=self.step, disable=not main, unit="step")
+        batches = self._batches(self._remaining())
+        with Interruption() as interruption:
+            while self.step < config.steps:
+                logged = self._optimizer_step(batches)
+                bar.update()
+                over = self.step == config.steps
+                stop = interruption.agreed(self.accelerator) and not over
+                if self.step % config.log_steps == 0 or over:
+                    self._log({name: float(value) for name, value in logged.items()}, bar)
+                if self.step % config.panel_steps == 0 or over:
+                    self._panel()
+                if self.step % config.save_steps == 0 or over or stop:
+                    self._save()
+                if stop:
+                    break
+        bar.close()
+        self.log.close()
+        if self.step < config.steps:
+            raise interruption.goodbye(checkpoints(self.output_dir)[-1], self.step, config.steps)
+        self.save_pretrained()
+
+    def _go_on(self) -> None:
+        """Take up the newest checkpoint, and refuse a run that will not fit onto the disk."""
+        found = checkpoints(self.output_dir)
+        if found:
             self.load_state_dict(load_checkpoint(found[-1]))
             self.accelerator.print(f"Going on from {found[-1]}.")
-        writer = self._writer()
-        self.tokenizer.train()
-        bar = tqdm(
-            total=self.config.steps, initial=self.step, disable=not self.accelerator.is_main_process, unit="step"
-        )
-        batches = self._batches(self._remaining())
-        while self.step < self.config.steps:
-            logged = self._optimizer_step(batches)
-            bar.update()
-            if self.step % self.config.log_steps == 0 or self.step == self.config.steps:
-                self._log(writer, {name: float(value) for name, value in logged.items()}, bar)
-            if self.step % self.config.panel_steps == 0 or self.step == self.config.steps:
-                self._panel(writer)
-            if self.step % self.config.save_steps == 0 or self.step == self.config.steps:
-                self._save()
-        bar.close()
-        if writer is not None:
-            writer.close()
-        self.save_pretrained()
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.output_dir)
+        if self.step < self.config.steps:
+            self._require_space(max(1, self.config.keep_last + 1 - len(found)), extra=model_bytes(self.tokenizer))
 
     def _remaining(self) -> range:
         """The numbers of this process' pictures from the current step on: processes take them in turn."""
@@ -188,7 +211,7 @@ class TokenizerTrainer:
         return range(seen + self.accelerator.process_index, len(self.pictures), processes)
 
     def _optimizer_step(self, batches: Iterator[Tensor]) -> dict[str, Tensor]:
-        adversarial = self.gan.start is not None and self.step >= self.gan.start
+        adversary = self.adversary if self.adversary is not None and self.step >= self.adversary.start else None
         for _ in range(self.config.gradient_accumulation_steps):
             pixel_values = next(batches)
             with self.accelerator.accumulate(self.reconstruct):
@@ -197,11 +220,9 @@ class TokenizerTrainer:
                     output, collage = self.reconstruct(pixel_values, self.step if self.collages else None)
                     terms = self.objective.terms(output, pixels, self._teacher_features(pixel_values), collage)
                 loss = self.objective.total(terms)
-                if adversarial:
-                    judge = self.accelerator.unwrap_model(self.discriminator)  # DDP has nothing to reduce in this step
-                    with frozen(judge), self.accelerator.autocast():
-                        terms["gan"] = _GENERATOR_LOSSES[self.gan.generator](judge(self._view(output.pixels)))
-                    loss = loss + self.gan.weight * terms["gan"]
+                if adversary is not None:
+                    terms["gan"] = adversary.generator_loss(output.pixels)
+                    loss = loss + adversary.gan.weight * terms["gan"]
                 self._refuse_nan(loss, terms)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -210,39 +231,14 @@ class TokenizerTrainer:
                 self.optimizer.zero_grad()
             self.usage.update(output.ids)
             self.upkeep.chosen.update(output.ids)
-            if adversarial:
-                terms |= self._discriminator_step(pixels, output.pixels.detach())
+            if adversary is not None:
+                terms |= adversary.step(pixels, output.pixels.detach())
         self.scheduler.step()
         self.ema.update(self.tokenizer)
         self.step += 1
         if self.config.revive_steps and self.step % self.config.revive_steps == 0:
             self.upkeep.revive(self.step, output.latents.flatten(0, 1))
         return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}
-
-    def _discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        assert self.discriminator is not None
-        with self.accelerator.accumulate(self.discriminator):
-            with self.accelerator.autocast():
-                logits = [self.discriminator(self._view(pixels)) for pixels in (real, fake)]
-            hinge = hinge_d_loss(*logits)
-            loss = hinge + self.gan.lecam_weight * self.lecam(*logits)
-            if self.gan.consistency_weight:
-                strong = [augment(pixels, probability=1.0, cutout=self.gan.strong_cutout) for pixels in (real, fake)]
-                with self.accelerator.autocast():
-                    others = [self.discriminator(pixels) for pixels in strong]
-                loss = loss + self.gan.consistency_weight * F.mse_loss(torch.cat(others), torch.cat(logits))
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.discriminator.parameters(), self.config.max_grad_norm)
-            self.d_optimizer.step()
-            self.d_optimizer.zero_grad()
-        if self.accelerator.sync_gradients:
-            self.d_scheduler.step()
-        return {"discriminator": hinge.detach()}
-
-    def _view(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] as the discriminator sees them."""
-        return augment(pixels, probability=self.gan.augment_probability, cutout=self.gan.cutout)
 
     @torch.no_grad()
     def _teacher_features(self, pixel_values: Tensor) -> Tensor | None:
@@ -265,10 +261,15 @@ class TokenizerTrainer:
     def _trainable(self) -> list[Tensor]:
         return [p for p in self.tokenizer.parameters() if p.requires_grad]
 
+    @property
+    def samples_per_step(self) -> int:
+        """Of all processes and accumulation steps together."""
+        return self.config.batch_size * self.accelerator.num_processes * self.config.gradient_accumulation_steps
+
     def _refuse_nan(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
         if torch.isfinite(loss):
             return
-        size = self.config.batch_size * self.accelerator.num_processes * self.config.gradient_accumulation_steps
+        size = self.samples_per_step
         bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "the sum"
         raise UserError(
             f"The loss is not finite at step {self.step} ({bad}), pictures {self.step * size} to "
@@ -279,57 +280,44 @@ class TokenizerTrainer:
     # ---- logging and saving
     # -----------------------------------------------------------------------------------------------------
 
-    def _writer(self) -> Any:
-        if not self.accelerator.is_main_process:
-            return None
-        from torch.utils.tensorboard import SummaryWriter  # pulls in tensorboard, which inference does not need
-
-        return SummaryWriter(str(self.output_dir / "tensorboard"))
-
-    def _log(self, writer: Any, scalars: dict[str, float], bar: tqdm) -> None:
-        if writer is None:
-            return
+    def _log(self, scalars: dict[str, float], bar: tqdm) -> None:
         usage, self.usage = self.usage, CodebookUsage(self.tokenizer.config.codebook_size)
         scalars |= {f"codebook/{name}": getattr(usage, name) for name in ("use", "perplexity", "dead")}
         scalars["learning_rate"] = self.scheduler.get_last_lr()[0]
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, self.step)
-        shown = (
-            "pixel",
-            "perceptual",
-            "distillation",
-            "context",
-            "deep_cosine",
-            "shallow_cosine",
-            "gan",
-            "discriminator",
-            "codebook",
-            "codebook/use",
-            "codebook/perplexity",
-        )
-        bar.write(f"step {self.step}: " + ", ".join(f"{k} {scalars[k]:.4g}" for k in shown if k in scalars))
+        self.log.scalars(scalars, self.step)
+        bar.write(f"step {self.step}: " + ", ".join(f"{k} {scalars[k]:.4g}" for k in SHOWN if k in scalars))
 
     @torch.no_grad()
-    def _panel(self, writer: Any) -> None:
+    def _panel(self) -> None:
         """Originals above reconstructions of the averaged weights, and what `evaluate` says of them."""
-        if writer is None:
+        if not self.accelerator.is_main_process:
             return
         self.tokenizer.eval()
-        with self.ema.swapped(self.tokenizer):
+        with self.ema.swapped(self.tokenizer), undisturbed(self.accelerator.device):
             pixel_values = next(self._batches(range(min(8, len(self.pictures)))))
             pixels = self.tokenizer.decode(self.tokenizer.encode(pixel_values).ids)
             scalars = self.evaluate(self.tokenizer) if self.evaluate else {}
         original = F.interpolate(self.tokenizer.denormalize(pixel_values), size=pixels.shape[-2:]).clamp(0, 1)
         panel = torch.cat([torch.cat(list(original), dim=2), torch.cat(list(pixels), dim=2)], dim=1)
-        writer.add_image("reconstruction", panel, self.step)
+        self.log.picture("reconstruction", panel, self.step)
+        self.log.scalars({f"evaluation/{name}": value for name, value in scalars.items()}, self.step)
         for name, value in scalars.items():
-            writer.add_scalar(f"evaluation/{name}", value, self.step)
             print(f"step {self.step}: {name} {value:.4f}")
         self.tokenizer.train()
 
+    def _require_space(self, copies: int, extra: int = 0) -> None:
+        optimizers = [self.optimizer] + ([self.adversary.optimizer] if self.adversary is not None else [])
+        size = model_bytes(self.tokenizer) + bytes_of(self.ema.shadow.values())
+        size += sum(optimizer_bytes(optimizer) for optimizer in optimizers)
+        if self.adversary is not None:
+            size += model_bytes(self.adversary.discriminator)
+        refuse_together(lambda: require_space(self.output_dir, size, copies, extra))
+
     def _save(self) -> None:
+        state = self.state_dict()
+        self._require_space(copies=1)
         if self.accelerator.is_main_process:
-            save_checkpoint(self.output_dir, self.step, self.state_dict(), self.config.keep_last)
+            save_checkpoint(self.output_dir, self.step, state, self.config.keep_last)
         self.accelerator.wait_for_everyone()
 
     def save_pretrained(self) -> None:
@@ -342,40 +330,28 @@ class TokenizerTrainer:
         self.accelerator.wait_for_everyone()
 
     def state_dict(self) -> dict[str, Any]:
-        state = {
+        """All that a run is made of; call it on every process."""
+        chosen = self.upkeep.chosen.counts.to(self.accelerator.device)
+        return {
             "step": self.step,
-            "config": asdict(self.config),
             "tokenizer": self.tokenizer.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "ema": self.ema.state_dict(),
-            "chosen": self.upkeep.chosen.counts,
-            "rng": torch.get_rng_state(),
+            "chosen": self.accelerator.reduce(chosen, "sum"),
+            "rng": random_states(self.accelerator),
+            **(self.adversary.state_dict() if self.adversary is not None else {}),
         }
-        if self.discriminator is not None:
-            state["discriminator"] = self.accelerator.unwrap_model(self.discriminator).state_dict()
-            state["d_optimizer"] = self.d_optimizer.state_dict()
-            state["d_scheduler"] = self.d_scheduler.state_dict()
-            state["lecam"] = self.lecam.state_dict()
-        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint of the same run. Raises UserError where the stage or the batch differ."""
-        for key in ("stage", "batch_size", "gradient_accumulation_steps", "steps", "seed"):
-            if state["config"][key] != getattr(self.config, key):
-                raise UserError(
-                    f"The checkpoint was written with {key}={state['config'][key]} and this run has "
-                    f"{key}={getattr(self.config, key)}; give the run another output_dir or the old value."
-                )
+        """Take up a checkpoint of the same run."""
         self.step = state["step"]
         self.tokenizer.load_state_dict(state["tokenizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.ema.load_state_dict(state["ema"])
-        self.upkeep.chosen.counts.copy_(state["chosen"])
-        torch.set_rng_state(state["rng"])
-        if self.discriminator is not None:
-            self.accelerator.unwrap_model(self.discriminator).load_state_dict(state["discriminator"])
-            self.d_optimizer.load_state_dict(state["d_optimizer"])
-            self.d_scheduler.load_state_dict(state["d_scheduler"])
-            self.lecam.load_state_dict(state["lecam"])
+        if self.accelerator.is_main_process:  # counts of all processes: they are summed when they are looked at
+            self.upkeep.chosen.counts.copy_(state["chosen"])
+        set_random_states(state["rng"], self.accelerator)
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state)

@@ -1,0 +1,58 @@
+"""Where the hand-written loop logs to: tensorboard, and wandb where `report_to` asks for it; the main process alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unimm.errors import UserError
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+class RunLog:
+    """Of the run in `folder`, from `step` on: what an interrupted run logged later is dropped.
+
+    Raises:
+        UserError: an unknown tracker, or wandb is not installed.
+    """
+
+    def __init__(self, folder: Path, report_to: list[str], *, step: int, main: bool) -> None:
+        if unknown := sorted(set(report_to) - set(TRACKERS)):
+            raise UserError(f"train.report_to names {unknown[0]!r}; known are {', '.join(TRACKERS)}.")
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if main and "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter  # pulls in tensorboard, which inference does not need
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if main and "wandb" in report_to:
+            try:
+                import wandb  # an extra that nothing else here needs
+            except ImportError:
+                raise UserError("train.report_to asks for wandb: install it (pip install wandb).") from None
+            name = "-".join(folder.resolve().parts[-2:])
+            self._wandb = wandb.init(project="unimm", name=name, id=name, dir=str(folder), resume="allow")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def picture(self, name: str, pixels: Tensor, step: int) -> None:
+        """pixels [3, H, W] in [0, 1]."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, pixels, step)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(pixels.permute(1, 2, 0).float().cpu().numpy())}, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
