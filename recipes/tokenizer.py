@@ -10,6 +10,7 @@ run that is started again goes on from its last checkpoint.
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -84,7 +85,7 @@ def main() -> None:
     recipe = parse_recipe_args(TokenizerRecipe)
     train = recipe.train
     length = train.steps * train.batch_size * train.gradient_accumulation_steps
-    trainer_pictures = picture_stream(recipe.data, length, train.seed)
+    trainer_pictures = picture_stream(recipe.data, length, train.seed, log_folder=Path(train.output_dir) / "data")
     trainer = TokenizerTrainer(build(recipe.model), trainer_pictures, train, recipe.loss)
     save_config(recipe, train.output_dir)
     trainer.train()

@@ -44,7 +44,8 @@ def main() -> None:
     train = config.train
     set_seed(train.seed)
     length = train.max_steps * train.train_batch_size * train.gradient_accumulation_steps * train.world_size
-    stream = picture_stream(config.data, length, train.seed, allow_withheld=False)
+    log = Path(train.output_dir) / "data"
+    stream = picture_stream(config.data, length, train.seed, allow_withheld=False, log_folder=log)
     tokenizer = train_text_tokenizer((stream[i]["text"] for i in range(min(2000, length))), config.model.vocab_size)
     size = {"height": config.data.image_size, "width": config.data.image_size}
     processor = SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
