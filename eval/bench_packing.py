@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from unimm.data.collators import FlowCollator
-from unimm.data.pictures import ParquetPictures, data_path
+from unimm.data.places import data_path
+from unimm.data.tables import parquet_pictures
 from unimm.data.text_to_image import drawing
 from unimm.errors import UserError, run_main
 from unimm.mllm import attach
@@ -36,7 +37,7 @@ FLOW = "drawing"
 
 def samples_of(source: str, count: int) -> list[dict[str, Any]]:
     """Drawings of a grey picture, so that only lengths matter, under captions of one to five sentences."""
-    captions = ParquetPictures(data_path(source)).table["captions"]
+    captions = parquet_pictures([data_path(source)]).table["captions"]
     if len(captions) < count:
         raise UserError(f"{source} holds {len(captions)} rows and {count} are asked for: give fewer --batches.")
     grey = Image.new("RGB", (8, 8), "grey")

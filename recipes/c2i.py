@@ -20,6 +20,7 @@ from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet
 from unimm.class_conditional.extraction import ClassIdsConfig, prepare_ids
 from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
 from unimm.config import parse_recipe_args
+from unimm.data.ids import entropy_line
 from unimm.data.images import save_image_atomically
 from unimm.errors import UserError, run_main
 from unimm.provenance import write_atomically
@@ -98,7 +99,7 @@ def train_and_draw(
         eval_dataset=IdRows(held_out),
     )
     entropy, uniform = ids.entropy, math.log(ids.info.codebook_size)
-    print(f"{len(ids)} sequences of ids; unigram entropy {entropy:.3f} nats an id, ln K {uniform:.3f}")
+    print(entropy_line(len(ids), entropy, ids.info.codebook_size))
     if not trainer.done:
         print(f"held-out loss at the start {trainer.held_out_loss():.3f}, unigram entropy {entropy:.3f} nats an id")
     trainer.train_or_load()

@@ -10,6 +10,7 @@ run that is started again goes on from its last checkpoint.
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -89,7 +90,8 @@ def main() -> None:
     train = recipe.train
     set_seed(train.seed)
     samples_per_step = train.batch_size * train.gradient_accumulation_steps * processes().num_processes
-    pictures = picture_stream(recipe.data, train.steps * samples_per_step, train.seed)
+    log = Path(train.output_dir) / "data"
+    pictures = picture_stream(recipe.data, train.steps * samples_per_step, train.seed, log_folder=log)
     tokenizer = build(recipe.model)
     encoder = weights_fingerprint(tokenizer.encoder)  # the teacher
     with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder):

@@ -8,6 +8,7 @@ started again goes on from its last checkpoint.
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil
@@ -46,7 +47,8 @@ def main() -> None:
     train = config.train
     set_seed(train.seed)
     length = train.max_steps * train.samples_per_step
-    stream = picture_stream(config.data, length, train.seed, allow_withheld=False)
+    log = Path(train.output_dir) / "data"
+    stream = picture_stream(config.data, length, train.seed, allow_withheld=False, log_folder=log)
     tokenizer = train_text_tokenizer((stream[i]["text"] for i in range(min(2000, length))), config.model.vocab_size)
     size = {"height": config.data.image_size, "width": config.data.image_size}
     processor = SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)

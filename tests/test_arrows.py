@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": GROUND | {"evaluation"},
     "tokenizer": GROUND,
     "class_conditional": FOUNDATION,
+    "encoding": FOUNDATION,
     "mllm": FOUNDATION | {"class_conditional"},
     "training": FOUNDATION | {"class_conditional"},  # a recipe hands it the processor and the panel callback
     "chat": MODELS,

@@ -15,10 +15,10 @@ from unimm.tokenizer import TOKENIZERS, VQRAEConfig
 from unimm.tokenizer.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAIN = ("vfm", "vfmtok", "ideal", "stage1", "stage2", "stage3", "c2i", "sft", "t2i")
+CHAIN = ("vfm", "vfmtok", "ideal", "stage1", "stage2", "stage3", "encode", "c2i", "sft", "t2i", "t2i_ids")
 STAGES = ("stage1", "stage2", "stage3", "vfmtok", "ideal")
 RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
-RECIPES |= {"llava15_pretrain": "sft", "llava15_mix665k": "sft"}
+RECIPES |= {"llava15_pretrain": "sft", "llava15_mix665k": "sft", "t2i_ids": "t2i"}
 RECIPES |= {"tokenizer": "tokenizer", "stage3_more": "tokenizer", "questions": "t2i", "positions": "t2i"}  # later legs
 
 
@@ -36,7 +36,8 @@ def test_the_chain_in_small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for step in CHAIN:
         assert run(RECIPES[step], "--config", str(ROOT / "configs" / "debug" / f"{step}.yaml")) == 0
-        assert (tmp_path / "runs" / "debug" / step / "model.safetensors").is_file(), step
+        result = "manifest.json" if step == "encode" else "model.safetensors"
+        assert (tmp_path / "runs" / "debug" / step / result).is_file(), step
         assert (tmp_path / "runs" / "debug" / step / "run.json").is_file(), step
     model, processor = unimm.load("runs/debug/t2i")
     chat = unimm.ChatSession(model, processor)
@@ -67,6 +68,7 @@ def test_every_configuration_is_read_by_its_recipe(path):
     classes = {
         "vfm": "VFMConfig",
         "tokenizer": "TokenizerRecipe",
+        "encode": "EncodeRecipe",
         "c2i": "C2IRecipe",
         "sft": "SFTRecipe",
         "t2i": "T2IRecipe",
@@ -105,6 +107,7 @@ def test_the_papers_tokenizers_are_built_in_full_size(name):
         ("stage1", "model.encoder"),
         ("stage2", "model.init_from"),
         ("c2i", "model.image_tokenizer"),
+        ("encode", "model.image_tokenizer"),
         ("vfmtok", "model.encoder"),
         ("sft", "model.image_tokenizer"),
         ("t2i", "model.path"),

@@ -9,7 +9,8 @@ from PIL import Image
 from tests.class_conditional.tiny import random_ids
 from tests.tokenizer.conftest import tiny_vqrae
 from unimm.class_conditional.extraction import ClassIdsConfig, extract_ids, prepare_ids
-from unimm.class_conditional.ids import IdsInfo, IdStream, read_ids, write_ids
+from unimm.class_conditional.ids import IdStream, read_class_ids, write_class_ids
+from unimm.data.ids import IdsInfo
 from unimm.data.labelled import labelled_pictures
 from unimm.data.pictures import crop
 from unimm.errors import UserError
@@ -19,15 +20,17 @@ from unimm.tokenizer import ImageTokenizerProcessor
 def test_round_trip(tmp_path):
     ids = random_ids(50)
     path = tmp_path / "new" / "ids.parquet"
-    write_ids(path, ids.info, iter([(ids.ids[:30], ids.class_labels[:30]), (ids.ids[30:], ids.class_labels[30:])]))
-    again = read_ids(path)
+    write_class_ids(
+        path, ids.info, iter([(ids.ids[:30], ids.class_labels[:30]), (ids.ids[30:], ids.class_labels[30:])])
+    )
+    again = read_class_ids(path)
     assert again.ids.dtype == np.uint16
     assert np.array_equal(again.ids, ids.ids)
     assert np.array_equal(again.class_labels, ids.class_labels)
     assert again.info == ids.info
-    again.require(tokenizer_fingerprint="a" * 64)
+    again.info.require(tokenizer_fingerprint="a" * 64)
     with pytest.raises(UserError, match="tokenizer aaaaaaaaaaaa and the run names the tokenizer bbbbbbbbbbbb"):
-        again.require(tokenizer_fingerprint="b" * 64)
+        again.info.require(tokenizer_fingerprint="b" * 64)
     again.require_classes(5)
     with pytest.raises(UserError, match="from 0 to 4 and the model's table from 0 to 3"):
         again.require_classes(4)
@@ -41,7 +44,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_ids(tmp_path / "ids.parquet", ids.info, interrupted())
+        write_class_ids(tmp_path / "ids.parquet", ids.info, interrupted())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,7 +58,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 )
 def test_ids_that_do_not_fit_are_not_written(ids, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        write_ids(tmp_path / "ids.parquet", random_ids().info, iter([(ids, np.zeros(2))]))
+        write_class_ids(tmp_path / "ids.parquet", random_ids().info, iter([(ids, np.zeros(2))]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,25 +67,25 @@ def test_files_that_are_not_read(tmp_path):
     import pyarrow.parquet as pq
 
     with pytest.raises(UserError, match="no file of ids"):
-        read_ids(tmp_path / "absent.parquet")
+        read_class_ids(tmp_path / "absent.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match="cannot be read"):
-        read_ids(tmp_path / "bad.parquet")
+        read_class_ids(tmp_path / "bad.parquet")
     pq.write_table(pa.table({"ids": [[1, 2]]}), tmp_path / "foreign.parquet")
     with pytest.raises(UserError, match="which tokenizer"):
-        read_ids(tmp_path / "foreign.parquet")
-    write_ids(tmp_path / "empty.parquet", random_ids().info, iter([]))
+        read_class_ids(tmp_path / "foreign.parquet")
+    write_class_ids(tmp_path / "empty.parquet", random_ids().info, iter([]))
     with pytest.raises(UserError, match="no ids"):
-        read_ids(tmp_path / "empty.parquet")
+        read_class_ids(tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="65537 codes are more than 65536"):
-        write_ids(tmp_path / "large.parquet", IdsInfo("a", 65537, (1, 1), ""), iter([]))
+        write_class_ids(tmp_path / "large.parquet", IdsInfo("a", 65537, (1, 1), ""), iter([]))
 
 
 def test_extracted_ids_are_those_of_encode(tmp_path):
     tokenizer, pictures = tiny_vqrae(), labelled_pictures("shapes", 5)
     processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
     extract_ids(tokenizer, processor, pictures, tmp_path / "x", made_from="shapes", flip=True, batch_size=2)
-    found = read_ids(tmp_path / "x")
+    found = read_class_ids(tmp_path / "x")
     images = [crop(row["image"], 32) for row in pictures]
     images += [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
     expected = tokenizer.encode(processor(images=images, return_tensors="pt").pixel_values).ids.numpy()

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unimm.data.folders import FolderPictures
 from unimm.data.order import EpochOrder
-from unimm.data.pictures import FolderPictures, crop, data_path, open_pictures
+from unimm.data.pictures import crop, data_path, open_pictures
 from unimm.data.shapes.datasets import ShapesPictures
 from unimm.errors import UserError, one_line
 from unimm.evaluation.records import content_sha256

@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from unimm.class_conditional.ids import ClassIds, IdsInfo, read_ids, write_ids
+from unimm.class_conditional.ids import ClassIds, read_class_ids, write_class_ids
+from unimm.data.ids import IdsInfo
 from unimm.data.labelled import labelled_pictures
 from unimm.data.pictures import crop
 from unimm.errors import UserError
@@ -55,8 +56,8 @@ def prepare_ids(
         extract_ids(
             tokenizer, image_processor, pictures, path, made_from=made_from, flip=flip, batch_size=config.batch_size
         )
-    ids = read_ids(path)
-    ids.require(tokenizer_fingerprint=tokenizer.fingerprint)
+    ids = read_class_ids(path)
+    ids.info.require(tokenizer_fingerprint=tokenizer.fingerprint)
     if ids.info.made_from != made_from:
         raise UserError(
             f"{path} holds {ids.info.made_from}, and the run asks for {made_from}: choose another data.folder."
@@ -82,7 +83,7 @@ def extract_ids(
     """
     config = tokenizer.config
     info = IdsInfo(tokenizer.fingerprint, config.codebook_size, config.grid, made_from)
-    write_ids(path, info, _encoded(tokenizer.eval(), image_processor, pictures, flip, batch_size))
+    write_class_ids(path, info, _encoded(tokenizer.eval(), image_processor, pictures, flip, batch_size))
 
 
 @torch.inference_mode()

@@ -61,7 +61,8 @@ class FlowCollator:
             the drawn image tokens only (to be replaced by their ids); -100 elsewhere;
         drawn [B, L] bool: those placeholders;
         pixel_values [I, 3, H, W]: pictures in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
-        absent without any.
+            absent without any;
+        drawn_ids [I, M]: in the place of drawn_pixel_values where drawings are ids already.
 
     With `max_length` a conversation ends after so many tokens, and one that has nothing left to learn is left out of
     its batch with a warning (`unimm.data.cutting`). With `pack_length` the samples of a flow share rows of at most that
@@ -98,7 +99,7 @@ class FlowCollator:
             "labels": input_ids.masked_fill(~labelled, IGNORED)[:, :length],
             "drawn": rows.drawn[:, :length],
         }
-        batch |= _pictures(rows.inputs.get("pixel_values"), rows.drawings)
+        batch |= _pictures(rows.inputs.get("pixel_values"), rows.drawings) | _ids(rows.samples)
         return batch if self.pack_length is None else self._packed(rows.samples, batch, self.pack_length)
 
     def _packed(self, samples: list[dict[str, Any]], batch: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
@@ -183,17 +184,20 @@ class FlowCollator:
             _check_drawing(sample)
         processor = self.processor
         prompts = processor.apply_chat_template([s["messages"][:-1] for s in samples], add_generation_prompt=True)
-        inputs = processor(
-            text=[prompt + processor.boi_token + processor.image_token for prompt in prompts],
-            images=[part["image"] for sample in samples for part in _images(sample)],
-            drawn=_drawings(samples),
-            padding=True,
-            padding_side="right",
-            return_tensors="np",
-        )
-        placeholders = torch.as_tensor(inputs["input_ids"]) == processor.image_token_id
-        from_the_end = placeholders.flip(1).cumsum(1).flip(1)  # a picture to look at may come before the drawing
-        drawn = placeholders & (from_the_end <= processor.num_image_tokens)
+        how = {"padding": True, "padding_side": "right", "return_tensors": "np"}
+        if _ids(samples):  # no picture from which the processor would know where to put placeholders
+            drawing = processor.boi_token + processor.image_token * processor.num_image_tokens
+            inputs = processor.tokenizer([prompt + drawing for prompt in prompts], **how)
+        else:
+            inputs = processor(
+                text=[prompt + processor.boi_token + processor.image_token for prompt in prompts],
+                images=[part["image"] for sample in samples for part in _images(sample)],
+                drawn=_drawings(samples),
+                **how,
+            )
+        image_tokens = torch.as_tensor(inputs["input_ids"]) == processor.image_token_id
+        from_the_end = image_tokens.flip(1).cumsum(1).flip(1)  # a picture to look at may come before the drawing
+        drawn = image_tokens & (from_the_end <= processor.num_image_tokens)
         return _Rows(samples, inputs, _drawings(samples), drawn, drawn)
 
 
@@ -219,6 +223,12 @@ def _drawings(samples: Sequence[dict[str, Any]]) -> list[bool]:
         for part in parts_of(turn)
         if part["type"] == "image"
     ]
+
+
+def _ids(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The drawings that are ids already, as a batch [I, M]."""
+    ids = [part["ids"] for sample in samples for part in _images(sample) if "ids" in part]
+    return {"drawn_ids": torch.from_numpy(np.stack(ids))} if ids else {}
 
 
 def _pictures(pixel_values: Any, drawings: Sequence[bool]) -> dict[str, Tensor]:

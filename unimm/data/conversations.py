@@ -7,13 +7,12 @@ sample n is a pure function of (seed, n), so a stream has no state to save.
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from unimm.data.pictures import ParquetPictures
+from unimm.data.order import Rows
 from unimm.data.shapes import render, sample_captioned_scene, sample_conversation
 from unimm.errors import UserError
 
@@ -46,32 +45,59 @@ class ShapesConversations:
         return conversation(render(scene), [(turn.question, turn.answer) for turn in turns])
 
 
-class ParquetConversations:
-    """The rows of a parquet file: `image`, and `messages` as a list (or its JSON) of {"role", "content"} with text
-    content."""
+class RowsFlow:
+    """A flow made of rows; how near each other they lie is the rows' own."""
 
-    def __init__(self, path: Path) -> None:
-        self.rows = ParquetPictures(path)
-        if "messages" not in self.rows.table.column_names:
-            raise UserError(
-                f"{path} has no column 'messages'; its columns are {', '.join(self.rows.table.column_names)}."
-            )
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.blocks, self.pool = rows.blocks, rows.pool
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def row(self, index: int) -> dict[str, Any]:
+        """Row `index` modulo the number of rows."""
+        return self.rows[index % len(self.rows)]
+
+
+class TableConversations(RowsFlow):
+    """The rows of a table: `image`, and `messages` as a list (or its JSON) of {"role", "content"} with text content.
+
+    Raises:
+        UserError: there is no column `messages`.
+    """
+
+    def __init__(self, rows: Rows, source: str) -> None:
+        super().__init__(rows)
+        if "messages" not in rows.column_names:
+            raise UserError(
+                f"{source} has no column 'messages'; its columns are {', '.join(rows.column_names) or 'none'}."
+            )
+
     def messages(self, index: int) -> list[Message]:
-        """The messages of row `index` modulo the number of rows, the picture in front of the first user's text."""
-        index %= len(self.rows)
-        given = self.rows.table[index]["messages"]
+        """The picture stands in front of the first user's text."""
+        row = self.row(index)
+        given = row["messages"]
         messages = [
             message(turn["role"], turn["content"]) for turn in (json.loads(given) if isinstance(given, str) else given)
         ]
         first = next((turn for turn in messages if turn["role"] == "user"), None)
         if first is None:
-            raise UserError(f"Row {index} of the conversations has no turn of the user.")
-        first["content"].insert(0, {"type": "image", "image": self.rows[index]["image"]})
+            raise UserError(f"Row {row['key']} of the conversations has no turn of the user.")
+        first["content"].insert(0, {"type": "image", "image": row["image"]})
         return messages
+
+
+class CaptionedPictures(RowsFlow):
+    """Pictures to describe: the question is always the same, the answer is the caption."""
+
+    def __init__(self, rows: Rows, question: str) -> None:
+        super().__init__(rows)
+        self.question = question
+
+    def messages(self, index: int) -> list[Message]:
+        row = self.row(index)
+        return conversation(row["image"], [(self.question, row["text"])])
 
 
 def message(role: str, text: str) -> Message:

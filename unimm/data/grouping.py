@@ -9,10 +9,23 @@ endless stream.
 
 import numpy as np
 
+from unimm.data.order import EpochOrder
 from unimm.errors import UserError
 
 POOL = 16
 """Steps whose rows are sorted together; a larger one pads less and shuffles less."""
+
+
+class GroupedOrder(EpochOrder):
+    """`grouped_order` of every epoch, as an order of an endless stream."""
+
+    def __init__(self, modality_lengths: np.ndarray, samples_per_step: int, seed: int, salt: int = 0) -> None:
+        whole = len(modality_lengths) // samples_per_step * samples_per_step
+        super().__init__(whole or len(modality_lengths), seed, salt)
+        self.modality_lengths, self.samples_per_step = modality_lengths, samples_per_step
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        return grouped_order(self.modality_lengths, self.samples_per_step, rng)
 
 
 def grouped_order(modality_lengths: np.ndarray, samples_per_step: int, rng: np.random.Generator) -> np.ndarray:

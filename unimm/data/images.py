@@ -6,9 +6,10 @@ is one sentence (`UserError`). Writing is atomic: a picture appears complete or 
 """
 
 import contextlib
+import io
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,19 +24,34 @@ MAX_PIXELS = 64_000_000
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError)
 """What Pillow's decoders raise on damaged files."""
 
+Check = Callable[[tuple[int, int]], None]
+"""Is given (width, height) before the pixels are unpacked, and raises what a reader does not want to read."""
+
 _PROBES = 16
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, check: Check | None = None) -> Image.Image:
     """Read a picture file as an RGB image, upright.
 
     Raises:
         UserError: the file is missing, is no picture, is cut off or damaged, or holds more than `MAX_PIXELS` pixels.
     """
     with _bombs_left_to_us(), _opened(Path(path)) as image:
-        image.seek(0)
-        image.load()
-        return to_rgb(image)
+        return _unpacked(image, check)
+
+
+def decode_image(data: bytes, name: str, check: Check | None = None) -> Image.Image:
+    """As `load_image`, of the file's bytes; `name` is what messages call it."""
+    with _bombs_left_to_us(), _understood(io.BytesIO(data), len(data), name) as image:
+        return _unpacked(image, check)
+
+
+def _unpacked(image: Image.Image, check: Check | None) -> Image.Image:
+    if check is not None:
+        check(image.size)
+    image.seek(0)
+    image.load()
+    return to_rgb(image)
 
 
 def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
@@ -60,32 +76,42 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     if not path.is_file():
         reason = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(f"Cannot read the picture {path}: {reason}.")
-    if path.stat().st_size == 0:
-        raise UserError(f"Cannot read the picture {path}: the file is empty.")
+    with _understood(path, path.stat().st_size, str(path)) as image:
+        yield image
+
+
+@contextlib.contextmanager
+def _understood(file: Path | io.BytesIO, size: int, name: str) -> Iterator[Image.Image]:
+    if size == 0:
+        raise UserError(f"Cannot read the picture {name}: the file is empty.")
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                size = f"{width} x {height} = {width * height} pixels"
-                raise UserError(f"The picture {path} has {size}, more than {MAX_PIXELS}: make it smaller first.")
+                pixels = f"{width} x {height} = {width * height} pixels"
+                raise UserError(f"The picture {name} has {pixels}, more than {MAX_PIXELS}: make it smaller first.")
             yield image
     except UserError:
         raise
     except UnidentifiedImageError:
-        what = "a web page" if _is_web_page(path) else "not a picture in a known format"
-        raise UserError(f"Cannot read the picture {path}: it is {what}.") from None
+        what = "a web page" if _is_web_page(file) else "not a picture in a known format"
+        raise UserError(f"Cannot read the picture {name}: it is {what}.") from None
     except Image.DecompressionBombError:
-        raise UserError(f"The picture {path} has far more than {MAX_PIXELS} pixels: make it smaller first.") from None
+        raise UserError(f"The picture {name} has far more than {MAX_PIXELS} pixels: make it smaller first.") from None
     except PermissionError:
-        raise UserError(f"Cannot read the picture {path}: permission denied.") from None
+        raise UserError(f"Cannot read the picture {name}: permission denied.") from None
     except DECODER_ERRORS as error:
-        raise UserError(f"Cannot read the picture {path}: the file is cut off or damaged ({error}).") from None
+        raise UserError(f"Cannot read the picture {name}: the file is cut off or damaged ({error}).") from None
 
 
-def _is_web_page(path: Path) -> bool:
+def _is_web_page(file: Path | io.BytesIO) -> bool:
     """What a failed download leaves behind."""
-    with path.open("rb") as file:
-        return file.read(512).lstrip().lower().startswith((b"<!doctype html", b"<html"))
+    if isinstance(file, io.BytesIO):
+        head = file.getvalue()[:512]
+    else:
+        with file.open("rb") as opened:
+            head = opened.read(512)
+    return head.lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from unimm.data.pictures import ParquetPictures, data_path
+from unimm.data.places import data_path
 from unimm.data.shapes.world import SHAPES, render, sample_scene
+from unimm.data.tables import parquet_pictures
 from unimm.errors import UserError
 
 LABEL = "label"
@@ -20,7 +21,7 @@ class LabelledPictures(Dataset):
     """
 
     def __init__(self, source: str, count: int | None = None) -> None:
-        pictures = ParquetPictures(data_path(source))
+        pictures = parquet_pictures([data_path(source)])
         names = pictures.table.column_names
         if LABEL not in names:
             raise UserError(f"{source} has no column {LABEL!r}; its columns are {', '.join(names)}.")

@@ -16,7 +16,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from PIL import Image
 
 from unimm.data.conversations import Message
 from unimm.data.images import load_image, unreadable_images
+from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, counted, too_many
 from unimm.errors import UserError
 from unimm.provenance import write_atomically
 
@@ -34,23 +35,6 @@ PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_LENGTH = 128
 """Words that a picture counts for where rows are grouped by length, as in LLaVA's `lengths`."""
-
-
-class BadRow(Exception):
-    """Why a row cannot be used: a reason to count by, and the details to name."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One line of the log: row number (from 0), reason, details."""
-
-    row: int
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +65,7 @@ class LlavaOptions:
     """
 
     image_folder: Path
-    max_bad_share: float = 0.01
+    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
     drop_questions: bool = False
     reserved: tuple[str, ...] = ()
     log: Path | None = None
@@ -93,6 +77,9 @@ class LlavaConversations:
     Raises:
         UserError: the file cannot be read, holds no usable row, or more than `max_bad_share` of its rows are bad.
     """
+
+    blocks: None = None
+    pool = 1
 
     def __init__(self, path: Path, options: LlavaOptions) -> None:
         self.path, self.options = path, options
@@ -113,7 +100,7 @@ class LlavaConversations:
         self._write_log()
         self._stop_if_too_many(self.skipped)
         if not kept:
-            raise UserError(f"{path} holds no row that can be used: {self._counted(self.skipped)}.")
+            raise UserError(f"{path} holds no row that can be used: {counted(self.skipped)}.")
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -144,7 +131,7 @@ class LlavaConversations:
         found = [Skipped(n, "damaged picture", detail) for n in sorted(self._damaged)]
         if self.options.log is not None:
             with self.options.log.open("a", encoding="utf-8") as log:
-                log.write(_line(Skipped(number, "damaged picture", detail)))
+                log.write(Skipped(number, "damaged picture", detail).line)
             lines = self.options.log.read_text(encoding="utf-8").splitlines()
             named = {line["row"]: Skipped(**line) for line in map(json.loads, lines)}
             found = [line for n, line in named.items() if line.reason == "damaged picture"]
@@ -155,7 +142,7 @@ class LlavaConversations:
         if log is None:
             return
         log.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(log, "".join(map(_line, self.skipped)))
+        write_atomically(log, "".join(line.line for line in self.skipped))
         report = {
             "source": str(self.path),
             "rows": self.total,
@@ -169,17 +156,7 @@ class LlavaConversations:
     def _stop_if_too_many(self, skipped: Sequence[Skipped]) -> None:
         if len(skipped) <= self.options.max_bad_share * self.total:
             return
-        where = f"; all are named in {self.options.log}" if self.options.log else ""
-        share = f"{len(skipped)} of {self.total} rows ({len(skipped) / self.total:.1%})"
-        raise UserError(
-            f"{self.path}: {share} cannot be used, more than max_bad_share {self.options.max_bad_share:.1%}: "
-            f"{self._counted(skipped)}. The first is row {skipped[0].row}: {skipped[0].detail}{where}. Mend the data, "
-            "or raise max_bad_share."
-        )
-
-    @staticmethod
-    def _counted(skipped: Sequence[Skipped]) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in Counter(s.reason for s in skipped).most_common())
+        raise too_many(str(self.path), skipped, self.total, self.options.max_bad_share, self.options.log)
 
 
 def open_llava(path: Path, options: LlavaOptions) -> LlavaConversations:
@@ -306,7 +283,3 @@ def _unreadable(names: Iterable[str], folder: Path) -> dict[str, BadRow]:
         paths[path]: BadRow("unreadable picture" if path.exists() else "missing picture", str(error))
         for path, error in unreadable_images(paths).items()
     }
-
-
-def _line(skipped: Skipped) -> str:
-    return json.dumps(asdict(skipped), ensure_ascii=False) + "\n"

@@ -2,28 +2,32 @@
 
 Special here: which flow gives sample n, and which of its samples that is, follows from n alone, so a run resumes at any
 position; and the shares hold in every batch, not only on average, because the flows are interleaved by largest deficit
-instead of being drawn.
+instead of being drawn (`unimm.data.order`).
 """
 
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from unimm.data.conversations import Message, ParquetConversations, ShapesConversations
-from unimm.data.grouping import grouped_order
+from unimm.data.conversations import CaptionedPictures, Message, ShapesConversations, TableConversations
+from unimm.data.grouping import GroupedOrder
+from unimm.data.ids import IdsFolder, holds_ids
 from unimm.data.llava import LLAVA_SUFFIXES, LlavaOptions, open_llava
-from unimm.data.pictures import data_path
+from unimm.data.order import Interleaving, Order, order_of
+from unimm.data.places import data_path, filled
+from unimm.data.reading import ReadOptions
 from unimm.data.shapes.prompts import Split
-from unimm.data.text_to_image import PictureDrawings, ShapesDrawings
+from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
+from unimm.data.sources import open_pictures
+from unimm.data.text_to_image import IdDrawings, PictureDrawings, ShapesDrawings
 from unimm.errors import UserError
 
 ENDLESS = 2**31 - 1
 """Length of a training stream; `train.max_steps` says when it stops."""
-_CYCLE = 1000  # shares are kept to a thousandth
 
 
 @dataclass
@@ -31,20 +35,27 @@ class FlowConfig:
     """One flow of the mixture.
 
     Args:
-        kind: "conversation" (the answers are learned) or "drawing" (the image tokens are).
+        kind: "conversation" (the answers are learned), "captioning" (the captions are) or "drawing" (the image tokens
+            are).
         ratio: share of the samples, relative to the other flows.
         weight: factor of this flow's mean loss in the sum.
-        source: "shapes", or a parquet file: columns image and messages (conversation), image and text (drawing); or,
-            for a conversation, a .json or .jsonl file in LLaVA's format, whose pictures are in `image_folder`.
+        source: "shapes", or from outside, for a
+            conversation: a table with the columns image and messages, or a .json or .jsonl file in LLaVA's format,
+            whose pictures are in `image_folder`;
+            captioning: pictures with captions, as `unimm.data.sources` reads them;
+            drawing: such pictures, or a folder of ids that `recipes/encode.py` wrote.
+        read: how pictures from outside are read and filtered.
+        question: what is asked about the pictures to describe.
         num_turns: fewest and most questions about one picture ("shapes" conversations only).
         kind_shares: how often each kind of question is asked ("shapes" conversations only; None: the world's shares).
         null_prompt_prob: share of the drawings whose caption is replaced by the null prompt.
-        image_folder, max_bad_share, drop_questions: of LLaVA's format, see `unimm.data.llava.LlavaOptions`.
+        max_bad_share: share of the rows from outside that may be damaged before the run stops.
+        image_folder, drop_questions: of LLaVA's format, see `unimm.data.llava.LlavaOptions`.
         group_by_modality: every step takes rows with a picture only, or without, of similar length (LLaVA's format, the
             only flow).
     """
 
-    kind: Literal["conversation", "drawing"]
+    kind: Literal["conversation", "captioning", "drawing"]
     ratio: float = 1.0
     weight: float = 1.0
     source: str = "shapes"
@@ -52,9 +63,11 @@ class FlowConfig:
     kind_shares: dict[str, float] | None = None
     null_prompt_prob: float = 0.0
     image_folder: str | None = None
-    max_bad_share: float = 0.01
+    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
     drop_questions: bool = False
     group_by_modality: bool = False
+    read: ReadOptions = field(default_factory=ReadOptions)
+    question: str = "Describe the picture."
 
     def __post_init__(self) -> None:
         llava = self.kind == "conversation" and Path(self.source).suffix in LLAVA_SUFFIXES
@@ -66,6 +79,10 @@ class FlowConfig:
             raise UserError(
                 "image_folder, drop_questions and group_by_modality are for conversations in LLaVA's format, a .json "
                 f"or .jsonl file, and the source is {self.source}."
+            )
+        if self.kind == "captioning" and self.source == "shapes":
+            raise UserError(
+                "captioning needs a source with captions: the picture world has conversations and drawings."
             )
 
 
@@ -128,34 +145,28 @@ class Mixture(Dataset):
         self.samples_per_step = samples_per_step
         self.names = sorted(config.flows)
         around = _Surroundings(tuple(reserved), log_folder)
-        self.sources = [_source(config, name, split, salt, around) for salt, name in enumerate(self.names)]
-        self.order = interleave([config.flows[name].ratio for name in self.names])
-        self.earlier = np.stack([np.cumsum(self.order == k) - (self.order == k) for k in range(len(self.names))])
-        self._shuffled: dict[tuple[int, int], np.ndarray] = {}
+        self.sources: list[Any] = [_source(config, name, split, salt, around) for salt, name in enumerate(self.names)]
+        self.mixed = Interleaving([config.flows[name].ratio for name in self.names])
+        self.orders = [self._order(k) for k in range(len(self.names))]
 
     def __len__(self) -> int:
         return ENDLESS if self.split == "train" else self.config.num_eval_samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        cycle, position = divmod(index, _CYCLE)
-        k = int(self.order[position])
-        rank = cycle * int((self.order == k).sum()) + int(self.earlier[k, position])
-        source, name = self.sources[k], self.names[k]
-        messages = source.messages(self._row(k, rank, len(source)) if isinstance(source, Sized) else rank)
-        return {"flow": name, "kind": self.config.flows[name].kind, "index": index, "messages": messages}
+        k, rank = self.mixed.place(index)
+        source, name, order = self.sources[k], self.names[k], self.orders[k]
+        if order is not None:  # counted on from pass to pass
+            rank = rank // order.count * len(source) + order.row(rank)
+        return {"flow": name, "kind": self.config.flows[name].kind, "index": index, "messages": source.messages(rank)}
 
-    def _row(self, k: int, rank: int, length: int) -> int:
-        """Row number of the flow's `rank`-th sample, counted on from pass to pass, each pass in a new order."""
-        grouped = self.split == "train" and self.config.flows[self.names[k]].group_by_modality
-        step = self._step_size() if grouped else 1
-        epoch, position = divmod(rank, length // step * step or length)
-        if (k, epoch) not in self._shuffled:
-            self._shuffled = {key: order for key, order in self._shuffled.items() if key[0] != k}
-            rng = np.random.default_rng((self.config.seed, k, epoch))
-            source: Any = self.sources[k]
-            order = grouped_order(source.modality_lengths, step, rng) if grouped else rng.permutation(length)
-            self._shuffled[k, epoch] = order
-        return epoch * length + int(self._shuffled[k, epoch][position])
+    def _order(self, k: int) -> Order | None:
+        """In what order the flow passes over its rows; None for one that has no end."""
+        source = self.sources[k]
+        if not isinstance(source, Sized):
+            return None
+        if self.split == "train" and self.config.flows[self.names[k]].group_by_modality:
+            return GroupedOrder(source.modality_lengths, self._step_size(), self.config.seed, k)
+        return order_of(source, self.config.seed, k)
 
     def _step_size(self) -> int:
         if self.samples_per_step is None:
@@ -166,19 +177,6 @@ class Mixture(Dataset):
 def training_streams(config: MixtureConfig, **surroundings: Any) -> tuple[Mixture, Mixture]:
     """The stream to train on and the held-out one; `surroundings` are `Mixture`'s further arguments."""
     return Mixture(config, **surroundings), Mixture(config, split="test", **surroundings)
-
-
-def interleave(ratios: list[float]) -> np.ndarray:
-    """The flow of each of 1000 positions [1000]: at every position the flow that lags furthest behind its share."""
-    shares = np.asarray(ratios, dtype=np.float64) / sum(ratios)
-    given = np.zeros(len(shares))
-    order = np.empty(_CYCLE, dtype=np.int64)
-    for position in range(_CYCLE):
-        order[position] = np.argmax(shares * (position + 1) - given)
-        given[order[position]] += 1
-    if not given.all():
-        raise UserError(f"A flow has a share below 1/{_CYCLE} of the samples: the ratios are {ratios}.")
-    return order
 
 
 @dataclass(frozen=True)
@@ -197,16 +195,22 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
         if flow.kind == "conversation":
             return ShapesConversations(seed, flow.num_turns, flow.kind_shares)
         return ShapesDrawings(seed, split=split, null_prompt_prob=null)
-    path = data_path(flow.source)
+    log = around.log_folder / f"{name}.skipped.jsonl" if around.log_folder else None
     if flow.image_folder is not None:
         options = LlavaOptions(
             data_path(flow.image_folder),
             max_bad_share=flow.max_bad_share,
             drop_questions=flow.drop_questions,
             reserved=around.reserved,
-            log=around.log_folder / f"{name}.skipped.jsonl" if around.log_folder else None,
+            log=log,
         )
-        return open_llava(path, options)
-    if flow.kind == "conversation":
-        return ParquetConversations(path)
-    return PictureDrawings(path, seed=seed, image_size=config.image_size, null_prompt_prob=null)
+        return open_llava(data_path(flow.source), options)
+    if flow.kind == "drawing" and holds_ids(flow.source):
+        return IdDrawings(IdsFolder(filled(flow.source)), seed=seed, null_prompt_prob=null)
+    opened, talk = open_pictures(flow.source, flow.read), flow.kind == "conversation"
+    rows = UsableRows(opened, flow.source, captions=not talk, max_bad_share=flow.max_bad_share, log=log)
+    if flow.kind == "captioning":
+        return CaptionedPictures(rows, flow.question)
+    if talk:
+        return TableConversations(rows, flow.source)
+    return PictureDrawings(rows, seed=seed, image_size=config.image_size, null_prompt_prob=null)

@@ -1,18 +1,140 @@
-"""The order of an endless stream over a finite set."""
+"""The order of an endless stream over finite sets: what item n is follows from (seed, n) alone.
+
+Special here: a set that lies in blocks (shards, row groups) is shuffled by blocks and, within a few of them at a time,
+by rows, so that a reader stays near one place; and that order too is computed for item n without walking to it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
+from torch.utils.data import Dataset
+
+from unimm.errors import UserError
+
+_CYCLE = 1000  # shares are kept to a thousandth
+
+
+class Rows(Dataset):
+    """Rows that can be read in any order.
+
+    Attributes:
+        blocks: numbers of rows of the blocks that they lie in, in order; None where every row is equally near.
+        pool: how many blocks are shuffled together.
+        caption_gap: why no row has a caption, None where some have.
+        column_names: of a table, else none.
+    """
+
+    blocks: np.ndarray | None = None
+    pool: int = 1
+    caption_gap: str | None = None
+    column_names: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Placed(Protocol):
+    """What is passed over: how many rows, and where they lie (`Rows`)."""
+
+    @property
+    def blocks(self) -> np.ndarray | None: ...
+
+    @property
+    def pool(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+
+class Order(Protocol):
+    """Which row is item n; `count` items are an epoch."""
+
+    count: int
+
+    def row(self, index: int) -> int: ...
+
+
+def order_of(rows: Placed, seed: int, salt: int = 0) -> Order:
+    """The order in which a stream passes over `rows` again and again."""
+    if rows.blocks is None:
+        return EpochOrder(len(rows), seed, salt)
+    return BlockOrder(rows.blocks, rows.pool, seed, salt)
 
 
 class EpochOrder:
-    """Item n of the stream is `row(n)`: each epoch visits all `count` rows in a new order, a function of (seed, epoch)
-    only."""
+    """Item n of the stream is `row(n)`: each epoch visits all `count` rows in a new order, a function of (seed, salt,
+    epoch) only."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, salt: int = 0) -> None:
+        self.count, self.seed, self.salt = count, seed, salt
         self._order: tuple[int, np.ndarray] | None = None
 
     def row(self, index: int) -> int:
         epoch, position = divmod(index, self.count)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(self.count))
+            self._order = (epoch, self.shuffled(np.random.default_rng((self.seed, self.salt, epoch))))
         return int(self._order[1][position])
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """The rows of one epoch in its order [count]."""
+        return rng.permutation(self.count)
+
+
+class BlockOrder:
+    """As `EpochOrder`: each epoch puts the blocks in a new order, `pool` of them at a time, and the rows of such a pool
+    in a new order among themselves. Memory is that of one pool's rows."""
+
+    def __init__(self, blocks: np.ndarray, pool: int, seed: int, salt: int = 0) -> None:
+        self.blocks, self.pool, self.key = blocks, pool, (seed, salt)
+        self.starts = np.concatenate([[0], np.cumsum(blocks)])
+        self.count = int(self.starts[-1])
+        self._epoch: tuple[int, list[np.ndarray], np.ndarray] | None = None
+        self._rows: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def row(self, index: int) -> int:
+        epoch, position = divmod(index, self.count)
+        pools, ends = self._pools(epoch)
+        k = int(np.searchsorted(ends, position, side="right"))
+        if self._rows is None or self._rows[0] != (epoch, k):
+            rows = np.concatenate([np.arange(self.starts[b], self.starts[b + 1]) for b in pools[k]])
+            self._rows = (epoch, k), np.random.default_rng((*self.key, epoch, 1 + k)).permutation(rows)
+        return int(self._rows[1][position - (ends[k - 1] if k else 0)])
+
+    def _pools(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The blocks of each pool, and the position behind each pool's last row."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng((*self.key, epoch)).permutation(len(self.blocks))
+            pools = [order[start : start + self.pool] for start in range(0, len(order), self.pool)]
+            self._epoch = epoch, pools, np.cumsum([self.blocks[pool].sum() for pool in pools])
+        return self._epoch[1], self._epoch[2]
+
+
+class Interleaving:
+    """Several endless streams as one, each at its share in every stretch: at every position comes the one that lags
+    furthest behind."""
+
+    def __init__(self, ratios: Sequence[float]) -> None:
+        self.order = interleave(ratios)
+        self.earlier = np.stack([np.cumsum(self.order == k) - (self.order == k) for k in range(len(ratios))])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(stream, rank within it) of item `index`."""
+        cycle, position = divmod(index, _CYCLE)
+        k = int(self.order[position])
+        return k, cycle * int((self.order == k).sum()) + int(self.earlier[k, position])
+
+
+def interleave(ratios: Sequence[float]) -> np.ndarray:
+    """The stream of each of 1000 positions [1000]: at every position the one that lags furthest behind its share."""
+    shares = np.asarray(ratios, dtype=np.float64) / sum(ratios)
+    given = np.zeros(len(shares))
+    order = np.empty(_CYCLE, dtype=np.int64)
+    for position in range(_CYCLE):
+        order[position] = np.argmax(shares * (position + 1) - given)
+        given[order[position]] += 1
+    if not given.all():
+        raise UserError(f"A flow has a share below 1/{_CYCLE} of the samples: the ratios are {list(ratios)}.")
+    return order

@@ -48,12 +48,13 @@ def pack(batch: dict[str, Tensor], rows: Sequence[Sequence[int]], pad: int) -> d
     """A batch of right-padded samples [N, L] as rows [R, P], P the tokens of the fullest one.
 
     Args:
-        batch: `input_ids`, `attention_mask`, `labels` and `drawn` [N, L]; `drawn_pixel_values` [N, 3, H, W] or absent.
+        batch: `input_ids`, `attention_mask`, `labels` and `drawn` [N, L]; `drawn_pixel_values` [N, 3, H, W] or
+            `drawn_ids` [N, M] or neither.
         rows: which samples stand in which row (`even_rows`).
         pad: token id for what is left of a row, which is a sequence of its own and learns nothing.
 
     Returns:
-        `input_ids`, `position_ids`, `labels` and `drawn` [R, P], and `drawn_pixel_values` in the order of the rows.
+        `input_ids`, `position_ids`, `labels` and `drawn` [R, P], and what is drawn in the order of the rows.
     """
     lengths = batch["attention_mask"].sum(1).tolist()
     width = max(sum(lengths[sample] for sample in row) for row in rows)
@@ -74,7 +75,5 @@ def pack(batch: dict[str, Tensor], rows: Sequence[Sequence[int]], pad: int) -> d
             packed["position_ids"][k, start:end] = torch.arange(lengths[sample])
             start = end
         packed["position_ids"][k, start:] = torch.arange(width - start)
-    if "drawn_pixel_values" in batch:
-        order = torch.tensor([sample for row in rows for sample in row])
-        packed["drawn_pixel_values"] = batch["drawn_pixel_values"][order]
-    return packed
+    order = torch.tensor([sample for row in rows for sample in row])
+    return packed | {name: batch[name][order] for name in ("drawn_pixel_values", "drawn_ids") if name in batch}

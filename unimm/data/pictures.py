@@ -1,12 +1,11 @@
-"""Picture streams for training and evaluation: the picture world, parquet files, or a folder of pictures.
+"""Picture streams for training and evaluation: the picture world, or pictures from anywhere (`unimm.data.sources`).
 
 Special here: a stream has no epochs to the outside. Item n is a pure function of (seed, n), including the shuffle, crop
 and flip, so the number of pictures seen is all there is to know of a run's data position.
 """
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,86 +13,67 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from unimm.data.images import load_image
-from unimm.data.order import EpochOrder
+from unimm.data.order import Interleaving, Rows, order_of
+from unimm.data.places import data_path
+from unimm.data.reading import ReadOptions
 from unimm.data.shapes.datasets import ShapesPictures
+from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
+from unimm.data.sources import open_pictures
 from unimm.errors import UserError
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+__all__ = ["PictureConfig", "PictureStream", "Pictures", "crop", "data_path", "open_pictures", "picture_stream"]
+
+WORLD = "shapes"
+
+
+@dataclass
+class PictureSource:
+    """One of several sources that are mixed: pictures come from it at the share weight / all weights."""
+
+    source: str
+    weight: float = 1.0
+    read: ReadOptions = field(default_factory=ReadOptions)
 
 
 @dataclass
 class PictureConfig:
-    """`source`: "shapes", a .parquet file (columns image and, for captions, text) or a folder of pictures.
+    """Pictures, and captions where there are some.
 
-    `$UNIMM_DATA` in the source is replaced by that variable (default ../shared). `random_crop` and `flip` are the
-    augmentation of VQRAE's table 7; without them the centre is cut out.
+    Args:
+        source: "shapes", or what `unimm.data.sources` reads: a folder, parquet files, tar shards, hub:owner/name.
+            `$UNIMM_DATA` in it is replaced by that variable (default ../shared).
+        read: how the source is read and filtered.
+        mix: several sources with their weights, in the place of `source` and `read`.
+        max_bad_share: share of a source's rows that may be damaged before the run stops.
+        image_size: side of the pictures, cut out of the centre.
+        random_crop, flip: the augmentation of VQRAE's table 7.
+        caption_template: what a caption is put into.
     """
 
-    source: str = "shapes"
+    source: str = WORLD
     image_size: int = 64
     random_crop: bool = False
     flip: bool = False
     caption_template: str = "{}"
+    read: ReadOptions = field(default_factory=ReadOptions)
+    mix: list[PictureSource] = field(default_factory=list)
+    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
+
+    def __post_init__(self) -> None:
+        if any(each.weight <= 0 for each in self.mix):
+            raise UserError("data.mix: every weight must be above 0.")
+        if self.mix and self.source != WORLD:
+            raise UserError(f"Give either data.source ({self.source}) or data.mix ({len(self.mix)} sources).")
+
+    @property
+    def sources(self) -> list[PictureSource]:
+        return self.mix or [PictureSource(self.source, read=self.read)]
 
 
 class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-def data_path(source: str) -> Path:
-    """`source` with `$UNIMM_DATA` filled in (default ../shared)."""
-    return Path(source.replace("$UNIMM_DATA", os.environ.get("UNIMM_DATA", "../shared")))
-
-
-class ParquetPictures(Dataset):
-    """The rows of one parquet file as `{"image": PIL RGB, "text": str}`; rows without a text column have an empty
-    text."""
-
-    def __init__(self, path: Path) -> None:
-        from datasets import Dataset as Table  # the train extra: heavy, and not needed for the picture world
-        from datasets.exceptions import DatasetGenerationError
-
-        if not path.is_file():
-            raise UserError(f"There is no parquet file {path}; set $UNIMM_DATA to the folder that holds the data.")
-        try:
-            self.table = Table.from_parquet(str(path), cache_dir=os.environ.get("UNIMM_CACHE"))
-        except (DatasetGenerationError, OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable parquet file: {error}.") from error
-        if "image" not in self.table.column_names:
-            raise UserError(f"{path} has no column 'image'; its columns are {', '.join(self.table.column_names)}.")
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.table[index]
-        return {"image": flatten(row["image"]), "text": row.get("text", "")}
-
-
-class FolderPictures(Dataset):
-    """Every picture below a folder, in the order of its path."""
-
-    def __init__(self, folder: Path) -> None:
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
-        if not self.paths:
-            raise UserError(f"{folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}).")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": load_image(self.paths[index]), "text": ""}
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """RGB, transparency over white."""
-    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def to_array(images: Sequence[Image.Image]) -> np.ndarray:
@@ -115,20 +95,28 @@ def crop(image: Image.Image, size: int, offset: Sequence[float] = (0.5, 0.5)) ->
 
 
 class PictureStream(Dataset):
-    """`length` augmented pictures drawn from `pictures`, each epoch in a new order."""
+    """`length` augmented pictures drawn from `sources`, each at its weight and each pass over it in a new order."""
 
-    def __init__(self, pictures: Pictures, config: PictureConfig, length: int, seed: int) -> None:
-        self.pictures = pictures
+    def __init__(
+        self,
+        sources: Sequence[Rows],
+        config: PictureConfig,
+        length: int,
+        seed: int,
+    ) -> None:
+        self.sources = sources
         self.config = config
         self.length = length
         self.seed = seed
-        self.order = EpochOrder(len(pictures), seed)
+        self.mixed = Interleaving([each.weight for each in config.sources])
+        self.orders = [order_of(rows, seed, 2 * k) for k, rows in enumerate(sources)]
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.pictures[self.order.row(index)]
+        k, rank = self.mixed.place(index)
+        row = self.sources[k][self.orders[k].row(rank)]
         rng = np.random.default_rng((self.seed, 1, index))
         offset = rng.random(2).tolist() if self.config.random_crop else (0.5, 0.5)
         image = crop(row["image"], self.config.image_size, offset)
@@ -137,13 +125,31 @@ class PictureStream(Dataset):
         return {"image": image, "text": self.config.caption_template.format(row["text"])}
 
 
-def picture_stream(config: PictureConfig, length: int, seed: int, *, allow_withheld: bool = True) -> Pictures:
-    """`length` pictures from `config.source`. Raises UserError where the source cannot be read."""
-    if config.source == "shapes":
+def picture_stream(
+    config: PictureConfig, length: int, seed: int, *, allow_withheld: bool = True, log_folder: Path | None = None
+) -> Pictures:
+    """`length` pictures from the configuration's sources.
+
+    Args:
+        allow_withheld: whether the picture world shows what it keeps for tests.
+        log_folder: where skipped rows are named, one file for each source.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+
+    def world() -> ShapesPictures:
         return ShapesPictures(length, seed, allow_withheld)
-    return PictureStream(open_pictures(data_path(config.source)), config, length, seed)
+
+    if not config.mix and config.source == WORLD:
+        return world()
+    sources = [
+        world() if each.source == WORLD else _usable(each, config, log_folder and log_folder / f"pictures-{k}.jsonl")
+        for k, each in enumerate(config.sources)
+    ]
+    return PictureStream(sources, config, length, seed)
 
 
-def open_pictures(path: Path) -> Pictures:
-    """The pictures of a folder or a parquet file. Raises UserError where it cannot be read."""
-    return FolderPictures(path) if path.is_dir() else ParquetPictures(path)
+def _usable(source: PictureSource, config: PictureConfig, log: Path | None) -> UsableRows:
+    rows = open_pictures(source.source, source.read)
+    return UsableRows(rows, source.source, max_bad_share=config.max_bad_share, log=log)

@@ -4,13 +4,13 @@ Special here: a share of the captions is replaced by the empty prompt, on which 
 (https://arxiv.org/abs/2207.12598). Sample n, its dropout included, is a pure function of (seed, n).
 """
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
-from unimm.data.conversations import Message, message
-from unimm.data.pictures import ParquetPictures, crop
+from unimm.data.conversations import Message, RowsFlow, message
+from unimm.data.ids import IdsFolder
+from unimm.data.order import Rows
+from unimm.data.pictures import crop
 from unimm.data.shapes import render, sample_captioned_scene
 from unimm.data.shapes.prompts import Split
 from unimm.errors import UserError
@@ -33,30 +33,42 @@ class ShapesDrawings:
         return drawing(prompt.prompt, render(scene), null=rng.random() < self.null_prompt_prob)
 
 
-class PictureDrawings:
-    """Captioned pictures of one's own, the centre cut out at `image_size` pixels: a parquet file with columns image and
-    text."""
+class PictureDrawings(RowsFlow):
+    """Captioned pictures of one's own, the centre cut out at `image_size` pixels."""
 
-    def __init__(self, path: Path, *, seed: int, image_size: int, null_prompt_prob: float = 0.0) -> None:
-        if path.is_dir():
-            raise UserError(
-                f"{path} is a folder; drawings need captions: give a parquet file with the columns image and text."
-            )
-        self.rows = ParquetPictures(path)
-        if "text" not in self.rows.table.column_names:
-            raise UserError(f"{path} has no column 'text'; its columns are {', '.join(self.rows.table.column_names)}.")
+    def __init__(self, rows: Rows, *, seed: int, image_size: int, null_prompt_prob: float = 0.0) -> None:
+        super().__init__(rows)
         self.seed = seed
         self.image_size = image_size
         self.null_prompt_prob = checked_probability(null_prompt_prob)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def messages(self, index: int) -> list[Message]:
         """Caption and drawing of row `index` modulo the number of rows; each pass drops other captions."""
-        row = self.rows[index % len(self.rows)]
-        null = np.random.default_rng((self.seed, index)).random() < self.null_prompt_prob
+        row = self.row(index)
+        null = dropped(self.seed, index, self.null_prompt_prob)
         return drawing(row["text"], crop(row["image"], self.image_size), null=null)
+
+
+class IdDrawings(RowsFlow):
+    """Captioned pictures that are ids already (`recipes/encode.py`)."""
+
+    def __init__(self, rows: IdsFolder, *, seed: int, null_prompt_prob: float = 0.0) -> None:
+        super().__init__(rows)
+        self.ids = rows
+        rows.require_captions()
+        self.seed = seed
+        self.null_prompt_prob = checked_probability(null_prompt_prob)
+
+    def messages(self, index: int) -> list[Message]:
+        """Caption and ids [M] of row `index` modulo the number of rows; each pass drops other captions."""
+        row = self.row(index)
+        asked = message("user", NULL_PROMPT if dropped(self.seed, index, self.null_prompt_prob) else row["text"])
+        return [asked, {"role": "assistant", "content": [{"type": "image", "ids": row["ids"]}]}]
+
+
+def dropped(seed: int, index: int, probability: float) -> bool:
+    """Whether sample `index` loses its caption."""
+    return bool(np.random.default_rng((seed, index)).random() < probability)
 
 
 def drawing(prompt: str, image: Image.Image, *, null: bool = False) -> list[Message]:

@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unimm.data.collators import FlowCollator
-from unimm.data.mixture import MixtureConfig, training_streams
+from unimm.data.ids import entropy_line
+from unimm.data.mixture import Mixture, MixtureConfig, training_streams
+from unimm.data.text_to_image import IdDrawings
+from unimm.processes import processes
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_callbacks import Panel
 from unimm.training.host_trainer import HostTrainer
@@ -28,6 +31,7 @@ def train_on_flows(recipe: HostRecipe, model: Any, processor: Any, panel: Panel 
             reserved=processor.markers,
             log_folder=Path(train.output_dir) / "data",
         )
+        floors = unigram_entropies(train_stream, model)
         HostTrainer(
             model,
             train,
@@ -37,5 +41,23 @@ def train_on_flows(recipe: HostRecipe, model: Any, processor: Any, panel: Panel 
             eval_dataset=test_stream,
             flow_weights=data.weights,
             stream_seed=data.seed,
+            unigram_entropies=floors,
             panel=panel,
         ).run()
+
+
+def unigram_entropies(stream: Mixture, model: Any) -> dict[str, float]:
+    """{flow: entropy of its ids' frequencies in nats} of the flows that are ids already, said once; a loss above it
+    has learnt nothing but how often each id occurs.
+
+    Raises:
+        UserError: the ids are of another tokenizer than the model's.
+    """
+    found = {}
+    for name, flow in zip(stream.names, stream.sources, strict=True):
+        if isinstance(flow, IdDrawings):
+            ids = flow.ids
+            ids.info.require(tokenizer_fingerprint=model.image_tokenizer.fingerprint)
+            found[name] = ids.entropy
+            processes().print(f"{name}: {entropy_line(len(ids), ids.entropy, ids.info.codebook_size)}")
+    return found

@@ -3,7 +3,7 @@
 Special here:
 - a batch is {flow: tensors}; the loss is the weighted sum over the flows of their mean over labelled tokens, counted
   over the whole batch (all processes and accumulation steps), and every flow's own mean is logged;
-- drawn pictures become image ids on the fly, in fp32, by the model's own `get_image_tokens`;
+- drawn pictures become image ids on the fly, in fp32, by the model's own `get_image_tokens`, or are ids already;
 - the head is computed at labelled positions only: it is as wide as text and codebook together.
 """
 
@@ -61,6 +61,7 @@ class HostTrainer(StreamTrainer):
         data_collator: samples to a batch, see `unimm.data.collators`.
         flow_weights: {flow: factor of its mean loss}.
         stream_seed: of the training stream, for messages and for refusing a checkpoint of another stream.
+        unigram_entropies: {flow: entropy of its ids' frequencies}, logged beside its loss.
         panel: called with the tensorboard writer and the step at every evaluation, under the averaged weights.
     """
 
@@ -78,6 +79,7 @@ class HostTrainer(StreamTrainer):
         eval_dataset: Dataset | None = None,
         flow_weights: Mapping[str, float],
         stream_seed: int = 0,
+        unigram_entropies: Mapping[str, float] | None = None,
         panel: Panel | None = None,
     ) -> None:
         if args.pack_length is not None:
@@ -93,6 +95,7 @@ class HostTrainer(StreamTrainer):
             stream_seed=stream_seed,
         )
         self.flow_weights = dict(sorted(flow_weights.items()))
+        self.unigram_entropies = dict(unigram_entropies or {})
         self.panel = panel
         if args.compile_blocks:
             blocks = learning_blocks(model)
@@ -184,11 +187,12 @@ class HostTrainer(StreamTrainer):
     def _flow_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Sum of the cross entropy over a batch's labels, and their number."""
         batch = dict(batch)
-        drawn, labels, drawings = batch.pop("drawn"), batch.pop("labels"), batch.pop("drawn_pixel_values", None)
+        drawn, labels = batch.pop("drawn"), batch.pop("labels")
+        drawings, ids = batch.pop("drawn_pixel_values", None), batch.pop("drawn_ids", None)
         # before the forward is queued, when waiting for the device costs nothing yet
         where = (labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
-        if drawings is not None:
-            token_ids = self._image_tokens(drawings)
+        if drawings is not None or ids is not None:
+            token_ids = self._image_tokens(drawings) if ids is None else self.model.visual_vocabulary.token_ids(ids)
             batch["input_ids"] = batch["input_ids"].masked_scatter(drawn, token_ids)
             labels = labels.masked_scatter(drawn, token_ids)
         outputs = model(**batch, output_hidden_states=True, logits_to_keep=1, use_cache=False)
@@ -222,6 +226,8 @@ class HostTrainer(StreamTrainer):
         for flow, (total, count) in zip(self.flow_weights, means, strict=True):
             if count:
                 logs = {**logs, f"{prefix}loss_{flow}": total / count}
+                if flow in self.unigram_entropies:
+                    logs[f"{prefix}unigram_entropy_{flow}"] = self.unigram_entropies[flow]
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Batch) -> int:

@@ -3,14 +3,15 @@
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
+from unimm.data.order import Rows
 from unimm.data.shapes.conversations import describe
 from unimm.data.shapes.world import render, sample_scene
 
 
-class ShapesPictures(Dataset):
-    """`{"image": PIL, "text": what it shows}` for `length` scenes; `allow_withheld` also draws the withheld pairs."""
+class ShapesPictures(Rows):
+    """`{"image": PIL, "text": what it shows, "key": n}` for `length` scenes; `allow_withheld` also draws the withheld
+    pairs."""
 
     def __init__(self, length: int, seed: int, allow_withheld: bool = False) -> None:
         self.length = length
@@ -22,4 +23,4 @@ class ShapesPictures(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = sample_scene(np.random.default_rng((self.seed, index)), allow_withheld=self.allow_withheld)
-        return {"image": render(scene), "text": describe(scene)}
+        return {"image": render(scene), "text": describe(scene), "key": str(index)}

@@ -1,0 +1,65 @@
+"""Encode a whole data set once: a folder of ids that `t2i.py` trains from without looking at a pixel.
+
+    accelerate launch --num_cpu_threads_per_process 2 recipes/encode.py --config configs/shapes/encode.yaml
+    torchrun --nproc_per_node 8 recipes/encode.py --config configs/shapes/encode.yaml output_dir=/shared/ids
+
+Processes, of one machine or of many that see one folder, take the shards in turn and do not wait for each other. A run
+that is started again goes on with the shards that are missing.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unimm.config import parse_recipe_args, save_config
+from unimm.encoding import EncodeConfig, Encoder
+from unimm.errors import run_main
+from unimm.tokenizer.loading import load_with_processor
+
+
+@dataclass
+class EncodeModelConfig:
+    """`image_tokenizer`: its folder or hub id."""
+
+    image_tokenizer: str
+
+
+@dataclass
+class EncodeRecipe:
+    model: EncodeModelConfig
+    data: EncodeConfig
+    output_dir: str
+
+
+def device_of(local_rank: int) -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None else torch.device(found.type, local_rank)
+
+
+def main() -> None:
+    recipe = parse_recipe_args(EncodeRecipe)
+    rank, world_size, local_rank = (int(os.environ.get(name, d)) for name, d in PLACES.items())
+    tokenizer, processor = load_with_processor(recipe.model.image_tokenizer)
+    folder = Path(recipe.output_dir)
+    encoder = Encoder(
+        tokenizer.to(device_of(local_rank)), processor, recipe.data, folder, rank=rank, world_size=world_size
+    )
+    if rank == 0:
+        save_config(recipe, folder)
+    start = time.perf_counter()
+    done = encoder.run()
+    seconds = time.perf_counter() - start
+    print(f"process {rank + 1} of {world_size}: {done} pictures in {seconds:.1f} s, {done / seconds:.1f} images/s")
+
+
+PLACES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+"""Where this process stands, as torchrun and accelerate say it, and without them."""
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, name="encode"))

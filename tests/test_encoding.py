@@ -1,0 +1,192 @@
+"""A data set as ids: the ids are the tokenizer's, the files do not depend on how the run went, and what is wrong with a
+folder is one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.data.conftest import png, torn_png, write_folder, write_parquet
+from tests.tokenizer.conftest import tiny_vqrae
+from unimm.data.ids import MANIFEST, IdsFolder, holds_ids, read_ids
+from unimm.data.images import load_image
+from unimm.data.pictures import crop
+from unimm.data.reading import ReadOptions
+from unimm.data.text_to_image import IdDrawings
+from unimm.encoding import EncodeConfig, Encoder
+from unimm.errors import UserError
+from unimm.tokenizer import ImageTokenizerProcessor
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_vqrae()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """22 of them: number 5 is a web page, 13 is cut off."""
+    folder = write_folder(tmp_path_factory.mktemp("pictures"), range(22))
+    (folder / "005.png").write_text("<html>")
+    (folder / "013.png").write_bytes(torn_png())
+    return folder
+
+
+def encoder(tokenizer, source, folder, rank=0, world_size=1, **fields):
+    config = EncodeConfig(str(source), **{"rows_per_shard": 6, "batch_size": 4, "max_bad_share": 0.1} | fields)
+    processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
+    return Encoder(tokenizer, processor, config, folder, rank=rank, world_size=world_size)
+
+
+@pytest.fixture(scope="module")
+def encoded(tokenizer, pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoded")
+    assert encoder(tokenizer, pictures, folder, features=True).run() == 20
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_ids_are_those_of_encode_and_columns_ride_along(tokenizer, pictures, encoded):
+    processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
+    good = [n for n in range(22) if n not in (5, 13)]
+    images = [crop(load_image(pictures / f"{n:03d}.png"), tokenizer.config.image_size) for n in good]
+    output = tokenizer.encode(processor(images=images, return_tensors="pt").pixel_values)
+    rows = IdsFolder(str(encoded))
+    assert np.array_equal(np.stack([rows[n]["ids"] for n in range(len(rows))]), output.ids.numpy())
+    assert [rows[n]["text"] for n in range(len(rows))] == [f"caption {n}" for n in good]
+    assert [rows[n]["key"] for n in range(len(rows))] == [f"{n:03d}.png" for n in good]
+    features = torch.cat([load_file(encoded / f"features-{k:05d}.safetensors")["features"] for k in range(4)])
+    assert features.dtype == torch.float16
+    assert torch.allclose(features.float(), output.features, atol=2e-3)
+
+
+def test_the_manifest_counts_and_names(tokenizer, encoded):
+    manifest = json.loads((encoded / MANIFEST).read_text())
+    assert [shard["rows"] for shard in manifest["shards"]] == [5, 6, 5, 4]
+    assert [shard["skipped"] for shard in manifest["shards"]] == [
+        {"damaged picture": 1},
+        {},
+        {"damaged picture": 1},
+        {},
+    ]
+    assert manifest["info"]["tokenizer_fingerprint"] == tokenizer.fingerprint
+    ids = np.concatenate([read_ids(path)[0] for path in sorted(encoded.glob("ids-*.parquet"))])
+    shares = np.bincount(ids.ravel()) / ids.size
+    entropy = -sum(share * np.log(share) for share in shares[shares > 0])
+    assert manifest["unigram_entropy"] == pytest.approx(entropy)
+    (line,) = (encoded / "ids-00002.skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"] == 13 and "013.png" in line
+
+
+def test_two_processes_and_an_interrupted_run_write_the_same_bytes(tokenizer, pictures, encoded, tmp_path, monkeypatch):
+    one, other = (encoder(tokenizer, pictures, tmp_path, rank, 2, features=True) for rank in range(2))
+    assert (one.missing, other.missing) == ([0, 2], [1, 3])
+    writes = []
+    write = Encoder._write
+
+    def killed(self, parts):
+        if len(writes) == 1:
+            raise KeyboardInterrupt
+        writes.append(parts[0].shard)
+        write(self, parts)
+
+    monkeypatch.setattr(Encoder, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    monkeypatch.undo()
+    assert other.run() == 10
+    assert not (tmp_path / MANIFEST).exists()
+    with pytest.raises(UserError, match=f"{tmp_path} holds 3 shards of ids and no {MANIFEST}.*start it again"):
+        IdsFolder(str(tmp_path))
+    again = encoder(tokenizer, pictures, tmp_path, 0, 2, features=True)
+    assert again.missing == [2]
+    again.run()
+    assert files_of(tmp_path) == files_of(encoded)
+    assert encoder(tokenizer, pictures, tmp_path, features=True).run() == 0
+
+
+def test_worker_processes_change_nothing(tokenizer, pictures, encoded, tmp_path):
+    encoder(tokenizer, pictures, tmp_path, features=True, num_workers=2).run()
+    assert files_of(tmp_path) == files_of(encoded)
+
+
+def test_labels_and_filters(tokenizer, tmp_path):
+    (tmp_path / "in").mkdir()
+    source = write_parquet(tmp_path / "in/a.parquet", range(7), {3: png(3, (99, 8))})
+    read = ReadOptions(max_aspect_ratio=2)
+    config = {"columns": ["class_label"], "read": read, "max_bad_share": 0.0}
+    encoder(tokenizer, source, tmp_path / "out", **config).run()
+    rows = IdsFolder(str(tmp_path / "out"))
+    assert [rows[n]["class_label"] for n in range(len(rows))] == [0, 1, 2, 4, 5, 6]
+    assert rows.manifest.shards[0]["skipped"] == {"too long": 1}
+    with pytest.raises(UserError, match=r"no captions \(columns ids, key, class_label\)"):
+        IdDrawings(rows, seed=0)
+    with pytest.raises(UserError, match="100.0%.* 1 no label.*text of 0"):
+        encoder(tokenizer, source, tmp_path / "other", label_column="text", **config | {"read": ReadOptions()}).run()
+
+
+def test_a_folder_of_something_else_is_refused(tokenizer, pictures, encoded):
+    with pytest.raises(UserError, match="tokenizer .* and the run names the tokenizer"):
+        encoder(tiny_vqrae(codebook_dim=32), pictures, encoded)
+    with pytest.raises(UserError, match="6 a shard.*asks for .*8 a shard.*choose another output_dir"):
+        encoder(tokenizer, pictures, encoded, rows_per_shard=8)
+    with pytest.raises(UserError, match="holds 'name'; known: text, class_label"):
+        EncodeConfig("a", columns=["name"])
+    with pytest.raises(UserError, match="holds 22 rows and data.count asks for 23"):
+        encoder(tokenizer, pictures, encoded, count=23)
+
+
+def test_too_much_damage_ends_without_a_manifest(tokenizer, pictures, tmp_path):
+    with pytest.raises(UserError, match="cannot be used, more than max_bad_share 5.0%: 2 damaged picture"):
+        encoder(tokenizer, pictures, tmp_path, max_bad_share=0.05).run()
+    fields = {"max_bad_share": 0.05, "rows_per_shard": 5}
+    two = [encoder(tokenizer, pictures, tmp_path / "two", rank, 2, **fields) for rank in (1, 0)]
+    assert two[0].run() == 9  # one bad row is no more than the share
+    with pytest.raises(UserError, match=r"2 of 22 rows \(9.1%\)"):
+        two[1].run()
+    assert not (tmp_path / "two" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "ids-00001.parquet").unlink(), "no file .*ids-00001.parquet"),
+        (lambda f: shutil.copy(f / "ids-00000.parquet", f / "ids-00001.parquet"), "00001.* 5 rows .* says 6"),
+        (lambda f: (f / "ids-00001.parquet").write_bytes(b"half"), "ids-00001.parquet cannot be read"),
+        (lambda f: (f / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+    ],
+)
+def test_a_broken_folder_names_what_is_broken(encoded, tmp_path, spoil, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(encoded, folder)
+    assert holds_ids(str(folder))
+    spoil(folder)
+    with pytest.raises(UserError, match=message):
+        IdsFolder(str(folder))
+
+
+def test_a_shard_of_another_tokenizer_is_found(tokenizer, pictures, encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "copy")
+    encoder(tiny_vqrae(codebook_dim=32), pictures, tmp_path / "other").run()
+    shutil.copy(tmp_path / "other/ids-00001.parquet", tmp_path / "copy")
+    with pytest.raises(UserError, match="ids-00001.parquet was made by another run"):
+        IdsFolder(str(tmp_path / "copy"))
+
+
+def test_the_fingerprint_is_the_meaning_of_the_ids():
+    one, other = tiny_vqrae(), tiny_vqrae()
+    assert one.fingerprint == other.fingerprint
+    with torch.no_grad():
+        for parameter in (*other.decoder.parameters(), *other.pixel_head.parameters()):
+            parameter.add_(0.1)
+    assert other.fingerprint == one.fingerprint
+    with torch.no_grad():
+        other.quantizer.codebook[0, 0] += 1e-3
+    assert other.fingerprint != one.fingerprint

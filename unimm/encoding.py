@@ -1,0 +1,295 @@
+"""A whole data set through an image tokenizer once: pictures from anywhere -> a folder of ids (`unimm.data.ids`).
+
+Special here: processes share nothing but the folder. Shard k of the output is a fixed range of the source's rows and
+belongs to process k modulo their number; it is written under another name and renamed, so a run that is started again
+goes on with the shards that are missing, and the files hold the same bytes however many processes wrote them. Who
+finds all shards there writes the manifest. Captions, labels and keys are carried along; what cannot be read is left
+out, counted in the manifest and named in a file beside its shard.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from unimm.data.ids import COLUMNS, MANIFEST, IdsInfo, IdsManifest, info_of, read_ids, unigram_entropy, write_ids
+from unimm.data.order import Rows
+from unimm.data.pictures import WORLD, crop
+from unimm.data.reading import ReadOptions
+from unimm.data.shapes.datasets import ShapesPictures
+from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, UsableRows, too_many
+from unimm.data.sources import open_pictures
+from unimm.errors import UserError, reading
+from unimm.provenance import write_atomically
+from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
+
+
+@dataclass
+class EncodeConfig:
+    """What is encoded, and into what shards.
+
+    Args:
+        source, read: pictures, as everywhere (`unimm.data.sources`), or "shapes" with a `count`; the centre is cut out.
+        count: the first rows only; None takes all.
+        columns: what stands beside the ids and keys: text (a row without a caption counts as a bad one), class_label.
+        label_column: where class_label is read.
+        rows_per_shard: of the source; with features a shard has to fit in memory.
+        batch_size, num_workers: of each process.
+        features: also keep the tokenizer's features, as float16 in safetensors files beside the shards.
+        max_bad_share: share of the rows that may be damaged.
+        seed: of the picture world.
+    """
+
+    source: str
+    read: ReadOptions = field(default_factory=ReadOptions)
+    count: int | None = None
+    columns: list[str] = field(default_factory=lambda: ["text"])
+    label_column: str = "label"
+    rows_per_shard: int = 4096
+    batch_size: int = 64
+    num_workers: int = 0
+    features: bool = False
+    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = [name for name in COLUMNS if name != "key"]
+        if unknown := [name for name in self.columns if name not in known]:
+            raise UserError(f"data.columns holds {unknown[0]!r}; known: {', '.join(known)}.")
+        if min(self.rows_per_shard, self.batch_size, self.count or 1) < 1:
+            raise UserError("data.rows_per_shard, data.batch_size and data.count must be at least 1.")
+
+    def rows(self) -> UsableRows:
+        """The source, opened. Raises UserError where it cannot be."""
+        if self.source != WORLD:
+            rows: Rows = open_pictures(self.source, self.read)
+        elif self.count is None:
+            raise UserError("The picture world has no end: say how many pictures of it are wanted, data.count.")
+        else:
+            rows = ShapesPictures(self.count, self.seed)
+        if self.count is not None and len(rows) < self.count:
+            raise UserError(f"{self.source} holds {len(rows)} rows and data.count asks for {self.count}.")
+        return UsableRows(rows, self.source, captions="text" in self.columns, max_bad_share=self.max_bad_share)
+
+    def made_from(self, total: int) -> str:
+        """In words; a folder that says otherwise is not gone on with."""
+        parts = [f"{total} rows of {self.source}", f"{self.rows_per_shard} a shard", f"with {', '.join(self.columns)}"]
+        parts += [self.read.filters] if self.read.filters else []
+        parts += [f"seed {self.seed}"] if self.source == WORLD else []
+        return ", ".join(parts)
+
+
+class Encoder:
+    """Encodes process `rank`'s share of `world_size` into `folder`.
+
+    Raises:
+        UserError: the source cannot be read, too much of it is damaged, or the folder holds something else.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        image_processor: ImageTokenizerProcessor,
+        config: EncodeConfig,
+        folder: Path,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.tokenizer, self.image_processor, self.config, self.folder = (
+            tokenizer.eval(),
+            image_processor,
+            config,
+            folder,
+        )
+        self.rows = config.rows()
+        self.total = len(self.rows) if config.count is None else config.count
+        self.shards = range(-(-self.total // config.rows_per_shard))
+        made_from = config.made_from(self.total)
+        self.info = IdsInfo(tokenizer.fingerprint, tokenizer.config.codebook_size, tokenizer.config.grid, made_from)
+        self.columns = ["key", *config.columns]
+        self.rank, self.world_size = rank, world_size
+        self.missing = [k for k in self.shards if k % world_size == rank and not self._is_done(k)]
+
+    def run(self) -> int:
+        """Encode what is missing; returns how many pictures that was. The last process to come here finishes the
+        folder."""
+        done = 0
+        parts: list[_Part] = []
+        with self._bar() as bar:
+            for part in self._encoded():
+                if parts and parts[0].shard != part.shard:
+                    self._write(parts)
+                    parts = []
+                parts.append(part)
+                done += len(part.rows)
+                bar.update(len(part.rows) + len(part.skipped))
+            if parts:
+                self._write(parts)
+        if all(self._path(k).is_file() for k in self.shards):
+            self.finish()
+        return done
+
+    def finish(self) -> IdsManifest:
+        """Write the manifest over all shards. Raises UserError where too many rows of them all were bad."""
+        shards, skipped = [], []
+        for k in self.shards:
+            bad = self._skipped(k)
+            skipped += [each for each in bad if not each.filtered]
+            rows = len(self._span(k)) - len(bad)
+            shards.append({"name": self._path(k).name, "rows": rows, "skipped": dict(Counter(b.reason for b in bad))})
+        if len(skipped) > self.config.max_bad_share * self.total:
+            raise too_many(self.config.source, skipped, self.total, self.config.max_bad_share, self.folder)
+        if not any(shard["rows"] for shard in shards):
+            raise UserError(f"{self.config.source} has no row that can be used: all {self.total} were left out.")
+        ids = (read_ids(self._path(k))[0] for k, shard in zip(self.shards, shards, strict=True) if shard["rows"])
+        entropy = unigram_entropy(ids, self.info.codebook_size)
+        manifest = IdsManifest(self.info, entropy, ["ids", *self.columns], shards)
+        write_atomically(self.folder / MANIFEST, manifest.to_json())
+        return manifest
+
+    # ---- reading and encoding ----
+
+    @torch.inference_mode()
+    def _encoded(self) -> Iterator["_Part"]:
+        """The missing shards' batches, in order."""
+        config, size = self.config, self.config.batch_size
+        spans = [self._span(k) for k in self.missing]
+        batches = [span[start : start + size] for span in spans for start in range(0, len(span), size)]
+        pictures = _Pictures(self.rows, config, self.tokenizer.config.image_size)
+        loader = DataLoader(
+            pictures,
+            batch_sampler=[list(batch) for batch in batches],
+            num_workers=config.num_workers,
+            collate_fn=self._collate,
+        )
+        for part, pixel_values in loader:
+            if pixel_values is not None:
+                output = self.tokenizer.encode(pixel_values.to(self.tokenizer.device))
+                part.ids = output.ids.cpu().numpy()
+                part.features = _half(output.features) if config.features else None
+            yield part
+
+    def _collate(self, rows: list[dict[str, Any] | Skipped]) -> tuple["_Part", Tensor | None]:
+        good = [row for row in rows if not isinstance(row, Skipped)]
+        skipped = [row for row in rows if isinstance(row, Skipped)]
+        first = skipped[0].row if isinstance(rows[0], Skipped) else good[0]["row"]
+        part = _Part(first // self.config.rows_per_shard, [{n: row[n] for n in self.columns} for row in good], skipped)
+        if not good:
+            return part, None
+        return part, self.image_processor(images=[row["image"] for row in good], return_tensors="pt").pixel_values
+
+    def _bar(self) -> tqdm:
+        total = sum(len(self._span(k)) for k in self.missing)
+        name = f"process {self.rank + 1} of {self.world_size}" if self.world_size > 1 else "encode"
+        return tqdm(total=total, desc=name, unit="img", disable=self.rank > 0)
+
+    # ---- files ----
+
+    def _span(self, shard: int) -> range:
+        """Rows of the source in a shard."""
+        size = self.config.rows_per_shard
+        return range(shard * size, min((shard + 1) * size, self.total))
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"ids-{shard:05d}.parquet"
+
+    def _is_done(self, shard: int) -> bool:
+        """Raises UserError where the shard is there and another run's."""
+        import pyarrow.parquet as pq
+
+        path = self._path(shard)
+        if not path.is_file():
+            return False
+        with reading("The shard", path):
+            found = info_of(pq.read_metadata(path).metadata, path)
+        found.require(tokenizer_fingerprint=self.info.tokenizer_fingerprint)
+        if found != self.info:
+            raise UserError(
+                f"{path} holds ids of {found.made_from}, and the run asks for {self.info.made_from}: choose another "
+                "output_dir."
+            )
+        return not self.config.features or self._features_path(shard).is_file()
+
+    def _features_path(self, shard: int) -> Path:
+        return self.folder / f"features-{shard:05d}.safetensors"
+
+    def _skipped_path(self, shard: int) -> Path:
+        return self.folder / f"ids-{shard:05d}.skipped.jsonl"
+
+    def _skipped(self, shard: int) -> list[Skipped]:
+        path = self._skipped_path(shard)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [Skipped(**json.loads(line)) for line in lines]
+
+    def _write(self, parts: Sequence["_Part"]) -> None:
+        """A shard, its ids last: where they are, the rest is."""
+        shard = parts[0].shard
+        self.folder.mkdir(parents=True, exist_ok=True)
+        features = [part.features for part in parts if part.features is not None]
+        if features:
+            target = self._features_path(shard)
+            temporary = target.with_name(f".{target.name}.tmp")
+            save_file({"features": torch.cat(features)}, temporary, {"tokenizer": self.info.tokenizer_fingerprint})
+            temporary.replace(target)
+        self._skipped_path(shard).unlink(missing_ok=True)
+        if skipped := [each.line for part in parts for each in part.skipped]:
+            write_atomically(self._skipped_path(shard), "".join(skipped))
+        rows = [row for part in parts for row in part.rows]
+        ids = [part.ids for part in parts if part.ids is not None]
+        columns = {name: [row[name] for row in rows] for name in self.columns}
+        batches = [{"ids": np.concatenate(ids), **columns}] if ids else []
+        write_ids(self._path(shard), self.info, batches, self.columns)
+
+
+@dataclass
+class _Part:
+    """A batch of one shard: what is carried along of its good rows, and its skipped ones; ids [b, M] and features
+    [b, N, D] of the good ones."""
+
+    shard: int
+    rows: list[dict[str, Any]]
+    skipped: list[Skipped]
+    ids: np.ndarray | None = None
+    features: Tensor | None = None
+
+
+class _Pictures(Dataset):
+    """Row n of the source, cut to size, with its columns; or why it is skipped."""
+
+    def __init__(self, rows: UsableRows, config: EncodeConfig, image_size: int) -> None:
+        self.rows, self.config, self.image_size = rows, config, image_size
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
+        row = self.rows.usable(index)
+        if isinstance(row, Skipped):
+            return row
+        kept = {"row": index, "image": crop(row["image"], self.image_size), "key": row["key"], "text": row["text"]}
+        if "class_label" in self.config.columns:
+            label = row.get(self.config.label_column)
+            if not isinstance(label, int):
+                why = BadRow(
+                    "no label", f"{self.config.label_column} of {row['key']} is {label!r:.40}, no whole number"
+                )
+                return self.rows.count.note(index, why)
+            kept["class_label"] = label
+        return kept
+
+
+def _half(features: Tensor) -> Tensor:
+    """As float16 on the CPU. Raises UserError where they do not fit."""
+    half = features.half().cpu()
+    if not torch.isfinite(half).all():
+        raise UserError(
+            f"Features of up to {features.abs().max():.3g} do not fit into float16: set data.features: false."
+        )
+    return half
