@@ -13,6 +13,19 @@ def _no_gpu() -> bool:
     return not torch.cuda.is_available()
 
 
+def accumulation_steps(global_batch_size: int, batch_size: int, processes: int) -> int:
+    """How often `processes` times `batch_size` samples go into one step of `global_batch_size`. Raises UserError where
+    they do not divide it."""
+    steps, rest = divmod(global_batch_size, batch_size * processes)
+    if rest or not steps:
+        raise UserError(
+            f"train.global_batch_size is {global_batch_size}, and {processes} processes with a batch of {batch_size} "
+            f"take {batch_size * processes} samples at a time, which does not divide it: change the batch per process "
+            "or the number of processes."
+        )
+    return steps
+
+
 @dataclass
 class StreamTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what an endless, seeded stream of samples needs as defaults.
@@ -22,9 +35,12 @@ class StreamTrainingArguments(TrainingArguments):
 
     Args:
         ema_decay: of the running mean of the trained weights, which is evaluated and saved; None trains without.
+        global_batch_size: samples of one optimizer step; `gradient_accumulation_steps` follows from it and the number
+            of processes. None leaves both as they are given.
     """
 
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
+    global_batch_size: int | None = field(default=None, metadata={"help": "Samples of one step of all processes."})
     max_steps: int = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are messages, not columns."})
     train_sampling_strategy: str = field(
@@ -54,6 +70,10 @@ class StreamTrainingArguments(TrainingArguments):
                 f"train.save_total_limit must be at least 1, or null to keep all; got {self.save_total_limit}."
             )
         super().__post_init__()
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = accumulation_steps(
+                self.global_batch_size, self.train_batch_size, self.world_size
+            )
 
     @property
     def samples_per_step(self) -> int:
@@ -96,7 +116,8 @@ class PanelConfig:
 
 @dataclass
 class TokenizerTrainingConfig:
-    """Settings of one stage; the defaults are VQRAE's table 7 for SigLIP2-256 (`batch_size` is per process).
+    """Settings of one stage; the defaults are VQRAE's table 7 for SigLIP2-256 (`batch_size` is per process;
+    where `global_batch_size` is given, `gradient_accumulation_steps` follows from it).
 
     `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
     Every `revive_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
@@ -113,6 +134,7 @@ class TokenizerTrainingConfig:
     stage: Literal[1, 2, 3] = 1
     steps: int = 100_000
     batch_size: int = 64
+    global_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     learning_rate: float = 4e-4
     encoder_learning_rate: float = 1e-5

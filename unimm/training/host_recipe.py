@@ -32,6 +32,8 @@ def train_on_flows(recipe: HostRecipe, model: Any, processor: Any, panel: Panel 
             log_folder=Path(train.output_dir) / "data",
         )
         floors = unigram_entropies(train_stream, model)
+        if all(flow.kind == "drawing" for flow in data.flows.values()):
+            model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at pictures, decay would move it
         HostTrainer(
             model,
             train,

@@ -95,6 +95,7 @@ class HostTrainer(StreamTrainer):
             stream_seed=stream_seed,
         )
         self.flow_weights = dict(sorted(flow_weights.items()))
+        self._projector_learns = any(p.requires_grad for p in model.model.multi_modal_projector.parameters())
         self.unigram_entropies = dict(unigram_entropies or {})
         self.panel = panel
         if args.compile_blocks:
@@ -170,14 +171,15 @@ class HostTrainer(StreamTrainer):
                 loss = loss + weight * total / counts[k].clamp_min(1)
                 sums[k] += torch.stack([total.detach(), total.new_tensor(count)])
         unseen = model.training and not any("pixel_values" in batch for batch in inputs.values())
-        if unseen and (self.args.world_size > 1 or not loss.requires_grad):
+        if unseen and self._projector_learns:
             loss = loss + self._no_picture()
         loss = loss * self.args.world_size  # DDP divides the gradients by it; the counts above are global already
         return (loss, {}) if return_outputs else loss
 
     def _no_picture(self) -> Tensor:
         """Zero, through the tower and the projector: without pictures to look at other processes would wait for the
-        projector's gradients, and a run that trains nothing else would have none."""
+        projector's gradients, and a run that trains nothing else would have none. One process does it too: AdamW moves
+        what has a gradient of zero, and leaves what has none, and several processes shall be as one."""
         size = self.model.image_tokenizer.config.image_size
         black = torch.zeros(1, 3, size, size, device=self.args.device, dtype=self.model.dtype)
         with self.accelerator.autocast():
