@@ -34,6 +34,16 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     ),
     "sft": ("sft", [*HOST, "train.use_muon=false", "train.ema_decay=0.9"]),
     "t2i": ("t2i", [*HOST, "train.use_muon=false", "train.ema_decay=0.9"]),
+    "lora": (
+        "t2i",
+        [
+            *HOST,
+            "train.use_muon=false",
+            "train.ema_decay=0.9",
+            "train.projector_learning_rate=1e-4",
+            "lora={r: 2, alpha: 4, dropout: 0.0, dtype: float32}",
+        ],
+    ),
     "packed": (
         "t2i",
         [
@@ -51,7 +61,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 def command(run: str, folder: Path, processes: int) -> list[str]:
     recipe, overrides = RUNS[run]
     batch = BATCH.get(recipe, 4) * 2 // processes
-    config = "t2i" if run == "packed" else run
+    config = "t2i" if recipe == "t2i" else run
     size = "train.batch_size" if recipe == "tokenizer" else "train.per_device_train_batch_size"
     return [
         recipe,
@@ -114,7 +124,7 @@ def left_behind(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint and of the result."""
     checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     found: dict[str, torch.Tensor] = {}
-    for path in [*checkpoint.iterdir(), folder / "model.safetensors"]:
+    for path in [*checkpoint.iterdir(), *folder.glob("*.safetensors")]:
         if path.suffix == ".safetensors":
             found |= dict(tensors(load_file(path), f"{path.parent.name}/{path.name}"))
         elif path.suffix == ".pt" and "rng" not in path.name:
@@ -125,7 +135,7 @@ def left_behind(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_are_one_with_twice_the_batch(runs: Path, run: str) -> None:
     one, two = left_behind(runs / "debug" / run), left_behind(runs / "two" / run)
-    assert one.keys() == two.keys() and len(one) > 100
+    assert one.keys() == two.keys() and len(one) > 50
     assert sum(bool(one[name].any()) for name in one if "exp_avg" in name) > 10  # it did learn
     far = {name: float((one[name] - two[name]).abs().max()) for name in one if one[name].numel()}
     wrong = {name: value for name, value in far.items() if value > 1e-5}

@@ -88,6 +88,8 @@ class HostTrainingArguments(StreamTrainingArguments):
     Args:
         use_muon: Muon instead of AdamW for the matrices of the language model's blocks, at the same learning rate.
         max_length: tokens after which a conversation is cut; None cuts none (`unimm.data.cutting`).
+        projector_learning_rate: of the projector, where it is another than `learning_rate`.
+        new_rows_warmup_steps: first steps in which only the rows of the image ids and markers learn.
         pack_length: tokens of a row that several drawings or texts share; None pads every sample to a row of its own.
         compile_blocks: torch.compile for the language model's blocks, one compilation for all of them and every
             length; evaluation and drawing stay eager.
@@ -96,6 +98,8 @@ class HostTrainingArguments(StreamTrainingArguments):
     use_muon: bool = field(default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW elsewhere."})
     max_length: int | None = field(default=None, metadata={"help": "Cut conversations after so many tokens."})
     pack_length: int | None = field(default=None, metadata={"help": "Tokens of a row of several samples; None: pad."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector alone."})
+    new_rows_warmup_steps: int = field(default=0, metadata={"help": "First steps of the new rows alone."})
     compile_blocks: bool = field(default=False, metadata={"help": "Compile the language model's blocks."})
 
 
