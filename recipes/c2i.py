@@ -72,7 +72,6 @@ def build(recipe: C2IRecipe, ids: ClassIds) -> ClassConditionalGPT:
 def main() -> None:
     recipe = parse_recipe_args(C2IRecipe)
     train = recipe.train
-    set_seed(train.seed)
     tokenizer, image_processor = load_with_processor(recipe.model.image_tokenizer)
     tokenizer.requires_grad_(False)
     with train.main_process_first(local=False):
@@ -81,6 +80,7 @@ def main() -> None:
         held_out = prepare_ids(recipe.data, "eval", tokenizer, image_processor)
     for each in (ids, held_out):
         each.require_classes(recipe.model.num_classes)
+    set_seed(train.seed)  # here: extracting ids may take random numbers, and they may be on disk already
     model = build(recipe, ids)
     facts = {"rows of ids": len(ids), "tokenizer": ids.info.tokenizer_fingerprint}
     with open_run(recipe, samples_per_step=train.samples_per_step, **facts):
@@ -100,7 +100,7 @@ def train_and_draw(
     )
     entropy, uniform = ids.entropy, math.log(ids.info.codebook_size)
     print(entropy_line(len(ids), entropy, ids.info.codebook_size))
-    if not trainer.done:
+    if not (trainer.done or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these prepare once, to train
         print(f"held-out loss at the start {trainer.held_out_loss():.3f}, unigram entropy {entropy:.3f} nats an id")
     trainer.train_or_load()
     loss = trainer.held_out_loss()

@@ -6,6 +6,7 @@ The output folder loads with `unimm.load`. A run that is started again goes on f
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from unimm.errors import UserError, reading, run_main
 from unimm.mllm import UnimmProcessor, attach, load
 from unimm.mllm.templates import set_chat_template
 from unimm.mllm.vocabulary import RowInit
+from unimm.training.adapters import LoraSettings, add_lora
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_recipe import train_on_flows
 from unimm.training.language_model import CHAT_TOKENS, new_language_model
@@ -62,6 +64,14 @@ class SFTRecipe:
     model: SFTModelConfig
     data: MixtureConfig
     train: HostTrainingArguments
+    lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and (self.model.init_from is None or self.model.trains == "projector"):
+            raise UserError(
+                "lora adapts a model that is on disk, and trains its projector too: give model.init_from, such as the "
+                "output of the first stage, and leave model.trains out."
+            )
 
 
 def build_llm(model: SFTModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -73,11 +83,13 @@ def build_llm(model: SFTModelConfig, seed: int) -> tuple[PreTrainedModel, PreTra
     return new_language_model(model.llm or {}, tokenizer), tokenizer
 
 
-def build_model(model: SFTModelConfig, data_seed: int, seed: int) -> tuple[Any, UnimmProcessor]:
-    """The unified model and its processor, as the settings say."""
+def build_model(
+    model: SFTModelConfig, data_seed: int, seed: int, loading: Mapping[str, Any] | None = None
+) -> tuple[Any, UnimmProcessor]:
+    """The unified model and its processor, as the settings say; `loading` are arguments of `load`."""
     if model.init_from is not None:
-        attention = {"attn_implementation": model.attn_implementation}
-        unified, processor = load(model.init_from, device="cpu", dtype=torch.float32, **attention)
+        how = {"dtype": torch.float32, "attn_implementation": model.attn_implementation, **(loading or {})}
+        unified, processor = load(model.init_from, device="cpu", **how)
         if model.chat_template is not None:
             set_chat_template(unified, processor, model.chat_template)
     else:
@@ -100,8 +112,10 @@ def build_model(model: SFTModelConfig, data_seed: int, seed: int) -> tuple[Any, 
 def main() -> None:
     recipe = parse_recipe_args(SFTRecipe)
     set_seed(recipe.train.seed)
-    model, processor = build_model(recipe.model, recipe.data.seed, recipe.train.seed)
-    train_on_flows(recipe, model, processor)
+    loading = recipe.lora.loading() if recipe.lora else None
+    model, processor = build_model(recipe.model, recipe.data.seed, recipe.train.seed, loading)
+    adapter = add_lora(model, recipe.lora, base=str(recipe.model.init_from)) if recipe.lora else None
+    train_on_flows(recipe, model, processor, adapter=adapter)
 
 
 if __name__ == "__main__":

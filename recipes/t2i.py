@@ -16,9 +16,10 @@ from transformers.trainer_utils import set_seed
 
 from unimm.config import parse_recipe_args
 from unimm.data.mixture import MixtureConfig
-from unimm.errors import run_main
+from unimm.errors import UserError, run_main
 from unimm.mllm import UnifiedModelMixin, UnimmProcessor, load
 from unimm.mllm.exchange import exchange_image_tokenizer
+from unimm.training.adapters import LoraSettings, add_lora
 from unimm.training.arguments import HostTrainingArguments, PanelConfig
 from unimm.training.host_callbacks import Panel
 from unimm.training.host_recipe import train_on_flows
@@ -40,6 +41,14 @@ class T2IRecipe:
     data: MixtureConfig
     train: HostTrainingArguments
     panel: PanelConfig = field(default_factory=PanelConfig)
+    lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.model.image_tokenizer is not None:
+            raise UserError(
+                "lora adapts a model that is on disk, and model.image_tokenizer changes it first: train with it "
+                "without lora, or leave it out."
+            )
 
 
 def panel_of(model: UnifiedModelMixin, processor: UnimmProcessor, panel: PanelConfig) -> Panel:
@@ -60,14 +69,15 @@ def panel_of(model: UnifiedModelMixin, processor: UnimmProcessor, panel: PanelCo
 def main() -> None:
     recipe = parse_recipe_args(T2IRecipe)
     set_seed(recipe.train.seed)
-    model, processor = load(
-        recipe.model.path, device="cpu", dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
-    )
+    how = {"dtype": torch.float32, "attn_implementation": recipe.model.attn_implementation}
+    how |= recipe.lora.loading() if recipe.lora else {}
+    model, processor = load(recipe.model.path, device="cpu", **how)
     if recipe.model.image_tokenizer is not None:
         exchange_image_tokenizer(model, recipe.model.image_tokenizer)
+    adapter = add_lora(model, recipe.lora, base=recipe.model.path) if recipe.lora else None
     model.config.null_prompt_prob = recipe.data.null_prompt_prob
     panel = panel_of(model, processor, recipe.panel) if recipe.panel.prompts else None
-    train_on_flows(recipe, model, processor, panel)
+    train_on_flows(recipe, model, processor, panel, adapter)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from unimm.mllm.loading import DEFAULT
 from unimm.processes import processes
 from unimm.saving import weights_fingerprint
 from unimm.tokenizer import TOKENIZERS, ImageTokenizer
-from unimm.training.arguments import TokenizerTrainingConfig
+from unimm.training.arguments import TokenizerTrainingConfig, accumulation_steps
 from unimm.training.objective import ObjectiveConfig
 from unimm.training.run import open_run
 from unimm.training.tokenizer_trainer import TokenizerTrainer
@@ -89,7 +89,10 @@ def main() -> None:
     recipe = parse_recipe_args(TokenizerRecipe)
     train = recipe.train
     set_seed(train.seed)
-    samples_per_step = train.batch_size * train.gradient_accumulation_steps * processes().num_processes
+    count = processes().num_processes
+    if train.global_batch_size is not None:
+        train.gradient_accumulation_steps = accumulation_steps(train.global_batch_size, train.batch_size, count)
+    samples_per_step = train.batch_size * train.gradient_accumulation_steps * count
     log = Path(train.output_dir) / "data"
     pictures = picture_stream(recipe.data, train.steps * samples_per_step, train.seed, log_folder=log)
     tokenizer = build(recipe.model)

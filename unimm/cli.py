@@ -182,6 +182,30 @@ def detach(arguments: argparse.Namespace, report: Report) -> None:
     report.say(f"{output}  ({host.config.model_type})")
 
 
+def merge(arguments: argparse.Namespace, report: Report) -> None:
+    """Lay a LoRA adapter into its base: a whole model, as any other."""
+    from transformers import AutoProcessor
+
+    from unimm.errors import reading
+    from unimm.mllm import load
+    from unimm.saving import save_whole
+    from unimm.training.adapters import about_base, read_adapter
+
+    output = _new_folder(arguments.output)
+    _quiet_libraries()
+    base = arguments.base or about_base(arguments.adapter)["base"]
+    with report.timed("load"):
+        model, _ = load(base, device="cpu", dtype=arguments.dtype)
+        with reading("The processor of the adapter", arguments.adapter):
+            processor = AutoProcessor.from_pretrained(arguments.adapter)
+    with report.timed("merge"):
+        merged = read_adapter(model, arguments.adapter, base).merged()
+    with report.timed("save"):
+        save_whole(output, merged, processor)
+    report.add(adapter=arguments.adapter, base=base, output=str(output), model_type=merged.config.model_type)
+    report.say(f"{output}  ({merged.config.model_type}: {arguments.adapter} on {base})")
+
+
 def export(arguments: argparse.Namespace, report: Report) -> None:
     """Write a checkpoint that loads without unimm: one that reads pictures, or one that writes ids."""
     from unimm.mllm.export import save_generation, stock_understanding
@@ -336,6 +360,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     part = _command(commands, detach)
     part.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
+
+    whole = _command(commands, merge, model=False)
+    whole.add_argument("adapter", metavar="ADAPTER", help="the output folder of a recipe that ran with lora")
+    whole.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
+    whole.add_argument("--base", metavar="PATH", help="its base, where it has moved since")
+    whole.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the base's own"
+    )
 
     out = _command(commands, export)
     kind = out.add_mutually_exclusive_group(required=True)

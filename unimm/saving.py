@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from unimm.errors import UserError
 
 
-def save_whole(folder: Path, model: PreTrainedModel, processor: Any = None) -> None:
-    """Save model and processor into `folder`, which is made if needed, config.json last: a folder that has one is
-    complete."""
+def save_whole(folder: Path, model: Any, processor: Any = None) -> None:
+    """Save model (or adapter) and processor into `folder`, which is made if needed, config.json (or
+    adapter_config.json) last: a folder that has one is complete."""
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
     if processor is not None:
         processor.save_pretrained(staging)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+    for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
         path.replace(folder / path.name)
     staging.rmdir()
 

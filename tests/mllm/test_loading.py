@@ -148,7 +148,7 @@ def test_what_is_no_unified_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no config.json"):
         load(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="a PEFT adapter"):
+    with pytest.raises(UserError, match="an adapter, not a whole model"):
         load(tmp_path)
     tiny.image_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a vqrae model, not a unified one"):

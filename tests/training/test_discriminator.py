@@ -249,16 +249,17 @@ def test_lecam_by_hand() -> None:
 def test_lecam_is_differentiable_reduces_and_rests_in_eval() -> None:
     seen: list[Tensor] = []
 
-    def reduce(means: Tensor) -> Tensor:
+    def mean(means: Tensor) -> Tensor:
         seen.append(means)
         return means + 1.0
 
-    lecam = LeCam(decay=0.0, reduce=reduce)
+    lecam = LeCam(decay=0.0, mean=mean)
     real = torch.tensor([1.0, 3.0], requires_grad=True)
     fake = torch.tensor([-1.0], requires_grad=True)
     lecam(real, fake).backward()
-    assert torch.equal(real.grad, torch.tensor([2.0, 2.0])) and torch.equal(fake.grad, torch.tensor([-2.0]))
-    assert seen[0].tolist() == [2.0, -1.0] and not seen[0].requires_grad
+    # relu(3 - 0)^2 + relu(0 - 0)^2: the square is of the mean over all, its slope 6 over two logits
+    assert torch.equal(real.grad, torch.tensor([3.0, 3.0])) and torch.equal(fake.grad, torch.tensor([0.0]))
+    assert seen[0].tolist() == [2.0, -1.0]
     assert (lecam.real_ema.item(), lecam.fake_ema.item()) == (3.0, 0.0)
     lecam.eval()
     lecam(real, fake)

@@ -138,3 +138,21 @@ def interleave(ratios: Sequence[float]) -> np.ndarray:
     if not given.all():
         raise UserError(f"A flow has a share below 1/{_CYCLE} of the samples: the ratios are {list(ratios)}.")
     return order
+
+
+class OwnBatches(Sequence[int]):
+    """The numbers of the samples of one process, from `start` on: of every `count` batches of `size` samples the
+    `index`-th is its own, so that the processes' batches one after the other are the stream."""
+
+    def __init__(self, start: int, stop: int, *, size: int, index: int = 0, count: int = 1) -> None:
+        self.start, self.size, self.index, self.count = start, size, index, count
+        self.length = (stop - start) // (size * count) * size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> int:  # type: ignore[override]
+        if not 0 <= position < self.length:
+            raise IndexError(position)
+        batch, row = divmod(position, self.size)
+        return self.start + (batch * self.count + self.index) * self.size + row

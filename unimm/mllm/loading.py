@@ -76,10 +76,11 @@ def _check_source(source: str | Path) -> None:
         raise UserError(f"{source} is a file; a model is a folder with config.json, weights and tokenizer files.")
     config_file = folder / "config.json"
     if not config_file.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise UserError(
-            f"{source} is {'a PEFT adapter: merge it first' if adapter else 'no model: it has no config.json'}."
-        )
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{source} is an adapter, not a whole model: merge it first (unimm merge {source} --output FOLDER)."
+            )
+        raise UserError(f"{source} is no model: it has no config.json.")
     try:
         model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:

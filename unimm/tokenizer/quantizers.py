@@ -12,6 +12,7 @@ Special here:
 - codes are gathered with `F.embedding`: the backward of plain indexing is not deterministic on the CPU.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +36,24 @@ class QuantizerOutput:
     commitment_loss: Tensor
 
 
-def code_entropy(latents: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+def _itself(value: Tensor) -> Tensor:
+    return value
+
+
+def code_entropy(
+    latents: Tensor, codebook: Tensor, temperature: float, *, share: Callable[[Tensor], Tensor] = _itself
+) -> Tensor:
     """The entropy term of latents [..., C] over a codebook [K, C]: H of one latent's codes, averaged, minus H of the
     average, where p = softmax(-|z - q|^2 / temperature) (LlamaGen's code, which IDEAL follows).
 
-    Low where every latent is sure of its code and all codes are in use; between -ln K and 0.
+    Low where every latent is sure of its code and all codes are in use; between -ln K and 0. `share` averages the [K]
+    shares of the codes over the processes of a run.
     """
     flat = latents.reshape(-1, latents.shape[-1]).float()
     with torch.autocast(flat.device.type, enabled=False):
         distances = flat.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * flat @ codebook.t()
         log_p = F.log_softmax(-distances / temperature, dim=1)
-    average = log_p.exp().mean(0)
+    average = share(log_p.exp().mean(0))
     return -(log_p.exp() * log_p).sum(1).mean() + (average * (average + 1e-5).log()).sum()
 
 
@@ -90,9 +98,9 @@ class Quantizer(Float32Module, OwnStart):
             raise UserError(f"Image ids run from 0 to {size - 1}; these run from {int(ids.min())} to {int(ids.max())}.")
         return F.embedding(ids, self.effective_codebook)
 
-    def entropy(self, latents: Tensor, temperature: float) -> Tensor:
+    def entropy(self, latents: Tensor, temperature: float, *, share: Callable[[Tensor], Tensor] = _itself) -> Tensor:
         """`code_entropy` of latents [B, M, C] over this codebook."""
-        return code_entropy(self.comparable(latents), self.effective_codebook, temperature)
+        return code_entropy(self.comparable(latents), self.effective_codebook, temperature, share=share)
 
     @torch.no_grad()
     def fit(self, latents: Tensor, iterations: int = 10, seed: int = 0) -> None:

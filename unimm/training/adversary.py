@@ -35,7 +35,7 @@ class Adversary:
     ) -> None:
         assert gan.start is not None
         self.gan, self.start, self.accelerator, self.max_grad_norm = gan, gan.start, accelerator, config.max_grad_norm
-        self.lecam = LeCam(reduce=lambda x: accelerator.reduce(x, "mean")).to(accelerator.device)
+        self.lecam = LeCam().to(accelerator.device)
         discriminator = build_discriminator(gan.discriminator, gan.weights, output_size)
         optimizer = torch.optim.AdamW(
             discriminator.parameters(),

@@ -13,6 +13,19 @@ def _no_gpu() -> bool:
     return not torch.cuda.is_available()
 
 
+def accumulation_steps(global_batch_size: int, batch_size: int, processes: int) -> int:
+    """How often `processes` times `batch_size` samples go into one step of `global_batch_size`. Raises UserError where
+    they do not divide it."""
+    steps, rest = divmod(global_batch_size, batch_size * processes)
+    if rest or not steps:
+        raise UserError(
+            f"train.global_batch_size is {global_batch_size}, and {processes} processes with a batch of {batch_size} "
+            f"take {batch_size * processes} samples at a time, which does not divide it: change the batch per process "
+            "or the number of processes."
+        )
+    return steps
+
+
 @dataclass
 class StreamTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what an endless, seeded stream of samples needs as defaults.
@@ -22,9 +35,12 @@ class StreamTrainingArguments(TrainingArguments):
 
     Args:
         ema_decay: of the running mean of the trained weights, which is evaluated and saved; None trains without.
+        global_batch_size: samples of one optimizer step; `gradient_accumulation_steps` follows from it and the number
+            of processes. None leaves both as they are given.
     """
 
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
+    global_batch_size: int | None = field(default=None, metadata={"help": "Samples of one step of all processes."})
     max_steps: int = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are messages, not columns."})
     train_sampling_strategy: str = field(
@@ -54,6 +70,10 @@ class StreamTrainingArguments(TrainingArguments):
                 f"train.save_total_limit must be at least 1, or null to keep all; got {self.save_total_limit}."
             )
         super().__post_init__()
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = accumulation_steps(
+                self.global_batch_size, self.train_batch_size, self.world_size
+            )
 
     @property
     def samples_per_step(self) -> int:
@@ -68,6 +88,8 @@ class HostTrainingArguments(StreamTrainingArguments):
     Args:
         use_muon: Muon instead of AdamW for the matrices of the language model's blocks, at the same learning rate.
         max_length: tokens after which a conversation is cut; None cuts none (`unimm.data.cutting`).
+        projector_learning_rate: of the projector, where it is another than `learning_rate`.
+        new_rows_warmup_steps: first steps in which only the rows of the image ids and markers learn.
         pack_length: tokens of a row that several drawings or texts share; None pads every sample to a row of its own.
         compile_blocks: torch.compile for the language model's blocks, one compilation for all of them and every
             length; evaluation and drawing stay eager.
@@ -76,6 +98,8 @@ class HostTrainingArguments(StreamTrainingArguments):
     use_muon: bool = field(default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW elsewhere."})
     max_length: int | None = field(default=None, metadata={"help": "Cut conversations after so many tokens."})
     pack_length: int | None = field(default=None, metadata={"help": "Tokens of a row of several samples; None: pad."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector alone."})
+    new_rows_warmup_steps: int = field(default=0, metadata={"help": "First steps of the new rows alone."})
     compile_blocks: bool = field(default=False, metadata={"help": "Compile the language model's blocks."})
 
 
@@ -96,7 +120,8 @@ class PanelConfig:
 
 @dataclass
 class TokenizerTrainingConfig:
-    """Settings of one stage; the defaults are VQRAE's table 7 for SigLIP2-256 (`batch_size` is per process).
+    """Settings of one stage; the defaults are VQRAE's table 7 for SigLIP2-256 (`batch_size` is per process;
+    where `global_batch_size` is given, `gradient_accumulation_steps` follows from it).
 
     `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
     Every `revive_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
@@ -113,6 +138,7 @@ class TokenizerTrainingConfig:
     stage: Literal[1, 2, 3] = 1
     steps: int = 100_000
     batch_size: int = 64
+    global_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     learning_rate: float = 4e-4
     encoder_learning_rate: float = 1e-5

@@ -2,12 +2,15 @@
 small one does not learn its pictures by heart.
 
 Each of three families (colour, translation, cut-out) is applied to the whole batch with a given probability, its
-amounts drawn for each picture. Random numbers come from torch's CPU generator, and none where nothing is applied.
+amounts drawn for each picture. Random numbers come from torch's CPU generator, for the pictures of all processes in
+every one of them, and none where nothing is applied.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from unimm.training.global_batch import own_rows, process_count
 
 TRANSLATION = 0.125  # of a side, at most
 
@@ -56,11 +59,11 @@ def augment(pixels: Tensor, *, probability: float, cutout: float) -> Tensor:
     if not probability:
         return pixels
     colors, moves, field = (torch.rand(3) < probability).tolist()
-    count = len(pixels)
+    count = len(pixels) * process_count()
     if colors:
-        pixels = change_colors(pixels, torch.rand(count, 3).to(pixels.device))
+        pixels = change_colors(pixels, own_rows(torch.rand(count, 3)).to(pixels.device))
     if moves:
-        pixels = translate(pixels, 2 * torch.rand(count, 2) - 1)
+        pixels = translate(pixels, 2 * own_rows(torch.rand(count, 2)) - 1)
     if field:
-        pixels = cut_out(pixels, torch.rand(count, 2), cutout)
+        pixels = cut_out(pixels, own_rows(torch.rand(count, 2)), cutout)
     return pixels

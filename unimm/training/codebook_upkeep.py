@@ -1,14 +1,12 @@
 """How a small codebook comes into full use and stays there; ours, not the papers'.
 
 It begins at the k-means centres of latents, moves idle and redundant codes while a run is young, and is spread over the
-latents once more at the end. Every process does the same, by the same pictures or by the main process' latents.
+latents once more at the end. Every process does the same: by the same pictures, or by the latents of all processes.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor
 
 from unimm.evaluation.codebook import CodebookUsage
@@ -24,13 +22,12 @@ class CodebookUpkeep:
         self,
         tokenizer: ImageTokenizer,
         config: TokenizerTrainingConfig,
-        accelerator: Accelerator,
         batches: Callable[[range], Iterator[Tensor]],
         num_pictures: int,
     ) -> None:
-        self.tokenizer, self.config, self.accelerator = tokenizer, config, accelerator
+        self.tokenizer, self.config = tokenizer, config
         self.batches, self.num_pictures = batches, num_pictures
-        self.chosen = CodebookUsage(tokenizer.config.codebook_size)  # since the last revival
+        self.chosen = CodebookUsage(tokenizer.config.codebook_size)  # by all processes since the last revival
 
     @torch.no_grad()
     def fit(self) -> None:
@@ -48,13 +45,13 @@ class CodebookUpkeep:
             print(f"refit round {number + 1}: {moved} codes moved")
 
     def revive(self, step: int, latents: Tensor) -> None:
-        """Give codes that no process chose, and redundant ones, a new place; the main process' latents [n, C] decide
-        for all. Late in a run, from `revive_until` of its steps on, none."""
-        counts = self.accelerator.reduce(self.chosen.counts.to(self.accelerator.device), "sum")
+        """Give codes that no process chose, and redundant ones, a new place, by the latents [n, C] of all processes.
+        Late in a run, from `revive_until` of its steps on, none."""
+        counts = self.chosen.counts.to(latents.device)
         self.chosen = CodebookUsage(len(counts))
         if step >= self.config.revive_until * self.config.steps:
             return
-        quantizer, latents = self.tokenizer.quantizer, broadcast(latents.detach().contiguous())
+        quantizer = self.tokenizer.quantizer
         idle = counts == 0
         if self.config.revive_redundant:
             idle[quantizer.redundant(latents, counts)] = True

@@ -22,6 +22,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from unimm.errors import UserError
 from unimm.training.dino import HIDDEN_SIZE, IMAGE_SIZE, READOUT_BLOCKS, DinoTrunk, load_dino_trunk
+from unimm.training.global_batch import mean_over_processes
 
 DiscriminatorKind = Literal["patchgan", "dino"]
 MIN_IMAGE_SIZE = 16
@@ -212,29 +213,27 @@ def lecam_loss(real: Tensor, fake: Tensor, real_ema: Tensor, fake_ema: Tensor) -
 class LeCam(nn.Module):
     """LeCAM in TiTok's form: batch means against running means, which move afterwards and in training mode only.
 
-    `reduce` averages a tensor over the processes (`lambda x: accelerator.reduce(x, "mean")`), so that every process
-    keeps the same running means.
+    The means go over all processes (`mean`), in the loss as in the running means: a square of a part's mean is not
+    part of the square of the mean.
     """
 
     real_ema: Tensor
     fake_ema: Tensor
 
-    def __init__(self, *, decay: float = 0.999, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, *, decay: float = 0.999, mean: Callable[[Tensor], Tensor] = mean_over_processes) -> None:
         super().__init__()
-        self.decay, self.reduce = decay, reduce
+        self.decay, self.mean = decay, mean
         self.register_buffer("real_ema", torch.zeros(()))
         self.register_buffer("fake_ema", torch.zeros(()))
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         """The unweighted regulariser (a scalar) of logits of any shape."""
-        real_mean, fake_mean = real.float().mean(), fake.float().mean()
+        real_mean, fake_mean = self.mean(torch.stack([real.float().mean(), fake.float().mean()]))
         # Clones, because the running means move in place before backward reads them.
         loss = lecam_loss(real_mean, fake_mean, self.real_ema.clone(), self.fake_ema.clone())
         if self.training:
-            means = torch.stack([real_mean.detach(), fake_mean.detach()])
-            means = self.reduce(means) if self.reduce is not None else means
-            self.real_ema.lerp_(means[0], 1 - self.decay)
-            self.fake_ema.lerp_(means[1], 1 - self.decay)
+            self.real_ema.lerp_(real_mean.detach(), 1 - self.decay)
+            self.fake_ema.lerp_(fake_mean.detach(), 1 - self.decay)
         return loss
 
 

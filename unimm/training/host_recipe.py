@@ -8,6 +8,7 @@ from unimm.data.ids import entropy_line
 from unimm.data.mixture import Mixture, MixtureConfig, training_streams
 from unimm.data.text_to_image import IdDrawings
 from unimm.processes import processes
+from unimm.training.adapters import Adapter
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_callbacks import Panel
 from unimm.training.host_trainer import HostTrainer
@@ -21,8 +22,11 @@ class HostRecipe(Protocol):
     train: HostTrainingArguments
 
 
-def train_on_flows(recipe: HostRecipe, model: Any, processor: Any, panel: Panel | None = None) -> None:
-    """Train `model` on the recipe's flows; the run's settings, log, checkpoints and result are in its output folder."""
+def train_on_flows(
+    recipe: HostRecipe, model: Any, processor: Any, panel: Panel | None = None, adapter: Adapter | None = None
+) -> None:
+    """Train `model`, or the `adapter` in it, on the recipe's flows; the run's settings, log, checkpoints and result are
+    in its output folder."""
     data, train = recipe.data, recipe.train
     with open_run(recipe, samples_per_step=train.samples_per_step):
         train_stream, test_stream = training_streams(
@@ -32,6 +36,8 @@ def train_on_flows(recipe: HostRecipe, model: Any, processor: Any, panel: Panel 
             log_folder=Path(train.output_dir) / "data",
         )
         floors = unigram_entropies(train_stream, model)
+        if all(flow.kind == "drawing" for flow in data.flows.values()):
+            model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at pictures, decay would move it
         HostTrainer(
             model,
             train,
@@ -43,6 +49,7 @@ def train_on_flows(recipe: HostRecipe, model: Any, processor: Any, panel: Panel 
             stream_seed=data.seed,
             unigram_entropies=floors,
             panel=panel,
+            adapter=adapter,
         ).run()
 
 

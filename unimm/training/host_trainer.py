@@ -21,9 +21,12 @@ from transformers import PreTrainedModel
 from unimm.data.collators import IGNORED
 from unimm.errors import UserError
 from unimm.saving import save_whole
+from unimm.training.adapters import Adapter
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_callbacks import DrawPanel, Panel
+from unimm.training.new_rows import NewRowsWarmup
 from unimm.training.optimizers import MuonAdamW, muon_groups
+from unimm.training.parameters import host_parameter_groups
 from unimm.training.stream_trainer import StreamTrainer
 
 Batch = dict[str, dict[str, Tensor]]
@@ -62,6 +65,7 @@ class HostTrainer(StreamTrainer):
         flow_weights: {flow: factor of its mean loss}.
         stream_seed: of the training stream, for messages and for refusing a checkpoint of another stream.
         unigram_entropies: {flow: entropy of its ids' frequencies}, logged beside its loss.
+        adapter: what is in `model` and learns instead of it; the run leaves its artefact.
         panel: called with the tensorboard writer and the step at every evaluation, under the averaged weights.
     """
 
@@ -81,6 +85,7 @@ class HostTrainer(StreamTrainer):
         stream_seed: int = 0,
         unigram_entropies: Mapping[str, float] | None = None,
         panel: Panel | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         if args.pack_length is not None:
             check_packing(model)
@@ -94,9 +99,16 @@ class HostTrainer(StreamTrainer):
             processing_class=processor,
             stream_seed=stream_seed,
         )
+        self.new_rows = NewRowsWarmup(model, args.new_rows_warmup_steps) if args.new_rows_warmup_steps else None
+        if self.new_rows is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise UserError(
+                "train.new_rows_warmup_steps needs whole tables: leave it out under FSDP and DeepSpeed, "
+                "or run the warm-up with DDP and go on from its output."
+            )
         self.flow_weights = dict(sorted(flow_weights.items()))
+        self._projector_learns = any(p.requires_grad for p in model.model.multi_modal_projector.parameters())
         self.unigram_entropies = dict(unigram_entropies or {})
-        self.panel = panel
+        self.panel, self.adapter = panel, adapter
         if args.compile_blocks:
             blocks = learning_blocks(model)
             # every block may need several variants; beyond the limit torch falls back to eager without a word
@@ -112,7 +124,7 @@ class HostTrainer(StreamTrainer):
         self.train_or_load()
         if self.is_world_process_zero():
             with self.averaged():
-                save_whole(Path(self.args.output_dir), self.model, self.processing_class)
+                save_whole(Path(self.args.output_dir), self.adapter or self.model, self.processing_class)
 
     def add_writer(self, writer: SummaryWriter) -> None:
         """Log to tensorboard, and draw the panel there."""
@@ -121,18 +133,33 @@ class HostTrainer(StreamTrainer):
             self.add_callback(DrawPanel(self.panel, writer))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in Trainer; with `use_muon` the blocks' matrices are Muon's."""
-        if not self.args.use_muon or self.optimizer is not None:
+        """As in Trainer; the projector may have its own rate, the tables of rows their own group, and with `use_muon`
+        the blocks' matrices are Muon's."""
+        args = self.args
+        own = args.use_muon or args.projector_learning_rate is not None or self.new_rows is not None
+        if not own or self.optimizer is not None:
             return super().create_optimizer(model)
-        decayed = set(self.get_decay_parameter_names(self.model))
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for name, p in named if name in decayed], "weight_decay": self.args.weight_decay},
-            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
-        ]
-        _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = MuonAdamW(muon_groups(learning_blocks(self.model), groups), **options)
+        groups = host_parameter_groups(
+            self.model,
+            set(self.get_decay_parameter_names(self.model)),
+            weight_decay=args.weight_decay,
+            projector_learning_rate=args.projector_learning_rate,
+            tables=self.new_rows.tables if self.new_rows is not None else (),
+        )
+        adamw, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+        if args.use_muon:
+            self.optimizer = MuonAdamW(muon_groups(learning_blocks(self.model), groups), **options)
+        else:
+            self.optimizer = adamw(groups, **options)
         return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """As in Trainer; the gradients of a warm-up are those of the new rows."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.new_rows is not None:
+            step, decay = self.state.global_step, self.args.weight_decay
+            self.new_rows.hold(self.model.parameters(), self.optimizer, step, decay)
+        return loss
 
     # ---- the loss ----
 
@@ -170,14 +197,15 @@ class HostTrainer(StreamTrainer):
                 loss = loss + weight * total / counts[k].clamp_min(1)
                 sums[k] += torch.stack([total.detach(), total.new_tensor(count)])
         unseen = model.training and not any("pixel_values" in batch for batch in inputs.values())
-        if unseen and (self.args.world_size > 1 or not loss.requires_grad):
+        if unseen and self._projector_learns:
             loss = loss + self._no_picture()
         loss = loss * self.args.world_size  # DDP divides the gradients by it; the counts above are global already
         return (loss, {}) if return_outputs else loss
 
     def _no_picture(self) -> Tensor:
         """Zero, through the tower and the projector: without pictures to look at other processes would wait for the
-        projector's gradients, and a run that trains nothing else would have none."""
+        projector's gradients, and a run that trains nothing else would have none. One process does it too: AdamW moves
+        what has a gradient of zero, and leaves what has none, and several processes shall be as one."""
         size = self.model.image_tokenizer.config.image_size
         black = torch.zeros(1, 3, size, size, device=self.args.device, dtype=self.model.dtype)
         with self.accelerator.autocast():
@@ -234,8 +262,18 @@ class HostTrainer(StreamTrainer):
         """Not counted: the estimate walks over all parameters at every step."""
         return 0
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in Trainer; of a model with an adapter, the adapter."""
+        if self.adapter is None:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            self.adapter.save_pretrained(output_dir or self.args.output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Through `from_pretrained`: a composed model saves under other names than its modules have, and Trainer's own
         loading would only warn about each of them."""
+        if self.adapter is not None:
+            self.adapter.load(resume_from_checkpoint)
+            return
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())

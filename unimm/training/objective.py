@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimm.tokenizer import ImageTokenizerOutput
+from unimm.training.global_batch import all_rows, own_rows, process_count, rows_before
 from unimm.training.perceptual import FeaturePerceptualLoss, PerceptualLoss, build_perceptual
 
 
@@ -87,7 +88,8 @@ class ObjectiveConfig:
 @dataclass
 class Collage:
     """Pictures whose patches come from two pictures each: `kept` [B, M] bool says which are the row's own, the others
-    are those of the row before (cyclic) at the same place; `latents` [B, M, C] are the tokenizer's."""
+    are those of the row before in the global batch (cyclic) at the same place; `latents` [B, M, C] are its own.
+    """
 
     kept: Tensor
     latents: Tensor
@@ -103,9 +105,10 @@ def make_collage(pixel_values: Tensor, patch_size: int, seed: int) -> tuple[Tens
     token covers, are exchanged."""
     rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(len(pixel_values), 1, rows, columns, generator=generator).lt(0.5).to(pixel_values.device)
+    every = torch.rand(len(pixel_values) * process_count(), 1, rows, columns, generator=generator)
+    kept = own_rows(every).lt(0.5).to(pixel_values.device)
     mask = kept.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
-    return torch.where(mask, pixel_values, pixel_values.roll(1, dims=0)), kept.flatten(1)
+    return torch.where(mask, pixel_values, rows_before(pixel_values)), kept.flatten(1)
 
 
 def context_loss(latents: Tensor, codes: Tensor, kept: Tensor) -> Tensor:
@@ -115,8 +118,8 @@ def context_loss(latents: Tensor, codes: Tensor, kept: Tensor) -> Tensor:
     Ours. An encoder with global attention gives one flat patch a hundred ids, by what stands elsewhere in the picture;
     a language model cannot guess them and learns little else. With this term an id says what its patch shows.
     """
-    target = torch.where(kept[..., None], codes, codes.roll(1, dims=0))
-    return F.mse_loss(latents, target) / codes.var(dim=(0, 1)).mean().clamp_min(1e-6)
+    target = torch.where(kept[..., None], codes, rows_before(codes))
+    return F.mse_loss(latents, target) / all_rows(codes).var(dim=(0, 1)).mean().clamp_min(1e-6)
 
 
 class TokenizerObjective(nn.Module):

@@ -1,5 +1,6 @@
 """Which parts of a tokenizer learn, and how fast."""
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -33,6 +34,33 @@ def train_projector_only(model: PreTrainedModel) -> None:
     """Freeze a unified model but for its projector, as LLaVA's pretraining does."""
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
+
+
+def host_parameter_groups(
+    model: PreTrainedModel,
+    decayed: Collection[str],
+    *,
+    weight_decay: float,
+    projector_learning_rate: float | None = None,
+    tables: Iterable[nn.Parameter] = (),
+) -> list[dict[str, Any]]:
+    """What learns of a unified model, in groups: with weight decay (the names in `decayed`) and without, the projector
+    by itself where it has a rate of its own, and `tables` of rows by themselves, marked so."""
+    rows = {id(table) for table in tables}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            projector = projector_learning_rate is not None and "multi_modal_projector" in name
+            groups.setdefault((projector, id(parameter) in rows, name not in decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if plain else weight_decay,
+            **({"lr": projector_learning_rate} if projector else {}),
+            **({"tables": True} if table else {}),
+        }
+        for (projector, table, plain), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
 
 
 def parameter_groups(

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput
+from unimm.training.global_batch import mean_over_processes
 from unimm.training.objective import Collage, make_collage
 
 
@@ -21,7 +22,9 @@ class Reconstruct(nn.Module):
         tokenizer = self.tokenizer
         output = tokenizer.reconstruct(pixel_values)
         if self.entropy_temperature is not None:
-            output.entropy_loss = tokenizer.quantizer.entropy(output.latents, self.entropy_temperature)
+            output.entropy_loss = tokenizer.quantizer.entropy(
+                output.latents, self.entropy_temperature, share=mean_over_processes
+            )
         if collage_seed is None:
             return output, None
         mixed, kept = make_collage(pixel_values, cell_size(tokenizer), collage_seed)

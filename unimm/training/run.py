@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "train.include_num_input_tokens_seen", "*.attn_implementation",
     # together they make the samples of a step, which is a fact of its own
     "train.batch_size", "train.per_device_train_batch_size", "train.gradient_accumulation_steps",
+    "train.global_batch_size",
 )  # fmt: skip
 """Patterns of the settings that a run may go on with changed."""
 

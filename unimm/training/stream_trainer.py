@@ -78,11 +78,21 @@ class StreamTrainer(Trainer):
         with Interruption() as interruption:
             stop = StopOnSignal(interruption, self.accelerator)
             self.add_callback(stop)
+            self._forget_evaluation()
             self.train(resume_from_checkpoint=found)
             self.remove_callback(stop)
         self.remove_callback(TensorBoardCallback)  # a later evaluation would open another log
         if self.state.global_step < self.args.max_steps and stop.stopped:
             raise interruption.goodbye(checkpoints(folder)[-1], self.state.global_step, self.args.max_steps)
+
+    def _forget_evaluation(self) -> None:
+        """An evaluation before training marks the model as prepared, and accelerate prepares nothing twice: without
+        this, several processes would each follow their own gradients, without a word."""
+        if getattr(self.model, "_is_accelerate_prepared", False):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
+            self.model_wrapped = self.model
 
     @property
     def done(self) -> int:

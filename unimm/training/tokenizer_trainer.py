@@ -8,7 +8,7 @@ run and an uninterrupted one end with the same bits on the CPU.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from unimm.data.order import OwnBatches
 from unimm.data.pictures import Pictures
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
@@ -40,6 +41,7 @@ from unimm.training.checkpoint import (
 )
 from unimm.training.codebook_upkeep import CodebookUpkeep
 from unimm.training.ema import EMA
+from unimm.training.global_batch import all_rows
 from unimm.training.interruption import Interruption
 from unimm.training.objective import ObjectiveConfig, TokenizerObjective
 from unimm.training.parameters import parameter_groups, set_trainable
@@ -134,7 +136,7 @@ class TokenizerTrainer:
         )
         self.ema = EMA(self.tokenizer, decay=config.ema_decay)
         self.usage = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last log
-        self.upkeep = CodebookUpkeep(self.tokenizer, config, self.accelerator, self._batches, len(self.pictures))
+        self.upkeep = CodebookUpkeep(self.tokenizer, config, self._batches, len(self.pictures))
         for module in (self.teacher, self.objective):
             if module is not None:
                 module.to(device)
@@ -142,7 +144,7 @@ class TokenizerTrainer:
         if objective.gan.start is not None:
             self.adversary = Adversary(objective.gan, config, self.tokenizer.config.output_size, self.accelerator)
 
-    def _batches(self, indices: range) -> Iterator[Tensor]:
+    def _batches(self, indices: Sequence[int]) -> Iterator[Tensor]:
         """pixel_values of the pictures with these numbers, in order."""
         loader = DataLoader(
             Subset(self.pictures, indices),
@@ -179,7 +181,7 @@ class TokenizerTrainer:
                 over = self.step == config.steps
                 stop = interruption.agreed(self.accelerator) and not over
                 if self.step % config.log_steps == 0 or over:
-                    self._log({name: float(value) for name, value in logged.items()}, bar)
+                    self._log(self._means(logged), bar)
                 if self.step % config.panel_steps == 0 or over:
                     self._panel()
                 if self.step % config.save_steps == 0 or over or stop:
@@ -204,11 +206,11 @@ class TokenizerTrainer:
         if self.step < self.config.steps:
             self._require_space(max(1, self.config.keep_last + 1 - len(found)), extra=model_bytes(self.tokenizer))
 
-    def _remaining(self) -> range:
-        """The numbers of this process' pictures from the current step on: processes take them in turn."""
-        processes = self.accelerator.num_processes
-        seen = self.step * self.config.gradient_accumulation_steps * self.config.batch_size * processes
-        return range(seen + self.accelerator.process_index, len(self.pictures), processes)
+    def _remaining(self) -> OwnBatches:
+        """The numbers of this process' pictures from the current step on: processes take batches in turn."""
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        seen = self.step * self.samples_per_step
+        return OwnBatches(seen, len(self.pictures), size=self.config.batch_size, index=index, count=count)
 
     def _optimizer_step(self, batches: Iterator[Tensor]) -> dict[str, Tensor]:
         adversary = self.adversary if self.adversary is not None and self.step >= self.adversary.start else None
@@ -229,15 +231,16 @@ class TokenizerTrainer:
                     terms["grad_norm"] = self.accelerator.clip_grad_norm_(self._trainable(), self.config.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.usage.update(output.ids)
-            self.upkeep.chosen.update(output.ids)
+            ids = all_rows(output.ids)
+            self.usage.update(ids)
+            self.upkeep.chosen.update(ids)
             if adversary is not None:
                 terms |= adversary.step(pixels, output.pixels.detach())
         self.scheduler.step()
         self.ema.update(self.tokenizer)
         self.step += 1
         if self.config.revive_steps and self.step % self.config.revive_steps == 0:
-            self.upkeep.revive(self.step, output.latents.flatten(0, 1))
+            self.upkeep.revive(self.step, all_rows(output.latents.detach()).flatten(0, 1))
         return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}
 
     @torch.no_grad()
@@ -279,6 +282,11 @@ class TokenizerTrainer:
 
     # ---- logging and saving
     # -----------------------------------------------------------------------------------------------------
+
+    def _means(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """Of all processes."""
+        values = self.accelerator.reduce(torch.stack([value.float() for value in scalars.values()]), "mean")
+        return dict(zip(scalars, values.tolist(), strict=True))
 
     def _log(self, scalars: dict[str, float], bar: tqdm) -> None:
         usage, self.usage = self.usage, CodebookUsage(self.tokenizer.config.codebook_size)
@@ -331,14 +339,13 @@ class TokenizerTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run is made of; call it on every process."""
-        chosen = self.upkeep.chosen.counts.to(self.accelerator.device)
         return {
             "step": self.step,
             "tokenizer": self.tokenizer.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "ema": self.ema.state_dict(),
-            "chosen": self.accelerator.reduce(chosen, "sum"),
+            "chosen": self.upkeep.chosen.counts,
             "rng": random_states(self.accelerator),
             **(self.adversary.state_dict() if self.adversary is not None else {}),
         }
@@ -350,8 +357,7 @@ class TokenizerTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.ema.load_state_dict(state["ema"])
-        if self.accelerator.is_main_process:  # counts of all processes: they are summed when they are looked at
-            self.upkeep.chosen.counts.copy_(state["chosen"])
+        self.upkeep.chosen.counts.copy_(state["chosen"])
         set_random_states(state["rng"], self.accelerator)
         if self.adversary is not None:
             self.adversary.load_state_dict(state)

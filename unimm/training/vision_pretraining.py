@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel
 
+from unimm.training.global_batch import all_rows, own_rows, process_count
+
 
 @dataclass
 class VisionPretrainingConfig:
@@ -34,10 +36,10 @@ def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
 
 
 def sigmoid_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Every picture against every caption of the batch, both [B, D] (SigLIP, algorithm 1)."""
-    image_embeds, text_embeds = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
-    logits = image_embeds @ text_embeds.t() * scale.exp() + bias
-    sign = 2 * torch.eye(len(logits), device=logits.device) - 1
+    """Every picture against every caption of the global batch, both [B, D] of this process (SigLIP, algorithm 1)."""
+    image_embeds, text_embeds = F.normalize(image_embeds, dim=-1), all_rows(F.normalize(text_embeds, dim=-1))
+    logits = image_embeds @ text_embeds.t() * scale.exp() + bias  # [B, P * B]
+    sign = 2 * own_rows(torch.eye(len(text_embeds), device=logits.device)) - 1
     return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
@@ -70,6 +72,9 @@ class VisionPretraining(nn.Module):
         """Noise everywhere, and `mask_ratio` of the patches replaced by zero (the normalised middle grey)."""
         batch, _, height, width = pixel_values.shape
         rows, columns = height // self.patch_size, width // self.patch_size
-        kept = (torch.rand(batch, 1, rows, columns, device=pixel_values.device) >= self.settings.mask_ratio).float()
+        every = batch * process_count()  # all processes draw the same
+        hidden = own_rows(torch.rand(every, 1, rows, columns, device=pixel_values.device))
+        noise = own_rows(torch.randn(every, *pixel_values.shape[1:], device=pixel_values.device))
+        kept = (hidden >= self.settings.mask_ratio).float()
         kept = kept.repeat_interleave(self.patch_size, -1).repeat_interleave(self.patch_size, -2)
-        return (pixel_values + self.settings.noise * torch.randn_like(pixel_values)) * kept
+        return (pixel_values + self.settings.noise * noise) * kept

@@ -1,0 +1,50 @@
+"""What processes share, by hand: two of them are played one after the other."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from unimm.data.order import OwnBatches
+from unimm.errors import UserError
+from unimm.training import global_batch
+from unimm.training.arguments import HostTrainingArguments, accumulation_steps
+
+
+def test_batches_are_dealt_in_turn_and_together_are_the_stream() -> None:
+    dealt = [list(OwnBatches(10, 30, size=3, index=index, count=2)) for index in range(2)]
+    assert dealt == [[10, 11, 12, 16, 17, 18, 22, 23, 24], [13, 14, 15, 19, 20, 21, 25, 26, 27]]
+    assert list(OwnBatches(4, 12, size=4)) == list(range(4, 12))
+
+
+def test_alone_everything_is_itself() -> None:
+    rows = torch.randn(4, 3, requires_grad=True)
+    for function in (global_batch.all_rows, global_batch.own_rows, global_batch.mean_over_processes):
+        assert torch.equal(function(rows), rows)
+    assert torch.equal(global_batch.rows_before(rows), rows.roll(1, dims=0))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_mean_over_processes_has_the_gradient_of_its_own_part(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP averages what the processes find: the mean of both slopes is the slope of (a + b)^2 / 4 at a = 1, b = 3."""
+
+    def all_reduce(value: torch.Tensor) -> None:
+        value.fill_(1.0 + 3.0)
+
+    monkeypatch.setattr(global_batch, "process_count", lambda: 2)
+    monkeypatch.setattr(global_batch.dist, "all_reduce", all_reduce)
+    own = torch.tensor((1.0, 3.0)[index], requires_grad=True)
+    loss = global_batch.mean_over_processes(own).square()
+    loss.backward()
+    assert loss.item() == 4.0 and own.grad is not None
+    assert own.grad.item() / 2 == 2.0  # d/da (a + b)^2 / 4 = (a + b) / 2
+
+
+def test_a_global_batch_gives_the_accumulation_or_is_refused(tmp_path: Any) -> None:
+    assert accumulation_steps(1024, 64, 8) == 2
+    options = {"max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True}
+    arguments = HostTrainingArguments(str(tmp_path), global_batch_size=12, **options)
+    assert (arguments.gradient_accumulation_steps, arguments.samples_per_step) == (3, 12)
+    for wrong in ((130, 16, 8), (64, 16, 8)):
+        with pytest.raises(UserError, match=rf"is {wrong[0]}, and 8 processes with a batch of 16 take 128"):
+            accumulation_steps(*wrong)
