@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.browser import browse, in_a_browser
 from unimm.errors import UserError
 from unimm.evaluation.html_report import MAX_CARDS, write_report
 from unimm.evaluation.records import Manifest, Record, to_line
@@ -21,7 +20,6 @@ from unimm.typed import plain
 MASK = (45, 183, 255)  # of the style sheet
 MARK = (0, 160, 60)  # a colour that nothing else on the page has
 HOSTILE = '<script>alert("x")</script>'
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def run_folder(folder: Path, records: list[Record], bench: str = "toy", **summary: Any) -> Path:
@@ -171,17 +169,6 @@ def test_the_page_stays_light(tmp_path: Path) -> None:
     assert len(page) < 250_000 and page.count("<article") == MAX_CARDS
     assert page.count("data:image/jpeg;base64,") == 1  # the worst one is shown, and a lost picture is said to be lost
     assert "images/gone.png is missing" in page
-
-
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or chromium-browser on PATH")
-
-
-def browse(page: Path, *options: str) -> str:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,2200"]
-    profile = f"--user-data-dir={page.parent / 'profile'}"
-    done = subprocess.run([*command, profile, *options, page.as_uri()], check=True, capture_output=True, timeout=240)
-    return done.stdout.decode()
 
 
 @in_a_browser
