@@ -116,8 +116,8 @@ def test_each_object_gets_the_colour_it_has() -> None:
     for color, box in boxes.items():
         image.paste(VALUES[color], box)
     votes = asks.vote(image, [segment(box, image.size) for box in boxes.values()], "wine glass")
-    assert [color for color, _ in votes] == list(boxes)
-    assert all(0.5 < share <= 1 for _, share in votes)
+    assert [vote.color for vote in votes] == list(boxes)
+    assert all(0.5 < vote.shares[vote.color] <= 1 and list(vote.shares) == list(COLORS) for vote in votes)
     assert len(model.texts) == 30
     assert {"a photo of a red wine glass", "a photo of a red-colored wine glass", "a photo of a red object"} <= set(
         model.texts
@@ -135,7 +135,7 @@ def test_the_vote_is_the_official_formula() -> None:
     asks = ColorVoter(model, tokenizer, "tiny")
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 50, 3), dtype=np.uint8))
     cut = segment((5, 5, 45, 35), image.size)
-    ((color, share),) = asks.vote(image, [cut], "dog")
+    ((color, shares),) = asks.vote(image, [cut], "dog")
     rows = []
     with torch.no_grad():
         for name in COLORS:
@@ -147,7 +147,7 @@ def test_the_vote_is_the_official_formula() -> None:
         seen = model.get_image_features(pixel_values=prepare_view(object_view(image, cut), 32)[None]).pooler_output
     logits = 100 * torch.stack(rows) @ F.normalize(seen[0].double(), dim=-1)
     assert color == COLORS[int(logits.argmax())]
-    assert share == pytest.approx(float(logits.softmax(0).max()), rel=1e-3)
+    assert list(shares.values()) == pytest.approx(logits.softmax(0).tolist(), rel=1e-3, abs=1e-6)
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
@@ -165,7 +165,7 @@ def test_loading(tmp_path: Path) -> None:
     loaded = load_color_voter(clip, **place)
     assert loaded.describe()["name"] == "clip"
     image = Image.new("RGB", (40, 40))
-    assert loaded.vote(image, [segment((0, 0, 40, 40), image.size)], "dog")[0][0] in COLORS
+    assert loaded.vote(image, [segment((0, 0, 40, 40), image.size)], "dog")[0].color in COLORS
     with pytest.raises(UserError, match="--clip is not given.*sha256 a2bf730a0c7d.*--local-dir FOLDER"):
         load_color_voter(None, **place)
     (clip / "model.safetensors").unlink()

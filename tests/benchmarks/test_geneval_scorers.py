@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from unimm.benchmarks import geneval_scorers
+from unimm.benchmarks.color_votes import Vote
 from unimm.benchmarks.detector import Segment
 from unimm.benchmarks.geneval_scorers import Canary, DetectorScorer, ShapesScorer, Thresholds
 from unimm.errors import UserError
@@ -49,12 +50,12 @@ class ScriptedVoter:
     def __init__(self, colors: Sequence[str] = ()) -> None:
         self.colors, self.asked = list(colors), list[tuple[str, int]]()
 
-    def vote(self, image: Image.Image, segments: Sequence[Segment], class_name: str) -> list[tuple[str, float]]:
+    def vote(self, image: Image.Image, segments: Sequence[Segment], class_name: str) -> list[Vote]:
         self.asked.append((class_name, len(segments)))
         if not self.colors:
             channel = int(np.argmax(image.getpixel((0, 0))))
-            return [(("red", "green", "blue")[channel], 1.0) for _ in segments]
-        return [(self.colors[index], 0.9) for index in range(len(segments))]
+            return [Vote(("red", "green", "blue")[channel], {}) for _ in segments]
+        return [Vote(self.colors[index], {self.colors[index]: 0.900001}) for index in range(len(segments))]
 
     def describe(self) -> dict[str, Any]:
         return {"name": "scripted"}
@@ -110,6 +111,11 @@ def test_colours_are_asked_for_where_the_prompt_names_one() -> None:
     (found,) = judge.detections([PICTURE], [RED_DOG])
     assert voter.asked == [("dog", 2)]  # 0.3 does not exceed the threshold
     assert [each.get("color") for each in found] == ["red", None, "blue", None, None]
+    assert [each.get("color_votes") for each in found] == [{"red": 0.9}, None, {"blue": 0.9}, None, None]
+    for each in found[:3]:
+        (outline,) = each["outline"]
+        assert (min(outline), max(outline[::2]), max(outline[1::2])) == (0, 20, 10)
+    assert not any("outline" in each for each in found[3:])  # what does not count is not drawn
     assert judge.judge(RED_DOG, found).correct
     judge, voter = scorer([(DOG, 0.9), (CAT, 0.8)])
     (found,) = judge.detections([PICTURE], [official_prompts()[0]])

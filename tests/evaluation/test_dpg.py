@@ -1,13 +1,12 @@
 """DPG-Bench's scoring against verdicts recorded from the published script, and what each of its rules is worth."""
 
 import json
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.evaluation.mutations import mutated
 from unimm.errors import UserError
 from unimm.evaluation import dpg
 from unimm.evaluation.dpg import COMPAT, FIXED, read_questions, score_picture, summarize
@@ -44,21 +43,28 @@ def test_every_recorded_verdict(case):
 
 
 @pytest.mark.parametrize(
-    ("line", "mutated", "broken"),
+    ("line", "changed", "broken"),
     [
         ("any(kept[parent] == 0", "any(raw[parent] == 0", 6),
         ('lambda answer: answer == "yes", every', 'lambda answer: normalize(answer) == "yes", every', 11),
         ("(q.category, score.raw[q.number]", "(q.category, score.kept[q.number]", 9),
         ('Rule("official-compat", True', 'Rule("official-compat", False', 1),
+        ("if any(kept[parent] == 0", "if all(kept[parent] == 0", 13),
+        ("scores if rule.every_picture else scores[-1:]", "scores", 13),
+        ("float(np.mean(list(kept.values())))", "float(np.mean(list(raw.values())))", 11),
     ],
-    ids=["zero from raw", "lenient yes", "zeroed categories", "no row skip"],
+    ids=[
+        "zero from raw",
+        "lenient yes",
+        "zeroed categories",
+        "no row skip",
+        "every parent",
+        "categories of all pictures",
+        "score of raw answers",
+    ],
 )
-def test_every_rule_is_needed(line, mutated, broken):
-    source = Path(dpg.__file__).read_text(encoding="utf-8")
-    assert source.count(line) == 1
-    module = ModuleType("mutated_dpg")
-    vars(module)["__name__"] = dpg.__name__
-    exec(compile(source.replace(line, mutated), dpg.__file__, "exec"), vars(module))
+def test_every_rule_is_needed(line, changed, broken):
+    module = mutated(dpg, line, changed)
     assert sum(not agrees(module, case) for case in CASES) == broken
 
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.browser import browse, in_a_browser
 from unimm.errors import UserError
 from unimm.evaluation.html_report import MAX_CARDS, write_report
 from unimm.evaluation.records import Manifest, Record, to_line
 from unimm.provenance import write_atomically
 from unimm.typed import plain
 
+MASK = (45, 183, 255)  # of the style sheet
 MARK = (0, 160, 60)  # a colour that nothing else on the page has
 HOSTILE = '<script>alert("x")</script>'
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def run_folder(folder: Path, records: list[Record], bench: str = "toy", **summary: Any) -> Path:
@@ -41,7 +40,9 @@ def drawings(folder: Path, wrong: int, bench: str = "toy") -> Path:
         ImageDraw.Draw(picture).rectangle((8, 12, 31, 35), fill=MARK)
         picture.save(folder / f"images/{number}.png")
         reason = "" if number >= wrong else f"expected square>=2, found 1\nno target for {HOSTILE} to be left of"
-        boxes = [{"label": "square", "color": "green", "box": [8, 12, 32, 36], "score": 0.9}]
+        seen = {"outline": [[8, 12, 32, 12, 32.0, 36, 8, 36.5]], "color_votes": {"red": 0.02, "green": 0.97, "b": 0.01}}
+        boxes = [{"label": "square", "color": "green", "box": [8, 12, 32, 36], "score": 0.9, **seen}]
+        boxes.append({"label": "dog", "box": [1, 1, 4, 4], "score": 0.1})
         inputs = {"prompt": f"two squares {HOSTILE}", "tag": ["counting", HOSTILE][number % 2]}
         records.append(
             Record(
@@ -92,7 +93,8 @@ def test_the_page_says_everything_and_needs_nothing(folder: Path) -> None:
     assert [(score.name, score.samples) for score in scores] == [("correct", 6), ("psnr", 6)]
     page = (folder / "a.html").read_text()
     tags = Tags(page)
-    assert len(tags.of("article")) == len(tags.of("img")) == len(tags.of("rect")) == 6
+    assert len(tags.of("article")) == len(tags.of("img")) == len(tags.of("path")) == len(tags.of("rect")) / 2 == 6
+    assert tags.of("path")[0] == {"d": "M8,12 L32,12 L32,36 L8,36.5Z"}
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in tags.of("img"))
     assert tags.of("rect")[0] | {"x": "8", "y": "12", "width": "24", "height": "24"} == tags.of("rect")[0]
     assert not re.search(r"https?:|//[a-z]", re.sub(r"base64,[^\"]+", "", page))
@@ -103,7 +105,7 @@ def test_the_page_says_everything_and_needs_nothing(folder: Path) -> None:
         "detector, sha256 cccccccccccc",
         "name: adm",
         "expected square>=2",
-        "green square",
+        "green square 0.90 (green 97%, red 2%, b 1%), dog 0.10",
     ):
         assert said in tags.text, said
 
@@ -169,17 +171,6 @@ def test_the_page_stays_light(tmp_path: Path) -> None:
     assert "images/gone.png is missing" in page
 
 
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or chromium-browser on PATH")
-
-
-def browse(page: Path, *options: str) -> str:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,2200"]
-    profile = f"--user-data-dir={page.parent / 'profile'}"
-    done = subprocess.run([*command, profile, *options, page.as_uri()], check=True, capture_output=True, timeout=240)
-    return done.stdout.decode()
-
-
 @in_a_browser
 def test_a_filter_hides_what_does_not_fail_its_rule(folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
@@ -200,7 +191,8 @@ def test_a_browser_shows_pictures_boxes_and_bars(folder: Path, tmp_path: Path) -
     def like(color: tuple[int, int, int], tolerance: int = 12) -> np.ndarray:
         return abs(pixels - color).max(axis=-1) <= tolerance
 
-    squares = like(MARK)
+    squares = like(tuple(round(0.7 * own + 0.3 * over) for own, over in zip(MARK, MASK, strict=True)))
+    assert like(MARK, 2).sum() < 6 * 100  # each lies under its mask, which lets it through
     assert squares.sum() > 6 * 1000  # six squares of a quarter of a picture, a picture at least 100 px wide
     columns = np.flatnonzero(squares.any(axis=0))
     assert np.diff(columns).max() > 20  # side by side, with cards between them

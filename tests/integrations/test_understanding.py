@@ -25,8 +25,10 @@ from datasets import Dataset, DatasetDict
 import unimm
 from tests.conftest import ROOT
 from tests.integrations import local_data
+from unimm.benchmarks.commands.und import main
 from unimm.benchmarks.understanding import HUB_TASKS, UnderstandingPlan, evaluate_understanding
 from unimm.errors import UserError
+from unimm.evaluation.html_report import write_report
 from unimm.evaluation.records import Record, read_records
 from unimm.integrations import lmms_eval as plugin
 from unimm.integrations.lmms_tasks import write_overlays
@@ -265,6 +267,20 @@ def test_two_processes_give_what_one_gives_through_the_driver(by_model: Found, p
         assert report["understanding"][name]["scores"] == json.loads(json.dumps(by_model[name]["scores"])), name
         if name != "mmmu":  # whose random draws depend on the process
             assert report["understanding"][name]["lmms_eval"] == pytest.approx(by_model[name]["lmms_eval"]), name
+
+
+def test_a_run_is_repeated_from_the_manifest_of_one_of_its_tasks(
+    by_script: Found, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "answer_all", Script())
+    asked = ["--tasks", "ai2d,textvqa", "--data", str(place / "data"), "--limit", "3", "--device", "cpu"]
+    main([*asked, "--output", str(place / "first")])
+    main(["--from", str(place / "first" / "ai2d" / "manifest.json"), "--output", str(place / "again")])
+    for name in ("ai2d", "textvqa"):
+        kept = read_records(place / "first" / name)
+        assert kept == read_records(place / "again" / name) == read_records(place / "script" / name)[:3]
+    write_report(place / "first" / "textvqa", place / "page.html")
+    assert "what does nasa write on sign 0?" in (place / "page.html").read_text().lower()
 
 
 def first_answer(sample: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ three wordings averaged on the sphere.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,13 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 GREY, KEEP = "#999", "original"
 LOGIT_SCALE = 100.0
+
+
+class Vote(NamedTuple):
+    """The colour of an object, and the share of the vote (softmax over the ten) that each colour has."""
+
+    color: str
+    shares: dict[str, float]
 
 
 class ColorVoter:
@@ -59,8 +66,8 @@ class ColorVoter:
         self._classifiers: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def vote(self, image: Image.Image, segments: Sequence[Segment], class_name: str) -> list[tuple[str, float]]:
-        """The colour of each segment of `class_name`, and its share of the vote (softmax over the ten).
+    def vote(self, image: Image.Image, segments: Sequence[Segment], class_name: str) -> list[Vote]:
+        """The vote on each segment of `class_name`.
 
         Raises:
             UserError: the network gave scores that are not finite.
@@ -69,9 +76,8 @@ class ColorVoter:
         votes = []
         for start in range(0, len(views), self.batch_size):
             logits = self._logits(views[start : start + self.batch_size], class_name)
-            shares = logits.softmax(-1)
-            for row, index in zip(shares, logits.argmax(-1).tolist(), strict=True):
-                votes.append((COLORS[index], float(row[index])))
+            for row, index in zip(logits.softmax(-1).tolist(), logits.argmax(-1).tolist(), strict=True):
+                votes.append(Vote(COLORS[index], dict(zip(COLORS, row, strict=True))))
         return votes
 
     def describe(self) -> dict[str, Any]:

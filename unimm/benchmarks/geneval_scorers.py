@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from unimm.benchmarks.color_votes import ColorVoter
 from unimm.benchmarks.detector import InstanceDetector, Segment
 from unimm.benchmarks.known_pictures import ABSENT, photographs
+from unimm.benchmarks.outlines import outlines
 from unimm.data.shapes import SHAPES, TAGS, Scene, render, sample_prompt
 from unimm.data.shapes.detector import detect
 from unimm.data.shapes.prompts import scene_for
@@ -63,7 +64,8 @@ class Scorer:
     thresholds: Thresholds
 
     def detections(self, images: Sequence[Image.Image], prompts: Sequence[Metadata]) -> list[list[Detection]]:
-        """Per upright RGB picture what the rules read: label (a class name), box, score, and color where asked for."""
+        """Per upright RGB picture what the rules read: label (a class name), box, score, and color where asked for; for
+        the page also `outline` and `color_votes`, where the scorer has them."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class DetectorScorer(Scorer):
 
     def detections(self, images: Sequence[Image.Image], prompts: Sequence[Metadata]) -> list[list[Detection]]:
         found = self.detector.detect(images)
-        return [self._colored(*each) for each in zip(images, found, prompts, strict=True)]
+        return [self._described(*each) for each in zip(images, found, prompts, strict=True)]
 
     def describe(self) -> dict[str, Any]:
         colors = self.voter.describe() | {"background": self.voter.background, "crop": self.voter.crop}
@@ -190,26 +192,28 @@ class DetectorScorer(Scorer):
         """Plain red, green and blue must be called so."""
         whole = Segment(0, (0.0, 0.0, CANARY_SIZE, CANARY_SIZE), 1.0, np.ones((CANARY_SIZE, CANARY_SIZE), bool))
         for color, value in PLAIN_COLORS.items():
-            ((named, _),) = self.voter.vote(Image.new("RGB", (CANARY_SIZE, CANARY_SIZE), value), [whole], "apple")
-            if named != color:
+            (vote,) = self.voter.vote(Image.new("RGB", (CANARY_SIZE, CANARY_SIZE), value), [whole], "apple")
+            if vote.color != color:
                 raise UserError(
-                    f"{self.voter.name} calls a picture of plain {color} {named}: no colour is named with it."
+                    f"{self.voter.name} calls a picture of plain {color} {vote.color}: no colour is named with it."
                 )
 
-    def _colored(self, image: Image.Image, segments: Sequence[Segment], prompt: Metadata) -> list[Detection]:
-        """Detections, those that may be asked for their colour with it and its share of the vote."""
+    def _described(self, image: Image.Image, segments: Sequence[Segment], prompt: Metadata) -> list[Detection]:
+        """Detections, those above the threshold with the outline of their mask, and those of them that may be asked for
+        their colour with the vote on it."""
+        limit = np.float32(self.thresholds.limit(prompt))
+        above = [index for index, each in enumerate(segments) if np.float32(each.score) > limit]
         rows: list[Detection] = [  # the best first
             {"label": COCO_CLASSES[each.label], "box": list(each.box), "score": each.score} for each in segments
         ]
+        for index in above:
+            rows[index]["outline"] = outlines(segments[index].mask)
         for name in dict.fromkeys(rule["class"] for rule in prompt["include"] if "color" in rule):
-            asked = [
-                index
-                for index, row in enumerate(rows)
-                if row["label"] == name and np.float32(row["score"]) > np.float32(self.thresholds.limit(prompt))
-            ][: self.thresholds.max_objects]
+            asked = [index for index in above if rows[index]["label"] == name][: self.thresholds.max_objects]
             votes = self.voter.vote(image, [segments[index] for index in asked], name)
-            for index, (color, share) in zip(asked, votes, strict=True):
-                rows[index] |= {"color": color, "color_share": share}
+            for index, vote in zip(asked, votes, strict=True):
+                shares = {color: round(share, 4) for color, share in vote.shares.items()}
+                rows[index] |= {"color": vote.color, "color_votes": shares}
         return rows
 
 

@@ -1,7 +1,8 @@
 """The report of a run's folder: one HTML file that needs no model, no network and nothing beside it.
 
 Scores with their intervals, judge and protocol; bars per tag; distances of whole sets; the samples, failed and worst
-ones first, with boxes, seeds and reasons, to be filtered by the rule that failed; and, against a second run, paired
+ones first, with boxes, masks, colour
+votes, seeds and reasons, to be filtered by the rule that failed; and, against a second run, paired
 differences. Pictures are small data URIs, and at most `MAX_CARDS` samples of a part are shown, so that the page stays
 light. All text that comes from records is escaped by the template.
 """
@@ -38,6 +39,7 @@ from unimm.typed import plain
 MAX_CARDS = 240
 THUMBNAIL_SIDE = 224
 SHOWN_NUMBERS = 5  # of a sample; the records hold them all
+SHOWN_VOTES = 3  # colours of an object
 SET_SIZES = ("count", "count_reference")  # of the sets that were compared
 WORST_BY = "psnr"  # where there is no verdict, the lowest first
 
@@ -240,7 +242,7 @@ def _verdict(record: Record) -> str | None:
 
 
 def _picture(run: Run, path: str | None, label: str, detections: Sequence[Any]) -> dict[str, Any] | None:
-    """A thumbnail with its boxes in the picture's own pixels; None where no picture was kept."""
+    """A thumbnail with its boxes and outlines in the picture's own pixels; None where no picture was kept."""
     if path is None:
         return None
     try:
@@ -249,7 +251,7 @@ def _picture(run: Run, path: str | None, label: str, detections: Sequence[Any]) 
     except OSError:
         return {"label": f"{label}: {path} is missing", "uri": None, "boxes": []}
     boxes = [
-        {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1, "title": _detection(item)}
+        {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1, "title": _detection(item), "outline": _outline(item)}
         for item in detections
         for x1, y1, x2, y2 in [item["box"][:4]]
     ]
@@ -259,7 +261,15 @@ def _picture(run: Run, path: str | None, label: str, detections: Sequence[Any]) 
 
 def _detection(item: dict[str, Any]) -> str:
     words = [str(item[name]) for name in ("color", "label") if item.get(name) is not None]
-    return f"{' '.join(words)} {item['score']:.2f}"
+    votes = sorted(item.get("color_votes", {}).items(), key=lambda vote: -vote[1])
+    shown = ", ".join(f"{color} {share:.0%}" for color, share in votes[:SHOWN_VOTES])
+    return f"{' '.join(words)} {item['score']:.2f}" + (f" ({shown})" if shown else "")
+
+
+def _outline(item: dict[str, Any]) -> str:
+    """The mask's border as an SVG path, empty where no mask was kept."""
+    polygons = [zip(flat[::2], flat[1::2], strict=True) for flat in item.get("outline", [])]
+    return " ".join("M" + " L".join(f"{x:g},{y:g}" for x, y in polygon) + "Z" for polygon in polygons)
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------

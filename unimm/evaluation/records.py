@@ -32,7 +32,7 @@ class Record:
             several things), `cluster` (what makes samples alike; default: the item) and `original_path` (a picture).
         output_path: the picture, relative to the run's folder where it lies inside.
         raw_scores: everything measured or detected, before any rule; `detections` have `label`, `box` (xyxy) and
-            `score`.
+            `score`, and where they are known `outline` (polygons of the mask), `color` and `color_votes` (shares).
         verdict: what the rule says, None where there is none to say.
         reason: why not, one line per failed rule.
         judge: `name`, `version`, `sha256` of the model that judged; empty for a rule that needs none.
