@@ -1,4 +1,4 @@
-# Nine words: demo, test, test-lmms, lint, shapes, compare, publish, bench, clean. Each installs what it needs into .venv
+# Ten words: demo, test, test-lmms, lint, shapes, compare, emoji, publish, bench, clean. Each installs what it needs into .venv
 # first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the default one must do without.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-lmms lint shapes compare publish bench clean
+.PHONY: demo test test-lmms lint shapes compare emoji publish bench clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -149,3 +149,19 @@ $(COMPARE)/probe-%.json: $(COMPARE)/cifar10/%/.done
 
 $(COMPARE)/probe-random.json: $(COMPARE)/cifar10/vqrae/.done
 	$(BIN)/python eval/probe.py --model $(<D) --random $(CIFAR10) --json $@
+
+# ---- real pictures: the embedded model learns to draw emoji by their names, from the parquet files in $UNIMM_DATA/data/emoji ----
+
+EMOJI := runs/emoji
+
+emoji: $(EMOJI)/t2i/.done
+	$(BIN)/python eval/nearest.py --model $(<D) --source '$$UNIMM_DATA/data/emoji/train.parquet' --guidance-scale 1 --temperature 0 \
+		--output $(EMOJI)/nearest --page $(EMOJI)/nearest.html
+
+$(EMOJI)/tokenizer/.done: | $(VENV)/.dev
+	$(LAUNCH) recipes/tokenizer.py --config configs/emoji/tokenizer.yaml
+	@touch $@
+
+$(EMOJI)/t2i/.done: $(EMOJI)/tokenizer/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/t2i.py --config configs/emoji/t2i.yaml
+	@touch $@
