@@ -111,6 +111,12 @@ class PictureStream(Dataset):
         self.mixed = Interleaving([each.weight for each in config.sources])
         self.orders = [order_of(rows, seed, 2 * k) for k, rows in enumerate(sources)]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{source: its rows}: with other numbers item n is another one."""
+        sources = zip(self.config.sources, self.sources, strict=True)
+        return {each.source: len(rows) for each, rows in sources if each.source != WORLD}
+
     def __len__(self) -> int:
         return self.length
 
@@ -127,7 +133,7 @@ class PictureStream(Dataset):
 
 def picture_stream(
     config: PictureConfig, length: int, seed: int, *, allow_withheld: bool = True, log_folder: Path | None = None
-) -> Pictures:
+) -> PictureStream | ShapesPictures:
     """`length` pictures from the configuration's sources.
 
     Args:
