@@ -14,14 +14,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from unimm.data.order import Interleaving, Rows, order_of
-from unimm.data.places import data_path
 from unimm.data.reading import ReadOptions
 from unimm.data.shapes.datasets import ShapesPictures
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.sources import open_pictures
 from unimm.errors import UserError
-
-__all__ = ["PictureConfig", "PictureStream", "Pictures", "crop", "data_path", "open_pictures", "picture_stream"]
 
 WORLD = "shapes"
 
