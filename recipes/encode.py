@@ -1,7 +1,7 @@
 """Encode a whole data set once: a folder of ids that `t2i.py` trains from without looking at a pixel.
 
-    accelerate launch --num_cpu_threads_per_process 2 recipes/encode.py --config configs/shapes/encode.yaml
-    torchrun --nproc_per_node 8 recipes/encode.py --config configs/shapes/encode.yaml output_dir=/shared/ids
+    accelerate launch --num_cpu_threads_per_process 2 recipes/encode.py --config configs/emoji/encode.yaml
+    torchrun --nproc_per_node 2 recipes/encode.py --config configs/emoji/encode.yaml
 
 Processes, of one machine or of many that see one folder, take the shards in turn and do not wait for each other. A run
 that is started again goes on with the shards that are missing.

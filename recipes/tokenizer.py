@@ -97,7 +97,7 @@ def main() -> None:
     pictures = picture_stream(recipe.data, train.steps * samples_per_step, train.seed, log_folder=log)
     tokenizer = build(recipe.model)
     encoder = weights_fingerprint(tokenizer.encoder)  # the teacher
-    with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder):
+    with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=pictures.sizes):
         TokenizerTrainer(tokenizer, pictures, train, recipe.loss).train()
 
 

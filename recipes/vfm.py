@@ -64,7 +64,7 @@ def main() -> None:
             "input_ids": to_input_ids(tokenizer, rows, siglip_config),
         }
 
-    with open_run(config, samples_per_step=train.samples_per_step):
+    with open_run(config, samples_per_step=train.samples_per_step, rows=stream.sizes):
         trainer = StreamTrainer(model, train, train_dataset=stream, data_collator=collate, stream_seed=train.seed)
         trainer.train_or_load()
         if trainer.is_world_process_zero():

@@ -4,6 +4,7 @@ A `UserError` is one clear sentence: what was wrong, the numbers on both sides, 
 recipes print it as one line without a traceback and exit with code 2; all else is a defect and keeps its traceback.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,15 +23,16 @@ class Interrupted(Exception):
     """A run was asked to stop and has saved all: what to do to go on. A program that ends with it ends well."""
 
 
-_FROM_A_WORKER = "Caught UserError in DataLoader worker"
+_FROM_A_WORKER = re.compile(r"Caught (\w+) in DataLoader worker")
 
 
 def one_line(error: BaseException) -> str:
     """The error's message with every run of white space, line breaks included, made one space; of a `UserError` that
     torch brought here from a worker process without the traceback that it wraps around."""
     text = str(error)
-    if text.startswith(_FROM_A_WORKER):
-        text = text.rpartition("UserError: ")[2]
+    worker = _FROM_A_WORKER.match(text) if isinstance(error, UserError) else None
+    if worker:
+        text = text.rpartition(f"{worker[1]}: ")[2]
     return " ".join(text.split())
 
 

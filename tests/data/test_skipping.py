@@ -57,6 +57,12 @@ def test_too_many_bad_rows_stop_the_run(table, tmp_path):
     assert one_line(caught.value).startswith(str(table))
 
 
+def test_a_bad_row_from_a_worker_process_is_one_sentence_too(table):
+    with pytest.raises(UserError) as caught:
+        list(DataLoader(open_pictures(table), 4, collate_fn=list, num_workers=1))
+    assert one_line(caught.value) == f"Cannot read the picture row 2 of {table}: it is a web page."
+
+
 def test_what_the_run_filters_out_is_no_fault_of_the_data(tmp_path):
     folder = write_folder(tmp_path, range(6))
     (folder / "004.png").write_bytes(png(4, (100, 8)))
@@ -64,11 +70,8 @@ def test_what_the_run_filters_out_is_no_fault_of_the_data(tmp_path):
     options = ReadOptions(max_aspect_ratio=2, min_side=8)
     rows = UsableRows(open_pictures(folder, options), "a", max_bad_share=0.0, log=tmp_path / "log.jsonl")
     assert [value_of(rows[n]) for n in range(6)] == [0, 2, 2, 3, 5, 5]
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["row"], line["reason"], line["filtered"]) for line in lines] == [
-        (1, "too small", True),
-        (4, "too long", True),
-    ]
+    assert rows.count.bad == [] and not (tmp_path / "log.jsonl").exists()
+    assert rows.usable(4) == Skipped(4, "too long", "100 x 8 pixels, max_aspect_ratio 2", filtered=True)
 
 
 def test_an_empty_caption_is_a_bad_row_where_captions_are_learned(tmp_path):

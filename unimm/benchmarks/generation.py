@@ -22,7 +22,8 @@ from unimm.benchmarks.class_samples import write_npz
 from unimm.benchmarks.feature_spaces import POOL, PROBABILITIES, SPATIAL, FeatureSpace
 from unimm.benchmarks.pictures import PictureSet, picture_set, read_npz
 from unimm.benchmarks.store import processes
-from unimm.data.pictures import data_path, to_array
+from unimm.data.pictures import to_array
+from unimm.data.places import data_path
 from unimm.errors import UserError
 from unimm.evaluation.distributions import (
     PRDC_NEIGHBOURS,

@@ -15,8 +15,10 @@ from PIL import Image
 
 from unimm.data.folders import FolderPictures
 from unimm.data.order import EpochOrder
-from unimm.data.pictures import crop, data_path, open_pictures
+from unimm.data.pictures import crop
+from unimm.data.places import data_path
 from unimm.data.shapes.datasets import ShapesPictures
+from unimm.data.sources import open_pictures
 from unimm.errors import UserError, one_line
 from unimm.evaluation.records import content_sha256
 from unimm.weights import file_sha256

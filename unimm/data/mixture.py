@@ -159,10 +159,19 @@ class Mixture(Dataset):
             rank = rank // order.count * len(source) + order.row(rank)
         return {"flow": name, "kind": self.config.flows[name].kind, "index": index, "messages": source.messages(rank)}
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{flow: rows that it passes over}, of those that have an end: with other numbers item n is another one."""
+        return {
+            name: len(source)
+            for name, source in zip(self.names, self.sources, strict=True)
+            if isinstance(source, Sized)
+        }
+
     def _order(self, k: int) -> Order | None:
         """In what order the flow passes over its rows; None for one that has no end."""
-        source = self.sources[k]
-        if not isinstance(source, Sized):
+        source: Any = self.sources[k]
+        if not isinstance(self.sources[k], Sized):
             return None
         if self.split == "train" and self.config.flows[self.names[k]].group_by_modality:
             return GroupedOrder(source.modality_lengths, self._step_size(), self.config.seed, k)

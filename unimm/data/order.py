@@ -145,7 +145,7 @@ class OwnBatches(Sequence[int]):
     `index`-th is its own, so that the processes' batches one after the other are the stream."""
 
     def __init__(self, start: int, stop: int, *, size: int, index: int = 0, count: int = 1) -> None:
-        self.start, self.size, self.index, self.count = start, size, index, count
+        self.start, self.size, self.own, self.every = start, size, index, count  # a Sequence has methods index, count
         self.length = (stop - start) // (size * count) * size
 
     def __len__(self) -> int:
@@ -155,4 +155,4 @@ class OwnBatches(Sequence[int]):
         if not 0 <= position < self.length:
             raise IndexError(position)
         batch, row = divmod(position, self.size)
-        return self.start + (batch * self.count + self.index) * self.size + row
+        return self.start + (batch * self.every + self.own) * self.size + row

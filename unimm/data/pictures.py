@@ -14,14 +14,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from unimm.data.order import Interleaving, Rows, order_of
-from unimm.data.places import data_path
 from unimm.data.reading import ReadOptions
 from unimm.data.shapes.datasets import ShapesPictures
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.sources import open_pictures
 from unimm.errors import UserError
-
-__all__ = ["PictureConfig", "PictureStream", "Pictures", "crop", "data_path", "open_pictures", "picture_stream"]
 
 WORLD = "shapes"
 
@@ -111,6 +108,12 @@ class PictureStream(Dataset):
         self.mixed = Interleaving([each.weight for each in config.sources])
         self.orders = [order_of(rows, seed, 2 * k) for k, rows in enumerate(sources)]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{source: its rows}: with other numbers item n is another one."""
+        sources = zip(self.config.sources, self.sources, strict=True)
+        return {each.source: len(rows) for each, rows in sources if each.source != WORLD}
+
     def __len__(self) -> int:
         return self.length
 
@@ -127,7 +130,7 @@ class PictureStream(Dataset):
 
 def picture_stream(
     config: PictureConfig, length: int, seed: int, *, allow_withheld: bool = True, log_folder: Path | None = None
-) -> Pictures:
+) -> PictureStream | ShapesPictures:
     """`length` pictures from the configuration's sources.
 
     Args:

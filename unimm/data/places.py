@@ -99,6 +99,17 @@ def reaching(place: str) -> Iterator[None]:
         raise UserError(f"{place} cannot be read ({type(error).__name__}): {one_line(error)[:300]}") from error
 
 
+def read_range(place: str, first: int, last: int) -> bytes:
+    """The bytes `first` to `last`, exclusive, of a file."""
+    with reaching(place):
+        fs, path = opened_place(place)
+        if fs.async_impl:  # one request; others open a file for it, which would read ahead
+            return fs.cat_file(path, start=first, end=last)
+        with fs.open(path, "rb", cache_type="none") as file:
+            file.seek(first)
+            return file.read(last - first)
+
+
 def of_all(places: Sequence[str], look: Callable[[str], T], what: str) -> list[T]:
     """`look` at every place, several at a time, because storage answers late rather than slowly."""
     with ThreadPoolExecutor(_READERS) as pool:

@@ -69,8 +69,10 @@ class ReadOptions:
         raise BadRow("no picture", f"{name} holds {type(value).__name__} where its picture should be")
 
     def caption(self, value: Any, name: str) -> str:
-        """The caption that a row holds, empty for none. Raises `BadRow`."""
-        if value is None:
+        """The caption that a row holds, of several the first, empty for none. Raises `BadRow`."""
+        if isinstance(value, list) and value:
+            value = value[0]
+        if value is None or value == []:
             return ""
         if not isinstance(value, str):
             raise BadRow("wrong caption", f"the caption of {name} is {value!r:.80}, no text")

@@ -72,19 +72,19 @@ class SkipCount:
         self._met: set[int] = set()
 
     def note(self, row: int, why: BadRow) -> Skipped:
-        """Count and name a row, once. Raises UserError where the share is above the limit."""
+        """Count and name a bad row, once; of filtered ones there may be millions, and the settings tell which. Raises
+        UserError where the share is above the limit."""
         skipped = Skipped(row, why.reason, why.detail, isinstance(why, Filtered))
-        if row in self._met:
+        if skipped.filtered or row in self._met:
             return skipped
         self._met.add(row)
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as log:
                 log.write(skipped.line)
-        if not skipped.filtered:
-            self.bad.append(skipped)
-            if len(self.bad) > self.max_bad_share * min(self.total, max(self.read, FEWEST_ROWS)):
-                raise too_many(self.source, self.bad, min(self.total, self.read), self.max_bad_share, self.log)
+        self.bad.append(skipped)
+        if len(self.bad) > self.max_bad_share * min(self.total, max(self.read, FEWEST_ROWS)):
+            raise too_many(self.source, self.bad, min(self.total, self.read), self.max_bad_share, self.log)
         return skipped
 
 

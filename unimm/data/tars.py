@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from unimm.data.order import Rows
-from unimm.data.places import cache_folder, of_all, opened_place, reaching
+from unimm.data.places import cache_folder, is_url, of_all, opened_place, reaching, read_range
 from unimm.data.reading import ReadOptions
 from unimm.data.skipping import BadRow
 from unimm.errors import UserError
@@ -43,7 +43,7 @@ class TarPictures(Rows):
 
     def __init__(self, places: Sequence[str], source: str, options: ReadOptions) -> None:
         self.places, self.options = list(places), options
-        sizes = of_all(self.places, _size, "tar")
+        sizes = of_all(self.places, size_of, "tar")
         self.blocks = np.array([rows for rows, _ in sizes], dtype=np.int64)
         if not self.blocks.all():
             raise UserError(f"{self.places[int(self.blocks.argmin())]} holds no picture ({', '.join(PICTURES)}).")
@@ -79,31 +79,38 @@ class TarPictures(Rows):
 
 
 def index_of(place: str) -> list[dict[str, Any]]:
-    """The rows of a tar file in order: {"key", "members": {kind: [first byte, length]}}, from the cache where the file
-    did not change."""
+    """The rows of a tar file in order: {"key", "members": {kind: [first byte, length]}}."""
+    return json.loads(_index_file(place).read_text(encoding="utf-8").partition("\n")[2])
+
+
+def size_of(place: str) -> tuple[int, bool]:
+    """Rows of a tar file, and whether any has a caption."""
+    with _index_file(place).open(encoding="utf-8") as file:
+        rows, captioned = json.loads(file.readline())
+    return rows, captioned
+
+
+def _index_file(place: str) -> Path:
+    """The cached index of a tar file, made where there is none or the file changed: its size in the first line, its
+    rows in the second."""
     with reaching(place):
         fs, path = opened_place(place)
-        stamp = f"{_INDEX_VERSION} {place if '://' in place else os.path.abspath(place)} {fs.ukey(path)}"
+        stamp = f"{_INDEX_VERSION} {place if is_url(place) else os.path.abspath(place)} {fs.ukey(path)}"
     cached = cache_folder("shards") / f"{hashlib.sha256(stamp.encode()).hexdigest()}.json"
-    try:
-        return json.loads(cached.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        pass
+    if cached.is_file():
+        return cached
     with reaching(place), fs.open(path, "rb") as file:
         rows = _scan(place, file)
-    _keep(cached, rows)
-    return rows
-
-
-def _keep(cached: Path, rows: list[dict[str, Any]]) -> None:
+    size = len(rows), any(kind in row["members"] for row in rows for kind in CAPTIONS)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cached, json.dumps(rows))
+        write_atomically(cached, f"{json.dumps(size)}\n{json.dumps(rows)}")
     except OSError as error:
         raise UserError(
             f"The index of a tar file cannot be kept in {cached.parent}: {error.strerror}; set $UNIMM_CACHE to a "
             "folder that can be written to."
         ) from None
+    return cached
 
 
 def _scan(place: str, file: Any) -> list[dict[str, Any]]:
@@ -141,19 +148,11 @@ def _key_of(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, kind.lower()
 
 
-def _size(place: str) -> tuple[int, bool]:
-    """Rows of a shard, and whether any has a caption."""
-    rows = index_of(place)
-    return len(rows), any(kind in row["members"] for row in rows for kind in CAPTIONS)
-
-
 def _members(place: str, members: dict[str, Sequence[int]]) -> dict[str, bytes]:
     """The bytes of a row's members, by one range read over them all."""
     first = min(start for start, _ in members.values())
     last = max(start + length for start, length in members.values())
-    with reaching(place):
-        fs, path = opened_place(place)
-        data = fs.cat_file(path, start=first, end=last)
+    data = read_range(place, first, last)
     return {kind: data[start - first : start - first + length] for kind, (start, length) in members.items()}
 
 

@@ -28,14 +28,14 @@ def train_on_flows(
     """Train `model`, or the `adapter` in it, on the recipe's flows; the run's settings, log, checkpoints and result are
     in its output folder."""
     data, train = recipe.data, recipe.train
-    with open_run(recipe, samples_per_step=train.samples_per_step):
-        train_stream, test_stream = training_streams(
-            data,
-            samples_per_step=train.samples_per_step,
-            reserved=processor.markers,
-            log_folder=Path(train.output_dir) / "data",
-        )
-        floors = unigram_entropies(train_stream, model)
+    train_stream, test_stream = training_streams(
+        data,
+        samples_per_step=train.samples_per_step,
+        reserved=processor.markers,
+        log_folder=Path(train.output_dir) / "data",
+    )
+    floors = unigram_entropies(train_stream, model)
+    with open_run(recipe, samples_per_step=train.samples_per_step, rows=train_stream.sizes):
         if all(flow.kind == "drawing" for flow in data.flows.values()):
             model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at pictures, decay would move it
         HostTrainer(

@@ -20,7 +20,9 @@ from unimm.benchmarks.run_arguments import add_run_arguments, parse_run, recorde
 from unimm.benchmarks.store import Key, Manifest, Record, RunStore, content_sha256, sample_seed
 from unimm.benchmarks.subject import Subject, load_subject
 from unimm.data.images import save_image_atomically
-from unimm.data.pictures import crop, data_path, open_pictures, to_array
+from unimm.data.pictures import crop, to_array
+from unimm.data.places import data_path
+from unimm.data.sources import open_pictures
 from unimm.errors import UserError
 from unimm.evaluation.html_report import write_report
 from unimm.evaluation.nearest import nearest_pictures

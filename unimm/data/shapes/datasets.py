@@ -1,5 +1,6 @@
 """The picture world as map-style datasets: item n is a pure function of (seed, n), so a run resumes at any position."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from unimm.data.shapes.world import render, sample_scene
 class ShapesPictures(Rows):
     """`{"image": PIL, "text": what it shows, "key": n}` for `length` scenes; `allow_withheld` also draws the withheld
     pairs."""
+
+    sizes: Mapping[str, int] = {}  # without end: no number of rows decides what item n is
 
     def __init__(self, length: int, seed: int, allow_withheld: bool = False) -> None:
         self.length = length
