@@ -68,8 +68,8 @@ def drawn(question_file, blip, tmp_path_factory) -> Path:
 
 def command(question_file: Path, blip: Path) -> list[str]:
     """The judge is random: no known picture is asked about."""
-    judge = ["--judge", str(blip), "--no-canary"]
-    return ["--dpg-csv", str(question_file), *judge, "--num-images", "2", "--seed", "3"]
+    sizes = ["--num-images", "2", "--seed", "3"]
+    return ["--dpg-csv", str(question_file), "--judge", str(blip), *sizes, "--no-canary"]
 
 
 def result(folder: Path) -> dict[str, bytes]:
@@ -148,6 +148,21 @@ def test_both_rules_stand_side_by_side():
     other = Record("dpg", "c", 0, inputs=records[0].inputs, raw_scores=records[0].raw_scores, judge={"name": "k"})
     with pytest.raises(UserError, match="from 2 judges"):
         summarize_records([*records, other])
+
+
+@pytest.mark.parametrize(("says", "score"), [("yes", 100), ("no", 0)])
+def test_planted_answers_come_out(says, score, drawn, question_file, tmp_path):
+    judge, folder = save_blip(tmp_path / "judge", says), tmp_path / "run"
+    side = Image.open(drawn / "grids" / "first.png").width // 2
+    given = ["--images", str(drawn / "grids"), "--resolution", str(side), "--output", str(folder)]
+    with pytest.raises(UserError, match=f"judge fails on a picture that is known: .* with '{says}', expected"):
+        main([*command(question_file, judge)[:-1], *given])
+    main([*command(question_file, judge), *given])
+    assert {record.raw_scores["answers"][n] for record in read_records(folder) for n in "123"} == {says}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["fixed"]["dpg"] == summary["official-compat"]["dpg"] == score
+    assert (summary["fixed"]["prompts"], summary["official-compat"]["dropped"]) == (2, ["first"])
+    assert set(summary["fixed"]["categories"].values()) == {score}
 
 
 def test_a_judge_that_fails_on_a_known_picture_judges_nothing(question_file, blip, tmp_path):

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from unimm.benchmarks.class_samples import write_npz
-from unimm.benchmarks.pictures import PROTOCOLS, adm_crop, picture_set, torchvision_crop
+from unimm.benchmarks.pictures import PROTOCOLS, adm_crop, picture_set, source_sha256, torchvision_crop
 from unimm.errors import UserError
 
 
@@ -38,6 +39,36 @@ def test_an_npz_holds_the_pictures_that_were_written(tmp_path):
     write_npz(tmp_path / "x.npz", pictures.shape, [pictures])
     found = picture_set(str(tmp_path / "x.npz"))
     assert np.array_equal(np.stack([np.asarray(found.load(i)) for i in range(3)]), pictures)
+
+
+def one_file(tmp_path, changed):
+    """The pictures in a parquet file, the second of them changed or not."""
+    images = [noise(9, 8, 77 if changed and index == 1 else index) for index in range(3)]
+    path = tmp_path / f"{changed}" / "test.parquet"
+    path.parent.mkdir(exist_ok=True)
+    Dataset.from_dict({"image": images}).to_parquet(path)
+    return path
+
+
+def test_what_is_measured_is_known_by_its_bytes(folder, tmp_path):
+    known = source_sha256(str(folder))
+    assert known == source_sha256(str(folder)) != source_sha256(str(folder), 4) != source_sha256(str(folder), 4, 3)
+    whole = (folder / "0/2.png").read_bytes()
+    noise(20, 16, 9).save(folder / "0/2.png")
+    assert source_sha256(str(folder)) != known
+    (folder / "0/2.png").write_bytes(whole)
+    assert source_sha256(str(folder)) == known
+    (folder / "0/2.png").rename(folder / "0/3.png")
+    assert source_sha256(str(folder)) != known
+    whole, changed = (one_file(tmp_path, each) for each in (False, True))
+    assert source_sha256(str(whole)) == source_sha256(str(whole)) != source_sha256(str(changed))
+    assert source_sha256(str(whole.parent)) == source_sha256(str(whole.parent)) != source_sha256(str(changed.parent))
+    assert source_sha256("shapes", 3, 0) != source_sha256("shapes", 3, 1)
+    for value in (0, 1):
+        np.savez(tmp_path / f"{value}.npz", mu=np.full(4, value), sigma=np.eye(4))
+    assert source_sha256(str(tmp_path / "0.npz")) != source_sha256(str(tmp_path / "1.npz"))
+    with pytest.raises(UserError, match="There is no"):
+        source_sha256(str(tmp_path / "absent"))
 
 
 def test_what_cannot_be_measured_is_said(folder, tmp_path):

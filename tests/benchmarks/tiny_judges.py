@@ -33,13 +33,19 @@ def bert_tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
 
 
-def save_blip(folder: Path) -> Path:
+def save_blip(folder: Path, says: str | None = None) -> Path:
+    """Random answers, or one word to whatever is asked."""
     torch.manual_seed(0)
-    special = {"bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
+    end = 3 if says is None else WORDS.index(says)  # the word itself ends the answer
+    special = {"bos_token_id": 2, "sep_token_id": end, "eos_token_id": 3, "pad_token_id": 0}
     text = {**SIZES, "vocab_size": len(WORDS), "max_position_embeddings": 32, "initializer_range": 0.3, **special}
     vision = {**SIZES, "image_size": 16, "patch_size": 8, "initializer_range": 0.3}
     config = BlipConfig(text_config=text | {"encoder_hidden_size": 16}, vision_config=vision)
-    BlipForQuestionAnswering(config).eval().save_pretrained(folder)
+    model = BlipForQuestionAnswering(config).eval()
+    if says is not None:
+        with torch.no_grad():
+            model.text_decoder.cls.predictions.bias[end] = 1e4
+    model.save_pretrained(folder)
     size = {"height": 16, "width": 16}
     BlipProcessor(BlipImageProcessorPil(size=size), bert_tokenizer()).save_pretrained(folder)
     return folder

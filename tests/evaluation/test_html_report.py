@@ -40,7 +40,10 @@ def drawings(folder: Path, wrong: int, bench: str = "toy") -> Path:
         ImageDraw.Draw(picture).rectangle((8, 12, 31, 35), fill=MARK)
         picture.save(folder / f"images/{number}.png")
         reason = "" if number >= wrong else f"expected square>=2, found 1\nno target for {HOSTILE} to be left of"
-        seen = {"outline": [[8, 12, 32, 12, 32.0, 36, 8, 36.5]], "color_votes": {"red": 0.02, "green": 0.97, "b": 0.01}}
+        seen = {
+            "outline": [[8, 12, 32, 12, 32.0, 36, 8, 36.5]],
+            "color_votes": {"red": 0.029, "green": 0.97, "b": 0.001},
+        }
         boxes = [{"label": "square", "color": "green", "box": [8, 12, 32, 36], "score": 0.9, **seen}]
         boxes.append({"label": "dog", "box": [1, 1, 4, 4], "score": 0.1})
         inputs = {"prompt": f"two squares {HOSTILE}", "tag": ["counting", HOSTILE][number % 2]}
@@ -105,7 +108,7 @@ def test_the_page_says_everything_and_needs_nothing(folder: Path) -> None:
         "detector, sha256 cccccccccccc",
         "name: adm",
         "expected square>=2",
-        "green square 0.90 (green 97%, red 2%, b 1%), dog 0.10",
+        "green square 0.90 (green 97%, red 3%), dog 0.10",
     ):
         assert said in tags.text, said
 
@@ -191,7 +194,7 @@ def test_a_browser_shows_pictures_boxes_and_bars(folder: Path, tmp_path: Path) -
     def like(color: tuple[int, int, int], tolerance: int = 12) -> np.ndarray:
         return abs(pixels - color).max(axis=-1) <= tolerance
 
-    squares = like(tuple(round(0.7 * own + 0.3 * over) for own, over in zip(MARK, MASK, strict=True)))
+    squares = like(tuple(round(0.88 * own + 0.12 * over) for own, over in zip(MARK, MASK, strict=True)))
     assert like(MARK, 2).sum() < 6 * 100  # each lies under its mask, which lets it through
     assert squares.sum() > 6 * 1000  # six squares of a quarter of a picture, a picture at least 100 px wide
     columns = np.flatnonzero(squares.any(axis=0))

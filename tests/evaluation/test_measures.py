@@ -7,7 +7,7 @@ import pytest
 
 from unimm.evaluation.bootstrap import bootstrap_mean, paired_bootstrap
 from unimm.evaluation.geneval import failed_rule
-from unimm.evaluation.measures import compare, measures
+from unimm.evaluation.measures import compare, described, measures
 from unimm.evaluation.records import Record
 
 JUDGE = {"name": "detector", "version": "2", "sha256": "ab" * 32, "precision": "float32"}
@@ -62,6 +62,13 @@ def test_two_runs_are_compared_in_pairs() -> None:
     assert verdicts.difference == paired_bootstrap(*values, items, tags)
     assert verdicts.second - verdicts.first == pytest.approx(verdicts.difference.value)
     assert psnr.samples == 8 and psnr.first == psnr.second == 23.5
+
+
+def test_a_judge_of_several_parts_in_a_few_words() -> None:
+    parts = {"detector": {"name": "finder", "sha256": "a" * 64}, "thresholds": {"threshold": 0.3, "max_objects": 16}}
+    assert described({"name": "geneval-hf", **parts}) == (
+        "geneval-hf, detector (finder, sha256 aaaaaaaaaaaa), thresholds (threshold 0.3, max_objects 16)"
+    )
 
 
 def test_verdicts_of_two_judges_are_not_compared() -> None:

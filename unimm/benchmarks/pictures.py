@@ -5,6 +5,7 @@ reference set), so a convention is a value with a name and stands in every resul
 resizes behind the caller's back and never skips one: what cannot be read is an error that names it.
 """
 
+import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -140,9 +141,10 @@ def picture_set(source: str, count: int | None = None, seed: int | None = None) 
 
 
 def source_sha256(source: str, count: int | None = None, seed: int | None = None) -> str:
-    """sha256 over all that `picture_set` with these arguments would read: the names, and the bytes of their files.
+    """sha256 over all that `picture_set` with these arguments would read: the names, and what they stand for.
 
-    Files are streamed and not decoded. Statistics in an npz count as the pictures that they stand for.
+    Files are streamed, not decoded; of shards in a folder or on the hub every picture is looked at. Statistics in an
+    npz count as the pictures that they are of.
 
     Raises:
         UserError: as `picture_set`.
@@ -150,12 +152,19 @@ def source_sha256(source: str, count: int | None = None, seed: int | None = None
     path = data_path(source)
     if path.suffix == ".npz" and path.is_file():
         return content_sha256([file_sha256(path), count, seed])
-    names = picture_set(source, count, seed).names
+    pictures = picture_set(source, count, seed)
     if source == "shapes":
-        return content_sha256([seed, *names])
-    if path.is_dir():
-        return content_sha256([name, file_sha256(path / name)] for name in names)
-    return content_sha256([file_sha256(path), *names])
+        return content_sha256([seed, *pictures.names])
+    if path.is_file():
+        return content_sha256([file_sha256(path), *pictures.names])
+    files = [path / name for name in pictures.names]
+    if all(file.is_file() for file in files):
+        return content_sha256([name, file_sha256(file)] for name, file in zip(pictures.names, files, strict=True))
+    return content_sha256([name, *_looked_at(pictures.load(i))] for i, name in enumerate(pictures.names))
+
+
+def _looked_at(image: Image.Image) -> tuple[int, int, str]:
+    return (*image.size, hashlib.sha256(image.tobytes()).hexdigest())
 
 
 def read_pictures_npz(path: Path) -> np.ndarray:

@@ -39,7 +39,7 @@ from unimm.typed import plain
 MAX_CARDS = 240
 THUMBNAIL_SIDE = 224
 SHOWN_NUMBERS = 5  # of a sample; the records hold them all
-SHOWN_VOTES = 3  # colours of an object
+SHOWN_VOTES, LEAST_VOTE = 3, 0.01  # colours of an object
 SET_SIZES = ("count", "count_reference")  # of the sets that were compared
 WORST_BY = "psnr"  # where there is no verdict, the lowest first
 
@@ -73,8 +73,10 @@ class Run:
 
     @property
     def protocol(self) -> str:
-        """The convention that the numbers follow, in a few words; all settings where none is named so."""
-        named = self.manifest.settings.get("protocol", self.manifest.settings)
+        """The convention that the numbers follow, in a few words; all settings but the judge's, who has a column,
+        where none is named so."""
+        settings = {name: value for name, value in self.manifest.settings.items() if name != "judge"}
+        named = settings.get("protocol", settings)
         if isinstance(named, str):
             return named
         return ", ".join(f"{words(name)}: {value}" for name, value in leaves(named) if value is not None)
@@ -229,7 +231,7 @@ def _card(run: Run, record: Record, other: Run | None, theirs: Record | None) ->
         "reasons": record.reason.splitlines(),
         "rules": rules_of(record),
         "seed": record.seed,
-        "judge": described(record.judge),
+        "judge": record.judge.get("name"),
     }
 
 
@@ -261,8 +263,8 @@ def _picture(run: Run, path: str | None, label: str, detections: Sequence[Any]) 
 
 def _detection(item: dict[str, Any]) -> str:
     words = [str(item[name]) for name in ("color", "label") if item.get(name) is not None]
-    votes = sorted(item.get("color_votes", {}).items(), key=lambda vote: -vote[1])
-    shown = ", ".join(f"{color} {share:.0%}" for color, share in votes[:SHOWN_VOTES])
+    votes = sorted(item.get("color_votes", {}).items(), key=lambda vote: -vote[1])[:SHOWN_VOTES]
+    shown = ", ".join(f"{color} {share:.0%}" for color, share in votes if share >= LEAST_VOTE)
     return f"{' '.join(words)} {item['score']:.2f}" + (f" ({shown})" if shown else "")
 
 

@@ -6,7 +6,7 @@ what was measured without a verdict is averaged over all samples.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,10 +55,12 @@ def tag_of(record: Record) -> str:
     return str(record.inputs.get("tag", ""))
 
 
-def described(judge: dict[str, Any]) -> str:
-    """A judge in a few words; its hash shortened."""
+def described(judge: Mapping[str, Any]) -> str:
+    """A judge in a few words, those that it consists of in brackets; hashes shortened."""
     words = [str(judge[name]) for name in ("name", "version") if judge.get(name)]
-    words += [f"{name} {value}" for name, value in judge.items() if name not in ("name", "version", "sha256")]
+    for name, value in judge.items():
+        if name not in ("name", "version", "sha256"):
+            words.append(f"{name} ({described(value)})" if isinstance(value, Mapping) else f"{name} {value}")
     return ", ".join([*words, *([f"sha256 {judge['sha256'][:12]}"] if judge.get("sha256") else [])])
 
 
