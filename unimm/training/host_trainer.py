@@ -26,21 +26,12 @@ from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_callbacks import DrawPanel, Panel
 from unimm.training.new_rows import NewRowsWarmup
 from unimm.training.optimizers import MuonAdamW, muon_groups
-from unimm.training.parameters import host_parameter_groups
+from unimm.training.parameters import host_parameter_groups, learning_blocks
+from unimm.training.sharding import check_strategy, whole_state_dict
 from unimm.training.stream_trainer import StreamTrainer
 
 Batch = dict[str, dict[str, Tensor]]
 PACKABLE_ATTENTION = ("sdpa", "eager")
-
-
-def learning_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks that learn: the language model's, where the tower is frozen."""
-    names = set(model._no_split_modules or ())
-    return [
-        block
-        for block in model.modules()
-        if type(block).__name__ in names and any(p.requires_grad for p in block.parameters())
-    ]
 
 
 def check_packing(model: PreTrainedModel) -> None:
@@ -100,11 +91,10 @@ class HostTrainer(StreamTrainer):
             stream_seed=stream_seed,
         )
         self.new_rows = NewRowsWarmup(model, args.new_rows_warmup_steps) if args.new_rows_warmup_steps else None
-        if self.new_rows is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise UserError(
-                "train.new_rows_warmup_steps needs whole tables: leave it out under FSDP and DeepSpeed, "
-                "or run the warm-up with DDP and go on from its output."
-            )
+        whole_only = "train.new_rows_warmup_steps" if self.new_rows else "lora" if adapter else None
+        if args.use_muon:
+            whole_only = "train.use_muon"  # a matrix is made orthogonal as a whole
+        check_strategy(self.is_fsdp_enabled, self.is_deepspeed_enabled, sharded_by_trainer=True, whole_only=whole_only)
         self.flow_weights = dict(sorted(flow_weights.items()))
         self._projector_learns = any(p.requires_grad for p in model.model.multi_modal_projector.parameters())
         self.unigram_entropies = dict(unigram_entropies or {})
@@ -122,9 +112,10 @@ class HostTrainer(StreamTrainer):
     def run(self) -> None:
         """Train to `max_steps`, from its newest checkpoint; save model and processor in `output_dir`."""
         self.train_or_load()
-        if self.is_world_process_zero():
-            with self.averaged():
-                save_whole(Path(self.args.output_dir), self.adapter or self.model, self.processing_class)
+        with self.averaged():
+            weights = whole_state_dict(self.model) if self.is_fsdp_enabled else None
+            if self.is_world_process_zero():
+                save_whole(Path(self.args.output_dir), self.adapter or self.model, self.processing_class, weights)
 
     def add_writer(self, writer: SummaryWriter) -> None:
         """Log to tensorboard, and draw the panel there."""
@@ -272,6 +263,9 @@ class HostTrainer(StreamTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Through `from_pretrained`: a composed model saves under other names than its modules have, and Trainer's own
         loading would only warn about each of them."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         if self.adapter is not None:
             self.adapter.load(resume_from_checkpoint)
             return

@@ -165,10 +165,11 @@ class StreamTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        average = None if self.ema is None else self.ema.state_dict()  # every process: its parts are gathered
         if self.args.should_save:
             written = self._staging / f"checkpoint-{step}"  # as Trainer calls it, in the folder that it was given
-            if self.ema is not None:
-                torch.save(self.ema.state_dict(), written / EMA_FILE)
+            if average is not None:
+                torch.save(average, written / EMA_FILE)
             publish(written, folder, step, self.args.save_total_limit)
             shutil.rmtree(self._staging)
         self._staging = None
