@@ -3,23 +3,29 @@
     torchrun --nproc_per_node 2 tests/training/sharded_runs.py FOLDER
 
 trains both from the start and leaves a sharded checkpoint of each; then it goes on from those that one process has left
-in FOLDER, and saves the results as ordinary folders.
+in FOLDER, and saves the results as ordinary folders. Last it trains by `HostTrainer` and accelerate's FSDP2.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+from tests.conftest import ROOT
 from tests.tokenizer.conftest import tiny_vqrae
+from tests.training.test_host_trainer import BOTH, StopAt, build
 from tests.training.tiny_host import tiny_host
 from unimm.saving import save_whole
 from unimm.training.ema import EMA
-from unimm.training.global_batch import own_rows
+from unimm.training.global_batch import own_rows, process_count
+from unimm.training.host_trainer import HostTrainer
 from unimm.training.objective import ObjectiveConfig, PerceptualConfig, TokenizerObjective
 from unimm.training.parameters import set_trainable
 from unimm.training.reconstruct import Reconstruct
@@ -112,7 +118,29 @@ def main(folder: Path) -> None:
         run.save(folder / f"{kind}-trained-by-two")
         again = Run(kind).resume(folder / f"{kind}-by-one").train(STEPS, STEPS + 1)
         again.save(folder / f"{kind}-went-on-by-two")
+    let_accelerate_shard_on_the_cpu()
+    host_trainer(folder / "trainer-by-two").run()
+    stopped = host_trainer(folder / "trainer-stopped-by-two")
+    stopped.add_callback(StopAt(2))
+    stopped.run()
+    host_trainer(folder / "trainer-stopped-by-two").run()
     dist.destroy_process_group()
+
+
+def host_trainer(folder: Path) -> HostTrainer:
+    """Of two flows, with an average; a global batch of 8."""
+    batch, use_cpu = 8 // process_count(), not dist.is_initialized()
+    settings = {"per_device_train_batch_size": batch, "adam_epsilon": 1e-4, "ema_decay": 0.5, "use_cpu": use_cpu}
+    return build(folder, BOTH, max_steps=4, **settings)
+
+
+def let_accelerate_shard_on_the_cpu() -> None:
+    """accelerate knows FSDP2 on GPUs only: make it take this process for one of them, by its name."""
+    wanted = yaml.safe_load((ROOT / "configs/accelerate/fsdp2.yaml").read_text())["fsdp_config"]
+    os.environ |= {name.upper(): str(value) for name, value in wanted.items()}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    torch.accelerator.is_available = lambda: True
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import torch
 
 import unimm
 from tests.conftest import ROOT
-from tests.training.sharded_runs import KINDS, STEPS, Run
+from tests.training.sharded_runs import KINDS, STEPS, Run, host_trainer
 from unimm.errors import UserError
-from unimm.training.sharding import check_strategy, load_sharded
+from unimm.training.sharding import check_strategy, load_sharded, refuse_average
 
 slow = pytest.mark.slow
 
@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.save(folder / f"{kind}-trained-by-one")
         run.checkpoint(folder / f"{kind}-by-one")
         run.train(STEPS, STEPS + 1).save(folder / f"{kind}-went-on-by-one")
+    host_trainer(folder / "trainer-by-one").run()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launcher, str(ROOT / "tests/training/sharded_runs.py"), str(folder)],
@@ -80,6 +81,25 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(folder: Path, kind: str,
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
 
 
+@slow
+@pytest.mark.parametrize("run", ["trainer-by-two", "trainer-stopped-by-two"])
+def test_accelerates_fsdp2_trains_and_resumes_as_one_process(folder: Path, run: str) -> None:
+    """By configs/accelerate/fsdp2.yaml: the saved model, and the average in the checkpoint."""
+    one, two = (unimm.load(folder / name)[0].state_dict() for name in ("trainer-by-one", run))
+    averages = [
+        torch.load(folder / name / "checkpoint-4/ema.pt", weights_only=True)["shadow"]
+        for name in ("trainer-by-one", run)
+    ]
+    for a, b in ((one, two), averages):
+        assert a.keys() == b.keys() and len(a) > 20
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0)
+    assert (folder / run / "checkpoint-4/pytorch_model_fsdp_0").is_dir()
+    assert (folder / run / "model.safetensors").stat().st_size == (
+        folder / "trainer-by-one/model.safetensors"
+    ).stat().st_size
+
+
 def test_a_broken_sharded_checkpoint_is_refused(tmp_path: Path) -> None:
     run = Run("host")
     with pytest.raises(UserError, match="cannot be read"):
@@ -92,6 +112,9 @@ def test_what_cannot_be_sharded_is_said_before_it_begins(monkeypatch: pytest.Mon
         check_strategy(False, True, sharded_by_trainer=False)
     with pytest.raises(UserError, match="^lora needs whole tensors"):
         check_strategy(True, False, sharded_by_trainer=True, whole_only="lora")
+    refuse_average(2)
+    with pytest.raises(UserError, match="ZeRO-3 takes them apart"):
+        refuse_average(3)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(UserError, match="a machine without a GPU, where accelerate would train by DDP instead"):

@@ -27,7 +27,7 @@ from unimm.training.host_callbacks import DrawPanel, Panel
 from unimm.training.new_rows import NewRowsWarmup
 from unimm.training.optimizers import MuonAdamW, muon_groups
 from unimm.training.parameters import host_parameter_groups, learning_blocks
-from unimm.training.sharding import check_strategy, whole_state_dict
+from unimm.training.sharding import check_strategy, set_up_plugin, weights_to_save
 from unimm.training.stream_trainer import StreamTrainer
 
 Batch = dict[str, dict[str, Tensor]]
@@ -95,6 +95,8 @@ class HostTrainer(StreamTrainer):
         if args.use_muon:
             whole_only = "train.use_muon"  # a matrix is made orthogonal as a whole
         check_strategy(self.is_fsdp_enabled, self.is_deepspeed_enabled, sharded_by_trainer=True, whole_only=whole_only)
+        if self.is_fsdp_enabled:
+            set_up_plugin(self.accelerator.state.fsdp_plugin, model)
         self.flow_weights = dict(sorted(flow_weights.items()))
         self._projector_learns = any(p.requires_grad for p in model.model.multi_modal_projector.parameters())
         self.unigram_entropies = dict(unigram_entropies or {})
@@ -113,7 +115,7 @@ class HostTrainer(StreamTrainer):
         """Train to `max_steps`, from its newest checkpoint; save model and processor in `output_dir`."""
         self.train_or_load()
         with self.averaged():
-            weights = whole_state_dict(self.model) if self.is_fsdp_enabled else None
+            weights = weights_to_save(self)
             if self.is_world_process_zero():
                 save_whole(Path(self.args.output_dir), self.adapter or self.model, self.processing_class, weights)
 
@@ -209,16 +211,14 @@ class HostTrainer(StreamTrainer):
         drawn, labels = batch.pop("drawn"), batch.pop("labels")
         drawings, ids = batch.pop("drawn_pixel_values", None), batch.pop("drawn_ids", None)
         # before the forward is queued, when waiting for the device costs nothing yet
-        where = (labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [B, L]
+        where = (following != IGNORED).flatten().nonzero()[:, 0]
         if drawings is not None or ids is not None:
             token_ids = self._image_tokens(drawings) if ids is None else self.model.visual_vocabulary.token_ids(ids)
             batch["input_ids"] = batch["input_ids"].masked_scatter(drawn, token_ids)
             labels = labels.masked_scatter(drawn, token_ids)
-        outputs = model(**batch, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-        hidden = outputs.hidden_states[-1][:, :-1].flatten(0, 1).index_select(0, where)  # [n, D]
-        with self.accelerator.autocast():
-            logits = self.model.get_output_embeddings()(hidden)  # [n, V]
-        targets = labels[:, 1:].flatten().index_select(0, where)
+        logits = model(**batch, logits_at=where, vocabulary="all", use_cache=False).logits  # [n, V]
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().index_select(0, where)
         return F.cross_entropy(logits.float(), targets, reduction="sum"), len(where)
 
     @torch.no_grad()

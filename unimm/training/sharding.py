@@ -29,6 +29,15 @@ from unimm.errors import UserError, one_line
 from unimm.training.parameters import learning_blocks
 
 
+def weights_to_save(trainer: Any) -> dict[str, Tensor] | None:
+    """The whole weights of a `Trainer`'s model where they are not simply in it; call it in every process."""
+    if trainer.is_fsdp_enabled:
+        return whole_state_dict(trainer.model)
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return None
+
+
 def check_strategy(fsdp: bool, deepspeed: bool, *, sharded_by_trainer: bool, whole_only: str | None = None) -> None:
     """Refuse what would silently be something else, or fail late.
 
@@ -59,9 +68,24 @@ def check_strategy(fsdp: bool, deepspeed: bool, *, sharded_by_trainer: bool, who
         )
 
 
+def refuse_average(zero_stage: int) -> None:
+    """Raise UserError where DeepSpeed leaves no weights to average."""
+    if zero_stage == 3:
+        raise UserError(
+            "train.ema_decay averages weights, and ZeRO-3 takes them apart: leave it out, or launch with "
+            "configs/accelerate/deepspeed_zero2.yaml or fsdp2.yaml."
+        )
+
+
 def shard_host(model: Any, **options: Any) -> None:
     """Shard a unified model in place; `options` are `fully_shard`'s (mesh, mp_policy, ...)."""
     _shard(model, learning_blocks(model), whole=model.image_tokenizer.parameters(), **options)
+
+
+def set_up_plugin(plugin: Any, model: Any) -> None:
+    """Let accelerate's FSDP plugin shard a unified model as `shard_host` does."""
+    plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in learning_blocks(model)})
+    plugin.ignored_modules = [model.image_tokenizer]
 
 
 def shard_tokenizer(root: nn.Module, tokenizer: Any, **options: Any) -> None:
@@ -100,7 +124,10 @@ def as_whole(tensor: Tensor) -> Tensor:
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All weights, gathered on the CPU of the main process, for `save_pretrained(state_dict=)`; elsewhere nothing. Call
     it in every process."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    for tied in getattr(model, "all_tied_weights_keys", {}):  # gathered, they are two copies of one weight
+        weights.pop(tied, None)
+    return weights
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
