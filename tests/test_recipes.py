@@ -19,6 +19,7 @@ CHAIN = ("vfm", "vfmtok", "ideal", "stage1", "stage2", "stage3", "encode", "c2i"
 STAGES = ("stage1", "stage2", "stage3", "vfmtok", "ideal")
 RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
 RECIPES |= {"llava15_pretrain": "sft", "llava15_mix665k": "sft", "t2i_ids": "t2i"}
+RECIPES |= {"llava15_mix665k_lora": "sft", "llava15_mix665k_qlora": "sft", "t2i_qwen3_0.6b": "t2i"}
 RECIPES |= {"tokenizer": "tokenizer", "stage3_more": "tokenizer", "questions": "t2i", "positions": "t2i"}  # later legs
 
 
@@ -98,6 +99,7 @@ def test_the_papers_tokenizers_are_built_in_full_size(name):
     rates = ("learning_rate", "encoder_learning_rate", "end_learning_rate", "warmup_steps", "weight_decay")
     assert [getattr(first.train, rate) for rate in rates] == [4e-4, 1e-5, 1e-4, 2000, 1e-4]
     assert [getattr(second.train, rate) for rate in rates] == [1e-4, 1e-5, 1e-5, 2000, 1e-4]
+    assert first.train.global_batch_size == second.train.global_batch_size == (768 if internvit else 1024)
     assert second.model.init_from == first.train.output_dir
 
 

@@ -4,7 +4,7 @@ refused, which transformers would fill at random."""
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from torch import nn
 from unimm.errors import UserError
 
 
-def save_whole(folder: Path, model: Any, processor: Any = None) -> None:
+def save_whole(
+    folder: Path, model: Any, processor: Any = None, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Save model (or adapter) and processor into `folder`, which is made if needed, config.json (or
-    adapter_config.json) last: a folder that has one is complete."""
+    adapter_config.json) last: a folder that has one is complete. `weights` stand for the model's own, where those are
+    sharded."""
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
+    model.save_pretrained(staging, **({} if weights is None else {"state_dict": weights}))
     if processor is not None:
         processor.save_pretrained(staging)
     for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):

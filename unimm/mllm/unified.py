@@ -66,6 +66,7 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        logits_at: Tensor | None = None,
         vocabulary: Vocabulary | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
@@ -76,6 +77,8 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
             pixel_values: [I, 3, H, W], one for every `image_seq_length` placeholders, in reading order.
             image_sizes: [I, 2], for hosts that tile, with the pixel_values of their own processor.
             labels: token_ids [B, L], -100 where there is no loss; the loss goes over the whole vocabulary.
+            logits_at: [n], places in the flattened batch [B * L]: logits [n, ...] of these alone, for a loss over few
+                of many tokens. A head that is called outside of the forward would get wrong gradients under FSDP2.
             vocabulary: which logits: "text" [B, L, image_vocab_start], "image" [B, L, K], "all" [B, L, V]; "answer"
                 is V wide and -inf wherever text generation may not go. None: "all" with labels or in training, else
                 "text".
@@ -101,7 +104,12 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep), vocabulary)
+        hidden = outputs.last_hidden_state
+        if logits_at is None:
+            hidden = slice_logits_to_keep(hidden, logits_to_keep)
+        else:
+            hidden = hidden.flatten(0, 1).index_select(0, logits_at)  # [n, D]
+        logits = self._logits(hidden, vocabulary)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.visual_vocabulary.end, **kwargs)

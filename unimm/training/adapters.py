@@ -138,13 +138,18 @@ class Adapter:
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSettings, base: str) -> Adapter:
-    """Freeze a unified model but for new adapters, the projector and, where asked, the new rows."""
+    """Freeze a unified model, loaded from `base`, but for new adapters, the projector and, where asked, new rows."""
+    return Adapter(model, lora_config(model, lora), base)
+
+
+def lora_config(model: PreTrainedModel, lora: LoraSettings) -> Any:
+    """PEFT's own settings of these adapters."""
     from peft import LoraConfig
 
     rows = model.trainable_token_indices() if lora.new_rows else None
     if rows is not None and len(rows) == 1:
         rows = next(iter(rows.values()))  # a tied head follows the embedding
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -152,7 +157,6 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, base: str) -> Adapter:
         modules_to_save=[PROJECTOR],
         trainable_token_indices=rows,
     )
-    return Adapter(model, config, base)
 
 
 def read_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> Adapter:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unimm.training.sharding import as_sharded, as_whole
+
 
 class EMA:
     """Shadow weights of a model; the model itself is handed to each method and never kept.
@@ -37,6 +39,7 @@ class EMA:
         """shadow <- shadow + (1 - decay) (weight - shadow), once per optimiser step."""
         decay = self.current_decay
         for name, tensor in self._matched(model).items():
+            self.shadow[name] = as_sharded(self.shadow[name], tensor)  # once a model is sharded, its average is too
             self.shadow[name].lerp_(tensor.float(), 1 - decay)
         self.num_updates += 1
 
@@ -44,7 +47,7 @@ class EMA:
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged weights into the model for good."""
         for name, tensor in self._matched(model).items():
-            tensor.copy_(self.shadow[name])
+            tensor.copy_(as_sharded(self.shadow[name], tensor))
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
@@ -59,7 +62,9 @@ class EMA:
                     tensor.copy_(own[name])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"decay": self.decay, "num_updates": self.num_updates, "shadow": dict(self.shadow)}
+        """Whole tensors; of a sharded model every process must ask."""
+        shadow = {name: as_whole(tensor) for name, tensor in self.shadow.items()}
+        return {"decay": self.decay, "num_updates": self.num_updates, "shadow": shadow}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -67,7 +72,7 @@ class EMA:
         shadow: Mapping[str, Tensor] = state["shadow"]
         _refuse_difference(self.shadow, shadow, "The saved EMA")
         for name, tensor in self.shadow.items():
-            tensor.copy_(shadow[name])
+            tensor.copy_(as_sharded(shadow[name], tensor))
         self.decay, self.num_updates = state["decay"], state["num_updates"]
 
     def _matched(self, model: nn.Module) -> dict[str, Tensor]:

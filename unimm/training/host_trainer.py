@@ -26,21 +26,12 @@ from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_callbacks import DrawPanel, Panel
 from unimm.training.new_rows import NewRowsWarmup
 from unimm.training.optimizers import MuonAdamW, muon_groups
-from unimm.training.parameters import host_parameter_groups
+from unimm.training.parameters import host_parameter_groups, learning_blocks
+from unimm.training.sharding import check_strategy, set_up_plugin, weights_to_save
 from unimm.training.stream_trainer import StreamTrainer
 
 Batch = dict[str, dict[str, Tensor]]
 PACKABLE_ATTENTION = ("sdpa", "eager")
-
-
-def learning_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks that learn: the language model's, where the tower is frozen."""
-    names = set(model._no_split_modules or ())
-    return [
-        block
-        for block in model.modules()
-        if type(block).__name__ in names and any(p.requires_grad for p in block.parameters())
-    ]
 
 
 def check_packing(model: PreTrainedModel) -> None:
@@ -100,11 +91,12 @@ class HostTrainer(StreamTrainer):
             stream_seed=stream_seed,
         )
         self.new_rows = NewRowsWarmup(model, args.new_rows_warmup_steps) if args.new_rows_warmup_steps else None
-        if self.new_rows is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise UserError(
-                "train.new_rows_warmup_steps needs whole tables: leave it out under FSDP and DeepSpeed, "
-                "or run the warm-up with DDP and go on from its output."
-            )
+        whole_only = "train.new_rows_warmup_steps" if self.new_rows else "lora" if adapter else None
+        if args.use_muon:
+            whole_only = "train.use_muon"  # a matrix is made orthogonal as a whole
+        check_strategy(self.is_fsdp_enabled, self.is_deepspeed_enabled, sharded_by_trainer=True, whole_only=whole_only)
+        if self.is_fsdp_enabled:
+            set_up_plugin(self.accelerator.state.fsdp_plugin, model)
         self.flow_weights = dict(sorted(flow_weights.items()))
         self._projector_learns = any(p.requires_grad for p in model.model.multi_modal_projector.parameters())
         self.unigram_entropies = dict(unigram_entropies or {})
@@ -122,9 +114,10 @@ class HostTrainer(StreamTrainer):
     def run(self) -> None:
         """Train to `max_steps`, from its newest checkpoint; save model and processor in `output_dir`."""
         self.train_or_load()
-        if self.is_world_process_zero():
-            with self.averaged():
-                save_whole(Path(self.args.output_dir), self.adapter or self.model, self.processing_class)
+        with self.averaged():
+            weights = weights_to_save(self)
+            if self.is_world_process_zero():
+                save_whole(Path(self.args.output_dir), self.adapter or self.model, self.processing_class, weights)
 
     def add_writer(self, writer: SummaryWriter) -> None:
         """Log to tensorboard, and draw the panel there."""
@@ -218,16 +211,14 @@ class HostTrainer(StreamTrainer):
         drawn, labels = batch.pop("drawn"), batch.pop("labels")
         drawings, ids = batch.pop("drawn_pixel_values", None), batch.pop("drawn_ids", None)
         # before the forward is queued, when waiting for the device costs nothing yet
-        where = (labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [B, L]
+        where = (following != IGNORED).flatten().nonzero()[:, 0]
         if drawings is not None or ids is not None:
             token_ids = self._image_tokens(drawings) if ids is None else self.model.visual_vocabulary.token_ids(ids)
             batch["input_ids"] = batch["input_ids"].masked_scatter(drawn, token_ids)
             labels = labels.masked_scatter(drawn, token_ids)
-        outputs = model(**batch, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-        hidden = outputs.hidden_states[-1][:, :-1].flatten(0, 1).index_select(0, where)  # [n, D]
-        with self.accelerator.autocast():
-            logits = self.model.get_output_embeddings()(hidden)  # [n, V]
-        targets = labels[:, 1:].flatten().index_select(0, where)
+        logits = model(**batch, logits_at=where, vocabulary="all", use_cache=False).logits  # [n, V]
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().index_select(0, where)
         return F.cross_entropy(logits.float(), targets, reduction="sum"), len(where)
 
     @torch.no_grad()
@@ -272,6 +263,9 @@ class HostTrainer(StreamTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Through `from_pretrained`: a composed model saves under other names than its modules have, and Trainer's own
         loading would only warn about each of them."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         if self.adapter is not None:
             self.adapter.load(resume_from_checkpoint)
             return

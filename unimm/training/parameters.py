@@ -30,6 +30,16 @@ def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
     final_norm(tokenizer.encoder).requires_grad_(stage == 2 and tokenizer.config.apply_post_norm)
 
 
+def learning_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks that learn: the language model's, where the tower is frozen."""
+    names = set(model._no_split_modules or ())
+    return [
+        block
+        for block in model.modules()
+        if type(block).__name__ in names and any(p.requires_grad for p in block.parameters())
+    ]
+
+
 def train_projector_only(model: PreTrainedModel) -> None:
     """Freeze a unified model but for its projector, as LLaVA's pretraining does."""
     model.requires_grad_(False)

@@ -34,6 +34,7 @@ from unimm.training.ema import EMA
 from unimm.training.host_callbacks import StopOnSignal, UpdateEMA
 from unimm.training.interruption import Interruption
 from unimm.training.rng import undisturbed
+from unimm.training.sharding import refuse_average
 
 EMA_FILE = "ema.pt"
 
@@ -51,6 +52,8 @@ class StreamTrainer(Trainer):
     def __init__(self, model: nn.Module, args: StreamTrainingArguments, *, stream_seed: int = 0, **parts: Any) -> None:
         super().__init__(model=model, args=args, **parts)
         self.stream_seed = stream_seed
+        if args.ema_decay is not None and self.is_deepspeed_enabled:
+            refuse_average(self.accelerator.state.deepspeed_plugin.zero_stage)
         self.ema = None if args.ema_decay is None else EMA(model, decay=args.ema_decay)
         if self.ema is not None:
             self.add_callback(UpdateEMA(self.ema))
@@ -165,10 +168,11 @@ class StreamTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        average = None if self.ema is None else self.ema.state_dict()  # every process: its parts are gathered
         if self.args.should_save:
             written = self._staging / f"checkpoint-{step}"  # as Trainer calls it, in the folder that it was given
-            if self.ema is not None:
-                torch.save(self.ema.state_dict(), written / EMA_FILE)
+            if average is not None:
+                torch.save(average, written / EMA_FILE)
             publish(written, folder, step, self.args.save_total_limit)
             shutil.rmtree(self._staging)
         self._staging = None

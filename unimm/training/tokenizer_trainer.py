@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -50,6 +50,7 @@ from unimm.training.reconstruct import Reconstruct, cell_size
 from unimm.training.rng import random_states, set_random_states, undisturbed
 from unimm.training.run_log import RunLog
 from unimm.training.schedules import warmup_cosine_scheduler
+from unimm.training.sharding import check_strategy
 
 SHOWN = (
     "loss",
@@ -88,6 +89,9 @@ class TokenizerTrainer:
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
         )
+        kind = self.accelerator.distributed_type
+        fsdp, deepspeed = kind == DistributedType.FSDP, kind == DistributedType.DEEPSPEED
+        check_strategy(fsdp, deepspeed, sharded_by_trainer=False)
         set_seed(config.seed)
         self.step = 0
         self.output_dir = Path(config.output_dir)
