@@ -50,6 +50,7 @@ from unimm.training.reconstruct import Reconstruct, cell_size
 from unimm.training.rng import random_states, set_random_states, undisturbed
 from unimm.training.run_log import RunLog
 from unimm.training.schedules import warmup_cosine_scheduler
+from unimm.training.throughput import Meter, TokenizerCost, Work
 
 SHOWN = (
     "loss",
@@ -170,22 +171,29 @@ class TokenizerTrainer:
         """
         self._go_on()
         config, main = self.config, self.accelerator.is_main_process
+        self.meter = Meter(self.accelerator)
+        known = self.meter.peak is not None
+        flops = TokenizerCost.of(self.tokenizer, config.stage).training(config.batch_size) if known else 0.0
+        of_a_step = Work(config.batch_size, flops=flops) * config.gradient_accumulation_steps
         self.log = RunLog(self.output_dir, config.report_to, step=self.step, main=main)
         self.tokenizer.train()
         bar = tqdm(total=config.steps, initial=self.step, disable=not main, unit="step")
         batches = self._batches(self._remaining())
+        self.meter.restart()
         with Interruption() as interruption:
             while self.step < config.steps:
                 logged = self._optimizer_step(batches)
+                self.meter.add(of_a_step)
                 bar.update()
                 over = self.step == config.steps
                 stop = interruption.agreed(self.accelerator) and not over
                 if self.step % config.log_steps == 0 or over:
                     self._log(self._means(logged), bar)
-                if self.step % config.panel_steps == 0 or over:
-                    self._panel()
-                if self.step % config.save_steps == 0 or over or stop:
-                    self._save()
+                with self.meter.paused():
+                    if self.step % config.panel_steps == 0 or over:
+                        self._panel()
+                    if self.step % config.save_steps == 0 or over or stop:
+                        self._save()
                 if stop:
                     break
         bar.close()
@@ -292,6 +300,7 @@ class TokenizerTrainer:
         usage, self.usage = self.usage, CodebookUsage(self.tokenizer.config.codebook_size)
         scalars |= {f"codebook/{name}": getattr(usage, name) for name in ("use", "perplexity", "dead")}
         scalars["learning_rate"] = self.scheduler.get_last_lr()[0]
+        scalars |= self.meter.read(self.step * self.samples_per_step)
         self.log.scalars(scalars, self.step)
         bar.write(f"step {self.step}: " + ", ".join(f"{k} {scalars[k]:.4g}" for k in SHOWN if k in scalars))
 
