@@ -128,11 +128,12 @@ class HostCost:
         """Of one flow's batch: input_ids [B, L] and what belongs to them."""
         rows, length = batch["input_ids"].shape
         labels = (batch["labels"][:, 1:] != IGNORED).sum()
-        pictures = sum(len(batch[name]) for name in ("pixel_values", "drawn_pixel_values") if name in batch)
+        seen = sum(len(batch[name]) for name in ("pixel_values", "drawn_pixel_values") if name in batch)
+        pictures = seen + (len(batch["drawn_ids"]) if "drawn_ids" in batch else 0)  # ids need no tower
         reached = self.llm.learning or "pixel_values" in batch  # else no gradient passes
         llm = (self.llm.training if reached else self.llm.forward)(rows * length, length)
         head = (self.head.training if reached else self.head.forward)(1, 0)
-        fixed = llm + pictures * self.tower.forward(self.patches, self.patches)
+        fixed = llm + seen * self.tower.forward(self.patches, self.patches)
         mask = batch.get("attention_mask")
         tokens = mask.sum() if mask is not None and mask.ndim == 2 else rows * length
         return Work(pictures, tokens, fixed + labels.float() * head)

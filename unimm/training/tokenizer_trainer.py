@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -269,6 +269,11 @@ class TokenizerTrainer:
         size = [side * q // p for side in pixels.shape[-2:]]
         return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
+    def modules(self) -> list[nn.Module]:
+        """All that takes part in a step."""
+        judges = [] if self.adversary is None else [self.adversary.discriminator]
+        return [self.tokenizer, self.objective, *([] if self.teacher is None else [self.teacher]), *judges]
+
     def _trainable(self) -> list[Tensor]:
         return [p for p in self.tokenizer.parameters() if p.requires_grad]
 
@@ -322,12 +327,15 @@ class TokenizerTrainer:
             print(f"step {self.step}: {name} {value:.4f}")
         self.tokenizer.train()
 
-    def _require_space(self, copies: int, extra: int = 0) -> None:
-        optimizers = [self.optimizer] + ([self.adversary.optimizer] if self.adversary is not None else [])
-        size = model_bytes(self.tokenizer) + bytes_of(self.ema.shadow.values())
-        size += sum(optimizer_bytes(optimizer) for optimizer in optimizers)
+    def checkpoint_bytes(self) -> int:
+        """What one takes on the disk."""
+        size = model_bytes(self.tokenizer) + bytes_of(self.ema.shadow.values()) + optimizer_bytes(self.optimizer)
         if self.adversary is not None:
-            size += model_bytes(self.adversary.discriminator)
+            size += model_bytes(self.adversary.discriminator) + optimizer_bytes(self.adversary.optimizer)
+        return size
+
+    def _require_space(self, copies: int, extra: int = 0) -> None:
+        size = self.checkpoint_bytes()
         refuse_together(lambda: require_space(self.output_dir, size, copies, extra))
 
     def _save(self) -> None:
