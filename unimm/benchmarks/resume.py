@@ -45,8 +45,10 @@ class Case:
 def debug_cases() -> list[Case]:
     """All that a checkpoint may hold: codebook upkeep, both sides of the GAN, EMA, Muon, data workers, two flows."""
     tokenizer = ("train.steps=8", "train.save_steps=3", "train.num_workers=1", "train.panel_steps=8")
-    host = ("train.max_steps=8", "train.save_steps=3", "train.eval_steps=8", "train.ema_decay=0.9")
-    host = (*host, "train.dataloader_num_workers=1")
+    host = (
+        "train.max_steps=8", "train.save_steps=3", "train.eval_steps=8", "train.ema_decay=0.9",
+        "train.dataloader_num_workers=1",
+    )  # fmt: skip
     return [
         Case("stage1", "tokenizer", 8, tokenizer),
         Case("stage2", "tokenizer", 8, (*tokenizer, "loss.gan.start=2")),

@@ -263,9 +263,7 @@ class HostTrainer(StreamTrainer):
     def work_of(self, inputs: Batch) -> Work:
         """Tokens, pictures and FLOPs of all flows."""
         self._cost = self._cost or HostCost(self.model)
-        works = [self._cost.of(batch) for batch in inputs.values()]
-        tokens, flops = sum(work.tokens for work in works), sum(work.flops for work in works)
-        return Work(sum(work.pictures for work in works), tokens, flops)
+        return sum(map(self._cost.of, inputs.values()), Work())
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: the estimate walks over all parameters at every step."""

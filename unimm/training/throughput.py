@@ -102,11 +102,14 @@ def _elements(matrix: nn.Linear | nn.Conv2d) -> int:
 class Work:
     """What a micro-batch was; tensors are counts that stay on the device until somebody asks."""
 
-    pictures: int = 0
-    tokens: int | Tensor = 0
+    pictures: float = 0
+    tokens: float | Tensor = 0
     flops: float | Tensor = 0.0
 
-    def __mul__(self, times: int) -> "Work":
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.pictures + other.pictures, self.tokens + other.tokens, self.flops + other.flops)
+
+    def __mul__(self, times: float) -> "Work":
         return Work(self.pictures * times, self.tokens * times, self.flops * times)
 
 
@@ -190,12 +193,10 @@ class Meter:
     def restart(self) -> None:
         """Forget what was; time begins now."""
         self._begun, self._idle = time.perf_counter(), 0.0
-        self._pictures, self._tokens, self._flops = 0, torch.zeros((), dtype=torch.float64), 0.0
+        self.total = Work()
 
     def add(self, work: Work) -> None:
-        self._pictures += work.pictures
-        self._tokens = self._tokens + work.tokens
-        self._flops = self._flops + work.flops
+        self.total = self.total + work
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -208,7 +209,8 @@ class Meter:
 
     def read(self, samples_seen: int) -> dict[str, float]:
         """What to log, of all processes together, and start anew; call it on all of them."""
-        sums = torch.tensor([float(self._pictures), float(self._tokens), float(self._flops)], dtype=torch.float64)
+        total = [float(number) for number in (self.total.pictures, self.total.tokens, self.total.flops)]
+        sums = torch.tensor(total, dtype=torch.float64)
         seconds = max(time.perf_counter() - self._begun - self._idle, 1e-9)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
