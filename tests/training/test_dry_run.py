@@ -18,6 +18,8 @@ from unimm.mllm import load
 from unimm.training.dry_run import Measured, counting_activations, say_groups
 from unimm.training.label_mask import in_terminal, pieces, rows_of, write_page
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 
 def weights_in(said: str) -> list[int]:
     """Of the parameter groups, in the order in which they are said."""

@@ -19,6 +19,8 @@ from unimm.training import interruption
 from unimm.training.interruption import resume_command
 from unimm.training.objective import GANConfig
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 
 def wait_for(text: str, log: Path, process: int) -> None:
     """Until the process has said `text`."""

@@ -20,6 +20,8 @@ from unimm.training.arguments import HostTrainingArguments, TokenizerTrainingCon
 from unimm.training.checkpoint import checkpoints, require_space, save_checkpoint
 from unimm.training.run import open_run
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 
 @dataclass
 class Recipe:

@@ -13,6 +13,8 @@ from tests.training.test_tokenizer_trainer import trainer
 from unimm.errors import UserError
 from unimm.training.run_log import RunLog
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 
 def logged(folder: Path) -> EventAccumulator:
     events = EventAccumulator(str(folder / "tensorboard"))

@@ -13,6 +13,8 @@ from unimm.training import step_clock
 from unimm.training.step_clock import Split, StepClock
 from unimm.training.throughput import Work
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 
 def test_a_parts_time_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]

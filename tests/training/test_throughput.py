@@ -17,6 +17,8 @@ from unimm.training.objective import ObjectiveConfig, TokenizerObjective
 from unimm.training.parameters import set_trainable, train_projector_only
 from unimm.training.throughput import Meter, TokenizerCost, Work, peak_flops
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 
 def counted(loss_of: object) -> int:
     """Operators of a forward and a backward pass."""

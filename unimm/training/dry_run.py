@@ -143,9 +143,7 @@ def dry_run_tokenizer(trainer: TokenizerTrainer, path: Path) -> None:
     if trainer.adversary is not None:
         say_groups(trainer.adversary.discriminator, trainer.adversary.optimizer.param_groups, "discriminator")
         optimizers.append(trainer.adversary.optimizer)
-    beside = [
-        m for m in (trainer.teacher, trainer.objective, trainer.adversary and trainer.adversary.discriminator) if m
-    ]
+    beside = [module for module in trainer.modules() if module is not tokenizer]
     ema = bytes_of(trainer.ema.shadow.values())
     say_memory(tokenizer, optimizers, ema, measured, trainer.accelerator.device, beside)
     say_time_and_disk(measured, config.steps, trainer.checkpoint_bytes(), config.keep_last)

@@ -112,7 +112,7 @@ def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
         (tokenizer, "hidden_states", "encoder"),
         (tokenizer, "_quantized", "quantizer"),
         (tokenizer, "draw", "decoder"),
-        (trainer, "_teacher_features", "teacher"),
+        *([(trainer.teacher, "forward", "teacher")] if trainer.teacher is not None else []),
         (trainer.objective.perceptual, "forward", "perceptual"),
         (trainer.accelerator, "backward", "backward"),
         (trainer.accelerator, "clip_grad_norm_", "optimiser"),

@@ -26,7 +26,7 @@ from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.processes import refuse_together
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
-from unimm.tokenizer.encoders import encode_features, final_norm
+from unimm.tokenizer.encoders import encode_features
 from unimm.training.adversary import Adversary
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.checkpoint import (
@@ -48,26 +48,10 @@ from unimm.training.parameters import parameter_groups, set_trainable
 from unimm.training.perceptual import FeaturePerceptualLoss
 from unimm.training.reconstruct import Reconstruct, cell_size
 from unimm.training.rng import random_states, set_random_states, undisturbed
-from unimm.training.run_log import RunLog
+from unimm.training.run_log import RunLog, in_words
 from unimm.training.schedules import warmup_cosine_scheduler
+from unimm.training.teacher import Teacher
 from unimm.training.throughput import Meter, TokenizerCost, Work
-
-SHOWN = (
-    "loss",
-    "pixel",
-    "perceptual",
-    "distillation",
-    "context",
-    "deep_cosine",
-    "shallow_cosine",
-    "gan",
-    "discriminator",
-    "codebook",
-    "codebook/use",
-    "codebook/perplexity",
-    "images_per_second",
-)
-"""Of what is logged, what is said too."""
 
 
 class TokenizerTrainer:
@@ -96,7 +80,7 @@ class TokenizerTrainer:
         self.tokenizer = tokenizer
         set_trainable(tokenizer, config.stage)
         # The teacher and the feature judge are the encoder as it was before this stage.
-        self.teacher = copy.deepcopy(tokenizer.encoder).requires_grad_(False).eval() if config.stage == 2 else None
+        self.teacher = Teacher(tokenizer) if config.stage == 2 else None
         self.objective = TokenizerObjective(objective, self._feature_judge(objective))
         self.collages = objective.context_weight > 0
         if self.collages:
@@ -227,8 +211,9 @@ class TokenizerTrainer:
             with self.accelerator.accumulate(self.reconstruct):
                 pixels = self._target(pixel_values)
                 with self.accelerator.autocast():
+                    taught = None if self.teacher is None else self.teacher(pixel_values)
                     output, collage = self.reconstruct(pixel_values, self.step if self.collages else None)
-                    terms = self.objective.terms(output, pixels, self._teacher_features(pixel_values), collage)
+                    terms = self.objective.terms(output, pixels, taught, collage)
                 loss = self.objective.total(terms)
                 if adversary is not None:
                     terms["gan"] = adversary.generator_loss(output.pixels)
@@ -250,15 +235,6 @@ class TokenizerTrainer:
         if self.config.revive_steps and self.step % self.config.revive_steps == 0:
             self.upkeep.revive(self.step, all_rows(output.latents.detach()).flatten(0, 1))
         return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}
-
-    @torch.no_grad()
-    def _teacher_features(self, pixel_values: Tensor) -> Tensor | None:
-        if self.teacher is None:
-            return None
-        config = self.tokenizer.config
-        states = encode_features(self.teacher, pixel_values)
-        features = states[config.feature_layer]
-        return final_norm(self.teacher)(features) if config.apply_post_norm else features
 
     def _target(self, pixel_values: Tensor) -> Tensor:
         """The pixels to reach, resized where the tokenizer draws pictures of another size than it reads."""
@@ -307,7 +283,8 @@ class TokenizerTrainer:
         scalars["learning_rate"] = self.scheduler.get_last_lr()[0]
         scalars |= self.meter.read(self.step * self.samples_per_step)
         self.log.scalars(scalars, self.step)
-        bar.write(f"step {self.step}: " + ", ".join(f"{k} {scalars[k]:.4g}" for k in SHOWN if k in scalars))
+        if self.accelerator.is_main_process:
+            bar.write(f"step {self.step}: {in_words(scalars)}")
 
     @torch.no_grad()
     def _panel(self) -> None:
