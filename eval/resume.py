@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", choices=[case.name for case in cases], help="this one and, undisturbed, what it needs"
     )
-    parser.add_argument("--kills", type=int, default=3, help="of each run; every second one while it writes")
+    parser.add_argument("--kills", type=int, default=5, help="of each run; every second one while it writes")
     parser.add_argument("--seed", type=int, default=0, help="of the steps at which they come")
     parser.add_argument("--accelerate", action="store_true", help="start the runs by accelerate launch: slower")
     parser.add_argument("--folder", help="keep the runs there; a temporary folder otherwise")
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix="unimm-resume-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     launcher = Launcher(ROOT, folder, accelerate=arguments.accelerate)
-    report.say(f"{'recipe':<8} {'steps':>5}  {'killed after step':<34} {'checkpoints found':<22} {'equal':<5} seconds")
+    report.say(f"{'recipe':<8} {'steps':>5}  {'killed after step':<52} {'checkpoints found':<34} {'equal':<5} seconds")
     log, equal = folder / "vfm.log", True
     try:
         finish(launcher.start(Case("vfm", "vfm", 3), "runs/debug/vfm", log), log)
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             trial = run_case(launcher, case, kills=arguments.kills if wanted else 0, seed=arguments.seed)
             killed, found = ", ".join(trial.killed_at), " | ".join(" ".join(map(str, f)) or "-" for f in trial.found)
             verdict = "yes" if trial.equal else "NO"
-            report.say(f"{case.name:<8} {case.steps:>5}  {killed:<34} {found:<22} {verdict:<5} {trial.seconds:7.1f}")
+            report.say(f"{case.name:<8} {case.steps:>5}  {killed:<52} {found:<34} {verdict:<5} {trial.seconds:7.1f}")
             report.add(**{case.name: {"steps": case.steps, "killed_at": trial.killed_at, "equal": trial.equal}})
             equal &= trial.equal
             if not trial.equal:

@@ -19,7 +19,7 @@ from unimm.class_conditional import ClassConditionalConfig, ClassConditionalGPT
 from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet
 from unimm.class_conditional.extraction import ClassIdsConfig, prepare_ids
 from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
-from unimm.config import parse_recipe_args
+from unimm.config import parse_training_args
 from unimm.data.ids import entropy_line
 from unimm.data.images import save_image_atomically
 from unimm.errors import UserError, run_main
@@ -27,6 +27,7 @@ from unimm.provenance import write_atomically
 from unimm.tokenizer.loading import load_with_processor
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.class_conditional_trainer import ClassConditionalTrainer
+from unimm.training.dry_run import SHEET_PICTURES, dry_run_stream, short, show_pictures
 from unimm.training.run import open_run
 
 
@@ -70,7 +71,7 @@ def build(recipe: C2IRecipe, ids: ClassIds) -> ClassConditionalGPT:
 
 
 def main() -> None:
-    recipe = parse_recipe_args(C2IRecipe)
+    recipe, dry_run = parse_training_args(C2IRecipe)
     train = recipe.train
     tokenizer, image_processor = load_with_processor(recipe.model.image_tokenizer)
     tokenizer.requires_grad_(False)
@@ -82,9 +83,21 @@ def main() -> None:
         each.require_classes(recipe.model.num_classes)
     set_seed(train.seed)  # here: extracting ids may take random numbers, and they may be on disk already
     model = build(recipe, ids)
+    if dry_run:
+        picture_of = lambda batch: tokenizer.decode(batch["ids"][:SHEET_PICTURES])  # noqa: E731
+        show = show_pictures(Path(train.output_dir) / "dry_run.png", picture_of)
+        dry_run_stream(trainer_of(recipe, short(train), model, ids, held_out), train.max_steps, show)
+        return
     facts = {"rows of ids": len(ids), "tokenizer": ids.info.tokenizer_fingerprint}
     with open_run(recipe, samples_per_step=train.samples_per_step, **facts):
         train_and_draw(recipe, model, ClassDrawer(model, tokenizer, image_processor), ids, held_out)
+
+
+def trainer_of(
+    recipe: C2IRecipe, args: HostTrainingArguments, model: ClassConditionalGPT, ids: ClassIds, held_out: ClassIds
+) -> ClassConditionalTrainer:
+    stream = IdStream(ids, args.max_steps * args.samples_per_step, recipe.data.seed)
+    return ClassConditionalTrainer(model, args, train_dataset=stream, eval_dataset=IdRows(held_out))
 
 
 def train_and_draw(
@@ -92,12 +105,7 @@ def train_and_draw(
 ) -> None:
     """Train, and save the GPT with its tokenizer, a sheet of drawings and the held-out loss."""
     train, output = recipe.train, Path(recipe.train.output_dir)
-    trainer = ClassConditionalTrainer(
-        model,
-        train,
-        train_dataset=IdStream(ids, train.max_steps * train.samples_per_step, recipe.data.seed),
-        eval_dataset=IdRows(held_out),
-    )
+    trainer = trainer_of(recipe, train, model, ids, held_out)
     entropy, uniform = ids.entropy, math.log(ids.info.codebook_size)
     print(entropy_line(len(ids), entropy, ids.info.codebook_size))
     if not (trainer.done or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these prepare once, to train

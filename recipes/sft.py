@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_recipe_args
+from unimm.config import parse_training_args
 from unimm.data.conversations import shapes_corpus
 from unimm.data.mixture import MixtureConfig
 from unimm.errors import UserError, reading, run_main
@@ -110,12 +110,12 @@ def build_model(
 
 
 def main() -> None:
-    recipe = parse_recipe_args(SFTRecipe)
+    recipe, dry_run = parse_training_args(SFTRecipe)
     set_seed(recipe.train.seed)
     loading = recipe.lora.loading() if recipe.lora else None
     model, processor = build_model(recipe.model, recipe.data.seed, recipe.train.seed, loading)
     adapter = add_lora(model, recipe.lora, base=str(recipe.model.init_from)) if recipe.lora else None
-    train_on_flows(recipe, model, processor, adapter=adapter)
+    train_on_flows(recipe, model, processor, adapter=adapter, dry_run=dry_run)
 
 
 if __name__ == "__main__":

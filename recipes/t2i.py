@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_recipe_args
+from unimm.config import parse_training_args
 from unimm.data.mixture import MixtureConfig
 from unimm.errors import UserError, run_main
 from unimm.mllm import UnifiedModelMixin, UnimmProcessor, load
@@ -67,7 +67,7 @@ def panel_of(model: UnifiedModelMixin, processor: UnimmProcessor, panel: PanelCo
 
 
 def main() -> None:
-    recipe = parse_recipe_args(T2IRecipe)
+    recipe, dry_run = parse_training_args(T2IRecipe)
     set_seed(recipe.train.seed)
     how = {"dtype": torch.float32, "attn_implementation": recipe.model.attn_implementation}
     how |= recipe.lora.loading() if recipe.lora else {}
@@ -77,7 +77,7 @@ def main() -> None:
     adapter = add_lora(model, recipe.lora, base=recipe.model.path) if recipe.lora else None
     model.config.null_prompt_prob = recipe.data.null_prompt_prob
     panel = panel_of(model, processor, recipe.panel) if recipe.panel.prompts else None
-    train_on_flows(recipe, model, processor, panel, adapter)
+    train_on_flows(recipe, model, processor, panel, adapter, dry_run=dry_run)
 
 
 if __name__ == "__main__":

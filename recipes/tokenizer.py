@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_recipe_args
+from unimm.config import parse_training_args
 from unimm.data.pictures import PictureConfig, picture_stream
 from unimm.errors import UserError, reading, run_main
 from unimm.mllm import load
@@ -25,6 +25,7 @@ from unimm.processes import processes
 from unimm.saving import weights_fingerprint
 from unimm.tokenizer import TOKENIZERS, ImageTokenizer
 from unimm.training.arguments import TokenizerTrainingConfig, accumulation_steps
+from unimm.training.dry_run import dry_run_tokenizer, short_tokenizer
 from unimm.training.objective import ObjectiveConfig
 from unimm.training.run import open_run
 from unimm.training.tokenizer_trainer import TokenizerTrainer
@@ -86,7 +87,7 @@ def require_kind(path: str, found: str, kind: str) -> None:
 
 
 def main() -> None:
-    recipe = parse_recipe_args(TokenizerRecipe)
+    recipe, dry_run = parse_training_args(TokenizerRecipe)
     train = recipe.train
     set_seed(train.seed)
     count = processes().num_processes
@@ -96,6 +97,10 @@ def main() -> None:
     log = Path(train.output_dir) / "data"
     pictures = picture_stream(recipe.data, train.steps * samples_per_step, train.seed, log_folder=log)
     tokenizer = build(recipe.model)
+    if dry_run:
+        trainer = TokenizerTrainer(tokenizer, pictures, short_tokenizer(train), recipe.loss)
+        dry_run_tokenizer(trainer, Path(train.output_dir) / "dry_run.png")
+        return
     encoder = weights_fingerprint(tokenizer.encoder)  # the teacher
     with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=pictures.sizes):
         TokenizerTrainer(tokenizer, pictures, train, recipe.loss).train()

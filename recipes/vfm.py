@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil
 from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_recipe_args
+from unimm.config import parse_training_args
 from unimm.data.pictures import PictureConfig, picture_stream, to_array
 from unimm.errors import run_main
 from unimm.training.arguments import StreamTrainingArguments
+from unimm.training.dry_run import dry_run_stream, short, show_pictures
 from unimm.training.run import open_run
 from unimm.training.stream_trainer import StreamTrainer
 from unimm.training.text_tokenizer import train_text_tokenizer
@@ -43,7 +44,7 @@ class VFMConfig:
 
 
 def main() -> None:
-    config = parse_recipe_args(VFMConfig)
+    config, dry_run = parse_training_args(VFMConfig)
     train = config.train
     set_seed(train.seed)
     length = train.max_steps * train.samples_per_step
@@ -64,8 +65,13 @@ def main() -> None:
             "input_ids": to_input_ids(tokenizer, rows, siglip_config),
         }
 
+    parts = {"train_dataset": stream, "data_collator": collate, "stream_seed": train.seed}
+    if dry_run:
+        show = show_pictures(Path(train.output_dir) / "dry_run.png", lambda batch: batch["pixel_values"] / 2 + 0.5)
+        dry_run_stream(StreamTrainer(model, short(train), **parts), train.max_steps, show)
+        return
     with open_run(config, samples_per_step=train.samples_per_step, rows=stream.sizes):
-        trainer = StreamTrainer(model, train, train_dataset=stream, data_collator=collate, stream_seed=train.seed)
+        trainer = StreamTrainer(model, train, **parts)
         trainer.train_or_load()
         if trainer.is_world_process_zero():
             with trainer.averaged():

@@ -45,12 +45,28 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
 
 def parse_recipe_args(cls: type[T], argv: Sequence[str] | None = None) -> T:
     """The command line of every recipe: `--config FILE [key=value ...]`. A `UserError` is printed and exits with 2."""
+    return _parsed(_recipe_parser(cls), cls, argv)[0]
+
+
+def parse_training_args(cls: type[T], argv: Sequence[str] | None = None) -> tuple[T, bool]:
+    """`parse_recipe_args` of a recipe that trains, and whether `--dry-run` was given."""
+    parser = _recipe_parser(cls)
+    parser.add_argument("--dry-run", action="store_true", help="say what it would train and take, show a batch, end")
+    config, arguments = _parsed(parser, cls, argv)
+    return config, arguments.dry_run
+
+
+def _recipe_parser(cls: type) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=f"Settings: {', '.join(known_keys(cls))} (nested by dots).")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file, e.g. train.seed=1")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, cls: type[T], argv: Sequence[str] | None) -> tuple[T, argparse.Namespace]:
+    arguments = parser.parse_intermixed_args(argv)
     try:
-        return load_config(cls, arguments.config, arguments.overrides)
+        return load_config(cls, arguments.config, arguments.overrides), arguments
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(USER_ERROR_EXIT_CODE) from None

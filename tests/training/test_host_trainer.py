@@ -76,7 +76,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def history(trainer: HostTrainer) -> list[dict[str, float]]:
-    timings = ("runtime", "per_second")
+    timings = ("runtime", "per_second", "peak_memory_gib")
     return [
         {k: v for k, v in entry.items() if not k.endswith(timings) and k != "train_loss"}
         for entry in trainer.state.log_history

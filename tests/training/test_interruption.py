@@ -19,6 +19,8 @@ from unimm.training import interruption
 from unimm.training.interruption import resume_command
 from unimm.training.objective import GANConfig
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 
 def wait_for(text: str, log: Path, process: int) -> None:
     """Until the process has said `text`."""
@@ -95,7 +97,7 @@ def test_processes_stop_together_when_one_of_them_is_told(loop: str, tmp_path: P
     os.kill(ranks[1], signal.SIGTERM)
     assert [exit_code(rank) for rank in ranks] == [0, 0], "".join(log.read_text() for log in logs)
     (step,) = steps_of(tmp_path / "run")
-    assert f"Stopped by SIGTERM after step {step} of" in logs[1].read_text()
+    assert f"Stopped by SIGTERM after step {step} of" in logs[1].read_text(), logs[1].read_text()
     assert f"Stopped by a signal to another process after step {step} of" in logs[0].read_text()
 
 
@@ -134,5 +136,9 @@ def test_a_killed_recipe_ends_with_the_same_bits(tmp_path: Path) -> None:
     vfm = Case("vfm", "vfm", 4, ("train.max_steps=4", "train.save_steps=1", "train.ema_decay=0.9"))
     trial = run_case(launcher, vfm, kills=1, seed=1)
     assert trial.killed_at and trial.equal, trial
+    other = Case("vfm", "vfm", 4, (*vfm.overrides, "train.learning_rate=0.5", "loss.mask_ratio=0.9"))
+    log = tmp_path / "other.log"
+    assert exit_code(launcher.start(other, "runs/killed/vfm", log)) == 2
+    assert "loss.mask_ratio was 0.15 and is 0.9; train.learning_rate was 0.001 and is 0.5" in log.read_text()
     (tmp_path / "runs/killed/vfm/model.safetensors").write_bytes(b"")
     assert differences(tmp_path / "runs/debug/vfm", tmp_path / "runs/killed/vfm") == ["model.safetensors"]

@@ -16,9 +16,11 @@ from unimm.config import save_config
 from unimm.data.mixture import FlowConfig, MixtureConfig
 from unimm.errors import UserError
 from unimm.processes import lock_folder
-from unimm.training.arguments import TokenizerTrainingConfig
+from unimm.training.arguments import HostTrainingArguments, TokenizerTrainingConfig
 from unimm.training.checkpoint import checkpoints, require_space, save_checkpoint
 from unimm.training.run import open_run
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @dataclass
@@ -158,3 +160,11 @@ def test_settings_that_cannot_be_read_are_one_sentence(begun: Path) -> None:
     (begun / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"config\.yaml"):
         go_on(recipe(begun))
+
+
+@pytest.mark.parametrize("name", ["keep_last", "save_steps", "batch_size"])
+def test_counts_are_at_least_one(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"train.{name} must be at least 1, got 0"):
+        TokenizerTrainingConfig(str(tmp_path), **{name: 0})
+    with pytest.raises(UserError, match="save_total_limit must be at least 1, or null to keep all; got 0"):
+        HostTrainingArguments(str(tmp_path), max_steps=1, save_total_limit=0)

@@ -186,7 +186,7 @@ def test_stage_2_moves_the_encoder_and_never_the_teacher(tmp_path):
     before = tiny_vqrae().encoder.state_dict()
     run = trainer(tmp_path, 2)
     run.train()
-    assert all(torch.equal(v, before[k]) for k, v in run.teacher.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in run.teacher.encoder.state_dict().items())
     assert not torch.equal(
         run.tokenizer.encoder.state_dict()["encoder.layers.0.mlp.fc1.weight"], before["encoder.layers.0.mlp.fc1.weight"]
     )

@@ -44,9 +44,11 @@ class Case:
 
 def debug_cases() -> list[Case]:
     """All that a checkpoint may hold: codebook upkeep, both sides of the GAN, EMA, Muon, data workers, two flows."""
-    tokenizer = ("train.steps=8", "train.save_steps=3", "train.num_workers=1", "train.panel_steps=8")
-    host: tuple[str, ...] = ("train.max_steps=8", "train.save_steps=3", "train.eval_steps=8", "train.ema_decay=0.9")
-    host += ("train.dataloader_num_workers=1",)
+    tokenizer = ("train.steps=8", "train.save_steps=2", "train.num_workers=1", "train.panel_steps=8")
+    host = (
+        "train.max_steps=8", "train.save_steps=2", "train.eval_steps=8", "train.ema_decay=0.9",
+        "train.dataloader_num_workers=1",
+    )  # fmt: skip
     return [
         Case("stage1", "tokenizer", 8, tokenizer),
         Case("stage2", "tokenizer", 8, (*tokenizer, "loss.gan.start=2")),
@@ -157,7 +159,7 @@ def kill_at(process: int, log: Path, folder: Path, *, steps: int | None) -> str 
     while exit_code(process, wait=False) is None:
         said = len(_STEP.findall(log.read_bytes()))
         writing = sorted(path.name for path in folder.glob(".checkpoint-*.tmp"))
-        if writing if steps is None else said >= steps:
+        if said and writing if steps is None else said >= steps:  # before the first step it is what the last kill left
             os.killpg(process, signal.SIGKILL)
             exit_code(process)
             left = sorted(path.name for path in folder.glob(".checkpoint-*.tmp"))

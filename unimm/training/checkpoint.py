@@ -112,11 +112,12 @@ def require_space(folder: Path, size: int, copies: int, extra: int = 0) -> None:
     free, needed = shutil.disk_usage(folder).free, copies * size + extra
     if free < needed:
         raise UserError(
-            f"{folder} has {_gigabytes(free)} free and {_gigabytes(needed)} are needed: {copies} checkpoints of "
-            f"{_gigabytes(size)} (those kept and the one being written) and {_gigabytes(extra)} for the result. "
+            f"{folder} has {gigabytes(free)} free and {gigabytes(needed)} are needed: {copies} checkpoints of "
+            f"{gigabytes(size)} (those kept and the one being written) and {gigabytes(extra)} for the result. "
             "Make room, keep fewer checkpoints, or choose another output_dir; what is written already is intact."
         )
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """In words, to three digits."""
     return f"{size / 1e9:.3g} GB"

@@ -1,9 +1,12 @@
 """`ClassConditionalTrainer`: a `StreamTrainer` over pre-extracted ids."""
 
+from typing import Any
+
 from unimm.class_conditional.ids import IdRows, IdStream
 from unimm.class_conditional.modeling import ClassConditionalGPT
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.stream_trainer import StreamTrainer
+from unimm.training.throughput import TransformerCost, Work
 
 
 class ClassConditionalTrainer(StreamTrainer):
@@ -21,6 +24,12 @@ class ClassConditionalTrainer(StreamTrainer):
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, stream_seed=train_dataset.seed
         )
+
+    def work_of(self, inputs: Any) -> Work:
+        """Every picture is a class and its ids but the last, each of which looks at all before it."""
+        config, (rows, length) = self.model.config, inputs["ids"].shape
+        cost = TransformerCost.of(self.model, config.num_hidden_layers, config.hidden_size)
+        return Work(rows, rows * length, float(cost.training(rows * length, length)))
 
     def held_out_loss(self) -> float:
         """The mean cross entropy of the held-out ids, in nats an id."""

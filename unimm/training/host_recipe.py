@@ -10,6 +10,7 @@ from unimm.data.text_to_image import IdDrawings
 from unimm.processes import processes
 from unimm.training.adapters import Adapter
 from unimm.training.arguments import HostTrainingArguments
+from unimm.training.dry_run import dry_run_stream, short, show_label_mask
 from unimm.training.host_callbacks import Panel
 from unimm.training.host_trainer import HostTrainer
 from unimm.training.run import open_run
@@ -23,34 +24,52 @@ class HostRecipe(Protocol):
 
 
 def train_on_flows(
-    recipe: HostRecipe, model: Any, processor: Any, panel: Panel | None = None, adapter: Adapter | None = None
+    recipe: HostRecipe,
+    model: Any,
+    processor: Any,
+    panel: Panel | None = None,
+    adapter: Adapter | None = None,
+    *,
+    dry_run: bool = False,
 ) -> None:
     """Train `model`, or the `adapter` in it, on the recipe's flows; the run's settings, log, checkpoints and result are
-    in its output folder."""
-    data, train = recipe.data, recipe.train
+    in its output folder. With `dry_run` only say what it would take, and show a batch."""
+    train, output = recipe.train, Path(recipe.train.output_dir)
+    if dry_run:
+        trainer = host_trainer(recipe, model, processor, args=short(train), adapter=adapter)
+        dry_run_stream(trainer, train.max_steps, show_label_mask(processor, output / "dry_run.html"))
+        return
+    parts = {"adapter": adapter, "panel": panel, "log_folder": output / "data"}
+    trainer = host_trainer(recipe, model, processor, args=train, **parts)
+    with open_run(recipe, samples_per_step=train.samples_per_step, rows=trainer.train_dataset.sizes):
+        trainer.run()
+
+
+def host_trainer(
+    recipe: HostRecipe, model: Any, processor: Any, *, args: HostTrainingArguments, **parts: Any
+) -> HostTrainer:
+    """A trainer on the recipe's flows; `log_folder` among the parts is where rows that are skipped are named."""
+    data = recipe.data
     train_stream, test_stream = training_streams(
         data,
-        samples_per_step=train.samples_per_step,
+        samples_per_step=args.samples_per_step,
         reserved=processor.markers,
-        log_folder=Path(train.output_dir) / "data",
+        log_folder=parts.pop("log_folder", None),
     )
-    floors = unigram_entropies(train_stream, model)
-    with open_run(recipe, samples_per_step=train.samples_per_step, rows=train_stream.sizes):
-        if all(flow.kind == "drawing" for flow in data.flows.values()):
-            model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at pictures, decay would move it
-        HostTrainer(
-            model,
-            train,
-            processor=processor,
-            data_collator=FlowCollator(processor, max_length=train.max_length, pack_length=train.pack_length),
-            train_dataset=train_stream,
-            eval_dataset=test_stream,
-            flow_weights=data.weights,
-            stream_seed=data.seed,
-            unigram_entropies=floors,
-            panel=panel,
-            adapter=adapter,
-        ).run()
+    if all(flow.kind == "drawing" for flow in data.flows.values()):
+        model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at pictures, decay would move it
+    return HostTrainer(
+        model,
+        args,
+        processor=processor,
+        data_collator=FlowCollator(processor, max_length=args.max_length, pack_length=args.pack_length),
+        train_dataset=train_stream,
+        eval_dataset=test_stream,
+        flow_weights=data.weights,
+        stream_seed=data.seed,
+        unigram_entropies=unigram_entropies(train_stream, model),
+        **parts,
+    )
 
 
 def unigram_entropies(stream: Mixture, model: Any) -> dict[str, float]:

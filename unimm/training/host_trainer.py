@@ -29,6 +29,7 @@ from unimm.training.optimizers import MuonAdamW, muon_groups
 from unimm.training.parameters import host_parameter_groups, learning_blocks
 from unimm.training.sharding import check_strategy, set_up_plugin, weights_to_save
 from unimm.training.stream_trainer import StreamTrainer
+from unimm.training.throughput import HostCost, Work
 
 Batch = dict[str, dict[str, Tensor]]
 PACKABLE_ATTENTION = ("sdpa", "eager")
@@ -107,6 +108,7 @@ class HostTrainer(StreamTrainer):
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
             for block in blocks:
                 block.compile(dynamic=True)
+        self._cost: HostCost | None = None
         self._sums = {mode: torch.zeros(len(self.flow_weights), 2, device=args.device) for mode in ("train", "eval")}
 
     # ---- the run ----
@@ -248,6 +250,11 @@ class HostTrainer(StreamTrainer):
                 if flow in self.unigram_entropies:
                     logs[f"{prefix}unigram_entropy_{flow}"] = self.unigram_entropies[flow]
         super().log(logs, start_time)
+
+    def work_of(self, inputs: Batch) -> Work:
+        """Tokens, pictures and FLOPs of all flows."""
+        self._cost = self._cost or HostCost(self.model)
+        return sum(map(self._cost.of, inputs.values()), Work())
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: the estimate walks over all parameters at every step."""

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -37,7 +38,8 @@ os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
 
 
 class Interruption:
-    """A context manager: within, signals are noted and nothing else happens until `agreed` is asked."""
+    """A context manager: within, signals are noted and nothing else happens until `agreed` is asked. Outside of the
+    main thread, which alone can listen, signals do what they do anyway."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -46,8 +48,9 @@ class Interruption:
 
     def __enter__(self) -> Self:
         global _listening
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        _listening = True
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            _listening = True
         return self
 
     def __exit__(self, *_: object) -> None:

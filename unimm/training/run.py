@@ -29,7 +29,7 @@ MAY_CHANGE = (
     # where the run lies and what is said and shown of it
     "train.output_dir", "train.run_name", "train.report_to", "train.project", "train.trackio_*", "train.hub_*",
     "train.push_to_hub*", "train.disable_tqdm", "train.log_*", "train.logging_*", "train.panel_steps", "train.eval_*",
-    "train.per_device_eval_batch_size", "train.do_*", "panel.*", "sheet.*", "data.num_eval_samples",
+    "train.per_device_eval_batch_size", "train.do_*", "panel.*", "sheet.*", "data.num_eval_samples", "*.max_bad_share",
     # when it is saved, how many checkpoints stay
     "train.save_*", "train.keep_last",
     # how fast it goes: the same numbers up to rounding

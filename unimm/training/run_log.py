@@ -10,6 +10,28 @@ from unimm.errors import UserError
 
 TRACKERS = ("tensorboard", "wandb")
 
+SHOWN = (
+    "loss",
+    "pixel",
+    "perceptual",
+    "distillation",
+    "context",
+    "deep_cosine",
+    "shallow_cosine",
+    "gan",
+    "discriminator",
+    "codebook",
+    "codebook/use",
+    "codebook/perplexity",
+    "images_per_second",
+)
+"""Of what is logged, what is said too."""
+
+
+def in_words(scalars: Mapping[str, float]) -> str:
+    """Those of them that are said."""
+    return ", ".join(f"{name} {scalars[name]:.4g}" for name in SHOWN if name in scalars)
+
 
 class RunLog:
     """Of the run in `folder`, from `step` on: what an interrupted run logged later is dropped.

@@ -35,6 +35,7 @@ from unimm.training.host_callbacks import StopOnSignal, UpdateEMA
 from unimm.training.interruption import Interruption
 from unimm.training.rng import undisturbed
 from unimm.training.sharding import refuse_average
+from unimm.training.throughput import Meter, Work
 
 EMA_FILE = "ema.pt"
 
@@ -57,6 +58,7 @@ class StreamTrainer(Trainer):
         self.ema = None if args.ema_decay is None else EMA(model, decay=args.ema_decay)
         if self.ema is not None:
             self.add_callback(UpdateEMA(self.ema))
+        self.meter = Meter(self.accelerator)
         self._bad_step = torch.tensor(-1, device=args.device)
         self._staging: Path | None = None
 
@@ -82,6 +84,7 @@ class StreamTrainer(Trainer):
             stop = StopOnSignal(interruption, self.accelerator)
             self.add_callback(stop)
             self._forget_evaluation()
+            self.meter.restart()
             self.train(resume_from_checkpoint=found)
             self.remove_callback(stop)
         self.remove_callback(TensorBoardCallback)  # a later evaluation would open another log
@@ -114,7 +117,8 @@ class StreamTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer, under the averaged weights where there are any, eager (no shape is worth compiling for), and
         without an influence on the random numbers of the steps to come."""
-        with self.averaged(), torch.compiler.set_stance("force_eager"), undisturbed(self.args.device):
+        eager = torch.compiler.set_stance("force_eager")
+        with self.averaged(), eager, undisturbed(self.args.device), self.meter.paused():
             return super().evaluate(*args, **kwargs)
 
     # ---- guards ----
@@ -122,13 +126,20 @@ class StreamTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
         """As in Trainer; keeps the first step whose loss is not finite, on the device and without waiting for it."""
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.meter.add(self.work_of(inputs))
         first = ~torch.isfinite(loss) & (self._bad_step < 0)
         self._bad_step = torch.where(first, self.state.global_step, self._bad_step)
         return loss
 
+    def work_of(self, inputs: Any) -> Work:
+        """What a micro-batch was, for the log; a subclass knows more."""
+        return Work(pictures=len(inputs["pixel_values"]) if "pixel_values" in inputs else 0)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer, unless the run is lost."""
+        """As in Trainer, with the throughput of the steps, unless the run is lost."""
         self._stop_if_not_finite()
+        if "loss" in logs:
+            logs = logs | self.meter.read(self.state.global_step * self.args.samples_per_step)
         super().log(logs, start_time)
 
     def _stop_if_not_finite(self) -> None:
@@ -161,6 +172,10 @@ class StreamTrainer(Trainer):
         folder, step = Path(self.args.output_dir), self.state.global_step
         if step == self.done:
             return
+        with self.meter.paused():
+            self._write_checkpoint(folder, step, model, trial)
+
+    def _write_checkpoint(self, folder: Path, step: int, model: nn.Module, trial: Any) -> None:
         self._require_space(copies=1)
         self._staging = staging_folder(folder, step)
         if self.args.should_save:

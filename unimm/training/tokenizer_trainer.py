@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -26,7 +26,7 @@ from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.processes import refuse_together
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
-from unimm.tokenizer.encoders import encode_features, final_norm
+from unimm.tokenizer.encoders import encode_features
 from unimm.training.adversary import Adversary
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.checkpoint import (
@@ -48,26 +48,11 @@ from unimm.training.parameters import parameter_groups, set_trainable
 from unimm.training.perceptual import FeaturePerceptualLoss
 from unimm.training.reconstruct import Reconstruct, cell_size
 from unimm.training.rng import random_states, set_random_states, undisturbed
-from unimm.training.run_log import RunLog
+from unimm.training.run_log import RunLog, in_words
 from unimm.training.schedules import warmup_cosine_scheduler
 from unimm.training.sharding import check_strategy
-
-SHOWN = (
-    "loss",
-    "pixel",
-    "perceptual",
-    "distillation",
-    "context",
-    "deep_cosine",
-    "shallow_cosine",
-    "gan",
-    "discriminator",
-    "codebook",
-    "codebook/use",
-    "codebook/perplexity",
-    "images_per_second",
-)
-"""Of what is logged, what is said too."""
+from unimm.training.teacher import Teacher
+from unimm.training.throughput import Meter, TokenizerCost, Work
 
 
 class TokenizerTrainer:
@@ -99,7 +84,7 @@ class TokenizerTrainer:
         self.tokenizer = tokenizer
         set_trainable(tokenizer, config.stage)
         # The teacher and the feature judge are the encoder as it was before this stage.
-        self.teacher = copy.deepcopy(tokenizer.encoder).requires_grad_(False).eval() if config.stage == 2 else None
+        self.teacher = Teacher(tokenizer) if config.stage == 2 else None
         self.objective = TokenizerObjective(objective, self._feature_judge(objective))
         self.collages = objective.context_weight > 0
         if self.collages:
@@ -174,22 +159,29 @@ class TokenizerTrainer:
         """
         self._go_on()
         config, main = self.config, self.accelerator.is_main_process
+        self.meter = Meter(self.accelerator)
+        known = self.meter.peak is not None
+        flops = TokenizerCost.of(self.tokenizer, config.stage).training(config.batch_size) if known else 0.0
+        of_a_step = Work(config.batch_size, flops=flops) * config.gradient_accumulation_steps
         self.log = RunLog(self.output_dir, config.report_to, step=self.step, main=main)
         self.tokenizer.train()
         bar = tqdm(total=config.steps, initial=self.step, disable=not main, unit="step")
         batches = self._batches(self._remaining())
+        self.meter.restart()
         with Interruption() as interruption:
             while self.step < config.steps:
                 logged = self._optimizer_step(batches)
+                self.meter.add(of_a_step)
                 bar.update()
                 over = self.step == config.steps
                 stop = interruption.agreed(self.accelerator) and not over
                 if self.step % config.log_steps == 0 or over:
                     self._log(self._means(logged), bar)
-                if self.step % config.panel_steps == 0 or over:
-                    self._panel()
-                if self.step % config.save_steps == 0 or over or stop:
-                    self._save()
+                with self.meter.paused():
+                    if self.step % config.panel_steps == 0 or over:
+                        self._panel()
+                    if self.step % config.save_steps == 0 or over or stop:
+                        self._save()
                 if stop:
                     break
         bar.close()
@@ -223,8 +215,9 @@ class TokenizerTrainer:
             with self.accelerator.accumulate(self.reconstruct):
                 pixels = self._target(pixel_values)
                 with self.accelerator.autocast():
+                    taught = None if self.teacher is None else self.teacher(pixel_values)
                     output, collage = self.reconstruct(pixel_values, self.step if self.collages else None)
-                    terms = self.objective.terms(output, pixels, self._teacher_features(pixel_values), collage)
+                    terms = self.objective.terms(output, pixels, taught, collage)
                 loss = self.objective.total(terms)
                 if adversary is not None:
                     terms["gan"] = adversary.generator_loss(output.pixels)
@@ -247,15 +240,6 @@ class TokenizerTrainer:
             self.upkeep.revive(self.step, all_rows(output.latents.detach()).flatten(0, 1))
         return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}
 
-    @torch.no_grad()
-    def _teacher_features(self, pixel_values: Tensor) -> Tensor | None:
-        if self.teacher is None:
-            return None
-        config = self.tokenizer.config
-        states = encode_features(self.teacher, pixel_values)
-        features = states[config.feature_layer]
-        return final_norm(self.teacher)(features) if config.apply_post_norm else features
-
     def _target(self, pixel_values: Tensor) -> Tensor:
         """The pixels to reach, resized where the tokenizer draws pictures of another size than it reads."""
         pixels = self.tokenizer.denormalize(pixel_values)
@@ -264,6 +248,11 @@ class TokenizerTrainer:
             return pixels
         size = [side * q // p for side in pixels.shape[-2:]]
         return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    def modules(self) -> list[nn.Module]:
+        """All that takes part in a step."""
+        judges = [] if self.adversary is None else [self.adversary.discriminator]
+        return [self.tokenizer, self.objective, *([] if self.teacher is None else [self.teacher]), *judges]
 
     def _trainable(self) -> list[Tensor]:
         return [p for p in self.tokenizer.parameters() if p.requires_grad]
@@ -296,8 +285,10 @@ class TokenizerTrainer:
         usage, self.usage = self.usage, CodebookUsage(self.tokenizer.config.codebook_size)
         scalars |= {f"codebook/{name}": getattr(usage, name) for name in ("use", "perplexity", "dead")}
         scalars["learning_rate"] = self.scheduler.get_last_lr()[0]
+        scalars |= self.meter.read(self.step * self.samples_per_step)
         self.log.scalars(scalars, self.step)
-        bar.write(f"step {self.step}: " + ", ".join(f"{k} {scalars[k]:.4g}" for k in SHOWN if k in scalars))
+        if self.accelerator.is_main_process:
+            bar.write(f"step {self.step}: {in_words(scalars)}")
 
     @torch.no_grad()
     def _panel(self) -> None:
@@ -317,12 +308,15 @@ class TokenizerTrainer:
             print(f"step {self.step}: {name} {value:.4f}")
         self.tokenizer.train()
 
-    def _require_space(self, copies: int, extra: int = 0) -> None:
-        optimizers = [self.optimizer] + ([self.adversary.optimizer] if self.adversary is not None else [])
-        size = model_bytes(self.tokenizer) + bytes_of(self.ema.shadow.values())
-        size += sum(optimizer_bytes(optimizer) for optimizer in optimizers)
+    def checkpoint_bytes(self) -> int:
+        """What one takes on the disk."""
+        size = model_bytes(self.tokenizer) + bytes_of(self.ema.shadow.values()) + optimizer_bytes(self.optimizer)
         if self.adversary is not None:
-            size += model_bytes(self.adversary.discriminator)
+            size += model_bytes(self.adversary.discriminator) + optimizer_bytes(self.adversary.optimizer)
+        return size
+
+    def _require_space(self, copies: int, extra: int = 0) -> None:
+        size = self.checkpoint_bytes()
         refuse_together(lambda: require_space(self.output_dir, size, copies, extra))
 
     def _save(self) -> None:

@@ -1,0 +1,186 @@
+"""Training steps on generated pictures: where their time goes, pictures and tokens a second, and the model FLOPs
+utilisation where the device's peak is known.
+
+    python eval/bench_training.py --size shapes --json runs/bench_training.json
+    python eval/bench_training.py --size paper --what stage1,t2i --batch-size 64 --precision bf16   # on a GPU
+
+Stage 1 and stage 2 of VQRAE (the second with its GAN; both with LPIPS and ConvNeXt-S, whose weights are random here)
+and drawing with a language model. Each is run plain, with gradient checkpointing, and compiled. "paper" is
+VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of a picture of 512 px.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from unimm.benchmarks.real_size import QWEN3_0_6B, tokenizer_config
+from unimm.data.collators import FlowCollator
+from unimm.data.conversations import shapes_corpus
+from unimm.data.text_to_image import drawing
+from unimm.errors import UserError, run_main
+from unimm.mllm import attach
+from unimm.perceptual_networks import LPIPS, ConvNeXt
+from unimm.provenance import git_commit
+from unimm.report import Report
+from unimm.tokenizer import VQRAE, VQRAEConfig
+from unimm.tokenizer.published import PUBLISHED
+from unimm.training.arguments import HostTrainingArguments, TokenizerTrainingConfig
+from unimm.training.host_trainer import HostTrainer, learning_blocks
+from unimm.training.language_model import CHAT_TOKENS, new_language_model
+from unimm.training.objective import GANConfig, ObjectiveConfig, PerceptualConfig
+from unimm.training.perceptual import PerceptualLoss
+from unimm.training.step_clock import Split, split_host_step, split_tokenizer_step
+from unimm.training.text_tokenizer import train_text_tokenizer
+from unimm.training.throughput import peak_flops
+from unimm.training.tokenizer_trainer import TokenizerTrainer
+
+WAYS = ("plain", "checkpointed", "compiled")
+FLOW = "drawing"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A tokenizer for both stages, one for drawing, and the fields of its Qwen3; `judged` by the paper's networks."""
+
+    tokenizer: VQRAEConfig
+    drawn: VQRAEConfig
+    llm: dict[str, Any]
+    judged: bool
+
+
+def small(side: int, patch: int, width: int, layers: int, codes: int) -> VQRAEConfig:
+    encoder = {"model_type": "siglip_vision_model", "hidden_size": width, "intermediate_size": 4 * width}
+    encoder |= {"num_hidden_layers": layers, "num_attention_heads": 4, "image_size": side, "patch_size": patch}
+    return VQRAEConfig(encoder_config=encoder, codebook_size=codes, codebook_dim=width)
+
+
+def size_of(name: str) -> Size:
+    if name == "paper":
+        first, second = (tokenizer_config(PUBLISHED[f"siglip2-so400m-p16-{side}"]) for side in (256, 512))
+        return Size(first, second, QWEN3_0_6B, judged=True)
+    width, layers = (32, 2) if name == "debug" else (256, 6)
+    llm = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 3 * width, "num_attention_heads": 4}
+    llm |= {"num_key_value_heads": 4, "head_dim": width // 4, "tie_word_embeddings": True}
+    tokenizer = small(64, 16, 32, 2, 32) if name == "debug" else small(64, 8, 128, 6, 512)
+    return Size(tokenizer, tokenizer, llm, judged=False)
+
+
+class Noise(Dataset):
+    """Pictures made from their number, and drawings of them."""
+
+    def __init__(self, side: int, length: int) -> None:
+        self.side, self.length = side, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        noise = np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8)
+        image = Image.fromarray(noise)
+        messages = drawing(f"picture number {index}", image)
+        return {"image": image, "flow": FLOW, "kind": FLOW, "index": index, "messages": messages}
+
+
+def tokenizer_split(size: Size, stage: int, way: str, args: argparse.Namespace, folder: str) -> Split:
+    AcceleratorState._reset_state()  # another precision than the run before
+    tokenizer = VQRAE(size.tokenizer)
+    config = TokenizerTrainingConfig(
+        folder, stage=1 if stage == 1 else 2, steps=10_000, batch_size=args.batch_size, num_workers=args.workers,
+        mixed_precision=args.precision,
+    )  # fmt: skip
+    gan = GANConfig(start=0) if stage == 2 else GANConfig()
+    pictures = Noise(size.tokenizer.image_size, 4 * args.batch_size * (args.steps + 2))
+    objective = ObjectiveConfig(perceptual=PerceptualConfig(kind="none"), gan=gan)
+    trainer = TokenizerTrainer(tokenizer, pictures, config, objective)
+    if size.judged:
+        judges = {"lpips": (1.0, LPIPS()), "convnext_s": (0.1, ConvNeXt())}
+        trainer.objective.perceptual = PerceptualLoss(judges).requires_grad_(False).eval().to(tokenizer.device)
+    if way == "checkpointed":
+        tokenizer.gradient_checkpointing_enable()
+    if way == "compiled":
+        for part in (tokenizer.encoder, tokenizer.decoder, tokenizer.pixel_head):
+            part.compile()
+    return split_tokenizer_step(trainer, args.steps)
+
+
+def drawing_split(size: Size, way: str, args: argparse.Namespace, folder: str) -> Split:
+    texts = train_text_tokenizer(shapes_corpus(200, 0), 600, CHAT_TOKENS)
+    vocabulary = "vocab_size" in size.llm
+    llm = Qwen3ForCausalLM(Qwen3Config(**size.llm)) if vocabulary else new_language_model(size.llm, texts)
+    model, processor = attach(llm, VQRAE(size.drawn), texts, attn_implementation="sdpa")
+    arguments = HostTrainingArguments(
+        folder, max_steps=1 + 2 * args.steps, per_device_train_batch_size=args.batch_size, report_to=[],
+        bf16=args.precision == "bf16", dataloader_num_workers=args.workers, disable_tqdm=True,
+        save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    if way == "checkpointed":
+        model.gradient_checkpointing_enable()
+    trainer = HostTrainer(
+        model, arguments, processor=processor, data_collator=FlowCollator(processor),
+        train_dataset=Noise(size.drawn.image_size, args.batch_size * (2 + 2 * args.steps)), flow_weights={FLOW: 1.0},
+    )  # fmt: skip
+    if way == "compiled":
+        for block in learning_blocks(model):
+            block.compile(dynamic=True)
+    return split_host_step(trainer, args.steps)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("debug", "shapes", "paper"), default="debug")
+    parser.add_argument("--what", default="stage1,stage2,t2i", help="of these, by commas")
+    parser.add_argument("--ways", default=",".join(WAYS), help="of these, by commas")
+    for name, value in {"batch-size": 4, "steps": 5, "workers": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--peak-tflops", type=float, help="of the device, where it is not in the table")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, - for standard output")
+    args = parser.parse_args(argv)
+    whats, ways = args.what.split(","), args.ways.split(",")
+    if unknown := sorted(({*whats} - {"stage1", "stage2", "t2i"}) | ({*ways} - {*WAYS})):
+        raise UserError(
+            f"There is no {unknown[0]!r}: --what is of stage1, stage2, t2i, and --ways of {', '.join(WAYS)}."
+        )
+    report, size = Report(args.json), size_of(args.size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else peak_flops(device)
+    for what in whats:
+        for way in ways:
+            with tempfile.TemporaryDirectory() as folder:
+                if what == "t2i":
+                    split = drawing_split(size, way, args, folder)
+                else:
+                    split = tokenizer_split(size, int(what[-1]), way, args, folder)
+            say(report, f"{what} {way}", split, peak)
+    report.add(settings={k: v for k, v in vars(args).items() if k != "json"}, device=str(device), commit=git_commit())
+    report.write()
+
+
+def say(report: Report, name: str, split: Split, peak: float | None) -> None:
+    mfu = split.mfu(peak)
+    figures = {"images_per_second": split.images_per_second, "tokens_per_second": split.tokens_per_second, "mfu": mfu}
+    figures |= {"data_ratio": split.data_ratio, "peak_memory_gib": split.peak_memory_gib}
+    parts = dict(sorted(split.parts.items(), key=lambda item: -item[1]))
+    report.add(**{name: {"step_seconds": split.step_seconds, "parts": parts, **figures}})
+    used = "unknown peak" if mfu is None else f"MFU {mfu:.1%}"
+    report.say(
+        f"{name}: {split.step_seconds:.3f} s a step, {split.images_per_second:.1f} images/s, "
+        f"{split.tokens_per_second:.0f} tokens/s, {used}, peak memory {split.peak_memory_gib:.2f} GiB"
+    )
+    total = sum(parts.values())
+    report.say("  " + ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in parts.items()))
+    slow = "" if split.data_ratio >= 3 else ": TOO SLOW, below 3; raise --workers"
+    report.say(f"  data come {split.data_ratio:.1f} times as fast as the steps take them{slow}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, name="bench_training"))

@@ -1,0 +1,246 @@
+"""`--dry-run`: what a run would train, what it would take, and one batch of it, before it begins.
+
+Special here: memory and time are measured on a few real steps of the recipe itself, on this device and with its batch;
+nothing is saved but one picture or page in the output folder.
+"""
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from unimm.data.images import save_image_atomically
+from unimm.training.arguments import StreamTrainingArguments, TokenizerTrainingConfig
+from unimm.training.checkpoint import bytes_of, gigabytes, model_bytes, optimizer_bytes
+from unimm.training.label_mask import in_terminal, rows_of, write_page
+from unimm.training.stream_trainer import StreamTrainer
+from unimm.training.throughput import peak_memory
+from unimm.training.tokenizer_trainer import TokenizerTrainer
+
+STEPS = 3  # of which the first warms up
+SHEET_PICTURES = 16
+
+
+@dataclass
+class Measured:
+    """What the steps took: seconds of each, and bytes that the first forward pass kept for the backward one."""
+
+    seconds: list[float] = field(default_factory=list)
+    activations: int = 0
+
+    @property
+    def seconds_per_step(self) -> float:
+        return sum(self.seconds[1:]) / max(1, len(self.seconds) - 1)
+
+
+@contextmanager
+def counting_activations(measured: Measured, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Within, add up what autograd keeps, each storage once and weights not at all."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in weights}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            measured.activations += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+
+
+# ---- the two loops ----
+
+
+def short(args: StreamTrainingArguments) -> StreamTrainingArguments:
+    """The same settings for a few steps that leave nothing behind."""
+    args = copy.copy(args)
+    args.max_steps, args.disable_tqdm, args.report_to = min(STEPS, args.max_steps), True, []
+    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+    return args
+
+
+class _Clock(TrainerCallback):
+    def __init__(self, measured: Measured) -> None:
+        self.measured = measured
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+        self.measured.seconds.append(time.perf_counter() - self.begun)
+
+
+def dry_run_stream(trainer: StreamTrainer, steps: int, show: Callable[[Any], None]) -> None:
+    """Of a trainer that was made with `short` settings; `steps` are those of the real run, `show` shows one batch."""
+    measured, step = Measured(), trainer.training_step
+
+    def first(*arguments: Any, **options: Any) -> Tensor:
+        trainer.training_step = step  # type: ignore[method-assign]
+        if trainer.is_world_process_zero():
+            show(arguments[1])
+        with counting_activations(measured, trainer.model.parameters()):
+            return step(*arguments, **options)
+
+    trainer.training_step = first  # type: ignore[method-assign]
+    trainer.add_callback(_Clock(measured))
+    trainer.train()
+    if not trainer.is_world_process_zero():
+        return
+    say_groups(trainer.model, trainer.optimizer.param_groups)
+    ema = bytes_of(trainer.ema.shadow.values()) if trainer.ema is not None else 0
+    say_memory(trainer.model, [trainer.optimizer], ema, measured, trainer.args.device)
+    size = model_bytes(trainer.model) + optimizer_bytes(trainer.optimizer) + ema
+    say_time_and_disk(measured, steps, size, trainer.args.save_total_limit)
+
+
+def short_tokenizer(config: TokenizerTrainingConfig) -> TokenizerTrainingConfig:
+    """The same settings without the fit of the codebook, which is no step."""
+    config = copy.copy(config)
+    config.codebook_init, config.report_to = "random", []
+    return config
+
+
+def dry_run_tokenizer(trainer: TokenizerTrainer, path: Path) -> None:
+    """Of a trainer that was made with `short_tokenizer` settings; writes a sheet of pictures, the first batch above its
+    reconstructions. With a GAN from its first step on: that is what most of a run costs."""
+    measured, config, tokenizer = Measured(), trainer.config, trainer.tokenizer
+    main = trainer.accelerator.is_main_process
+    if trainer.adversary is not None:
+        trainer.adversary.start = 0
+    if main:
+        pixel_values = next(trainer._batches(range(min(SHEET_PICTURES, len(trainer.pictures)))))
+        with torch.no_grad():
+            rows = [tokenizer.denormalize(pixel_values), tokenizer.eval().decode(tokenizer.encode(pixel_values).ids)]
+        save_image_atomically(sheet(rows), path)
+        print(f"{path}: the first {len(pixel_values)} pictures above what the tokenizer makes of them now")
+    tokenizer.train()
+    batches = trainer._batches(trainer._remaining())
+    for number in range(min(STEPS, config.steps)):
+        start = time.perf_counter()
+        if number:
+            trainer._optimizer_step(batches)
+        else:
+            with counting_activations(measured, [p for module in trainer.modules() for p in module.parameters()]):
+                trainer._optimizer_step(batches)
+        measured.seconds.append(time.perf_counter() - start)
+    if not main:
+        return
+    optimizers = [trainer.optimizer]
+    say_groups(tokenizer, trainer.optimizer.param_groups)
+    if trainer.adversary is not None:
+        say_groups(trainer.adversary.discriminator, trainer.adversary.optimizer.param_groups, "discriminator")
+        optimizers.append(trainer.adversary.optimizer)
+    beside = [module for module in trainer.modules() if module is not tokenizer]
+    ema = bytes_of(trainer.ema.shadow.values())
+    say_memory(tokenizer, optimizers, ema, measured, trainer.accelerator.device, beside)
+    say_time_and_disk(measured, config.steps, trainer.checkpoint_bytes(), config.keep_last)
+
+
+def sheet(rows: list[Tensor]) -> Image.Image:
+    """Rows of pixels [B, 3, H, W] in [0, 1], each resized to the first row's size, below each other."""
+    size = rows[0].shape[-2:]
+    lines = [torch.cat(list(nn.functional.interpolate(row.float(), size=size)), dim=2) for row in rows]
+    pixels = torch.cat(lines, dim=1).clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy()))
+
+
+def show_label_mask(processor: Any, path: Path) -> Callable[[Any], None]:
+    """Shows a batch of flows in the terminal and as a page."""
+
+    def show(batch: Any) -> None:
+        rows = rows_of(batch, processor)
+        write_page(rows, path)
+        print(in_terminal(rows))
+        print(f"{path}: these rows, learned tokens marked")
+
+    return show
+
+
+def show_pictures(path: Path, pixels_of: Callable[[Any], Tensor]) -> Callable[[Any], None]:
+    """Shows the pictures that a batch holds, as one sheet."""
+
+    def show(batch: Any) -> None:
+        pixels = pixels_of(batch)[:SHEET_PICTURES]
+        save_image_atomically(sheet([pixels]), path)
+        print(f"{path}: the first {len(pixels)} pictures of a batch")
+
+    return show
+
+
+# ---- what is said ----
+
+
+def say_groups(model: nn.Module, groups: list[dict[str, Any]], title: str = "parameter groups") -> None:
+    """Every group with its rate, its decay and the parts that its weights belong to; then what is frozen."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    print(title)
+    for number, group in enumerate(groups, 1):
+        parts = Counter[str]()
+        for parameter in group["params"]:
+            parts[_part(names[parameter])] += parameter.numel()
+        kind, rate = "Muon" if group.get("muon") else "AdamW", group.get("initial_lr", group["lr"])
+        count = f"{len(group['params'])} tensors, {_millions(parts.total())}"
+        print(f"  {number}  {kind}  lr {rate:g}  weight decay {group['weight_decay']:g}  {count}: {_listed(parts)}")
+    frozen = Counter[str]()
+    for parameter, name in names.items():
+        if not parameter.requires_grad:
+            frozen[_part(name)] += parameter.numel()
+    print(f"  frozen  {_millions(frozen.total())}: {_listed(frozen)}" if frozen else "  frozen  nothing")
+
+
+def say_memory(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    ema: int,
+    measured: Measured,
+    device: torch.device,
+    beside: Iterable[nn.Module] = (),
+) -> None:
+    """Bytes by what they are for, on one process."""
+    learning = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    parts = {
+        "weights": model_bytes(model),
+        "models beside": sum(map(model_bytes, beside)),
+        "gradients": bytes_of(learning),
+        "optimizer": sum(optimizer_bytes(optimizer) for optimizer in optimizers),
+        "averaged weights": ema,
+        "activations of a micro-batch": measured.activations,
+    }
+    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+    print(f"memory  {gigabytes(sum(parts.values()))}: {listed}; peak so far {gigabytes(peak_memory(device))}")
+
+
+def say_time_and_disk(measured: Measured, steps: int, checkpoint: int, keep: int | None) -> None:
+    """Of the whole run on this device."""
+    seconds = measured.seconds_per_step
+    hours, minutes = divmod(round(seconds * steps / 60), 60)
+    print(f"time    {seconds:.3g} s a step, {steps} steps: {hours} h {minutes:02d} min without evaluations")
+    room = f"{keep} kept" if keep else "all kept"
+    print(f"disk    {gigabytes(checkpoint)} a checkpoint, {room} and one being written")
+
+
+def _part(name: str) -> str:
+    """The part of a model that a weight belongs to: its first name, or its second below a `model`."""
+    words = name.split(".")
+    return ".".join(words[: 2 if words[0] in ("model", "siglip") else 1])
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3f} M weights"
+
+
+def _listed(parts: Counter[str]) -> str:
+    return ", ".join(f"{part} {count / 1e6:.3f} M" for part, count in parts.most_common())

@@ -1,0 +1,25 @@
+"""Stage 2's teacher: the encoder as it was before, to whose features the student's are held."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from unimm.tokenizer import ImageTokenizer
+from unimm.tokenizer.encoders import encode_features, final_norm
+
+
+class Teacher(nn.Module):
+    """A frozen copy of the tokenizer's encoder, read at its feature layer."""
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(tokenizer.encoder)
+        self.feature_layer, self.post_norm = tokenizer.config.feature_layer, tokenizer.config.apply_post_norm
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, 3, H, W] -> features [B, N, D]."""
+        features = encode_features(self.encoder, pixel_values)[self.feature_layer]
+        return final_norm(self.encoder)(features) if self.post_norm else features
