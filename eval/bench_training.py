@@ -38,7 +38,7 @@ from unimm.training.host_trainer import HostTrainer, learning_blocks
 from unimm.training.language_model import CHAT_TOKENS, new_language_model
 from unimm.training.objective import GANConfig, ObjectiveConfig, PerceptualConfig
 from unimm.training.perceptual import PerceptualLoss
-from unimm.training.step_clock import Split, split_host_step, split_tokenizer_step
+from unimm.training.step_clock import WARM, Split, split_host_step, split_tokenizer_step
 from unimm.training.text_tokenizer import train_text_tokenizer
 from unimm.training.throughput import peak_flops
 from unimm.training.tokenizer_trainer import TokenizerTrainer
@@ -98,7 +98,7 @@ def tokenizer_split(size: Size, stage: int, way: str, args: argparse.Namespace, 
         mixed_precision=args.precision,
     )  # fmt: skip
     gan = GANConfig(start=0) if stage == 2 else GANConfig()
-    pictures = Noise(size.tokenizer.image_size, 4 * args.batch_size * (args.steps + 2))
+    pictures = Noise(size.tokenizer.image_size, args.batch_size * (WARM + 3 * args.steps + 1))
     objective = ObjectiveConfig(perceptual=PerceptualConfig(kind="none"), gan=gan)
     trainer = TokenizerTrainer(tokenizer, pictures, config, objective)
     if size.judged:
@@ -118,7 +118,7 @@ def drawing_split(size: Size, way: str, args: argparse.Namespace, folder: str) -
     llm = Qwen3ForCausalLM(Qwen3Config(**size.llm)) if vocabulary else new_language_model(size.llm, texts)
     model, processor = attach(llm, VQRAE(size.drawn), texts, attn_implementation="sdpa")
     arguments = HostTrainingArguments(
-        folder, max_steps=1 + 2 * args.steps, per_device_train_batch_size=args.batch_size, report_to=[],
+        folder, max_steps=WARM + 2 * args.steps, per_device_train_batch_size=args.batch_size, report_to=[],
         bf16=args.precision == "bf16", dataloader_num_workers=args.workers, disable_tqdm=True,
         save_strategy="no", logging_strategy="no",
     )  # fmt: skip
@@ -126,7 +126,7 @@ def drawing_split(size: Size, way: str, args: argparse.Namespace, folder: str) -
         model.gradient_checkpointing_enable()
     trainer = HostTrainer(
         model, arguments, processor=processor, data_collator=FlowCollator(processor),
-        train_dataset=Noise(size.drawn.image_size, args.batch_size * (2 + 2 * args.steps)), flow_weights={FLOW: 1.0},
+        train_dataset=Noise(size.drawn.image_size, args.batch_size * (WARM + 2 * args.steps)), flow_weights={FLOW: 1.0},
     )  # fmt: skip
     if way == "compiled":
         for block in learning_blocks(model):

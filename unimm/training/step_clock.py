@@ -20,6 +20,9 @@ from unimm.training.host_trainer import HostTrainer
 from unimm.training.throughput import TokenizerCost, Work, peak_memory
 from unimm.training.tokenizer_trainer import TokenizerTrainer
 
+WARM = 3
+"""Steps before anything is timed: compiled blocks meet a second length, and data workers fill what they fetch ahead."""
+
 
 class StepClock:
     """Seconds by part; `device` is waited for where it is a GPU. What is called within a part of `whole` is its own."""
@@ -102,7 +105,8 @@ def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
         trainer.adversary.start = 0
     tokenizer.train()
     batches = trainer._batches(trainer._remaining())
-    trainer._optimizer_step(batches)
+    for _ in range(WARM):
+        trainer._optimizer_step(batches)
     split = Split(steps, step_seconds=_seconds(clock, steps, lambda: trainer._optimizer_step(batches)))
     pictures = config.batch_size * config.gradient_accumulation_steps
     cost = TokenizerCost.of(tokenizer, config.stage).training(config.batch_size) * config.gradient_accumulation_steps
@@ -133,7 +137,7 @@ def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
 
 
 class _Watch(TrainerCallback):
-    """Of Trainer's own loop: warm for one step, then `steps` without the clock and `steps` with it."""
+    """Of Trainer's own loop: warm, then `steps` without the clock and `steps` with it."""
 
     def __init__(self, trainer: HostTrainer, split: Split, clock: StepClock) -> None:
         self.trainer, self.split, self.clock = trainer, split, clock
@@ -141,15 +145,15 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         steps = self.split.steps
-        if state.global_step == 1:
+        if state.global_step == WARM:
             self.begun = self.clock.now()
             self.trainer.meter.restart()
-        elif state.global_step == 1 + steps:
+        elif state.global_step == WARM + steps:
             self.split.step_seconds = (self.clock.now() - self.begun) / steps
             self.split.work = self.trainer.meter.total * (1 / steps)
             self._watch_parts()
             self.begun = self.clock.now()
-        elif state.global_step == 1 + 2 * steps:
+        elif state.global_step == WARM + 2 * steps:
             spent = (self.clock.now() - self.begun) / steps
             self.split.parts = {name: seconds / steps for name, seconds in self.clock.seconds.items()}
             self.split.parts["rest"] = spent - sum(self.split.parts.values())
@@ -170,7 +174,7 @@ class _Watch(TrainerCallback):
 
 
 def split_host_step(trainer: HostTrainer, steps: int) -> Split:
-    """Of a language model's trainer, whose `max_steps` must be 1 + 2 * steps."""
+    """Of a language model's trainer, whose `max_steps` must be WARM + 2 * steps."""
     split, clock = Split(steps), StepClock(trainer.args.device)
     trainer.add_callback(_Watch(trainer, split, clock))
     trainer.train()
