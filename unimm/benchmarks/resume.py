@@ -77,6 +77,7 @@ class Launcher:
 
     def __init__(self, root: Path, folder: Path, *, accelerate: bool = False) -> None:
         self.root, self.folder, self.accelerate = root, folder, accelerate
+        torch.set_num_threads(1)  # a forked process waits for ever for the threads that its parent had
 
     def command(self, case: Case, output: str) -> list[str]:
         config = self.root / "configs" / "debug" / f"{case.name}.yaml"

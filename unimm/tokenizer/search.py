@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SEARCH_BYTES = 2**26  # largest block of scores, 64 MiB
+GROUP = 128  # neighbouring codes that are judged by their best score first
 PAIR_BYTES = 2**20  # blocks that stay in the cache
 LOW_PRECISION_WIDTH = 256  # below this the matrix product is too small a part for bfloat16 to pay
 _UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # largest relative error of one rounding
@@ -38,7 +39,7 @@ class _Search:
         self.table, self.dtype = table, dtype
         self.rounded = table.to(dtype)
         self.rows = max(1, min(latents, SEARCH_BYTES // (dtype.itemsize * len(table))))
-        self.block = torch.empty(self.rows, len(table), dtype=dtype, device=table.device)
+        self.block = table.new_full((self.rows, -(-len(table) // GROUP) * GROUP), torch.inf, dtype=dtype)
         norms = torch.linalg.vector_norm(table, dim=1)
         half_norms = norms.square() / 2
         self.offsets = half_norms.to(dtype)
@@ -47,19 +48,15 @@ class _Search:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """latents [n, C] in float32 -> ids [n]."""
-        scores = self.block[: len(latents)]
-        torch.addmm(self.offsets, latents.to(self.dtype), self.rounded.t(), alpha=-1, out=scores)
-        if self.dtype != torch.float32:  # nearly every latent has several candidates
-            return self._settle(latents, scores, self._limit(latents, scores.amin(dim=1)))
-        best, ids = scores.min(dim=1)
-        limit = self._limit(latents, best)
-        scores.scatter_(1, ids[:, None], torch.inf)
-        # A latent that is not finite has no candidate; it gets 0, and the loss that it makes is refused elsewhere.
-        rows = (~(scores.amin(dim=1) > limit) | ~best.isfinite()).nonzero()[:, 0]
-        if len(rows):
-            scores.scatter_(1, ids[:, None], best[:, None])
-            ids[rows] = self._settle(latents[rows], scores[rows], limit[rows])
-        return ids
+        block = self.block[: len(latents)]
+        torch.addmm(self.offsets, latents.to(self.dtype), self.rounded.t(), alpha=-1, out=block[:, : len(self.table)])
+        groups = block.unflatten(1, (-1, GROUP))
+        best_of_groups = groups.amin(dim=2)
+        limit = self._limit(latents, best_of_groups.amin(dim=1))
+        # only groups that hold a candidate are looked into: the scores are passed over once
+        row, group = (best_of_groups <= limit[:, None]).nonzero(as_tuple=True)
+        place, code = (groups[row, group] <= limit[row, None]).nonzero(as_tuple=True)
+        return self._settle(latents, row[place], group[place] * GROUP + code)
 
     def _limit(self, latents: Tensor, best: Tensor) -> Tensor:
         """The largest score that the best code can have, [n]."""
@@ -67,10 +64,10 @@ class _Search:
         # Rounded up, so that no candidate is lost to the comparison's own rounding.
         return torch.nextafter(limit.to(self.dtype), limit.new_tensor(torch.inf).to(self.dtype))
 
-    def _settle(self, latents: Tensor, scores: Tensor, limit: Tensor) -> Tensor:
-        """The ids of latents [n, C] that may have several candidates, by all scores [n, K] up to `limit` [n]."""
-        row, code = (scores <= limit[:, None]).nonzero(as_tuple=True)
+    def _settle(self, latents: Tensor, row: Tensor, code: Tensor) -> Tensor:
+        """The ids of latents [n, C] whose candidates are given: code[i] is one of latents[row[i]]."""
         rivals = torch.bincount(row, minlength=len(latents))
+        # A latent that is not finite has no candidate; it gets 0, and the loss that it makes is refused elsewhere.
         ids = code.new_zeros(len(latents)).index_put((row,), code)
         if (rivals > 1).any():
             contested = rivals[row] > 1
