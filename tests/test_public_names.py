@@ -62,6 +62,7 @@ def test_unknown_name_says_what_is_public() -> None:
         unimm.lode  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["unimm", "unimm.cli"])
 def test_import_is_light(module: str, fresh: dict[str, Any]) -> None:
     assert not set(HEAVY) & set(fresh["loaded"][module])

@@ -33,6 +33,7 @@ def run(recipe: str, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_the_chain_in_small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for step in CHAIN:

@@ -1,10 +1,13 @@
 """The table of hosts and encoders: two pairs here, all of them by `python eval/hosts.py`."""
 
+import pytest
+
 from unimm.benchmarks.hosts import ENCODER_FAMILIES, HOST_FAMILIES, try_pairs
 
 HOSTS = ("qwen3", "llava_next")
 
 
+@pytest.mark.slow
 def test_every_promise_of_a_pair(tmp_path):
     rows = list(try_pairs(HOSTS, ("clip_vision_model",), tmp_path))
     assert [(row.pop("host"), row.pop("own_encoder")) for row in rows] == [("qwen3", False), ("llava_next", True)]

@@ -57,6 +57,7 @@ def test_too_many_bad_rows_stop_the_run(table, tmp_path):
     assert one_line(caught.value).startswith(str(table))
 
 
+@pytest.mark.slow
 def test_a_bad_row_from_a_worker_process_is_one_sentence_too(table):
     with pytest.raises(UserError) as caught:
         list(DataLoader(open_pictures(table), 4, collate_fn=list, num_workers=1))

@@ -113,6 +113,7 @@ def test_the_page_says_everything_and_needs_nothing(folder: Path) -> None:
         assert said in tags.text, said
 
 
+@pytest.mark.slow
 def test_failed_ones_come_first_and_filters_name_their_rules(folder: Path) -> None:
     write_report(folder / "a", folder / "a.html")
     tags = Tags((folder / "a.html").read_text())
@@ -184,6 +185,7 @@ def test_a_filter_hides_what_does_not_fail_its_rule(folder: Path, tmp_path: Path
     assert ["hidden" in card for card in cards] == [False] * 2 + [True] * 4
 
 
+@pytest.mark.slow
 @in_a_browser
 def test_a_browser_shows_pictures_boxes_and_bars(folder: Path, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"

@@ -128,6 +128,7 @@ sys.exit(0 if torch.equal(found, expected) else 1)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reads", "writes"])
 def test_the_exports_load_where_unimm_cannot_be_imported(kind: str, tmp_path: Path) -> None:
     model, processor = tiny.unified(rows=304)

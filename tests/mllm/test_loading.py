@@ -67,6 +67,7 @@ def test_logits_are_equal_after_reload(tied: bool, auto: type, tmp_path: Path) -
     assert again.generation_config.image_generation == model.generation_config.image_generation
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_only_import_unimm(checkpoint: Path, tmp_path: Path) -> None:
     model, processor = load(checkpoint)
     inputs = dict(

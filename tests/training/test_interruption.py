@@ -130,6 +130,7 @@ def test_the_command_to_go_on_is_the_one_that_was_given(
     assert resume_command() == command
 
 
+@pytest.mark.slow
 def test_a_killed_recipe_ends_with_the_same_bits(tmp_path: Path) -> None:
     """`eval/resume.py` does so for every recipe, more often."""
     launcher = Launcher(ROOT, tmp_path)
