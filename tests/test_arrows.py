@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "benchmarks": MODELS | {"chat", "integrations"},
     "serving": MODELS | {"chat"},
     "integrations": MODELS | {"chat"},
-    "cli": MODELS | FACES | {"training"},
+    "cli": MODELS | FACES | {"training", "commands"},
+    "commands": MODELS | FACES | {"training"},
     "__init__": {"tokenizer", "class_conditional", "mllm", "chat"},
 }
 # a package from outside -> the places that may import it
