@@ -1,8 +1,8 @@
 """The command `unimm`: its arguments; what the commands do stands in `unimm.commands`.
 
-Those that load a model take `--model PATH` (default: the embedded one); all take `--json FILE` (`-` = standard output):
-one JSON object with what was done and the seconds it took. What a person got wrong is one line on standard error and
-exit code 2, found before the model is loaded where that is possible; nothing is left half-written.
+Those that load a model take `--model PATH` (default: the embedded one); all take `--json FILE` (`-` = standard output): one
+JSON object with what was done and the seconds it took. What a person got wrong is one line on standard error and exit
+code 2, found before the model is loaded where that is possible; nothing is left half-written.
 """
 
 import argparse
