@@ -36,8 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "benchmarks": MODELS | {"chat", "integrations"},
     "serving": MODELS | {"chat"},
     "integrations": MODELS | {"chat"},
-    "cli": MODELS | FACES | {"training", "commands"},
-    "commands": MODELS | FACES | {"training"},
+    "cli": MODELS | FACES | {"training"},
     "__init__": {"tokenizer", "class_conditional", "mllm", "chat"},
 }
 # a package from outside -> the places that may import it
