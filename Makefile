@@ -1,5 +1,6 @@
-# Ten words: demo, test, test-lmms, lint, shapes, compare, emoji, publish, bench, clean. Each installs what it needs into .venv
-# first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the default one must do without.
+# Twelve words: demo, test, test-lmms, lint, shapes, compare, emoji, publish, bench, constraints, latest, clean. Each installs
+# what it needs into .venv first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the default one
+# must do without; latest into .venv-latest.
 PYTHON ?= python3
 VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-lmms lint shapes compare emoji publish bench clean
+.PHONY: demo test test-lmms lint shapes compare emoji publish bench constraints latest clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -21,7 +22,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
 test-lmms:
-	@$(MAKE) --no-print-directory VENV=$(LMMS_VENV) DEVELOPMENT=[lmms,fidelity,dev] test ARGS="tests/integrations $(ARGS)"
+	@$(MAKE) --no-print-directory VENV=$(LMMS_VENV) DEVELOPMENT=[lmms,fidelity,dev] test ARGS="tests/integrations tests/test_constraints.py $(ARGS)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -31,6 +32,18 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	mkdir -p runs/bench
 	$(BIN)/python eval/shapes.py --json runs/bench/shapes.json
+
+# Name every package of all extras, with the versions that the file has and new ones for what is new. ARGS=--upgrade renews
+# all but torch and torchvision, whose CPU build must be on offer: edit their lines. What only torch's CUDA build needs is left out.
+constraints: $(VENV)/.dev
+	@mkdir -p runs && cp constraints-cpu.txt runs/constraints.txt && grep -E '^torch(vision)?==' constraints-cpu.txt > runs/torch.txt
+	@UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip compile pyproject.toml --all-extras --strip-extras \
+		--no-header --no-annotate --no-emit-index-url --no-emit-find-links -c runs/torch.txt -o runs/constraints.txt $(ARGS) >/dev/null
+	@{ grep '^#' constraints-cpu.txt; sed -E '/^(nvidia-|cuda-|triton)/d; s/[+]cpu$$//' runs/constraints.txt; } > runs/constraints-cpu.txt
+	@mv runs/constraints-cpu.txt constraints-cpu.txt && rm runs/constraints.txt runs/torch.txt
+
+latest: $(VENV)/.dev
+	$(BIN)/python .ci/latest.py $(ARGS)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -46,7 +59,7 @@ define install
 	@echo "installing unimm$(1) into $(VENV)"
 	@$(PIP) install --quiet uv || echo "uv is not at hand: pip does it alone"
 	@$(UV) -e '.$(1)' $(CONSTRAINT) || $(PIP) install --quiet -e '.$(1)' $(CONSTRAINT)
-	@touch $@
+	@echo "$(CONSTRAINT)" > $@
 endef
 
 $(VENV)/.core: pyproject.toml constraints-cpu.txt | $(BIN)/python
