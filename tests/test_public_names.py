@@ -19,7 +19,9 @@ HEAVY = (
     "lmms_eval",
     "peft",
     "tensorboard",
+    "torch",
     "torchvision",
+    "transformers",
     "trl",
     "unimm.training",
 )
@@ -29,22 +31,15 @@ FRESH = """
 import json, sys
 import unimm
 loaded = {"unimm": sorted(sys.modules)}
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
-tokenizer, host = type(AutoConfig.for_model("vqrae")), type(AutoConfig.for_model("unimm_llava"))
-registered = [
-    tokenizer in AutoModel._model_mapping,
-    host in AutoModelForImageTextToText._model_mapping,
-    type(AutoConfig.for_model("unimm_class_conditional")) in AutoModel._model_mapping,
-]
 import unimm.cli
 loaded["unimm.cli"] = sorted(sys.modules)
-print(json.dumps({"loaded": loaded, "registered": registered}))
+print(json.dumps({"loaded": loaded}))
 """
 
 
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, Any]:
-    """What a fresh interpreter finds: modules loaded by `import unimm` and `import unimm.cli`, and registrations."""
+    """What a fresh interpreter finds: modules loaded by `import unimm` and `import unimm.cli`."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True, env=environment)
     return json.loads(run.stdout.splitlines()[-1])
@@ -70,9 +65,5 @@ def test_import_is_light(module: str, fresh: dict[str, Any]) -> None:
 
 def test_heavy_names_are_spelt_right() -> None:
     """A misspelt name in HEAVY would never be found in sys.modules."""
-    for name in ("datasets", "peft", "tensorboard", "trl", "unimm.training"):
+    for name in ("datasets", "peft", "tensorboard", "torch", "transformers", "trl", "unimm.training"):
         assert importlib.util.find_spec(name) is not None, name
-
-
-def test_import_registers_the_auto_classes(fresh: dict[str, Any]) -> None:
-    assert fresh["registered"] == [True, True, True]

@@ -1,12 +1,14 @@
 """unimm: one multimodal model that understands pictures and draws them, through one image tokenizer.
 
 `import unimm` registers unimm's models with the Auto classes of transformers, so that `AutoModel.from_pretrained` and
-`AutoModelForImageTextToText.from_pretrained` read its checkpoints. Trainers, servers and benchmarks are imported only
-by those who ask for them; the public names below resolve on first use.
+`AutoModelForImageTextToText.from_pretrained` read its checkpoints. It imports neither torch nor transformers: models
+are imported when they are used, and the public names below resolve on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from unimm.registration import register as _register
 
 if TYPE_CHECKING:
     from unimm.chat import ChatSession
@@ -54,7 +56,12 @@ _HOME_OF = {
 }
 
 
+_PARTS = ("class_conditional", "mllm", "tokenizer")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return importlib.import_module(f"unimm.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'unimm' has no attribute {name!r}; public names: {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
@@ -66,7 +73,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Registration is what these modules do when they are imported.
-for _module in ("unimm.tokenizer", "unimm.class_conditional", "unimm.mllm"):
-    importlib.import_module(_module)
-del _module
+_register()

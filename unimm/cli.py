@@ -2,7 +2,8 @@
 
 The first four take `--model PATH` (default: the embedded model); all take `--json FILE` (`-` = standard output): one
 JSON object with what was done and the seconds it took. What a person got wrong is one line on standard error and exit
-code 2, found before the model is loaded where that is possible; nothing is left half-written.
+code 2, found before the model is loaded where that is possible, and before torch is imported: commands import what they
+need after they have checked their arguments. Nothing is left half-written.
 """
 
 import argparse
@@ -45,11 +46,11 @@ def _run(argv: Sequence[str] | None) -> int | None:
 
 def demo(arguments: argparse.Namespace, report: Report) -> None:
     """Show reconstruction, chat and drawing on one page; its path is the last thing printed."""
-    from unimm.benchmarks.demo import DemoPlan, run_demo, write_page
-
     folder = Path(arguments.output)
     if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
         raise UserError(f"Cannot write the page into {folder}: a file stands in its way.")
+    from unimm.benchmarks.demo import DemoPlan, run_demo, write_page
+
     plan = DemoPlan.sample(arguments.seed)
     model, processor = _load(arguments.model, report)
     result = run_demo(model, processor, plan)
@@ -61,12 +62,12 @@ def demo(arguments: argparse.Namespace, report: Report) -> None:
 
 def chat(arguments: argparse.Namespace, report: Report) -> None:
     """Answer one prompt, or converse when there is none."""
+    images = [load_image(path) for path in arguments.image]
+    if arguments.prompt is None and arguments.json is not None:
+        raise UserError("--json reports one answer: give a PROMPT with it.")
     from unimm.chat import ChatSession, converse
 
-    images = [load_image(path) for path in arguments.image]
     if arguments.prompt is None:
-        if arguments.json is not None:
-            raise UserError("--json reports one answer: give a PROMPT with it.")
         converse(ChatSession(*_load(arguments.model, report)), images)
         return
     session = ChatSession(*_load(arguments.model, report))
@@ -78,9 +79,9 @@ def chat(arguments: argparse.Namespace, report: Report) -> None:
 
 def generate(arguments: argparse.Namespace, report: Report) -> None:
     """Draw a prompt."""
+    check_image_output(arguments.output)
     from unimm.chat import ChatSession
 
-    check_image_output(arguments.output)
     seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
     session = ChatSession(*_load(arguments.model, report))
     options = {"guidance_scale": arguments.guidance_scale, "temperature": arguments.temperature}
@@ -95,13 +96,13 @@ def generate(arguments: argparse.Namespace, report: Report) -> None:
 
 def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
     """Send a picture through its ids and back."""
+    image = load_image(arguments.image)
+    check_image_output(arguments.output)
     import torch
 
     from unimm.benchmarks.subject import load_subject
     from unimm.evaluation.image_metrics import psnr
 
-    image = load_image(arguments.image)
-    check_image_output(arguments.output)
     _quiet_libraries()
     with report.timed("load"):
         subject = load_subject(arguments.model)
@@ -137,12 +138,12 @@ def encoders(arguments: argparse.Namespace, report: Report) -> None:
 
 def attach(arguments: argparse.Namespace, report: Report) -> None:
     """Give a language or multimodal model an image tokenizer: it then reads pictures and draws them."""
+    output = _new_folder(arguments.output)
     import torch
 
     from unimm.mllm import attach as attach_to
     from unimm.saving import save_whole
 
-    output = _new_folder(arguments.output)
     _quiet_libraries()
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     with report.timed("attach"):
@@ -170,10 +171,10 @@ def attach(arguments: argparse.Namespace, report: Report) -> None:
 
 def detach(arguments: argparse.Namespace, report: Report) -> None:
     """Give back the host that a tokenizer was attached to."""
+    output = _new_folder(arguments.output)
     from unimm.mllm.export import detach as detached
     from unimm.saving import save_whole
 
-    output = _new_folder(arguments.output)
     model, processor = _load(arguments.model, report)
     with report.timed("save"):
         host = detached(model)
@@ -184,6 +185,7 @@ def detach(arguments: argparse.Namespace, report: Report) -> None:
 
 def merge(arguments: argparse.Namespace, report: Report) -> None:
     """Lay a LoRA adapter into its base: a whole model, as any other."""
+    output = _new_folder(arguments.output)
     from transformers import AutoProcessor
 
     from unimm.errors import reading
@@ -191,7 +193,6 @@ def merge(arguments: argparse.Namespace, report: Report) -> None:
     from unimm.saving import save_whole
     from unimm.training.adapters import about_base, read_adapter
 
-    output = _new_folder(arguments.output)
     _quiet_libraries()
     base = arguments.base or about_base(arguments.adapter)["base"]
     with report.timed("load"):
@@ -208,10 +209,10 @@ def merge(arguments: argparse.Namespace, report: Report) -> None:
 
 def export(arguments: argparse.Namespace, report: Report) -> None:
     """Write a checkpoint that loads without unimm: one that reads pictures, or one that writes ids."""
+    output = _new_folder(arguments.output)
     from unimm.mllm.export import save_generation, stock_understanding
     from unimm.saving import save_whole
 
-    output = _new_folder(arguments.output)
     model, processor = _load(arguments.model, report)
     with report.timed("save"):
         if arguments.understanding:

@@ -1,0 +1,102 @@
+"""Register unimm's models with the Auto classes of transformers without importing them, nor transformers, nor torch.
+
+A `from_pretrained` of an Auto class finds a class by a model type in `CONFIG_MAPPING`, or by its name among the values
+of the processors' mappings. Both look first into what was registered from outside, and there unimm's entries import the
+module that defines (and registers) them. All other mappings are keyed by configuration classes, which exist only when
+that module has been imported. The entries are placed when transformers imports its mappings, or at once if it has.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "ideal": "unimm.tokenizer",
+    "vfmtok": "unimm.tokenizer",
+    "vqrae": "unimm.tokenizer",
+    "unimm_class_conditional": "unimm.class_conditional",
+    "unimm_internvl": "unimm.mllm",
+    "unimm_llava": "unimm.mllm",
+    "unimm_llava_next": "unimm.mllm",
+    "unimm_llava_onevision": "unimm.mllm",
+    "unimm_qwen2_5_vl": "unimm.mllm",
+    "unimm_qwen3_vl": "unimm.mllm",
+}
+"""model_type -> the module that registers it when it is imported."""
+
+_AUTO = "transformers.models.auto"
+_MAPPINGS = {
+    f"{_AUTO}.configuration_auto": ("CONFIG_MAPPING", tuple(MODULES)),
+    f"{_AUTO}.image_processing_auto": ("IMAGE_PROCESSOR_MAPPING", ()),
+    f"{_AUTO}.processing_auto": ("PROCESSOR_MAPPING", ()),
+}
+"""Module of transformers -> its mapping, and the keys that unimm has there."""
+
+
+def register() -> None:
+    """Register what unimm defines with the Auto classes, now or when transformers imports them."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for name in _MAPPINGS:
+        if name in sys.modules:
+            _place(importlib.import_module(name))  # which waits for another thread that is at it
+
+
+class _Registered(dict[Any, Any]):
+    """What was registered with one mapping from outside; an entry of unimm is imported when it is looked at."""
+
+    def __init__(self, entries: dict[Any, Any], later: Sequence[str]) -> None:
+        super().__init__(dict.fromkeys(later) | entries)
+
+    def __getitem__(self, key: Any) -> Any:
+        if super().__getitem__(key) is None:
+            importlib.import_module(MODULES[key])
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[Any]:  # with an own one `dict(self)`, as in pickling, reads by __getitem__
+        return super().__iter__()
+
+    def values(self) -> Any:
+        _import_all()
+        return super().values()
+
+    def items(self) -> Any:
+        _import_all()
+        return super().items()
+
+
+def _import_all() -> None:
+    for module in dict.fromkeys(MODULES.values()):
+        importlib.import_module(module)
+
+
+def _place(module: ModuleType) -> None:
+    name, later = _MAPPINGS[module.__name__]
+    mapping = getattr(module, name)
+    if not isinstance(mapping._extra_content, _Registered):
+        mapping._extra_content = _Registered(mapping._extra_content, later)
+
+
+class _Finder(MetaPathFinder):
+    """Leaves finding to the others, and places unimm's entries as soon as a mapping has been imported."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in _MAPPINGS:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_place(module: ModuleType) -> None:
+                execute(module)
+                _place(module)
+
+            spec.loader.exec_module = execute_and_place  # type: ignore[method-assign]
+        return spec
