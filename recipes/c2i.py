@@ -107,6 +107,7 @@ def train_and_draw(
     train, output = recipe.train, Path(recipe.train.output_dir)
     trainer = trainer_of(recipe, train, model, ids, held_out)
     entropy, uniform = ids.entropy, math.log(ids.info.codebook_size)
+    print(f"{len(ids)} sequences to train on, {len(held_out)} held out: {held_out.info.made_from}")
     print(entropy_line(len(ids), entropy, ids.info.codebook_size))
     if not (trainer.done or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these prepare once, to train
         print(f"held-out loss at the start {trainer.held_out_loss():.3f}, unigram entropy {entropy:.3f} nats an id")

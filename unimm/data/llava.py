@@ -12,6 +12,7 @@ list; a turn's only `<image>` moves in front of its text with one line break bet
 where they are. A first turn of the assistant is dropped, as LLaVA drops it.
 """
 
+import copy
 import json
 import os
 from collections import Counter
@@ -25,7 +26,9 @@ import numpy as np
 from PIL import Image
 
 from unimm.data.conversations import Message
+from unimm.data.held_out import HeldOut, require_held_out
 from unimm.data.images import load_image, unreadable_images
+from unimm.data.shapes.prompts import Split
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, counted, too_many
 from unimm.errors import UserError
 from unimm.provenance import write_atomically
@@ -94,6 +97,7 @@ class LlavaConversations:
         kept = [(n, row) for n, row in rows if n not in bad]
         self.numbers = np.array([n for n, _ in kept], dtype=np.int64)
         self.modality_lengths = np.array([row.length for _, row in kept], dtype=np.int64)
+        self._rows = np.arange(len(kept))  # of them, those of this part
         pieces = [json.dumps([row.images, row.turns]).encode() for _, row in kept]
         self._bytes, self._ends = b"".join(pieces), np.cumsum([0, *map(len, pieces)])
         self._damaged: set[int] = set()
@@ -105,9 +109,25 @@ class LlavaConversations:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def part(self, share: float, split: Split) -> "LlavaConversations":
+        """Return the rows that are trained on, or the held-out `share` of them (`unimm.data.held_out`).
+
+        Raises:
+            UserError: nothing can be held out.
+        """
+        rule = HeldOut(len(self), share)
+        require_held_out(rule, split, str(self.path))
+        if rule.count(split) == len(self):
+            return self
+        chosen, part = rule.numbers(split), copy.copy(self)
+        part.numbers, part.modality_lengths = self.numbers[chosen], self.modality_lengths[chosen]
+        part._rows = self._rows[chosen]
+        return part
+
     def row(self, index: int) -> Row:
         """The usable row `index`."""
-        images, turns = json.loads(self._bytes[self._ends[index] : self._ends[index + 1]])
+        place = self._rows[index]
+        images, turns = json.loads(self._bytes[self._ends[place] : self._ends[place + 1]])
         return Row(tuple(images), tuple((role, text) for role, text in turns))
 
     def messages(self, index: int) -> list[Message]:

@@ -46,6 +46,10 @@ class ReadOptions:
         if self.max_aspect_ratio is not None and long > self.max_aspect_ratio * short:
             raise Filtered("too long", f"{size[0]} x {size[1]} pixels, max_aspect_ratio {self.max_aspect_ratio}")
 
+    def named(self, source: str) -> str:
+        """Return the source with the part of a hub data set that is read of it."""
+        return f"{source}#{self.subset or ''}#{self.split}" if source.startswith("hub:") else source
+
     @property
     def filters(self) -> str:
         """What is left out, in words; empty where nothing is."""
