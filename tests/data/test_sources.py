@@ -68,8 +68,8 @@ def test_metadata_of_an_imagefolder(tmp_path):
 
 def test_fields_beside_a_picture_of_a_tar(tmp_path):
     members = {
-        "a/x.y.jpg": b"kept out: its kind is y.jpg",
         "b/1.png": png(1),
+        "b/1.mask.png": b"not read: there is a plain one",
         "b/1.json": b'{"id": 7}',
         "b/1.cls": b"3",
     }

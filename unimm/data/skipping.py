@@ -44,7 +44,8 @@ class Skipped:
 
     @property
     def line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        text = json.dumps(asdict(self), ensure_ascii=False)
+        return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half of a surrogate pair is no UTF-8
 
 
 def counted(skipped: Sequence[Skipped]) -> str:
