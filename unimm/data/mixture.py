@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
-from unimm.data.conversations import CaptionedPictures, Message, ShapesConversations, TableConversations
+from unimm.data.conversations import CaptionedPictures, Message, ShapesConversations
 from unimm.data.grouping import GroupedOrder
 from unimm.data.held_out import DEFAULT_SHARE, PartOfRows, check_share, refuse_overlaps
 from unimm.data.ids import IdsFolder, holds_ids
@@ -24,6 +24,7 @@ from unimm.data.reading import ReadOptions
 from unimm.data.shapes.prompts import Split
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.sources import open_pictures
+from unimm.data.table_conversations import ConversationRows, TableConversations
 from unimm.data.text_to_image import IdDrawings, PictureDrawings, ShapesDrawings
 from unimm.errors import UserError
 
@@ -41,8 +42,8 @@ class FlowConfig:
         ratio: share of the samples, relative to the other flows.
         weight: factor of this flow's mean loss in the sum.
         source: "shapes", or from outside, for a
-            conversation: a table with the columns image and messages, or a .json or .jsonl file in LLaVA's format,
-            whose pictures are in `image_folder`;
+            conversation: a table with the columns image and messages (`unimm.data.table_conversations`), or a .json or
+            .jsonl file in LLaVA's format, whose pictures are in `image_folder`;
             captioning: pictures with captions, as `unimm.data.sources` reads them;
             drawing: such pictures, or a folder of ids that `recipes/encode.py` wrote.
         read: how pictures from outside are read and filtered.
@@ -267,6 +268,8 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
         drawn = None if part is None else PartOfRows(ids, share, part, place)
         return IdDrawings(ids, seed=seed, null_prompt_prob=null, rows=drawn)
     opened, talk = open_pictures(place, flow.read), flow.kind == "conversation"
+    if talk:
+        opened = ConversationRows(opened, place)
     if part is not None:
         opened = PartOfRows(opened, share, part, place)
     whose = f"{place} (held-out rows)" if part == "test" else place
@@ -275,5 +278,5 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
     if flow.kind == "captioning":
         return CaptionedPictures(rows, flow.question)
     if talk:
-        return TableConversations(rows, place)
+        return TableConversations(rows)
     return PictureDrawings(rows, seed=seed, image_size=config.image_size, null_prompt_prob=null)

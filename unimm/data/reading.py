@@ -60,7 +60,7 @@ class ReadOptions:
     def picture(self, value: Any, name: str) -> Image.Image:
         """The picture of a file's bytes, a path, or a table's {"bytes", "path"}. Raises `BadRow`."""
         if isinstance(value, Mapping):
-            value = value["path"] if value["bytes"] is None else value["bytes"]
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
         try:
             if isinstance(value, bytes):
                 return decode_image(value, name, self.check)

@@ -63,8 +63,8 @@ def host_trainer(
         processes().print(line)
     if test_stream is None and args.eval_strategy != IntervalStrategy.NO:
         raise UserError(
-            f"data.num_eval_samples is 0 and train.eval_strategy {args.eval_strategy.value!r}: raise the number, or say "
-            "no to the strategy."
+            f"train.eval_strategy is {args.eval_strategy.value!r} and data.num_eval_samples 0: raise the number, or "
+            "set the strategy to no."
         )
     if all(flow.kind == "drawing" for flow in data.flows.values()):
         model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at pictures, decay would move it
