@@ -29,6 +29,7 @@ from unimm.training.arguments import HostTrainingArguments
 from unimm.training.class_conditional_trainer import ClassConditionalTrainer
 from unimm.training.dry_run import SHEET_PICTURES, dry_run_stream, short, show_pictures
 from unimm.training.run import open_run
+from unimm.typed import Count
 
 
 @dataclass
@@ -37,7 +38,7 @@ class C2IModelConfig:
     and grid are the tokenizer's."""
 
     image_tokenizer: str
-    num_classes: int
+    num_classes: Count
     size: str = "B"
     config: dict = field(default_factory=dict)
     attn_implementation: str | None = None

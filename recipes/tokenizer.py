@@ -29,6 +29,7 @@ from unimm.training.dry_run import dry_run_tokenizer, short_tokenizer
 from unimm.training.objective import ObjectiveConfig
 from unimm.training.run import open_run
 from unimm.training.tokenizer_trainer import PANEL_PICTURES, TokenizerTrainer
+from unimm.typed import Count
 
 
 @dataclass
@@ -40,7 +41,7 @@ class TokenizerModelConfig:
     kind: str = "vqrae"
     encoder: str | None = None
     init_from: str | None = None
-    image_size: int | None = None
+    image_size: Count | None = None
     config: dict = field(default_factory=dict)
     attn_implementation: str | None = None
 

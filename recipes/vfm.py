@@ -24,6 +24,7 @@ from unimm.training.run import open_run
 from unimm.training.stream_trainer import StreamTrainer
 from unimm.training.text_tokenizer import train_text_tokenizer
 from unimm.training.vision_pretraining import VisionPretraining, VisionPretrainingConfig
+from unimm.typed import Count
 
 
 @dataclass
@@ -32,7 +33,7 @@ class VFMModelConfig:
 
     vision: dict
     text: dict
-    vocab_size: int = 320
+    vocab_size: Count = 320
     attn_implementation: str = "eager"
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 GROUND = {"errors", "provenance", "typed", "config", "report", "saving", "sampling", "weights", "perceptual_networks"}
-GROUND |= {"processes"}
+GROUND |= {"processes", "yaml_text"}
 FOUNDATION = GROUND | {"tokenizer", "data", "evaluation"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
 FACES = {"serving", "integrations", "benchmarks", "chat"}
@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"errors"},
     "weights": {"errors"},
     "perceptual_networks": {"errors", "weights"},
-    "config": {"errors", "provenance", "typed"},
+    "yaml_text": {"errors"},
+    "config": {"errors", "provenance", "typed", "yaml_text"},
     "evaluation": GROUND,
     "data": GROUND | {"evaluation"},
     "tokenizer": GROUND,

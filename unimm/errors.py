@@ -5,6 +5,7 @@ recipes print it as one line without a traceback and exit with code 2; all else 
 """
 
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,15 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """A run was asked to stop and has saved all: what to do to go on. A program that ends with it ends well."""
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 100
+
+
+def shown(value: object) -> str:
+    """Return the value as a message shows it: its `repr`, cut to about a line whatever its size."""
+    return _SHOWN.repr(value)
 
 
 _FROM_A_WORKER = re.compile(r"Caught (\w+) in DataLoader worker")

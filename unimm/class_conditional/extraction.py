@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from unimm.data.pictures import WORLD, crop
 from unimm.data.shapes.prompts import Split
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer
+from unimm.typed import Count, Range
 
 
 @dataclass
@@ -31,12 +32,12 @@ class ClassIdsConfig:
     source: str
     eval_source: str | None = None
     folder: str = ""
-    num_pictures: int | None = None
-    num_eval_pictures: int | None = None
+    num_pictures: Count | None = None
+    num_eval_pictures: Count | None = None
     flip: bool = True
-    batch_size: int = 64
-    seed: int = 0
-    eval_share: float = DEFAULT_SHARE
+    batch_size: Count = 64
+    seed: Annotated[int, Range(least=0, most=2**31 - 1)] = 0
+    eval_share: Annotated[float, Range(least=0, most=0.5)] = DEFAULT_SHARE
 
     def __post_init__(self) -> None:
         if not self.folder:

@@ -8,7 +8,7 @@ instead of being drawn (`unimm.data.order`).
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -27,6 +27,7 @@ from unimm.data.sources import open_pictures
 from unimm.data.table_conversations import ConversationRows, TableConversations
 from unimm.data.text_to_image import IdDrawings, PictureDrawings, ShapesDrawings
 from unimm.errors import UserError
+from unimm.typed import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share
 
 ENDLESS = 2**31 - 1
 """Length of a training stream; `train.max_steps` says when it stops."""
@@ -60,15 +61,15 @@ class FlowConfig:
     """
 
     kind: Literal["conversation", "captioning", "drawing"]
-    ratio: float = 1.0
-    weight: float = 1.0
+    ratio: Rate = 1.0
+    weight: NonNegative = 1.0
     source: str = "shapes"
     eval_source: str | None = None
-    num_turns: tuple[int, int] = (4, 7)
-    kind_shares: dict[str, float] | None = None
-    null_prompt_prob: float = 0.0
+    num_turns: tuple[Count, Count] = (4, 7)
+    kind_shares: dict[str, NonNegative] | None = None
+    null_prompt_prob: Decay = 0.0
     image_folder: str | None = None
-    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
+    max_bad_share: Share = DEFAULT_MAX_BAD_SHARE
     drop_questions: bool = False
     group_by_modality: bool = False
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -106,10 +107,10 @@ class MixtureConfig:
     """
 
     flows: dict[str, FlowConfig]
-    seed: int = 0
-    image_size: int = 64
-    num_eval_samples: int = 128
-    eval_share: float = DEFAULT_SHARE
+    seed: Seed = 0
+    image_size: Count = 64
+    num_eval_samples: Natural = 128
+    eval_share: Annotated[float, Range(least=0, most=0.5)] = DEFAULT_SHARE
 
     def __post_init__(self) -> None:
         if not self.flows or any(flow.ratio <= 0 for flow in self.flows.values()):

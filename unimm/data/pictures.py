@@ -7,7 +7,7 @@ and flip, so the number of pictures seen is all there is to know of a run's data
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from unimm.data.shapes.prompts import Split
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.sources import open_pictures
 from unimm.errors import UserError
+from unimm.typed import Count, Range, Rate, Share
 
 WORLD = "shapes"
 
@@ -30,7 +31,7 @@ class PictureSource:
     """One of several sources that are mixed: pictures come from it at the share weight / all weights."""
 
     source: str
-    weight: float = 1.0
+    weight: Rate = 1.0
     eval_source: str | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
 
@@ -53,15 +54,15 @@ class PictureConfig:
     """
 
     source: str = WORLD
-    image_size: int = 64
+    image_size: Count = 64
     random_crop: bool = False
     flip: bool = False
     caption_template: str = "{}"
     read: ReadOptions = field(default_factory=ReadOptions)
     mix: list[PictureSource] = field(default_factory=list)
-    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
+    max_bad_share: Share = DEFAULT_MAX_BAD_SHARE
     eval_source: str | None = None
-    eval_share: float = DEFAULT_SHARE
+    eval_share: Annotated[float, Range(least=0, most=0.5)] = DEFAULT_SHARE
 
     def __post_init__(self) -> None:
         check_share(self.eval_share)

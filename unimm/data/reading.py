@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
 
 from unimm.data.images import decode_image, load_image
 from unimm.data.skipping import BadRow, Filtered
 from unimm.errors import UserError
+from unimm.typed import Natural, Range
 
 
 @dataclass
@@ -29,8 +30,8 @@ class ReadOptions:
     streaming: bool = False
     image_column: str = "image"
     text_column: str = "text"
-    max_aspect_ratio: float | None = None
-    min_side: int = 0
+    max_aspect_ratio: Annotated[float, Range(least=1)] | None = None
+    min_side: Natural = 0
 
     def __post_init__(self) -> None:
         if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
