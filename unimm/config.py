@@ -14,9 +14,9 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from unimm.errors import USER_ERROR_EXIT_CODE, UserError, one_line, shown
+from unimm.errors import UserError, one_line, refuse, shown
 from unimm.provenance import git_commit, package_versions, write_atomically
 from unimm.typed import build, known_keys, plain
 from unimm.yaml_text import MAX_BYTES, dump_yaml, load_yaml, require_plain
@@ -57,8 +57,16 @@ def parse_training_args(cls: type[T], argv: Sequence[str] | None = None) -> tupl
     return config, arguments.dry_run
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments last, too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise SystemExit(refuse(self.prog, UserError(message)))
+
+
 def _recipe_parser(cls: type) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=f"Settings: {', '.join(known_keys(cls))} (nested by dots).")
+    parser = _Parser(description=f"Settings: {', '.join(known_keys(cls))} (nested by dots).")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file, e.g. train.seed=1")
     return parser
@@ -69,8 +77,7 @@ def _parsed(parser: argparse.ArgumentParser, cls: type[T], argv: Sequence[str] |
     try:
         return load_config(cls, arguments.config, arguments.overrides), arguments
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        raise SystemExit(refuse(Path(sys.argv[0]).name, error)) from None
 
 
 def save_config(

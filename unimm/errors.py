@@ -6,12 +6,13 @@ recipes print it as one line without a traceback and exit with code 2; all else 
 
 import re
 import reprlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from unimm.launched import say_last
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -74,5 +75,10 @@ def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
         print(pause, flush=True)
         return 0
     except UserError as error:
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
+        return refuse(name, error)
+
+
+def refuse(name: str, error: UserError) -> int:
+    """Say the error as one line, the last one of all that is said, and return the exit code."""
+    say_last(f"{name}: error: {one_line(error)}")
+    return USER_ERROR_EXIT_CODE
