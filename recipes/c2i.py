@@ -29,6 +29,7 @@ from unimm.training.arguments import HostTrainingArguments
 from unimm.training.class_conditional_trainer import ClassConditionalTrainer
 from unimm.training.dry_run import SHEET_PICTURES, dry_run_stream, short, show_pictures
 from unimm.training.run import open_run
+from unimm.typed import Count
 
 
 @dataclass
@@ -37,7 +38,7 @@ class C2IModelConfig:
     and grid are the tokenizer's."""
 
     image_tokenizer: str
-    num_classes: int
+    num_classes: Count
     size: str = "B"
     config: dict = field(default_factory=dict)
     attn_implementation: str | None = None
@@ -107,6 +108,7 @@ def train_and_draw(
     train, output = recipe.train, Path(recipe.train.output_dir)
     trainer = trainer_of(recipe, train, model, ids, held_out)
     entropy, uniform = ids.entropy, math.log(ids.info.codebook_size)
+    print(f"{len(ids)} sequences to train on, {len(held_out)} held out: {held_out.info.made_from}")
     print(entropy_line(len(ids), entropy, ids.info.codebook_size))
     if not (trainer.done or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these prepare once, to train
         print(f"held-out loss at the start {trainer.held_out_loss():.3f}, unigram entropy {entropy:.3f} nats an id")

@@ -17,6 +17,7 @@ from unimm.config import parse_recipe_args
 from unimm.errors import UserError, run_main
 from unimm.mllm import UnifiedModelMixin, load
 from unimm.tokenizer.loading import load_image_tokenizer
+from unimm.typed import Rate
 
 CARD = "README.md"
 
@@ -32,7 +33,7 @@ class PublishRecipe:
     output_dir: str
     card: str
     image_generation: dict = field(default_factory=dict)
-    max_megabytes: float = 20.0
+    max_megabytes: Rate = 20.0
     image_tokenizer: str | None = None
 
 

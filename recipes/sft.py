@@ -27,6 +27,7 @@ from unimm.training.host_recipe import train_on_flows
 from unimm.training.language_model import CHAT_TOKENS, new_language_model
 from unimm.training.parameters import train_projector_only
 from unimm.training.text_tokenizer import train_text_tokenizer
+from unimm.typed import Count
 
 
 @dataclass
@@ -46,7 +47,7 @@ class SFTModelConfig:
     image_tokenizer: str | None = None
     llm: str | dict | None = None
     init_from: str | None = None
-    text_vocab_size: int = 600
+    text_vocab_size: Count = 600
     row_init: RowInit = "random"
     chat_template: str | None = None
     pad_to_square: bool = False

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.trainer_utils import set_seed
 
 from unimm.config import parse_training_args
-from unimm.data.pictures import PictureConfig, picture_stream
+from unimm.data.pictures import PictureConfig, held_out_lines, held_out_pictures, picture_stream
 from unimm.errors import UserError, reading, run_main
 from unimm.mllm import load
 from unimm.mllm.loading import DEFAULT
@@ -28,7 +28,8 @@ from unimm.training.arguments import TokenizerTrainingConfig, accumulation_steps
 from unimm.training.dry_run import dry_run_tokenizer, short_tokenizer
 from unimm.training.objective import ObjectiveConfig
 from unimm.training.run import open_run
-from unimm.training.tokenizer_trainer import TokenizerTrainer
+from unimm.training.tokenizer_trainer import PANEL_PICTURES, TokenizerTrainer
+from unimm.typed import Count
 
 
 @dataclass
@@ -40,7 +41,7 @@ class TokenizerModelConfig:
     kind: str = "vqrae"
     encoder: str | None = None
     init_from: str | None = None
-    image_size: int | None = None
+    image_size: Count | None = None
     config: dict = field(default_factory=dict)
     attn_implementation: str | None = None
 
@@ -96,6 +97,9 @@ def main() -> None:
     samples_per_step = train.batch_size * train.gradient_accumulation_steps * count
     log = Path(train.output_dir) / "data"
     pictures = picture_stream(recipe.data, train.steps * samples_per_step, train.seed, log_folder=log)
+    held_out = held_out_pictures(recipe.data, PANEL_PICTURES, train.seed)
+    for line in held_out_lines(pictures, held_out):
+        processes().print(line)
     tokenizer = build(recipe.model)
     if dry_run:
         trainer = TokenizerTrainer(tokenizer, pictures, short_tokenizer(train), recipe.loss)
@@ -103,7 +107,7 @@ def main() -> None:
         return
     encoder = weights_fingerprint(tokenizer.encoder)  # the teacher
     with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=pictures.sizes):
-        TokenizerTrainer(tokenizer, pictures, train, recipe.loss).train()
+        TokenizerTrainer(tokenizer, pictures, train, recipe.loss, held_out=held_out).train()
 
 
 if __name__ == "__main__":

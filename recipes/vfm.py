@@ -15,14 +15,16 @@ from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProce
 from transformers.trainer_utils import set_seed
 
 from unimm.config import parse_training_args
-from unimm.data.pictures import PictureConfig, picture_stream, to_array
+from unimm.data.pictures import PictureConfig, held_out_lines, held_out_pictures, picture_stream, to_array
 from unimm.errors import run_main
+from unimm.processes import processes
 from unimm.training.arguments import StreamTrainingArguments
 from unimm.training.dry_run import dry_run_stream, short, show_pictures
 from unimm.training.run import open_run
 from unimm.training.stream_trainer import StreamTrainer
 from unimm.training.text_tokenizer import train_text_tokenizer
 from unimm.training.vision_pretraining import VisionPretraining, VisionPretrainingConfig
+from unimm.typed import Count
 
 
 @dataclass
@@ -31,7 +33,7 @@ class VFMModelConfig:
 
     vision: dict
     text: dict
-    vocab_size: int = 320
+    vocab_size: Count = 320
     attn_implementation: str = "eager"
 
 
@@ -50,6 +52,8 @@ def main() -> None:
     length = train.max_steps * train.samples_per_step
     log = Path(train.output_dir) / "data"
     stream = picture_stream(config.data, length, train.seed, allow_withheld=False, log_folder=log)
+    for line in held_out_lines(stream, held_out_pictures(config.data, 1, train.seed)):
+        processes().print(line)
     tokenizer = train_text_tokenizer((stream[i]["text"] for i in range(min(2000, length))), config.model.vocab_size)
     size = {"height": config.data.image_size, "width": config.data.image_size}
     processor = SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)

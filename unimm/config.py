@@ -5,25 +5,25 @@ What a run does stands in one dataclass per recipe, with nested dataclasses for 
 - every key and type is checked (`unimm.typed`); Hugging Face's dataclasses (`TrainingArguments`, `SFTConfig`) nest like
   any other and are not re-declared;
 - `base: other.yaml` (relative to the file) is read first and the file is laid over it, then the `a.b=c` overrides;
-- YAML is read as version 1.2 means it: `1e-4` is a number, `no` and `off` are words;
+- YAML is read as version 1.2 means it, within bounds (`unimm.yaml_text`);
 - `save_config` writes the whole configuration back, with the versions and the git commit beside it.
 """
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-import yaml
-
-from unimm.errors import USER_ERROR_EXIT_CODE, UserError, one_line
+from unimm.errors import UserError, one_line, refuse, shown
 from unimm.provenance import git_commit, package_versions, write_atomically
 from unimm.typed import build, known_keys, plain
+from unimm.yaml_text import MAX_BYTES, dump_yaml, load_yaml, require_plain
 
 T = TypeVar("T")
+
+MAX_BASES = 20
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
@@ -40,6 +40,7 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     tree = _read_with_bases(Path(path), seen=())
     for override in overrides:
         _apply_override(tree, override)
+    require_plain(tree, str(path))
     return build(cls, tree, key="", source=str(path))
 
 
@@ -56,8 +57,16 @@ def parse_training_args(cls: type[T], argv: Sequence[str] | None = None) -> tupl
     return config, arguments.dry_run
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments last, too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise SystemExit(refuse(self.prog, UserError(message)))
+
+
 def _recipe_parser(cls: type) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=f"Settings: {', '.join(known_keys(cls))} (nested by dots).")
+    parser = _Parser(description=f"Settings: {', '.join(known_keys(cls))} (nested by dots).")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file, e.g. train.seed=1")
     return parser
@@ -68,8 +77,7 @@ def _parsed(parser: argparse.ArgumentParser, cls: type[T], argv: Sequence[str] |
     try:
         return load_config(cls, arguments.config, arguments.overrides), arguments
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        raise SystemExit(refuse(Path(sys.argv[0]).name, error)) from None
 
 
 def save_config(
@@ -82,7 +90,7 @@ def save_config(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    write_atomically(path, yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+    write_atomically(path, dump_yaml(plain(config)))
     run = {"command": sys.argv, "commit": git_commit(), "versions": package_versions(), "facts": dict(facts or {})}
     write_atomically(folder / "run.json", json.dumps(run, indent=2) + "\n")
     return path
@@ -104,50 +112,20 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tree, facts
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans, refusing a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes by the same rules as `_Loader` reads."""
-
-
-_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
-_FLOAT = re.compile(r"^(?:[-+]?(?:\.\d+|\d[\d_]*(?:\.\d*)?)(?:[eE][-+]?\d+)?|[-+]?\.(?i:inf)|\.(?i:nan))$")
-
-
-def _use_yaml_12(cls: Any) -> None:
-    replaced = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-    kept = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in replaced]
-        for first, resolvers in cls.yaml_implicit_resolvers.items()
-    }
-    cls.yaml_implicit_resolvers = kept
-    cls.add_implicit_resolver(replaced[0], _BOOL, list("tTfF"))
-    cls.add_implicit_resolver(replaced[1], _FLOAT, list("-+.0123456789"))
-
-
-_use_yaml_12(_Loader)
-_use_yaml_12(_Dumper)
-
-
 def _read_with_bases(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path} is its own base: remove one `base:` of the circle.")
+    if len(seen) > MAX_BASES:
+        raise UserError(f"{path} is the base of the base of more than {MAX_BASES} files.")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        if (resolved := path.resolve()) in seen:
+            raise UserError(f"{path} is its own base: remove one `base:` of the circle.")
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+    except (OSError, RuntimeError) as error:  # a circle of links is a RuntimeError
+        reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
         raise UserError(f"Cannot read the configuration {path}: {reason}.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {one_line(error)}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"Cannot read the configuration {path}: not UTF-8 text.") from None
+    tree = load_yaml(text, str(path))
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}.")
@@ -155,8 +133,8 @@ def _read_with_bases(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise UserError(f"base in {path} must be the name of one YAML file, got {base!r}.")
-    return _merged(_read_with_bases(path.parent / base, seen=(*seen, path.resolve())), tree)
+        raise UserError(f"base in {path} must be the name of one YAML file, got {shown(base)}.")
+    return _merged(_read_with_bases(path.parent / base, seen=(*seen, resolved)), tree)
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,16 +148,15 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
-        raise UserError(f"Override {override!r} must read key=value, for example train.seed=1.")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"Override {override!r}: {text!r} is not valid YAML.") from None
+        raise UserError(f"Override {shown(override)} must read key=value, for example train.seed=1.")
+    value = load_yaml(text, f"Override {shown(override)}: {shown(text)}")
     *parents, last = name.strip().split(".")
     for parent in parents:
         below = tree.get(parent)
         tree[parent] = dict(below) if isinstance(below, dict) else {}
         if below is not None and not isinstance(below, dict):
-            raise UserError(f"Override {override!r}: {parent} is the value {below!r} and has no keys below it.")
+            raise UserError(
+                f"Override {shown(override)}: {parent:.80} is the value {shown(below)} and has no keys below it."
+            )
         tree = tree[parent]
     tree[last] = value

@@ -31,6 +31,7 @@ from unimm.data.sources import open_pictures
 from unimm.errors import UserError, reading
 from unimm.provenance import write_atomically
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
+from unimm.typed import Count, Natural, Seed, Share
 
 
 @dataclass
@@ -51,15 +52,15 @@ class EncodeConfig:
 
     source: str
     read: ReadOptions = field(default_factory=ReadOptions)
-    count: int | None = None
+    count: Count | None = None
     columns: list[str] = field(default_factory=lambda: ["text"])
     label_column: str = "label"
-    rows_per_shard: int = 4096
-    batch_size: int = 64
-    num_workers: int = 0
+    rows_per_shard: Count = 4096
+    batch_size: Count = 64
+    num_workers: Natural = 0
     features: bool = False
-    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
-    seed: int = 0
+    max_bad_share: Share = DEFAULT_MAX_BAD_SHARE
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         known = [name for name in COLUMNS if name != "key"]

@@ -5,12 +5,14 @@ recipes print it as one line without a traceback and exit with code 2; all else 
 """
 
 import re
-import sys
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from unimm.launched import say_last
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -21,6 +23,15 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """A run was asked to stop and has saved all: what to do to go on. A program that ends with it ends well."""
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 100
+
+
+def shown(value: object) -> str:
+    """Return the value as a message shows it: its `repr`, cut to about a line whatever its size."""
+    return _SHOWN.repr(value)
 
 
 _FROM_A_WORKER = re.compile(r"Caught (\w+) in DataLoader worker")
@@ -64,5 +75,10 @@ def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
         print(pause, flush=True)
         return 0
     except UserError as error:
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
+        return refuse(name, error)
+
+
+def refuse(name: str, error: UserError) -> int:
+    """Say the error as one line, the last one of all that is said, and return the exit code."""
+    say_last(f"{name}: error: {one_line(error)}")
+    return USER_ERROR_EXIT_CODE

@@ -1,22 +1,58 @@
 """A tree of plain values -> typed dataclasses, and back.
 
-Strict where YAML and `PreTrainedConfig` are not: an unknown key is refused with the list of the known ones, a value of
-the wrong type by key, value and expected type. Understands nested dataclasses (Hugging Face's too), Optional and other
-unions, list, tuple, dict, Literal, Enum and Path; a type that only its own constructor can judge is left to it.
+Strict where YAML and `PreTrainedConfig` are not: an unknown key is refused with the nearest known ones, a value of the
+wrong type by key, value and expected type, a number out of its range by both. Understands nested dataclasses (Hugging
+Face's too), Optional and other unions, list, tuple, dict, Literal, Enum and Path; a type that only its own constructor
+can judge is left to it.
+
+A field says its range in its annotation (`Count`, `Annotated[float, Range(above=0)]`), also within lists and unions.
+For fields that a dataclass inherits from one that is not ours it has a class attribute `RANGES`, {field: range}.
 """
 
 import dataclasses
 import difflib
 import enum
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from unimm.errors import UserError, one_line
+from unimm.errors import UserError, one_line, shown
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that make sense: from `least` to `most`, above `above`, below `below`."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        words = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
+
+
+Count = Annotated[int, Range(least=1)]
+Natural = Annotated[int, Range(least=0)]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]
+Rate = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+Decay = Annotated[float, Range(least=0, below=1)]
 
 SECRET_FIELDS = frozenset({"hub_token", "push_to_hub_token"})
 """Never written to a file."""
@@ -40,10 +76,12 @@ def build(cls: type[T], tree: Mapping[Any, Any], *, key: str, source: str) -> T:
     prefix = f"{key}." if key else ""
     for name in tree:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
+            word = str(name)[:80]
+            close = difflib.get_close_matches(word, known, n=1)
             hint = f" (did you mean {prefix}{close[0]}?)" if close else ""
-            raise UserError(f"Unknown key {prefix}{name} in {source}{hint}; known here: {', '.join(known)}.")
-    hints = typing.get_type_hints(cls)
+            nearest = difflib.get_close_matches(word, known, n=3, cutoff=0.0)
+            raise UserError(f"Unknown key {prefix}{word} in {source}{hint}; nearest: {', '.join(nearest)}.")
+    hints = hints_of(cls)
     values = {name: _coerce(hints[name], value, key=f"{prefix}{name}", source=source) for name, value in tree.items()}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -57,6 +95,13 @@ def build(cls: type[T], tree: Mapping[Any, Any], *, key: str, source: str) -> T:
         raise UserError(f"{key or cls.__name__} in {source}: {one_line(error)}") from error
 
 
+def hints_of(cls: Any) -> dict[str, Any]:
+    """Return the annotations of a dataclass's fields with their ranges."""
+    ranges: Mapping[str, Range] = getattr(cls, "RANGES", {})
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: Annotated[hint, ranges[name]] if name in ranges else hint for name, hint in hints.items()}
+
+
 class _Mismatch(Exception):
     """The value does not fit the annotation; turned into a `UserError` where the key is known."""
 
@@ -65,13 +110,17 @@ def _coerce(hint: Any, value: Any, *, key: str, source: str) -> Any:
     try:
         return _convert(hint, value, key, source)
     except _Mismatch:
-        raise UserError(f"{key} in {source} is {value!r}, expected {_describe(hint)}.") from None
+        raise UserError(f"{key} in {source} is {shown(value)}, expected {_describe(hint)}.") from None
 
 
 def _convert(hint: Any, value: Any, key: str, source: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _convert(arguments[0], value, key, source)
+        converted = _convert(arguments[0], value, key, source)
+        for bounds in arguments[1:]:
+            if isinstance(bounds, Range) and _is_number(converted) and converted not in bounds:
+                raise UserError(f"{key} in {source} is {converted}, and must be {bounds}.")
+        return converted
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, key, source)
     if origin is Literal:
@@ -89,7 +138,7 @@ def _convert_union(options: Sequence[Any], value: Any, key: str, source: str) ->
     if value is None:
         return _require(type(None) in options, value)
     options = [option for option in options if option is not type(None)]
-    exact = [option for option in options if isinstance(option, type) and type(value) is option]
+    exact = [option for option in options if type(value) is _bare(option)]
     for option in exact or options:
         try:
             return _convert(option, value, key, source)
@@ -118,11 +167,11 @@ def _convert_container(container: Any, arguments: Sequence[Any], value: Any, key
 
 
 def _convert_scalar(hint: Any, value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = _is_number(value)
     if hint is float:
         return float(_require(number, value))
     if hint is int:  # 1e5 is a float to YAML and a step count to everybody else
-        return int(_require(number and value == value // 1, value))
+        return int(_require(number and math.isfinite(value) and value == value // 1, value))
     if hint is Path:
         return Path(_require(isinstance(value, str | Path), value))
     if hint in (bool, str, type(None)):
@@ -132,6 +181,15 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
     return value  # Any, or a type that only its own constructor can judge
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _bare(hint: Any) -> Any:
+    """The annotation without its range."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
 def _require(fits: bool, value: Any) -> Any:
     if not fits:
         raise _Mismatch
@@ -139,6 +197,7 @@ def _require(fits: bool, value: Any) -> Any:
 
 
 def _describe(hint: Any) -> str:
+    hint = _bare(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(repr(choice) for choice in arguments)
@@ -147,7 +206,8 @@ def _describe(hint: Any) -> str:
     if hint is type(None):
         return "null"
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return f"keys of {hint.__name__} ({', '.join(known_keys(hint))})"
+        names = known_keys(hint)
+        return f"keys of {hint.__name__} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     return hint.__name__ if isinstance(hint, type) and not arguments else str(hint).replace("typing.", "")
 
 

@@ -193,7 +193,7 @@ def test_damaged_pictures_count_against_the_limit(tmp_path: Path, pictures: Path
 def test_a_worker_process_stops_the_run_in_the_same_sentence(tmp_path: Path, pictures: Path) -> None:
     damaged_rows(tmp_path, pictures, share=0.2)
     flow = FlowConfig("conversation", source=str(tmp_path / "a.json"), image_folder=str(pictures), max_bad_share=0.2)
-    stream = Mixture(MixtureConfig({"talk": flow}), log_folder=tmp_path / "run")
+    stream = Mixture(MixtureConfig({"talk": flow}, eval_share=0), log_folder=tmp_path / "run")
     torch.set_num_threads(1)
     with pytest.raises(UserError) as stopped:
         list(zip(range(9), DataLoader(stream, num_workers=1, collate_fn=lambda rows: 0), strict=False))
@@ -237,7 +237,7 @@ def test_a_flow_of_the_mixture(tmp_path: Path, pictures: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(records))
     flow = FlowConfig("conversation", source=str(path), image_folder=str(pictures), group_by_modality=True)
-    config = MixtureConfig({"talk": flow})
+    config = MixtureConfig({"talk": flow}, eval_share=0)
     stream = Mixture(config, samples_per_step=6)
     said = [int(stream[n]["messages"][1]["content"][0]["text"]) for n in range(72)]
     for start in (0, 36):  # 40 rows are 6 whole steps of 6; a pass shows no row twice

@@ -21,7 +21,7 @@ def mixture(split: str = "train", seed: int = 0, **flows: FlowConfig) -> Mixture
         "talk": FlowConfig("conversation", 0.25),
         "draw": FlowConfig("drawing", 0.75, null_prompt_prob=0.2),
     }
-    return Mixture(MixtureConfig(flows=flows, seed=seed, num_eval_samples=8), split=split)
+    return Mixture(MixtureConfig(flows=flows, seed=seed, num_eval_samples=8, eval_share=0), split=split)
 
 
 def plain(sample: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ def folder(tmp_path):
 
 
 def test_every_epoch_shows_every_picture_once_in_a_new_order(folder):
-    stream = picture_stream(PictureConfig(str(folder), image_size=16), 15, seed=1)
+    stream = picture_stream(PictureConfig(str(folder), image_size=16, eval_share=0), 15, seed=1)
     reds = [np.asarray(stream[i]["image"])[0, 0, 0] for i in range(15)]
     epochs = [reds[:5], reds[5:10], reds[10:]]
     assert all(Counter(epoch) == Counter([0, 50, 100, 150, 200]) for epoch in epochs)
@@ -47,7 +47,9 @@ def test_parquet_rows(tmp_path):
         rows, features=datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     ).to_parquet(str(tmp_path / "x.parquet"))
     stream = picture_stream(
-        PictureConfig(str(tmp_path / "x.parquet"), image_size=8, caption_template="a photo of {}"), 2, seed=0
+        PictureConfig(str(tmp_path / "x.parquet"), image_size=8, caption_template="a photo of {}", eval_share=0),
+        2,
+        seed=0,
     )
     found = {stream[i]["text"]: np.asarray(stream[i]["image"])[0, 0].tolist() for i in range(2)}
     assert found == {"a photo of a": [255, 255, 255], "a photo of b": [7, 7, 7]}

@@ -29,7 +29,7 @@ def test_the_next_usable_row_stands_in(table):
 
 def test_streams_are_the_same_for_any_number_of_workers(table, tmp_path):
     def values(name, workers):
-        config = PictureConfig(str(table), image_size=8, max_bad_share=0.3)
+        config = PictureConfig(str(table), image_size=8, max_bad_share=0.3, eval_share=0)
         stream = picture_stream(config, 40, seed=1, log_folder=tmp_path / name)
         return [
             n for batch in DataLoader(stream, 4, num_workers=workers, collate_fn=list) for n in map(value_of, batch)
@@ -46,7 +46,7 @@ def test_streams_are_the_same_for_any_number_of_workers(table, tmp_path):
 
 
 def test_too_many_bad_rows_stop_the_run(table, tmp_path):
-    config = PictureConfig(str(table), image_size=8, max_bad_share=0.2)
+    config = PictureConfig(str(table), image_size=8, max_bad_share=0.2, eval_share=0)
     stream = picture_stream(config, 40, seed=1, log_folder=tmp_path)
     message = r"a\.parquet: 3 of \d+ rows \(\d+\.\d%\) cannot be used, more than max_bad_share 20.0%: 3 damaged picture"
     with pytest.raises(UserError, match=message):

@@ -124,7 +124,7 @@ def test_the_command_to_go_on_is_the_one_that_was_given(
         def cmdline(self) -> list[str]:
             return parent
 
-    monkeypatch.setattr(interruption.psutil, "Process", Parent)
+    monkeypatch.setattr("psutil.Process", Parent)
     monkeypatch.setattr(interruption.sys, "executable", "/my/python")
     monkeypatch.setattr(interruption.sys, "argv", ["recipes/sft.py", "--config", "x.yaml"])
     assert resume_command() == command

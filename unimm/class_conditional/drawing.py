@@ -7,7 +7,7 @@ tokenizer of another fingerprint: its decoder would paint noise.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from unimm.sampling import SAMPLED, ImageSampling
 from unimm.saving import save_whole
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.loading import load_with_processor
+from unimm.typed import Count, Natural, NonNegative, Range, Seed
 
 TOKENIZER_FOLDER = "image_tokenizer"
 
@@ -82,13 +83,13 @@ class SheetConfig:
     """A sheet of the first `num_classes` classes, one column each: `rows` pictures without guidance above the same
     number with it."""
 
-    num_classes: int = 10
-    rows: int = 4
-    guidance_scale: float = 2.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    num_classes: Count = 10
+    rows: Count = 4
+    guidance_scale: NonNegative = 2.0
+    temperature: NonNegative = 1.0
+    top_k: Natural = 0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
+    seed: Seed = 0
 
 
 def draw_sheet(drawer: ClassDrawer, config: SheetConfig) -> Image.Image:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -12,27 +12,67 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from unimm.class_conditional.ids import ClassIds, read_class_ids, write_class_ids
+from unimm.data.held_out import DEFAULT_SHARE, check_share, refuse_overlaps
 from unimm.data.ids import IdsInfo
-from unimm.data.labelled import labelled_pictures
-from unimm.data.pictures import crop
+from unimm.data.labelled import LabelledPictures, LabelledShapes, labelled_pictures
+from unimm.data.pictures import WORLD, crop
+from unimm.data.shapes.prompts import Split
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer
+from unimm.typed import Count, Range
 
 
 @dataclass
 class ClassIdsConfig:
     """`source` and `eval_source` are labelled parquet files (columns image and label) or "shapes", read up to
-    `num_pictures` and `num_eval_pictures` (None: all); their ids go into `folder`. `flip` adds the mirror image of
-    every training picture. `seed` is that of the stream of ids, and of the picture world."""
+    `num_pictures` and `num_eval_pictures` (None: all); their ids go into `folder`. Without `eval_source` the share
+    `eval_share` of the rows of `source` is held out, before anything is mirrored. `flip` adds the mirror image of every
+    training picture. `seed` is that of the stream of ids, and of the picture world."""
 
     source: str
-    eval_source: str
-    folder: str
-    num_pictures: int | None = None
-    num_eval_pictures: int | None = None
+    eval_source: str | None = None
+    folder: str = ""
+    num_pictures: Count | None = None
+    num_eval_pictures: Count | None = None
     flip: bool = True
-    batch_size: int = 64
-    seed: int = 0
+    batch_size: Count = 64
+    seed: Annotated[int, Range(least=0, most=2**31 - 1)] = 0
+    eval_share: Annotated[float, Range(least=0, most=0.5)] = DEFAULT_SHARE
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise UserError("data.folder is missing: the folder that the ids are kept in.")
+        check_share(self.eval_share)
+        if WORLD in (self.source, self.eval_source):
+            return
+        if self.eval_source is not None:
+            refuse_overlaps([(self.source, False)], [self.eval_source])
+        elif self.eval_share == 0:
+            raise UserError("data.eval_share 0 holds nothing out to evaluate on: give data.eval_source.")
+
+    def pictures_of(self, split: Split) -> LabelledPictures | LabelledShapes:
+        """Return the labelled images of one split. Raises UserError if they cannot be read."""
+        source, count, part = self._reads(split)
+        return labelled_pictures(source, count, seed=self._seed(split), part=part)
+
+    def made_from(self, split: Split) -> str:
+        """Say in words what a split's ids are made from; a file that says otherwise is not taken up."""
+        source, count, part = self._reads(split)
+        words = f"{'all' if count is None else count} pictures of {source}"
+        if part is not None:
+            words += f", {'of' if split == 'test' else 'without'} the held-out share {self.eval_share:g}"
+        words += " and their mirror images" if self.flip and split == "train" else ""
+        return words + (f", seed {self._seed(split)}" if source == WORLD else "")
+
+    def _reads(self, split: Split) -> tuple[str, int | None, tuple[float, Split] | None]:
+        """The source, how many rows, and which part of it."""
+        count = self.num_pictures if split == "train" else self.num_eval_pictures
+        part = None if self.eval_source is not None or self.source == WORLD else (self.eval_share, split)
+        own = split == "test" and self.eval_source is not None
+        return str(self.eval_source) if own else self.source, count, part
+
+    def _seed(self, split: Split) -> int:
+        return 2 * self.seed + (split == "test")
 
 
 def prepare_ids(
@@ -43,19 +83,12 @@ def prepare_ids(
     Raises:
         UserError: the pictures cannot be read, or the file was made by another tokenizer or from other pictures.
     """
-    training = split == "train"
-    source, count = (config.source, config.num_pictures) if training else (config.eval_source, config.num_eval_pictures)
-    flip, seed = config.flip and training, 2 * config.seed + (not training)
     path = Path(config.folder) / f"{split}.parquet"
-    made_from = f"{'all' if count is None else count} pictures of {source}" + (
-        " and their mirror images" if flip else ""
-    )
-    made_from += f", seed {seed}" if source == "shapes" else ""
+    part: Split = "test" if split == "eval" else "train"
+    made_from = config.made_from(part)
     if not path.is_file():
-        pictures = labelled_pictures(source, count, seed=seed)
-        extract_ids(
-            tokenizer, image_processor, pictures, path, made_from=made_from, flip=flip, batch_size=config.batch_size
-        )
+        how = {"made_from": made_from, "flip": config.flip and part == "train", "batch_size": config.batch_size}
+        extract_ids(tokenizer, image_processor, config.pictures_of(part), path, **how)
     ids = read_class_ids(path)
     ids.info.require(tokenizer_fingerprint=tokenizer.fingerprint)
     if ids.info.made_from != made_from:

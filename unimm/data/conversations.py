@@ -5,7 +5,6 @@ Special here: several questions share one picture in one sample, because the pic
 sample n is a pure function of (seed, n), so a stream has no state to save.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,34 +57,6 @@ class RowsFlow:
     def row(self, index: int) -> dict[str, Any]:
         """Row `index` modulo the number of rows."""
         return self.rows[index % len(self.rows)]
-
-
-class TableConversations(RowsFlow):
-    """The rows of a table: `image`, and `messages` as a list (or its JSON) of {"role", "content"} with text content.
-
-    Raises:
-        UserError: there is no column `messages`.
-    """
-
-    def __init__(self, rows: Rows, source: str) -> None:
-        super().__init__(rows)
-        if "messages" not in rows.column_names:
-            raise UserError(
-                f"{source} has no column 'messages'; its columns are {', '.join(rows.column_names) or 'none'}."
-            )
-
-    def messages(self, index: int) -> list[Message]:
-        """The picture stands in front of the first user's text."""
-        row = self.row(index)
-        given = row["messages"]
-        messages = [
-            message(turn["role"], turn["content"]) for turn in (json.loads(given) if isinstance(given, str) else given)
-        ]
-        first = next((turn for turn in messages if turn["role"] == "user"), None)
-        if first is None:
-            raise UserError(f"Row {row['key']} of the conversations has no turn of the user.")
-        first["content"].insert(0, {"type": "image", "image": row["image"]})
-        return messages
 
 
 class CaptionedPictures(RowsFlow):

@@ -12,6 +12,7 @@ list; a turn's only `<image>` moves in front of its text with one line break bet
 where they are. A first turn of the assistant is dropped, as LLaVA drops it.
 """
 
+import copy
 import json
 import os
 from collections import Counter
@@ -25,9 +26,11 @@ import numpy as np
 from PIL import Image
 
 from unimm.data.conversations import Message
+from unimm.data.held_out import HeldOut, require_held_out
 from unimm.data.images import load_image, unreadable_images
+from unimm.data.shapes.prompts import Split
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, counted, too_many
-from unimm.errors import UserError
+from unimm.errors import UserError, one_line
 from unimm.provenance import write_atomically
 
 LLAVA_SUFFIXES = (".json", ".jsonl")
@@ -94,6 +97,7 @@ class LlavaConversations:
         kept = [(n, row) for n, row in rows if n not in bad]
         self.numbers = np.array([n for n, _ in kept], dtype=np.int64)
         self.modality_lengths = np.array([row.length for _, row in kept], dtype=np.int64)
+        self._rows = np.arange(len(kept))  # of them, those of this part
         pieces = [json.dumps([row.images, row.turns]).encode() for _, row in kept]
         self._bytes, self._ends = b"".join(pieces), np.cumsum([0, *map(len, pieces)])
         self._damaged: set[int] = set()
@@ -105,9 +109,25 @@ class LlavaConversations:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def part(self, share: float, split: Split) -> "LlavaConversations":
+        """Return the rows that are trained on, or the held-out `share` of them (`unimm.data.held_out`).
+
+        Raises:
+            UserError: nothing can be held out.
+        """
+        rule = HeldOut(len(self), share)
+        require_held_out(rule, split, str(self.path))
+        if rule.count(split) == len(self):
+            return self
+        chosen, part = rule.numbers(split), copy.copy(self)
+        part.numbers, part.modality_lengths = self.numbers[chosen], self.modality_lengths[chosen]
+        part._rows = self._rows[chosen]
+        return part
+
     def row(self, index: int) -> Row:
         """The usable row `index`."""
-        images, turns = json.loads(self._bytes[self._ends[index] : self._ends[index + 1]])
+        place = self._rows[index]
+        images, turns = json.loads(self._bytes[self._ends[place] : self._ends[place + 1]])
         return Row(tuple(images), tuple((role, text) for role, text in turns))
 
     def messages(self, index: int) -> list[Message]:
@@ -120,7 +140,7 @@ class LlavaConversations:
             except UserError as error:
                 self._skip_damaged(int(self.numbers[place]), str(error))
                 continue
-            return list(_messages(row, images, self.options.drop_questions))
+            return list(messages_of(row, images, self.options.drop_questions))
         raise UserError(f"No row of {self.path} is left whose pictures can be read.")
 
     def _skip_damaged(self, number: int, detail: str) -> None:
@@ -216,15 +236,22 @@ def _turns(record: Any) -> list[tuple[str, str]]:
     system = turns[:1] if turns[0][0] == "system" else []
     said = turns[len(system) :]
     said = said[1:] if said and said[0][0] == "assistant" else said
-    roles = [role for role, _ in said]
-    if roles != [("user", "assistant")[n % 2] for n in range(len(roles))]:
-        raise BadRow("turns out of order", f"the turns are by {', '.join(role for role, _ in turns)}")
-    if len(roles) < 2:
-        raise BadRow("no answer", f"the turns are by {', '.join(role for role, _ in turns)}")
+    check_order([role for role, _ in system + said])
     return system + said
 
 
-def _messages(row: Row, images: Sequence[Image.Image], drop_questions: bool) -> Iterator[Message]:
+def check_order(roles: Sequence[str]) -> None:
+    """Raise BadRow unless user and assistant take turns, behind at most one turn of the system, with an answer."""
+    talk = roles[1:] if roles and roles[0] == "system" else roles
+    named = ", ".join(roles) or "nobody"
+    if list(talk) != [("user", "assistant")[n % 2] for n in range(len(talk))]:
+        raise BadRow("turns out of order", f"the turns are by {named:.200}")
+    if len(talk) < 2:
+        raise BadRow("no answer", f"the turns are by {named}")
+
+
+def messages_of(row: Row, images: Sequence[Image.Image], drop_questions: bool = False) -> Iterator[Message]:
+    """Yield the turns of a row with its images in the place of their names."""
     remaining = iter(images)
     for role, text in row.turns:
         pictures = text.count(PLACEHOLDER)
@@ -256,6 +283,8 @@ def _records(path: Path) -> Iterable[Any]:
         raise UserError(
             f"{path} is not whole JSON: {error.msg} in line {error.lineno}, column {error.colno}."
         ) from None
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}.") from None
     if not isinstance(records, list):
         raise UserError(f"{path} holds a {type(records).__name__}, not a list of conversations.")
     return records
@@ -266,6 +295,8 @@ def _json_line(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return BadRow("not JSON", f"{error.msg} in column {error.colno}: {line[:60]!r}")
+    except (ValueError, RecursionError) as error:
+        return BadRow("not JSON", f"{one_line(error)}: {line[:60]!r}")
 
 
 def _parsed(records: Iterable[Any], reserved: Sequence[str]) -> Iterator[Row | BadRow]:

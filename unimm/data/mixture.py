@@ -8,13 +8,14 @@ instead of being drawn (`unimm.data.order`).
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from unimm.data.conversations import CaptionedPictures, Message, ShapesConversations, TableConversations
+from unimm.data.conversations import CaptionedPictures, Message, ShapesConversations
 from unimm.data.grouping import GroupedOrder
+from unimm.data.held_out import DEFAULT_SHARE, PartOfRows, check_share, refuse_overlaps
 from unimm.data.ids import IdsFolder, holds_ids
 from unimm.data.llava import LLAVA_SUFFIXES, LlavaOptions, open_llava
 from unimm.data.order import Interleaving, Order, order_of
@@ -23,8 +24,10 @@ from unimm.data.reading import ReadOptions
 from unimm.data.shapes.prompts import Split
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.sources import open_pictures
+from unimm.data.table_conversations import ConversationRows, TableConversations
 from unimm.data.text_to_image import IdDrawings, PictureDrawings, ShapesDrawings
 from unimm.errors import UserError
+from unimm.typed import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share
 
 ENDLESS = 2**31 - 1
 """Length of a training stream; `train.max_steps` says when it stops."""
@@ -40,8 +43,8 @@ class FlowConfig:
         ratio: share of the samples, relative to the other flows.
         weight: factor of this flow's mean loss in the sum.
         source: "shapes", or from outside, for a
-            conversation: a table with the columns image and messages, or a .json or .jsonl file in LLaVA's format,
-            whose pictures are in `image_folder`;
+            conversation: a table with the columns image and messages (`unimm.data.table_conversations`), or a .json or
+            .jsonl file in LLaVA's format, whose pictures are in `image_folder`;
             captioning: pictures with captions, as `unimm.data.sources` reads them;
             drawing: such pictures, or a folder of ids that `recipes/encode.py` wrote.
         read: how pictures from outside are read and filtered.
@@ -50,20 +53,23 @@ class FlowConfig:
         kind_shares: how often each kind of question is asked ("shapes" conversations only; None: the world's shares).
         null_prompt_prob: share of the drawings whose caption is replaced by the null prompt.
         max_bad_share: share of the rows from outside that may be damaged before the run stops.
+        eval_source: what is evaluated on, of the same kind and read alike; None holds out a share of `source`
+            (`MixtureConfig.eval_share`).
         image_folder, drop_questions: of LLaVA's format, see `unimm.data.llava.LlavaOptions`.
         group_by_modality: every step takes rows with a picture only, or without, of similar length (LLaVA's format, the
             only flow).
     """
 
     kind: Literal["conversation", "captioning", "drawing"]
-    ratio: float = 1.0
-    weight: float = 1.0
+    ratio: Rate = 1.0
+    weight: NonNegative = 1.0
     source: str = "shapes"
-    num_turns: tuple[int, int] = (4, 7)
-    kind_shares: dict[str, float] | None = None
-    null_prompt_prob: float = 0.0
+    eval_source: str | None = None
+    num_turns: tuple[Count, Count] = (4, 7)
+    kind_shares: dict[str, NonNegative] | None = None
+    null_prompt_prob: Decay = 0.0
     image_folder: str | None = None
-    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
+    max_bad_share: Share = DEFAULT_MAX_BAD_SHARE
     drop_questions: bool = False
     group_by_modality: bool = False
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -71,6 +77,10 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         llava = self.kind == "conversation" and Path(self.source).suffix in LLAVA_SUFFIXES
+        if self.eval_source is not None and "shapes" in (self.source, self.eval_source):
+            raise UserError("eval_source is for data from outside: shapes has a held-out part of its own.")
+        if self.eval_source is not None and llava != (Path(self.eval_source).suffix in LLAVA_SUFFIXES):
+            raise UserError(f"eval_source {self.eval_source} must be of the same form as source {self.source}.")
         if llava and self.image_folder is None:
             raise UserError(
                 f"The source {self.source} is in LLaVA's format: give the folder of its pictures, image_folder."
@@ -88,19 +98,40 @@ class FlowConfig:
 
 @dataclass
 class MixtureConfig:
-    """`flows` by name; `num_eval_samples` of the held-out stream (captions of the split "test") are scored at every
-    evaluation."""
+    """Flows by name, and what they are evaluated on.
+
+    Args:
+        num_eval_samples: of the held-out stream that every evaluation scores; 0 evaluates nothing and holds out
+            nothing.
+        eval_share: of the rows of every source from outside that has no `eval_source`, held out of training.
+    """
 
     flows: dict[str, FlowConfig]
-    seed: int = 0
-    image_size: int = 64
-    num_eval_samples: int = 128
+    seed: Seed = 0
+    image_size: Count = 64
+    num_eval_samples: Natural = 128
+    eval_share: Annotated[float, Range(least=0, most=0.5)] = DEFAULT_SHARE
 
     def __post_init__(self) -> None:
         if not self.flows or any(flow.ratio <= 0 for flow in self.flows.values()):
             raise UserError("data.flows needs at least one flow, and every ratio must be above 0.")
         if len(self.flows) > 1 and any(flow.group_by_modality for flow in self.flows.values()):
             raise UserError(f"group_by_modality is for a single flow, and there are {len(self.flows)}.")
+        check_share(self.eval_share)
+
+    def share(self, name: str) -> float:
+        """Return the share of a flow's source that is held out of training."""
+        flow = self.flows[name]
+        own = flow.source == "shapes" or flow.eval_source is not None
+        return 0.0 if own or self.num_eval_samples == 0 else self.eval_share
+
+    def refuse_overlaps(self) -> None:
+        """Raise UserError if a flow trains on what another one is evaluated on."""
+        outside = {name: flow for name, flow in self.flows.items() if flow.source != "shapes"}
+        refuse_overlaps(
+            [(flow.read.named(flow.source), self.share(name) > 0) for name, flow in outside.items()],
+            [flow.read.named(flow.eval_source) for flow in outside.values() if flow.eval_source is not None],
+        )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -135,11 +166,12 @@ class Mixture(Dataset):
     ) -> None:
         """
         Args:
-            split: "test" gives `num_eval_samples` samples of another seed, without null prompts.
+            split: "test" gives `num_eval_samples` samples of held-out rows, or of another seed, without null prompts.
             samples_per_step: of all processes together; needed by `group_by_modality`.
             reserved: strings that stand for pictures in the model's text: rows from outside that write one are skipped.
             log_folder: where the rows that had to be skipped are named, see `unimm.data.llava`.
         """
+        config.refuse_overlaps()
         self.config = config
         self.split = split
         self.samples_per_step = samples_per_step
@@ -183,9 +215,22 @@ class Mixture(Dataset):
         return self.samples_per_step
 
 
-def training_streams(config: MixtureConfig, **surroundings: Any) -> tuple[Mixture, Mixture]:
-    """The stream to train on and the held-out one; `surroundings` are `Mixture`'s further arguments."""
-    return Mixture(config, **surroundings), Mixture(config, split="test", **surroundings)
+def training_streams(config: MixtureConfig, **surroundings: Any) -> tuple[Mixture, Mixture | None]:
+    """The stream to train on and the held-out one, None without samples to evaluate; `surroundings` are `Mixture`'s
+    further arguments."""
+    train = Mixture(config, **surroundings)
+    return train, Mixture(config, split="test", **surroundings) if config.num_eval_samples else None
+
+
+def held_out_lines(train: Mixture, test: Mixture | None) -> list[str]:
+    """Say of every flow from outside how many rows are trained on and how many are held out."""
+    lines = []
+    for name, rows in train.sizes.items():
+        flow = train.config.flows[name]
+        held_out = 0 if test is None else test.sizes[name]
+        where = f" in {flow.eval_source}" if held_out and flow.eval_source else ""
+        lines.append(f"{name}: {rows} rows of {flow.source} to train on, {held_out} held out{where}")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -204,7 +249,11 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
         if flow.kind == "conversation":
             return ShapesConversations(seed, flow.num_turns, flow.kind_shares)
         return ShapesDrawings(seed, split=split, null_prompt_prob=null)
-    log = around.log_folder / f"{name}.skipped.jsonl" if around.log_folder else None
+    own = split == "test" and flow.eval_source is not None
+    place = str(flow.eval_source) if own else flow.source
+    log = around.log_folder / f"{name}{'.eval' * own}.skipped.jsonl" if around.log_folder else None
+    share = config.share(name)
+    part: Split | None = None if flow.eval_source is not None else split
     if flow.image_folder is not None:
         options = LlavaOptions(
             data_path(flow.image_folder),
@@ -213,13 +262,22 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
             reserved=around.reserved,
             log=log,
         )
-        return open_llava(data_path(flow.source), options)
-    if flow.kind == "drawing" and holds_ids(flow.source):
-        return IdDrawings(IdsFolder(filled(flow.source)), seed=seed, null_prompt_prob=null)
-    opened, talk = open_pictures(flow.source, flow.read), flow.kind == "conversation"
-    rows = UsableRows(opened, flow.source, captions=not talk, max_bad_share=flow.max_bad_share, log=log)
+        conversations = open_llava(data_path(place), options)
+        return conversations if part is None else conversations.part(share, part)
+    if flow.kind == "drawing" and holds_ids(place):
+        ids = IdsFolder(filled(place))
+        drawn = None if part is None else PartOfRows(ids, share, part, place)
+        return IdDrawings(ids, seed=seed, null_prompt_prob=null, rows=drawn)
+    opened, talk = open_pictures(place, flow.read), flow.kind == "conversation"
+    if talk:
+        opened = ConversationRows(opened, place)
+    if part is not None:
+        opened = PartOfRows(opened, share, part, place)
+    whose = f"{place} (held-out rows)" if part == "test" else place
+    rows = UsableRows(opened, whose, captions=not talk, max_bad_share=flow.max_bad_share, log=log)
+    rows.require_usable()
     if flow.kind == "captioning":
         return CaptionedPictures(rows, flow.question)
     if talk:
-        return TableConversations(rows, flow.source)
+        return TableConversations(rows)
     return PictureDrawings(rows, seed=seed, image_size=config.image_size, null_prompt_prob=null)

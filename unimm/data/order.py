@@ -36,6 +36,15 @@ class Rows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         raise NotImplementedError
 
+    def number(self, index: int) -> int:
+        """Return the number that row `index` has in its source; another one if these are a part of its rows."""
+        return index
+
+    @property
+    def total(self) -> int:
+        """Return the number of rows of the source."""
+        return len(self)
+
 
 class Placed(Protocol):
     """What is passed over: how many rows, and where they lie (`Rows`)."""

@@ -5,20 +5,23 @@ and flip, so the number of pictures seen is all there is to know of a run's data
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from unimm.data.held_out import DEFAULT_SHARE, HeldOut, PartOfRows, check_share, refuse_overlaps
 from unimm.data.order import Interleaving, Rows, order_of
 from unimm.data.reading import ReadOptions
 from unimm.data.shapes.datasets import ShapesPictures
+from unimm.data.shapes.prompts import Split
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.sources import open_pictures
 from unimm.errors import UserError
+from unimm.typed import Count, Range, Rate, Share
 
 WORLD = "shapes"
 
@@ -28,7 +31,8 @@ class PictureSource:
     """One of several sources that are mixed: pictures come from it at the share weight / all weights."""
 
     source: str
-    weight: float = 1.0
+    weight: Rate = 1.0
+    eval_source: str | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
 
 
@@ -40,7 +44,9 @@ class PictureConfig:
         source: "shapes", or what `unimm.data.sources` reads: a folder, parquet files, tar shards, hub:owner/name.
             `$UNIMM_DATA` in it is replaced by that variable (default ../shared).
         read: how the source is read and filtered.
-        mix: several sources with their weights, in the place of `source` and `read`.
+        eval_source: pictures that are shown and never trained on; None holds out the share `eval_share` of the rows of
+            `source`, by the rule of `unimm.data.held_out`, so that every recipe leaves the same rows out.
+        mix: several sources with their weights, in the place of `source`, `eval_source` and `read`.
         max_bad_share: share of a source's rows that may be damaged before the run stops.
         image_size: side of the pictures, cut out of the centre.
         random_crop, flip: the augmentation of VQRAE's table 7.
@@ -48,23 +54,38 @@ class PictureConfig:
     """
 
     source: str = WORLD
-    image_size: int = 64
+    image_size: Count = 64
     random_crop: bool = False
     flip: bool = False
     caption_template: str = "{}"
     read: ReadOptions = field(default_factory=ReadOptions)
     mix: list[PictureSource] = field(default_factory=list)
-    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
+    max_bad_share: Share = DEFAULT_MAX_BAD_SHARE
+    eval_source: str | None = None
+    eval_share: Annotated[float, Range(least=0, most=0.5)] = DEFAULT_SHARE
 
     def __post_init__(self) -> None:
+        check_share(self.eval_share)
         if any(each.weight <= 0 for each in self.mix):
             raise UserError("data.mix: every weight must be above 0.")
         if self.mix and self.source != WORLD:
             raise UserError(f"Give either data.source ({self.source}) or data.mix ({len(self.mix)} sources).")
+        if self.eval_source is not None and (self.mix or WORLD in (self.source, self.eval_source)):
+            raise UserError(
+                "data.eval_source goes with data.source from outside; each source of data.mix has one of its own."
+            )
 
     @property
     def sources(self) -> list[PictureSource]:
-        return self.mix or [PictureSource(self.source, read=self.read)]
+        return self.mix or [PictureSource(self.source, eval_source=self.eval_source, read=self.read)]
+
+    def refuse_overlaps(self) -> None:
+        """Raise UserError if one source trains on what another one holds out."""
+        outside = [each for each in self.sources if each.source != WORLD]
+        refuse_overlaps(
+            [(each.read.named(each.source), each.eval_source is None and self.eval_share > 0) for each in outside],
+            [each.read.named(each.eval_source) for each in outside if each.eval_source is not None],
+        )
 
 
 class Pictures(Protocol):
@@ -100,18 +121,21 @@ class PictureStream(Dataset):
         config: PictureConfig,
         length: int,
         seed: int,
+        chosen: Sequence[PictureSource] | None = None,
     ) -> None:
+        """`sources` are the rows of the `chosen` sources of the configuration, None for all."""
         self.sources = sources
         self.config = config
         self.length = length
         self.seed = seed
-        self.mixed = Interleaving([each.weight for each in config.sources])
+        self.chosen = config.sources if chosen is None else chosen
+        self.mixed = Interleaving([each.weight for each in self.chosen])
         self.orders = [order_of(rows, seed, 2 * k) for k, rows in enumerate(sources)]
 
     @property
     def sizes(self) -> dict[str, int]:
         """{source: its rows}: with other numbers item n is another one."""
-        sources = zip(self.config.sources, self.sources, strict=True)
+        sources = zip(self.chosen, self.sources, strict=True)
         return {each.source: len(rows) for each, rows in sources if each.source != WORLD}
 
     def __len__(self) -> int:
@@ -146,13 +170,48 @@ def picture_stream(
 
     if not config.mix and config.source == WORLD:
         return world()
+    config.refuse_overlaps()
     sources = [
-        world() if each.source == WORLD else _usable(each, config, log_folder and log_folder / f"pictures-{k}.jsonl")
+        world()
+        if each.source == WORLD
+        else _usable(each, config, "train", log_folder and log_folder / f"pictures-{k}.jsonl")
         for k, each in enumerate(config.sources)
     ]
     return PictureStream(sources, config, length, seed)
 
 
-def _usable(source: PictureSource, config: PictureConfig, log: Path | None) -> UsableRows:
-    rows = open_pictures(source.source, source.read)
-    return UsableRows(rows, source.source, max_bad_share=config.max_bad_share, log=log)
+def held_out_pictures(config: PictureConfig, length: int, seed: int) -> PictureStream | None:
+    """`length` pictures that `picture_stream` never gives, neither cropped at random nor flipped; None if nothing is
+    held out: of shapes, of a source of one row, with `eval_share` 0."""
+    outside = [each for each in config.sources if each.source != WORLD]
+    parts = [(each, _usable(each, config, "test")) for each in outside if _holds_out(each, config)]
+    if not parts:
+        return None
+    plain = replace(config, random_crop=False, flip=False)
+    return PictureStream([rows for _, rows in parts], plain, length, seed, [each for each, _ in parts])
+
+
+def held_out_lines(train: PictureStream | ShapesPictures, test: PictureStream | None) -> list[str]:
+    """Say of every source from outside how many rows are trained on and how many are held out."""
+    held_out = {} if test is None else test.sizes
+    return [
+        f"{source}: {rows} rows to train on, {held_out.get(source, 0)} held out" for source, rows in train.sizes.items()
+    ]
+
+
+def _holds_out(source: PictureSource, config: PictureConfig) -> bool:
+    if source.eval_source is not None:
+        return True
+    return HeldOut(len(open_pictures(source.source, source.read)), config.eval_share).count("test") > 0
+
+
+def _usable(source: PictureSource, config: PictureConfig, split: Split, log: Path | None = None) -> UsableRows:
+    own = split == "test" and source.eval_source is not None
+    place = str(source.eval_source) if own else source.source
+    rows = open_pictures(place, source.read)
+    if source.eval_source is None:
+        rows = PartOfRows(rows, config.eval_share, split, place)
+    whose = f"{place} (held-out rows)" if split == "test" else place
+    usable = UsableRows(rows, whose, max_bad_share=config.max_bad_share, log=log)
+    usable.require_usable()
+    return usable

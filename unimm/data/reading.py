@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
 
 from unimm.data.images import decode_image, load_image
 from unimm.data.skipping import BadRow, Filtered
 from unimm.errors import UserError
+from unimm.typed import Natural, Range
 
 
 @dataclass
@@ -29,8 +30,8 @@ class ReadOptions:
     streaming: bool = False
     image_column: str = "image"
     text_column: str = "text"
-    max_aspect_ratio: float | None = None
-    min_side: int = 0
+    max_aspect_ratio: Annotated[float, Range(least=1)] | None = None
+    min_side: Natural = 0
 
     def __post_init__(self) -> None:
         if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
@@ -46,6 +47,10 @@ class ReadOptions:
         if self.max_aspect_ratio is not None and long > self.max_aspect_ratio * short:
             raise Filtered("too long", f"{size[0]} x {size[1]} pixels, max_aspect_ratio {self.max_aspect_ratio}")
 
+    def named(self, source: str) -> str:
+        """Return the source with the part of a hub data set that is read of it."""
+        return f"{source}#{self.subset or ''}#{self.split}" if source.startswith("hub:") else source
+
     @property
     def filters(self) -> str:
         """What is left out, in words; empty where nothing is."""
@@ -56,7 +61,7 @@ class ReadOptions:
     def picture(self, value: Any, name: str) -> Image.Image:
         """The picture of a file's bytes, a path, or a table's {"bytes", "path"}. Raises `BadRow`."""
         if isinstance(value, Mapping):
-            value = value["path"] if value["bytes"] is None else value["bytes"]
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
         try:
             if isinstance(value, bytes):
                 return decode_image(value, name, self.check)

@@ -44,7 +44,8 @@ class Skipped:
 
     @property
     def line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        text = json.dumps(asdict(self), ensure_ascii=False)
+        return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half of a surrogate pair is no UTF-8
 
 
 def counted(skipped: Sequence[Skipped]) -> str:
@@ -115,7 +116,7 @@ class UsableRows(Rows):
             raise UserError(f"{source} has no captions: {rows.caption_gap}.")
         self.rows, self.source, self.captions = rows, source, captions
         self.blocks, self.pool, self.column_names = rows.blocks, rows.pool, rows.column_names
-        self.count = SkipCount(source, len(rows), max_bad_share, log)
+        self.count = SkipCount(source, rows.total, max_bad_share, log)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,7 +128,14 @@ class UsableRows(Rows):
             if not isinstance(row, Skipped):
                 return row
             skipped.append(row)
-        raise UserError(f"{self.source}: none of {len(skipped)} rows from row {index} on is left: {counted(skipped)}.")
+        raise UserError(
+            f"{self.source}: none of {len(skipped)} rows from row {self.rows.number(index)} on is left: "
+            f"{counted(skipped)}. The first: {skipped[0].detail.rstrip('.')}."
+        )
+
+    def require_usable(self) -> None:
+        """Raise UserError if none of the first rows can be used: said at the start of a run, not within it."""
+        self[0]
 
     def usable(self, index: int) -> dict[str, Any] | Skipped:
         """Row `index`, or why it is skipped. Raises UserError where too many are."""
@@ -137,5 +145,5 @@ class UsableRows(Rows):
             if self.captions and not row["text"].strip():
                 raise BadRow("no caption", f"{row['key']} has an empty caption")
         except BadRow as bad:
-            return self.count.note(index, bad)
+            return self.count.note(self.rows.number(index), bad)
         return row

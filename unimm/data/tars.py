@@ -1,8 +1,13 @@
-"""Pictures in tar files, as webdataset and BLIP3o write them: `key.jpg`, `key.txt`, `key.json`, `key.cls` make a row.
+"""Images in tar files, as webdataset and BLIP3o write them: `key.jpg`, `key.txt`, `key.json`, `key.cls` make a row.
 
-Special here: a tar file has no table of contents, so one is made: the headers are read once and the places of the
-members kept in a cache. From then on every row can be read at once, by one range read, from a disk or a URL, and the
-position in the data is a number.
+A tar file has no table of contents, so one is made: the headers are read once and the places of the members kept in a
+cache. From then on every row can be read at once, by one range read, from a disk or a URL, and the position in the data
+is a number.
+
+Names are cut as webdataset cuts them (https://github.com/webdataset/webdataset, `base_plus_ext`): a member's key ends
+at the first dot of its file name, and members that follow each other under one key are a row. A kind with dots in it
+(`key.seg.png`) stands in for a plain one (`key.png`) where there is none, as webdataset decodes it by its last part.
+What makes a row ambiguous (two members of one kind) or unreadable (a link) makes it a bad row, counted and named.
 """
 
 import hashlib
@@ -29,7 +34,7 @@ POOL = 8
 """Shards whose rows are shuffled together."""
 _BLOCK = 512
 _KEPT_INDICES = POOL + 1  # what stands in for a skipped row may lie behind the pool
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 
 
 class TarPictures(Rows):
@@ -59,10 +64,13 @@ class TarPictures(Rows):
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         entry = self._index(shard)[index - int(self.starts[shard])]
         name = f"{entry['key']} in {self.places[shard]}"
-        parts = _members(self.places[shard], entry["members"])
+        if entry["bad"] is not None:
+            raise BadRow(entry["bad"][0], f"{name}: {entry['bad'][1]}")
+        chosen = _chosen(entry["members"], name)
+        parts = _members(self.places[shard], chosen)
         picture = next((parts[kind] for kind in PICTURES if kind in parts), None)
         if picture is None:
-            raise BadRow("no picture", f"{name} has no picture, only .{', .'.join(parts)}")
+            raise BadRow("no picture", f"{name} has no picture, only .{', .'.join(entry['members'])}")
         fields = _json(parts["json"], name) if "json" in parts else {}
         text = _text(parts["txt"], name) if "txt" in parts else fields.get(self.options.text_column)
         if "cls" in parts:
@@ -79,7 +87,8 @@ class TarPictures(Rows):
 
 
 def index_of(place: str) -> list[dict[str, Any]]:
-    """The rows of a tar file in order: {"key", "members": {kind: [first byte, length]}}."""
+    """Return the rows of a tar file in order: {"key", "members": {kind: [first byte, length]}, "bad": None, or [reason,
+    detail] of a row that cannot be used}."""
     return json.loads(_index_file(place).read_text(encoding="utf-8").partition("\n")[2])
 
 
@@ -101,7 +110,7 @@ def _index_file(place: str) -> Path:
         return cached
     with reaching(place), fs.open(path, "rb") as file:
         rows = _scan(place, file)
-    size = len(rows), any(kind in row["members"] for row in rows for kind in CAPTIONS)
+    size = len(rows), any(_last(kind) in CAPTIONS for row in rows for kind in row["members"])
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cached, f"{json.dumps(size)}\n{json.dumps(rows)}")
@@ -116,20 +125,25 @@ def _index_file(place: str) -> Path:
 def _scan(place: str, file: Any) -> list[dict[str, Any]]:
     """Read the headers of an open tar file; members that follow each other under one key are a row."""
     rows: list[dict[str, Any]] = []
+    row: dict[str, Any] | None = None
     end = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 key, kind = _key_of(member.name)
-                if not member.isfile() or kind not in READ:
+                if member.isdir() or not kind:
                     continue
-                if not rows or rows[-1]["key"] != key:
-                    rows.append({"key": key, "members": {}})
-                rows[-1]["members"][kind] = [member.offset_data, member.size]
+                if row is None or row["key"] != key:
+                    row = {"key": key, "members": {}, "bad": None}
+                if _last(kind) not in READ:
+                    continue
+                if not row["members"]:
+                    rows.append(row)
+                _add(row, kind, member)
         file.seek(end)
         whole = file.read(_BLOCK) == bytes(_BLOCK)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         whole, reason = False, str(error)
         if not end:
             raise UserError(f"{place} is no tar file ({reason}).") from None
@@ -141,11 +155,42 @@ def _scan(place: str, file: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def _add(row: dict[str, Any], kind: str, member: tarfile.TarInfo) -> None:
+    """Put a member into its row; the first thing that is wrong with a row is what it is refused for."""
+    if not member.isreg() or member.issparse():
+        row["bad"] = row["bad"] or ["link in a tar", f"{member.name} is a link or sparse, no plain file"]
+    elif kind in row["members"]:
+        row["bad"] = row["bad"] or ["duplicate name", f"{member.name} is the second .{kind} of its key"]
+    row["members"].setdefault(kind, [member.offset_data, member.size])
+
+
 def _key_of(name: str) -> tuple[str, str]:
-    """(key, kind) of a member: its name is cut at the first dot behind the last slash, as webdataset cuts it."""
-    folder, _, base = name.rpartition("/")
+    """(key, kind) of a member: its name is cut at the first dot behind the last slash; ("", "") of a hidden file, and
+    without a dot, which are of no row."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # it may be no UTF-8
+    folder, slash, base = name.rpartition("/")
     stem, _, kind = base.partition(".")
-    return f"{folder}/{stem}" if folder else stem, kind.lower()
+    return (folder + slash + stem, kind.lower()) if stem and kind else ("", "")
+
+
+def _last(kind: str) -> str:
+    return kind.rpartition(".")[2]
+
+
+def _chosen(members: dict[str, Sequence[int]], name: str) -> dict[str, Sequence[int]]:
+    """The members that are read, under their plain kinds. Raises BadRow if several could be meant."""
+    chosen = {kind: place for kind, place in members.items() if kind in READ}
+    for kinds in (PICTURES, ("txt",), ("json",), ("cls",)):
+        dotted = [kind for kind in members if _last(kind) in kinds]
+        if any(kind in chosen for kind in kinds) or not dotted:
+            continue
+        if len(dotted) > 1:
+            raise BadRow(
+                "dots in a name",
+                f"{name} holds .{' and .'.join(dotted[:3])}: a key ends at the first dot, so these are one row",
+            )
+        chosen[_last(dotted[0])] = members[dotted[0]]
+    return chosen
 
 
 def _members(place: str, members: dict[str, Sequence[int]]) -> dict[str, bytes]:
@@ -166,7 +211,7 @@ def _text(data: bytes, name: str) -> str:
 def _json(data: bytes, name: str) -> dict[str, Any]:
     try:
         fields = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number may be too long, brackets too deep
         raise BadRow("not JSON", f"the .json of {name}: {error}") from None
     if not isinstance(fields, dict):
         raise BadRow("not JSON", f"the .json of {name} holds a {type(fields).__name__}, no fields")

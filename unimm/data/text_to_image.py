@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from unimm.data.conversations import Message, RowsFlow, message
+from unimm.data.held_out import PartOfRows
 from unimm.data.ids import IdsFolder
 from unimm.data.order import Rows
 from unimm.data.pictures import crop
@@ -52,10 +53,13 @@ class PictureDrawings(RowsFlow):
 class IdDrawings(RowsFlow):
     """Captioned pictures that are ids already (`recipes/encode.py`)."""
 
-    def __init__(self, rows: IdsFolder, *, seed: int, null_prompt_prob: float = 0.0) -> None:
-        super().__init__(rows)
-        self.ids = rows
-        rows.require_captions()
+    def __init__(
+        self, ids: IdsFolder, *, seed: int, null_prompt_prob: float = 0.0, rows: PartOfRows | None = None
+    ) -> None:
+        """`rows` are those of the folder that are drawn from; None takes all."""
+        super().__init__(rows or ids)
+        self.ids = ids
+        ids.require_captions()
         self.seed = seed
         self.null_prompt_prob = checked_probability(null_prompt_prob)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from unimm.errors import UserError, reading
+from unimm.typed import Count, Decay
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "unimm_base.json"
 PROJECTOR = "multi_modal_projector"
@@ -41,9 +42,9 @@ class LoraSettings:
         dtype: of the frozen weights; what learns is float32.
     """
 
-    r: int = 128
-    alpha: int = 256
-    dropout: float = 0.05
+    r: Count = 128
+    alpha: Count = 256
+    dropout: Decay = 0.05
     target_modules: list[str] | None = None
     new_rows: bool = True
     quantize: Literal["nf4", "int8"] | None = None

@@ -1,12 +1,13 @@
 """Settings of training runs: `TrainingArguments` for language models, and those of the tokenizers' own loop."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from unimm.errors import UserError
+from unimm.typed import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share
 
 
 def _no_gpu() -> bool:
@@ -39,9 +40,33 @@ class StreamTrainingArguments(TrainingArguments):
             of processes. None leaves both as they are given.
     """
 
-    ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
-    global_batch_size: int | None = field(default=None, metadata={"help": "Samples of one step of all processes."})
-    max_steps: int = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
+    RANGES: ClassVar[dict[str, Range]] = {
+        "per_device_train_batch_size": Range(least=1),
+        "per_device_eval_batch_size": Range(least=1),
+        "gradient_accumulation_steps": Range(least=1),
+        "learning_rate": Range(above=0),
+        "weight_decay": Range(least=0),
+        "adam_beta1": Range(least=0, below=1),
+        "adam_beta2": Range(least=0, below=1),
+        "adam_epsilon": Range(above=0),
+        "max_grad_norm": Range(least=0),
+        "warmup_steps": Range(least=0),
+        "logging_steps": Range(above=0),
+        "eval_steps": Range(above=0),
+        "eval_delay": Range(least=0),
+        "save_steps": Range(above=0),
+        "seed": Range(least=0, most=2**32 - 1),
+        "data_seed": Range(least=0, most=2**32 - 1),
+        "dataloader_num_workers": Range(least=0),
+        "dataloader_prefetch_factor": Range(least=1),
+        "torch_empty_cache_steps": Range(least=1),
+        "ddp_bucket_cap_mb": Range(least=1),
+        "ddp_timeout": Range(least=1),
+    }
+
+    ema_decay: Decay | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
+    global_batch_size: Count | None = field(default=None, metadata={"help": "Samples of one step of all processes."})
+    max_steps: Count = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are messages, not columns."})
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "Only sequential: the step is the position."}
@@ -54,7 +79,7 @@ class StreamTrainingArguments(TrainingArguments):
     )
     use_cpu: bool = field(default_factory=_no_gpu, metadata={"help": "Train on the CPU."})
     dataloader_pin_memory: bool = field(default_factory=lambda: not _no_gpu(), metadata={"help": "Pin memory."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
+    save_total_limit: Count | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
@@ -96,10 +121,10 @@ class HostTrainingArguments(StreamTrainingArguments):
     """
 
     use_muon: bool = field(default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW elsewhere."})
-    max_length: int | None = field(default=None, metadata={"help": "Cut conversations after so many tokens."})
-    pack_length: int | None = field(default=None, metadata={"help": "Tokens of a row of several samples; None: pad."})
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector alone."})
-    new_rows_warmup_steps: int = field(default=0, metadata={"help": "First steps of the new rows alone."})
+    max_length: Count | None = field(default=None, metadata={"help": "Cut conversations after so many tokens."})
+    pack_length: Count | None = field(default=None, metadata={"help": "Tokens of a row of several samples; None: pad."})
+    projector_learning_rate: NonNegative | None = field(default=None, metadata={"help": "Of the projector alone."})
+    new_rows_warmup_steps: Natural = field(default=0, metadata={"help": "First steps of the new rows alone."})
     compile_blocks: bool = field(default=False, metadata={"help": "Compile the language model's blocks."})
 
 
@@ -113,9 +138,9 @@ class PanelConfig:
     """
 
     prompts: list[str] = field(default_factory=list)
-    guidance_scale: float = 3.0
-    temperature: float = 1.0
-    seed: int = 0
+    guidance_scale: NonNegative = 3.0
+    temperature: NonNegative = 1.0
+    seed: Seed = 0
 
 
 @dataclass
@@ -136,32 +161,32 @@ class TokenizerTrainingConfig:
 
     output_dir: str
     stage: Literal[1, 2, 3] = 1
-    steps: int = 100_000
-    batch_size: int = 64
-    global_batch_size: int | None = None
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 4e-4
-    encoder_learning_rate: float = 1e-5
-    end_learning_rate: float = 1e-4
+    steps: Count = 100_000
+    batch_size: Count = 64
+    global_batch_size: Count | None = None
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Rate = 4e-4
+    encoder_learning_rate: Rate = 1e-5
+    end_learning_rate: NonNegative = 1e-4
     shared_lr_multiplier: bool = False
-    warmup_steps: int = 2000
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
+    warmup_steps: Natural = 2000
+    betas: list[Decay] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: NonNegative = 1e-4
+    max_grad_norm: Rate = 1.0
+    ema_decay: Decay = 0.999
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     codebook_init: Literal["random", "data"] = "random"
-    codebook_init_pictures: int = 2048
-    revive_steps: int | None = None
-    revive_until: float = 0.7
+    codebook_init_pictures: Count = 2048
+    revive_steps: Count | None = None
+    revive_until: Share = 0.7
     revive_redundant: bool = False
-    refit_rounds: int = 0
-    seed: int = 0
-    num_workers: int = 0
-    log_steps: int = 50
-    panel_steps: int = 1000
-    save_steps: int = 1000
-    keep_last: int = 1
+    refit_rounds: Natural = 0
+    seed: Seed = 0
+    num_workers: Natural = 0
+    log_steps: Count = 50
+    panel_steps: Count = 1000
+    save_steps: Count = 1000
+    keep_last: Count = 1
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:

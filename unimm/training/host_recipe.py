@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+from transformers import IntervalStrategy
+
 from unimm.data.collators import FlowCollator
 from unimm.data.ids import entropy_line
-from unimm.data.mixture import Mixture, MixtureConfig, training_streams
+from unimm.data.mixture import Mixture, MixtureConfig, held_out_lines, training_streams
 from unimm.data.text_to_image import IdDrawings
+from unimm.errors import UserError
 from unimm.processes import processes
 from unimm.training.adapters import Adapter
 from unimm.training.arguments import HostTrainingArguments
@@ -56,6 +59,13 @@ def host_trainer(
         reserved=processor.markers,
         log_folder=parts.pop("log_folder", None),
     )
+    for line in held_out_lines(train_stream, test_stream):
+        processes().print(line)
+    if test_stream is None and args.eval_strategy != IntervalStrategy.NO:
+        raise UserError(
+            f"train.eval_strategy is {args.eval_strategy.value!r} and data.num_eval_samples 0: raise the number, or "
+            "set the strategy to no."
+        )
     if all(flow.kind == "drawing" for flow in data.flows.values()):
         model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at pictures, decay would move it
     return HostTrainer(

@@ -16,15 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from unimm.errors import Interrupted
+from unimm.launched import launch_command
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAUNCHERS = ("accelerate", "torchrun", "torch", "deepspeed")
 
 _listening = False
 
@@ -83,16 +82,6 @@ class Interruption:
 
 def resume_command() -> str:
     """The command that this run was started by: the launcher's, where the parent process is one."""
-    try:
-        parent = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        parent = []
-    names = [Path(word).name.partition(".")[0] for word in parent[:3]]
-    if names[1:2] and names[1] in LAUNCHERS:  # python /somewhere/bin/accelerate launch ...
-        words = parent[1:]
-    elif names[1:2] == ["-m"] and names[2] in LAUNCHERS:
-        words = parent
-    else:
-        words = [sys.executable, *sys.argv]
+    words = launch_command() or [sys.executable, *sys.argv]
     on_path = shutil.which(Path(words[0]).name)
     return shlex.join([Path(words[0]).name, *words[1:]] if on_path == words[0] else words)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unimm.tokenizer import ImageTokenizerOutput
 from unimm.training.global_batch import all_rows, own_rows, process_count, rows_before
 from unimm.training.perceptual import FeaturePerceptualLoss, PerceptualLoss, build_perceptual
+from unimm.typed import Natural, NonNegative, Rate, Share
 
 
 @dataclass
@@ -44,18 +45,18 @@ class GANConfig:
     a side that the two leave out.
     """
 
-    start: int | None = None
-    weight: float = 0.1
-    lecam_weight: float = 0.001
+    start: Natural | None = None
+    weight: NonNegative = 0.1
+    lecam_weight: NonNegative = 0.001
     discriminator: Literal["patchgan", "dino"] = "patchgan"
     weights: str | None = None
     generator: Literal["hinge", "softplus"] = "hinge"
-    augment_probability: float = 0.0
-    consistency_weight: float = 0.0
-    cutout: float = 0.2
-    strong_cutout: float = 0.5
-    learning_rate: float = 4e-5
-    warmup_steps: int = 2000
+    augment_probability: Share = 0.0
+    consistency_weight: NonNegative = 0.0
+    cutout: Share = 0.2
+    strong_cutout: Share = 0.5
+    learning_rate: Rate = 4e-5
+    warmup_steps: Natural = 2000
 
 
 @dataclass
@@ -68,19 +69,19 @@ class ObjectiveConfig:
     Two are ours and off by default: `l1_weight`, for worlds of flat colour, and `context_weight`, see `context_loss`.
     """
 
-    pixel_weight: float = 1.0
-    l1_weight: float = 0.0
-    perceptual_weight: float = 1.0
-    codebook_weight: float = 1.0
-    commitment_weight: float = 0.25
-    distillation_weight: float = 1.0
-    context_weight: float = 0.0
-    entropy_weight: float = 0.0
-    entropy_temperature: float = 0.01
-    deep_cosine_weight: float = 1.0
-    deep_mse_weight: float = 0.0
-    shallow_cosine_weight: float = 1.0
-    shallow_mse_weight: float = 0.0
+    pixel_weight: NonNegative = 1.0
+    l1_weight: NonNegative = 0.0
+    perceptual_weight: NonNegative = 1.0
+    codebook_weight: NonNegative = 1.0
+    commitment_weight: NonNegative = 0.25
+    distillation_weight: NonNegative = 1.0
+    context_weight: NonNegative = 0.0
+    entropy_weight: NonNegative = 0.0
+    entropy_temperature: Rate = 0.01
+    deep_cosine_weight: NonNegative = 1.0
+    deep_mse_weight: NonNegative = 0.0
+    shallow_cosine_weight: NonNegative = 1.0
+    shallow_mse_weight: NonNegative = 0.0
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     gan: GANConfig = field(default_factory=GANConfig)
 

@@ -54,10 +54,13 @@ from unimm.training.sharding import check_strategy
 from unimm.training.teacher import Teacher
 from unimm.training.throughput import Meter, TokenizerCost, Work
 
+PANEL_PICTURES = 8
+
 
 class TokenizerTrainer:
     """Trains `tokenizer` in place on `pictures`; `evaluate(tokenizer)` may return scalars for the log at every panel
-    step. A recipe does so within `open_run`."""
+    step. Panels show the `held_out` images, without them the first of `pictures`. A recipe does so within
+    `open_run`."""
 
     def __init__(
         self,
@@ -67,10 +70,12 @@ class TokenizerTrainer:
         objective: ObjectiveConfig,
         *,
         evaluate: Callable[[ImageTokenizer], dict[str, float]] | None = None,
+        held_out: Pictures | None = None,
     ) -> None:
         self.config = config
         self.evaluate = evaluate
         self.pictures = pictures
+        self.shown = pictures if held_out is None else held_out
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
         )
@@ -133,10 +138,10 @@ class TokenizerTrainer:
         if objective.gan.start is not None:
             self.adversary = Adversary(objective.gan, config, self.tokenizer.config.output_size, self.accelerator)
 
-    def _batches(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """pixel_values of the pictures with these numbers, in order."""
+    def _batches(self, indices: Sequence[int], pictures: Pictures | None = None) -> Iterator[Tensor]:
+        """pixel_values of the pictures with these numbers, in order; None: of those that are trained on."""
         loader = DataLoader(
-            Subset(self.pictures, indices),
+            Subset(self.pictures if pictures is None else pictures, indices),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
             generator=torch.Generator(),  # a loader draws a number when it starts: not from ours, a resumed run has two
@@ -297,7 +302,7 @@ class TokenizerTrainer:
             return
         self.tokenizer.eval()
         with self.ema.swapped(self.tokenizer), undisturbed(self.accelerator.device):
-            pixel_values = next(self._batches(range(min(8, len(self.pictures)))))
+            pixel_values = next(self._batches(range(min(PANEL_PICTURES, len(self.shown))), self.shown))
             pixels = self.tokenizer.decode(self.tokenizer.encode(pixel_values).ids)
             scalars = self.evaluate(self.tokenizer) if self.evaluate else {}
         original = F.interpolate(self.tokenizer.denormalize(pixel_values), size=pixels.shape[-2:]).clamp(0, 1)

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel
 
 from unimm.training.global_batch import all_rows, own_rows, process_count
+from unimm.typed import Decay, NonNegative
 
 
 @dataclass
 class VisionPretrainingConfig:
     """`mask_ratio` of the patches are hidden; `noise` is the standard deviation on normalised pixels."""
 
-    mask_ratio: float = 0.25
-    noise: float = 0.1
-    caption_weight: float = 1.0
-    pixel_weight: float = 1.0
+    mask_ratio: Decay = 0.25
+    noise: NonNegative = 0.1
+    caption_weight: NonNegative = 1.0
+    pixel_weight: NonNegative = 1.0
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
