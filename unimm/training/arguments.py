@@ -146,6 +146,7 @@ class TokenizerTrainingConfig:
     shared_lr_multiplier: bool = False
     warmup_steps: int = 2000
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    adam_epsilon: float = 1e-8
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
