@@ -21,9 +21,8 @@ from unimm.processes import processes
 from unimm.training.arguments import StreamTrainingArguments
 from unimm.training.dry_run import dry_run_stream, short, show_pictures
 from unimm.training.run import open_run
-from unimm.training.stream_trainer import StreamTrainer
 from unimm.training.text_tokenizer import train_text_tokenizer
-from unimm.training.vision_pretraining import VisionPretraining, VisionPretrainingConfig
+from unimm.training.vision_pretraining import VisionPretraining, VisionPretrainingConfig, VisionPretrainingTrainer
 from unimm.typed import Count
 
 
@@ -72,10 +71,10 @@ def main() -> None:
     parts = {"train_dataset": stream, "data_collator": collate, "stream_seed": train.seed}
     if dry_run:
         show = show_pictures(Path(train.output_dir) / "dry_run.png", lambda batch: batch["pixel_values"] / 2 + 0.5)
-        dry_run_stream(StreamTrainer(model, short(train), **parts), train.max_steps, show)
+        dry_run_stream(VisionPretrainingTrainer(model, short(train), **parts), train.max_steps, show)
         return
     with open_run(config, samples_per_step=train.samples_per_step, rows=stream.sizes):
-        trainer = StreamTrainer(model, train, **parts)
+        trainer = VisionPretrainingTrainer(model, train, **parts)
         trainer.train_or_load()
         if trainer.is_world_process_zero():
             with trainer.averaged():

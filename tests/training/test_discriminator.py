@@ -233,17 +233,34 @@ def test_hinge_closed_forms() -> None:
     assert hinge_g_loss(fake).item() == pytest.approx(1.0)
 
 
+def regularized(lecam: LeCam, real: Tensor, fake: Tensor) -> float:
+    """The regularizer of one batch, after which the running means move."""
+    means = lecam.means(real, fake)
+    loss = lecam(real, fake, means).item()
+    lecam.update(means)
+    return loss
+
+
 def test_lecam_by_hand() -> None:
     lecam = LeCam(decay=0.9)
     # The first batch is compared with zeros: relu(2 - 0)^2 + relu(0 - (-1))^2.
-    assert lecam(torch.tensor([1.0, 3.0]), torch.tensor([-1.0])).item() == pytest.approx(5.0)
+    assert regularized(lecam, torch.tensor([1.0, 3.0]), torch.tensor([-1.0])) == pytest.approx(5.0)
     assert lecam.real_ema.item() == pytest.approx(0.2) and lecam.fake_ema.item() == pytest.approx(-0.1)
     # relu(0.4 + 0.1)^2 + relu(0.2 - 0.5)^2
-    assert lecam(torch.tensor([0.4]), torch.tensor([0.5])).item() == pytest.approx(0.25)
+    assert regularized(lecam, torch.tensor([0.4]), torch.tensor([0.5])) == pytest.approx(0.25)
     assert lecam.real_ema.item() == pytest.approx(0.22) and lecam.fake_ema.item() == pytest.approx(-0.04)
     restored = LeCam(decay=0.9)
     restored.load_state_dict(lecam.state_dict())
     assert torch.equal(restored.real_ema, lecam.real_ema) and torch.equal(restored.fake_ema, lecam.fake_ema)
+
+
+def test_lecam_of_every_logit_by_hand() -> None:
+    """IDEAL's: the running means move first, to 0.2 and -0.1; then every logit counts."""
+    lecam = LeCam(decay=0.9, elementwise=True)
+    real, fake = torch.tensor([1.0, 3.0]), torch.tensor([-1.0])
+    means = lecam.means(real, fake)
+    lecam.update(means)
+    assert lecam(real, fake, means).item() == pytest.approx((1.1**2 + 3.1**2) / 2 + 1.2**2)
 
 
 def test_lecam_is_differentiable_reduces_and_rests_in_eval() -> None:
@@ -256,13 +273,15 @@ def test_lecam_is_differentiable_reduces_and_rests_in_eval() -> None:
     lecam = LeCam(decay=0.0, mean=mean)
     real = torch.tensor([1.0, 3.0], requires_grad=True)
     fake = torch.tensor([-1.0], requires_grad=True)
-    lecam(real, fake).backward()
+    means = lecam.means(real, fake)
+    lecam(real, fake, means).backward()
     # relu(3 - 0)^2 + relu(0 - 0)^2: the square is of the mean over all, its slope 6 over two logits
     assert torch.equal(real.grad, torch.tensor([3.0, 3.0])) and torch.equal(fake.grad, torch.tensor([0.0]))
     assert seen[0].tolist() == [2.0, -1.0]
+    lecam.update(means)
     assert (lecam.real_ema.item(), lecam.fake_ema.item()) == (3.0, 0.0)
     lecam.eval()
-    lecam(real, fake)
+    lecam.update(means + 1)
     assert lecam.real_ema.item() == 3.0
 
 

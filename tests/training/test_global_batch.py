@@ -21,7 +21,42 @@ def test_alone_everything_is_itself() -> None:
     rows = torch.randn(4, 3, requires_grad=True)
     for function in (global_batch.all_rows, global_batch.own_rows, global_batch.mean_over_processes):
         assert torch.equal(function(rows), rows)
-    assert torch.equal(global_batch.rows_before(rows), rows.roll(1, dims=0))
+    assert torch.equal(global_batch.rows_before([rows]), rows.roll(1, dims=0))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_micro_batches_of_processes_are_the_rows_of_one_batch(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batch j of process r holds the part j * P + r: the parts in turn are the batch."""
+    batch, parts = torch.arange(24.0).view(12, 2), {}
+    monkeypatch.setattr(global_batch, "process_count", lambda: processes)
+    for rank in range(processes):
+        monkeypatch.setattr(global_batch, "process_index", lambda rank=rank: rank)
+        for index in range(3):
+            with global_batch.micro_batch(index, 3):
+                own = global_batch.own_rows(batch)
+                parts[index, rank] = own
+                assert global_batch.global_size(len(own)) == 12
+    assert torch.equal(torch.cat([parts[key] for key in sorted(parts)]), batch)
+    if processes == 1:
+        window = [parts[index, 0] for index in range(3)]
+        before = []
+        for index in range(3):
+            with global_batch.micro_batch(index, 3):
+                before.append(global_batch.rows_before(window))
+        assert torch.equal(torch.cat(before), batch.roll(1, dims=0))
+    assert global_batch.global_size(5) == 5 * processes  # outside, the batch is the micro-batch
+
+
+def test_a_summand_weighs_as_much_as_the_whole() -> None:
+    """Of (a + b)^2 every micro-batch computes all: the mean of k gradients, each its own part's, is the whole one."""
+    a, b = (torch.tensor(value, requires_grad=True) for value in (1.0, 3.0))
+    for index, own, other in ((0, a, b), (1, b, a)):
+        with global_batch.micro_batch(index, 2):
+            loss = (global_batch.as_summand(own) + other.detach()).square()
+        assert loss.item() == 16.0
+        (loss / 2).backward()
+    assert a.grad is not None and b.grad is not None
+    assert (a.grad.item(), b.grad.item()) == (8.0, 8.0)
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -230,7 +230,7 @@ def test_asking_for_lpips_without_weights_says_what_to_get():
 
 def test_a_collage_exchanges_whole_patches_with_the_row_before():
     pictures = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 8, 12).contiguous()
-    collages, kept = make_collage(pictures, patch_size=4, seed=0)
+    collages, kept = make_collage([pictures], patch_size=4, seed=0)
     assert kept.shape == (3, 6) and kept.any() and not kept.all()
     for row in range(3):
         for token in range(6):
@@ -243,16 +243,16 @@ def test_the_context_term_is_zero_where_ids_depend_on_their_patch_alone():
     torch.manual_seed(0)
     codes, kept = torch.randn(4, 6, 5), torch.rand(4, 6) < 0.5
     own = torch.where(kept[..., None], codes, codes.roll(1, dims=0))
-    assert context_loss(own, codes, kept) == 0
+    assert context_loss(own, [codes], kept) == 0
     expected = sum((own + 1 - own).square().flatten().tolist()) / own.numel() / codes.var(dim=(0, 1)).mean()
-    torch.testing.assert_close(context_loss(own + 1, codes, kept), expected)
+    torch.testing.assert_close(context_loss(own + 1, [codes], kept), expected)
 
 
 def context_of(tokenizer: VQRAE, pixel_values: torch.Tensor) -> float:
-    mixed, kept = make_collage(pixel_values, tokenizer.config.patch_size, seed=3)
+    mixed, kept = make_collage([pixel_values], tokenizer.config.patch_size, seed=3)
     with torch.no_grad():
         codes = tokenizer.encode(pixel_values).codes
-        return float(context_loss(tokenizer.latents(tokenizer.features(mixed)), codes, kept))
+        return float(context_loss(tokenizer.latents(tokenizer.features(mixed)), [codes], kept))
 
 
 def test_the_context_term_makes_latents_depend_on_their_patch(tmp_path):

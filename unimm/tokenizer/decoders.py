@@ -126,7 +126,7 @@ class FeatureDecoder(OwnStart):
         heads, depth, inner: of the layers.
         grid: (rows, columns) of the codes in training.
         registers: how many.
-        dropout: of attention and MLP.
+        dropout: of the attention, within the MLP, and of what both add to the residual stream.
     """
 
     def __init__(
@@ -150,7 +150,14 @@ class FeatureDecoder(OwnStart):
         self.registers = nn.Parameter(torch.zeros(1, registers, hidden_size))
         self.norm = nn.LayerNorm(hidden_size)
         self.blocks = nn.ModuleList(
-            PreNormBlock(hidden_size, heads, GeluMLP(hidden_size, inner, dropout), dropout=dropout, causal=False)
+            PreNormBlock(
+                hidden_size,
+                heads,
+                GeluMLP(hidden_size, inner, dropout),
+                dropout=dropout,
+                output_dropout=dropout,
+                causal=False,
+            )
             for _ in range(depth)
         )
         self.deep_head = nn.Linear(hidden_size, hidden_size)
@@ -169,5 +176,6 @@ class FeatureDecoder(OwnStart):
 
     def start(self) -> None:
         start_linear(self)
-        for table in (self.positions, self.cls, self.cls_position, self.registers):
-            init.normal_(table, std=0.02)
+        for table in (self.positions, self.cls, self.cls_position):
+            init.normal_(table, std=table.shape[-1] ** -0.5)
+        init.zeros_(self.registers)

@@ -79,25 +79,39 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Sequential):
-    """W2 dropout(gelu(W1 x))."""
+    """dropout(W2 dropout(gelu(W1 x)))."""
 
     def __init__(self, width: int, inner: int, dropout: float) -> None:
-        super().__init__(nn.Linear(width, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, width))
+        super().__init__(
+            nn.Linear(width, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, width), nn.Dropout(dropout)
+        )
 
 
 class PreNormBlock(nn.Module):
-    """x + Attention(LN x), then x + MLP(LN x): [B, L, W] -> [B, L, W]."""
+    """x + Attention(LN x), then x + MLP(LN x): [B, L, W] -> [B, L, W]. `dropout` is that of the attention's
+    probabilities, `output_dropout` that of its output."""
 
-    def __init__(self, width: int, heads: int, mlp: nn.Module, *, dropout: float, causal: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp: nn.Module,
+        *,
+        dropout: float,
+        causal: bool,
+        output_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.causal = causal
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads, dropout)
+        self.output_dropout = nn.Dropout(output_dropout)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = mlp
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), causal=self.causal)
+        attended = self.attention(self.attention_norm(hidden_states), causal=self.causal)
+        hidden_states = hidden_states + self.output_dropout(attended)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 

@@ -129,7 +129,7 @@ class FusionSampler(Float32Module, OwnStart):
 
     Args:
         hidden_size, codebook_dim: D and C.
-        heads, inner, dropout: of the attention and the MLP.
+        heads, inner, dropout: of the attention and the MLP, whose output has the dropout too.
     """
 
     def __init__(self, hidden_size: int, codebook_dim: int, *, heads: int, inner: int, dropout: float) -> None:

@@ -171,6 +171,7 @@ class TokenizerTrainingConfig:
     shared_lr_multiplier: bool = False
     warmup_steps: Natural = 2000
     betas: list[Decay] = field(default_factory=lambda: [0.9, 0.999])
+    adam_epsilon: Rate = 1e-8
     weight_decay: NonNegative = 1e-4
     max_grad_norm: Rate = 1.0
     ema_decay: Decay = 0.999

@@ -2,15 +2,15 @@
 small one does not learn its pictures by heart.
 
 Each of three families (colour, translation, cut-out) is applied to the whole batch with a given probability, its
-amounts drawn for each picture. Random numbers come from torch's CPU generator, for the pictures of all processes in
-every one of them, and none where nothing is applied.
+amounts drawn for each image. Random numbers come from torch's CPU generator, in every process and micro-batch for the
+images of the whole global batch, and none where nothing is applied.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unimm.training.global_batch import own_rows, process_count
+from unimm.training.global_batch import global_size, own_rows
 
 TRANSLATION = 0.125  # of a side, at most
 
@@ -59,7 +59,7 @@ def augment(pixels: Tensor, *, probability: float, cutout: float) -> Tensor:
     if not probability:
         return pixels
     colors, moves, field = (torch.rand(3) < probability).tolist()
-    count = len(pixels) * process_count()
+    count = global_size(len(pixels))
     if colors:
         pixels = change_colors(pixels, own_rows(torch.rand(count, 3)).to(pixels.device))
     if moves:

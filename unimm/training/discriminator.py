@@ -22,7 +22,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from unimm.errors import UserError
 from unimm.training.dino import HIDDEN_SIZE, IMAGE_SIZE, READOUT_BLOCKS, DinoTrunk, load_dino_trunk
-from unimm.training.global_batch import mean_over_processes
+from unimm.training.global_batch import as_mean, mean_over_processes
 
 DiscriminatorKind = Literal["patchgan", "dino"]
 MIN_IMAGE_SIZE = 16
@@ -78,7 +78,8 @@ class LocalBatchNorm(nn.Module):
     """Batch norm of [B, C, L] over groups of neighbouring samples, without running statistics.
 
     The group is the largest divisor of B up to `virtual_batch_size`, so that any batch size works (9 gives three
-    groups of 3).
+    groups of 3). B is the micro-batch of one process: a global batch that is cut otherwise has other groups, unless
+    every micro-batch is a multiple of `virtual_batch_size`.
     """
 
     def __init__(self, num_features: int, *, virtual_batch_size: int = 8, eps: float = 1e-6) -> None:
@@ -206,35 +207,50 @@ def softplus_g_loss(fake: Tensor) -> Tensor:
 
 
 def lecam_loss(real: Tensor, fake: Tensor, real_ema: Tensor, fake_ema: Tensor) -> Tensor:
-    """relu(real - fake_ema)^2 + relu(real_ema - fake)^2, all four scalars: mean logits and their running means."""
-    return F.relu(real - fake_ema).square() + F.relu(real_ema - fake).square()
+    """mean relu(real - fake_ema)^2 + mean relu(real_ema - fake)^2 of logits, or of their means, and running means."""
+    return F.relu(real - fake_ema).square().mean() + F.relu(real_ema - fake).square().mean()
 
 
 class LeCam(nn.Module):
-    """LeCAM in TiTok's form: batch means against running means, which move afterwards and in training mode only.
+    """LeCAM's regularizer and its running means, which `update` moves in training mode only.
 
-    The means go over all processes (`mean`), in the loss as in the running means: a square of a part's mean is not
-    part of the square of the mean.
+    TiTok's form takes the mean logits, those of the global batch (`means`): a square of a part's mean is not part of
+    the square of the mean. `elementwise` is IDEAL's: every logit is compared, and the running means move before.
     """
 
     real_ema: Tensor
     fake_ema: Tensor
 
-    def __init__(self, *, decay: float = 0.999, mean: Callable[[Tensor], Tensor] = mean_over_processes) -> None:
+    def __init__(
+        self,
+        *,
+        decay: float = 0.999,
+        elementwise: bool = False,
+        mean: Callable[[Tensor], Tensor] = mean_over_processes,
+    ) -> None:
         super().__init__()
-        self.decay, self.mean = decay, mean
+        self.decay, self.elementwise, self.mean = decay, elementwise, mean
         self.register_buffer("real_ema", torch.zeros(()))
         self.register_buffer("fake_ema", torch.zeros(()))
 
-    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The unweighted regulariser (a scalar) of logits of any shape."""
-        real_mean, fake_mean = self.mean(torch.stack([real.float().mean(), fake.float().mean()]))
-        # Clones, because the running means move in place before backward reads them.
-        loss = lecam_loss(real_mean, fake_mean, self.real_ema.clone(), self.fake_ema.clone())
+    def means(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The mean logits of all processes, [2]."""
+        return self.mean(_means(real, fake).detach())
+
+    def forward(self, real: Tensor, fake: Tensor, means: Tensor) -> Tensor:
+        """The unweighted regularizer (a scalar) of logits of any shape; `means` [2] are those of the global batch."""
+        if self.elementwise:
+            return lecam_loss(real.float(), fake.float(), self.real_ema, self.fake_ema)
+        return lecam_loss(*as_mean(_means(real, fake), means), self.real_ema, self.fake_ema)
+
+    def update(self, means: Tensor) -> None:
+        """Move the running means toward the `means` [2] of the global batch, once in a step."""
         if self.training:
-            self.real_ema.lerp_(real_mean.detach(), 1 - self.decay)
-            self.fake_ema.lerp_(fake_mean.detach(), 1 - self.decay)
-        return loss
+            self.real_ema, self.fake_ema = torch.stack([self.real_ema, self.fake_ema]).lerp(means, 1 - self.decay)
+
+
+def _means(real: Tensor, fake: Tensor) -> Tensor:
+    return torch.stack([real.float().mean(), fake.float().mean()])
 
 
 def adaptive_weight(

@@ -6,6 +6,7 @@ and, in stage 2, self-distillation toward the frozen original encoder. VFMTok (a
 All means are over all elements and in float32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimm.tokenizer import ImageTokenizerOutput
-from unimm.training.global_batch import all_rows, own_rows, process_count, rows_before
+from unimm.training.global_batch import all_rows, global_size, micro_batch_index, own_rows, rows_before
 from unimm.training.perceptual import FeaturePerceptualLoss, PerceptualLoss, build_perceptual
 from unimm.typed import Natural, NonNegative, Rate, Share
 
@@ -42,12 +43,18 @@ class GANConfig:
     `generator` is the tokenizer's side of it: the "hinge" -D, or VFMTok's "softplus" of it. IDEAL shows the
     discriminator augmented pictures, each family of changes with `augment_probability`, and asks it with
     `consistency_weight` to say the same of a view that is changed more; `cutout` and `strong_cutout` are the shares of
-    a side that the two leave out.
+    a side that the two leave out. `discriminator_weight` is that of the discriminator's hinge and LeCAM, beside the
+    consistency. LeCAM compares mean logits ("mean", TiTok's) or every logit ("elementwise", IDEAL's).
+
+    The rate warms up over `warmup_steps` and falls until the end of the run, counted from `start`; with `schedule`
+    "run" it is counted from the first step of the run, so that a late discriminator begins at its full rate.
     """
 
     start: Natural | None = None
     weight: NonNegative = 0.1
+    discriminator_weight: NonNegative = 1.0
     lecam_weight: NonNegative = 0.001
+    lecam: Literal["mean", "elementwise"] = "mean"
     discriminator: Literal["patchgan", "dino"] = "patchgan"
     weights: str | None = None
     generator: Literal["hinge", "softplus"] = "hinge"
@@ -57,6 +64,7 @@ class GANConfig:
     strong_cutout: Share = 0.5
     learning_rate: Rate = 4e-5
     warmup_steps: Natural = 2000
+    schedule: Literal["start", "run"] = "start"
 
 
 @dataclass
@@ -88,12 +96,14 @@ class ObjectiveConfig:
 
 @dataclass
 class Collage:
-    """Pictures whose patches come from two pictures each: `kept` [B, M] bool says which are the row's own, the others
-    are those of the row before in the global batch (cyclic) at the same place; `latents` [B, M, C] are its own.
+    """Images whose patches come from two images each: `kept` [B, M] bool says which are the row's own, the others are
+    those of the row before in the global batch (cyclic) at the same place; `latents` [B, M, C] are its own, `codes`
+    those of the images themselves, [B, M, C] for every micro-batch.
     """
 
     kept: Tensor
     latents: Tensor
+    codes: Sequence[Tensor]
 
 
 def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -101,26 +111,28 @@ def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1, eps=1e-6).mean()
 
 
-def make_collage(pixel_values: Tensor, patch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """pixel_values [B, 3, H, W] -> (collages [B, 3, H, W], kept [B, M]); half of the patches, which are what one image
-    token covers, are exchanged."""
+def make_collage(window: Sequence[Tensor], patch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The pixel_values [B, 3, H, W] of every micro-batch -> (this one's collages [B, 3, H, W], kept [B, M]); half of
+    the patches, which are what one image token covers, are exchanged."""
+    pixel_values = window[micro_batch_index()]
     rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
-    every = torch.rand(len(pixel_values) * process_count(), 1, rows, columns, generator=generator)
+    every = torch.rand(global_size(len(pixel_values)), 1, rows, columns, generator=generator)
     kept = own_rows(every).lt(0.5).to(pixel_values.device)
     mask = kept.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
-    return torch.where(mask, pixel_values, rows_before(pixel_values)), kept.flatten(1)
+    return torch.where(mask, pixel_values, rows_before(window)), kept.flatten(1)
 
 
-def context_loss(latents: Tensor, codes: Tensor, kept: Tensor) -> Tensor:
+def context_loss(latents: Tensor, window: Sequence[Tensor], kept: Tensor) -> Tensor:
     """How far the latents [B, M, C] of a collage are from the codes [B, M, C] that its patches had in their own
-    pictures, as a share of the codes' variance.
+    images, as a share of the codes' variance; `window` holds the codes of every micro-batch.
 
-    Ours. An encoder with global attention gives one flat patch a hundred ids, by what stands elsewhere in the picture;
+    Ours. An encoder with global attention gives one flat patch a hundred ids, by what stands elsewhere in the image;
     a language model cannot guess them and learns little else. With this term an id says what its patch shows.
     """
-    target = torch.where(kept[..., None], codes, rows_before(codes))
-    return F.mse_loss(latents, target) / all_rows(codes).var(dim=(0, 1)).mean().clamp_min(1e-6)
+    target = torch.where(kept[..., None], window[micro_batch_index()], rows_before(window))
+    variance = torch.cat([all_rows(codes) for codes in window]).var(dim=(0, 1)).mean()
+    return F.mse_loss(latents, target) / variance.clamp_min(1e-6)
 
 
 class TokenizerObjective(nn.Module):
@@ -163,7 +175,7 @@ class TokenizerObjective(nn.Module):
             terms[f"{name}_cosine"] = cosine_loss(features, target)
             terms[f"{name}_mse"] = F.mse_loss(features.float(), target)
         if collage is not None:
-            terms["context"] = context_loss(collage.latents, output.codes.detach(), collage.kept)
+            terms["context"] = context_loss(collage.latents, collage.codes, collage.kept)
         return terms
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:

@@ -73,6 +73,17 @@ def host_parameter_groups(
     ]
 
 
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and kernels with weight decay, vectors (norms, biases) without."""
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.ndim < 2, []).append(parameter)
+    return [
+        {"params": members, "weight_decay": 0.0 if plain else weight_decay}
+        for plain, members in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
 def parameter_groups(
     tokenizer: ImageTokenizer, learning_rate: float, encoder_learning_rate: float
 ) -> list[dict[str, Any]]:

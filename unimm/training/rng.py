@@ -1,6 +1,7 @@
 """Random states: kept with a checkpoint, one of each process, and left alone by what only looks at a run."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,17 @@ from torch import Tensor
 def undisturbed(device: torch.device) -> AbstractContextManager[None]:
     """Within, random numbers may be drawn without changing what is trained: an evaluation, a panel."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, random numbers of the CPU follow from `seed` alone; afterwards they go on as if none had been drawn."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def random_states(accelerator: Accelerator) -> list[dict[str, Tensor]]:

@@ -25,13 +25,19 @@ def warmup_cosine(step: int, total: int, warmup: int, base: float, end: float) -
 
 
 def warmup_cosine_scheduler(
-    optimizer: Optimizer, *, total: int, warmup: int, end_lr: float, shared_lr_multiplier: bool = False
+    optimizer: Optimizer,
+    *,
+    total: int,
+    warmup: int,
+    end_lr: float,
+    shared_lr_multiplier: bool = False,
+    begin: int = 0,
 ) -> LambdaLR:
     """`warmup_cosine` on every parameter group, from the group's own `lr` to min(its lr, `end_lr`).
 
     Step it once per optimiser step. A group at or below `end_lr` (the encoder of VQRAE's stage 2) therefore stays
     constant after its warm-up. `shared_lr_multiplier` gives TiTok's behaviour instead: one factor for all groups, from
-    the group of the largest lr, so slower groups end below `end_lr`.
+    the group of the largest lr, so slower groups end below `end_lr`. The first step is `begin` of the schedule.
     """
     warmup_cosine(0, total, warmup, 1.0, 1.0)  # refuses a bad span here, not inside the first step
     rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -39,6 +45,6 @@ def warmup_cosine_scheduler(
 
     def multiplier(base: float) -> Callable[[int], float]:
         end = min(base, end_lr)
-        return lambda step: warmup_cosine(step, total, warmup, base, end) / base if base > 0 else 0.0
+        return lambda step: warmup_cosine(begin + step, total, warmup, base, end) / base if base > 0 else 0.0
 
     return LambdaLR(optimizer, [multiplier(base) for base in bases])

@@ -31,6 +31,7 @@ from unimm.training.checkpoint import (
     step_of,
 )
 from unimm.training.ema import EMA
+from unimm.training.global_batch import micro_batch
 from unimm.training.host_callbacks import StopOnSignal, UpdateEMA
 from unimm.training.interruption import Interruption
 from unimm.training.rng import undisturbed
@@ -59,6 +60,8 @@ class StreamTrainer(Trainer):
         if self.ema is not None:
             self.add_callback(UpdateEMA(self.ema))
         self.meter = Meter(self.accelerator)
+        self.window: list[Any] = []
+        self._micro_batch = -1
         self._bad_step = torch.tensor(-1, device=args.device)
         self._staging: Path | None = None
 
@@ -125,11 +128,19 @@ class StreamTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
         """As in Trainer; keeps the first step whose loss is not finite, on the device and without waiting for it."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_batch += 1
+        with micro_batch(self._micro_batch, len(self.window)):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.meter.add(self.work_of(inputs))
         first = ~torch.isfinite(loss) & (self._bad_step < 0)
         self._bad_step = torch.where(first, self.state.global_step, self._bad_step)
         return loss
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """As in Trainer; keeps the micro-batches of the step as `window`."""
+        self.window, count = super().get_batch_samples(*args)
+        self._micro_batch = -1
+        return self.window, count
 
     def work_of(self, inputs: Any) -> Work:
         """What a micro-batch was, for the log; a subclass knows more."""

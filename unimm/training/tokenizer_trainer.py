@@ -25,7 +25,7 @@ from unimm.data.pictures import Pictures
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.processes import refuse_together
-from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
+from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput, ImageTokenizerProcessor
 from unimm.tokenizer.encoders import encode_features
 from unimm.training.adversary import Adversary
 from unimm.training.arguments import TokenizerTrainingConfig
@@ -43,10 +43,11 @@ from unimm.training.codebook_upkeep import CodebookUpkeep
 from unimm.training.ema import EMA
 from unimm.training.global_batch import all_rows
 from unimm.training.interruption import Interruption
+from unimm.training.micro_batches import accumulating
 from unimm.training.objective import ObjectiveConfig, TokenizerObjective
 from unimm.training.parameters import parameter_groups, set_trainable
 from unimm.training.perceptual import FeaturePerceptualLoss
-from unimm.training.reconstruct import Reconstruct, cell_size
+from unimm.training.reconstruct import Reconstruct, Window, cell_size
 from unimm.training.rng import random_states, set_random_states, undisturbed
 from unimm.training.run_log import RunLog, in_words
 from unimm.training.schedules import warmup_cosine_scheduler
@@ -76,9 +77,7 @@ class TokenizerTrainer:
         self.evaluate = evaluate
         self.pictures = pictures
         self.shown = pictures if held_out is None else held_out
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
-        )
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)  # the loop below accumulates itself
         kind = self.accelerator.distributed_type
         fsdp, deepspeed = kind == DistributedType.FSDP, kind == DistributedType.DEEPSPEED
         check_strategy(fsdp, deepspeed, sharded_by_trainer=False)
@@ -115,6 +114,7 @@ class TokenizerTrainer:
         optimizer = torch.optim.AdamW(
             parameter_groups(self.tokenizer, config.learning_rate, config.encoder_learning_rate),
             betas=tuple(config.betas),
+            eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             fused=True,
         )
@@ -125,9 +125,8 @@ class TokenizerTrainer:
             end_lr=config.end_learning_rate,
             shared_lr_multiplier=config.shared_lr_multiplier,
         )
-        self.reconstruct, self.optimizer = self.accelerator.prepare(
-            Reconstruct(self.tokenizer, self.entropy_temperature), optimizer
-        )
+        self.reconstruct_module = Reconstruct(self.tokenizer, self.entropy_temperature)
+        self.reconstruct, self.optimizer = self.accelerator.prepare(self.reconstruct_module, optimizer)
         self.ema = EMA(self.tokenizer, decay=config.ema_decay)
         self.usage = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last log
         self.upkeep = CodebookUpkeep(self.tokenizer, config, self._batches, len(self.pictures))
@@ -214,36 +213,57 @@ class TokenizerTrainer:
         return OwnBatches(seen, len(self.pictures), size=self.config.batch_size, index=index, count=count)
 
     def _optimizer_step(self, batches: Iterator[Tensor]) -> dict[str, Tensor]:
+        """One step of everything that learns; the means of its terms over the micro-batches."""
+        count = self.config.gradient_accumulation_steps
+        window = Window([next(batches) for _ in range(count)])
+        with self.accelerator.autocast():
+            window = self.reconstruct_module.look_ahead(window, collages=self.collages)
         adversary = self.adversary if self.adversary is not None and self.step >= self.adversary.start else None
-        for _ in range(self.config.gradient_accumulation_steps):
-            pixel_values = next(batches)
-            with self.accelerator.accumulate(self.reconstruct):
-                pixels = self._target(pixel_values)
-                with self.accelerator.autocast():
-                    taught = None if self.teacher is None else self.teacher(pixel_values)
-                    output, collage = self.reconstruct(pixel_values, self.step if self.collages else None)
-                    terms = self.objective.terms(output, pixels, taught, collage)
-                loss = self.objective.total(terms)
-                if adversary is not None:
-                    terms["gan"] = adversary.generator_loss(output.pixels)
-                    loss = loss + adversary.gan.weight * terms["gan"]
-                self._refuse_nan(loss, terms)
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    terms["grad_norm"] = self.accelerator.clip_grad_norm_(self._trainable(), self.config.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+        restarts = bool(self.config.revive_steps) and (self.step + 1) % (self.config.revive_steps or 1) == 0
+        found, fake, latents = list[dict[str, Tensor]](), list[Tensor](), list[Tensor]()
+        for index in range(count):
+            with accumulating(index, count, self.accelerator, self.reconstruct):
+                terms, output = self._micro_batch(window, index, adversary)
+                self.accelerator.backward(terms["loss"] / count)
+            found.append({name: term.detach() for name, term in terms.items()})
+            if adversary is not None:
+                fake.append(output.pixels.detach())
+            if restarts:
+                latents.append(all_rows(output.latents.detach()).flatten(0, 1))
             ids = all_rows(output.ids)
             self.usage.update(ids)
             self.upkeep.chosen.update(ids)
-            if adversary is not None:
-                terms |= adversary.step(pixels, output.pixels.detach())
+        norm = self.accelerator.clip_grad_norm_(self._trainable(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        logged = {name: torch.stack([terms[name] for terms in found]).mean(0) for name in found[0]}
+        if adversary is not None:
+            real = [self._target(pixel_values) for pixel_values in window.pixel_values]
+            logged |= adversary.step(real, fake, self.step)
         self.scheduler.step()
         self.ema.update(self.tokenizer)
         self.step += 1
-        if self.config.revive_steps and self.step % self.config.revive_steps == 0:
-            self.upkeep.revive(self.step, all_rows(output.latents.detach()).flatten(0, 1))
-        return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}
+        if restarts:
+            self.upkeep.revive(self.step, torch.cat(latents))
+        return logged | {"grad_norm": norm}
+
+    def _micro_batch(
+        self, window: Window, index: int, adversary: Adversary | None
+    ) -> tuple[dict[str, Tensor], ImageTokenizerOutput]:
+        """Every term of one micro-batch, their sum as "loss", and what they were computed of."""
+        pixel_values = window.pixel_values[index]
+        pixels = self._target(pixel_values)
+        with self.accelerator.autocast():
+            taught = None if self.teacher is None else self.teacher(pixel_values)
+            output, collage = self.reconstruct(pixel_values, self.step if self.collages else None, window)
+            terms = self.objective.terms(output, pixels, taught, collage)
+        loss = self.objective.total(terms)
+        if adversary is not None:
+            last = index == len(window.pixel_values) - 1
+            terms["gan"] = adversary.generator_loss(output.pixels, self.step, last=last)
+            loss = loss + adversary.gan.weight * terms["gan"]
+        self._refuse_nan(loss, terms)
+        return terms | {"loss": loss}, output
 
     def _target(self, pixel_values: Tensor) -> Tensor:
         """The pixels to reach, resized where the tokenizer draws pictures of another size than it reads."""

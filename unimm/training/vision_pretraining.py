@@ -7,14 +7,27 @@ SigLIP: arXiv 2303.15343; masked prediction with one linear layer: SimMIM, arXiv
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel
 
-from unimm.training.global_batch import all_rows, own_rows, process_count
+from unimm.training.global_batch import (
+    all_rows,
+    as_summand,
+    global_size,
+    micro_batch,
+    micro_batch_index,
+    own_rows,
+    process_count,
+    process_index,
+)
+from unimm.training.rng import undisturbed
+from unimm.training.stream_trainer import StreamTrainer
 from unimm.typed import Decay, NonNegative
 
 
@@ -36,11 +49,29 @@ def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
-def sigmoid_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Every picture against every caption of the global batch, both [B, D] of this process (SigLIP, algorithm 1)."""
-    image_embeds, text_embeds = F.normalize(image_embeds, dim=-1), all_rows(F.normalize(text_embeds, dim=-1))
-    logits = image_embeds @ text_embeds.t() * scale.exp() + bias  # [B, P * B]
-    sign = 2 * own_rows(torch.eye(len(text_embeds), device=logits.device)) - 1
+@dataclass
+class Embeddings:
+    """Unit vectors of images and captions of one micro-batch, each [B, D]."""
+
+    images: Tensor
+    texts: Tensor
+
+
+def sigmoid_loss(own: Embeddings, scale: Tensor, bias: Tensor, window: Sequence[Embeddings] | None = None) -> Tensor:
+    """Every image against every caption of the global batch (SigLIP, algorithm 1); `window` holds the embeddings of all
+    micro-batches of this process, where there are several.
+
+    Each micro-batch computes the loss of all of them, in which its own rows alone are differentiable.
+    """
+    known = list(window or [own])
+    index = micro_batch_index()
+    known[index] = Embeddings(as_summand(own.images), as_summand(own.texts))
+    images = torch.cat([part.images for part in known])
+    texts = torch.cat([all_rows(part.texts) for part in known])
+    logits = images @ texts.t() * scale.exp() + bias  # [k * B, k * P * B]
+    rows = torch.arange(len(texts), device=logits.device).chunk(len(known) * process_count())
+    matching = torch.cat(rows[process_index() :: process_count()])  # the caption of each image
+    sign = 2 * F.one_hot(matching, len(texts)) - 1
     return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
@@ -57,25 +88,64 @@ class VisionPretraining(nn.Module):
         self.patch_size = vision.patch_size
         self.pixel_head = nn.Linear(vision.hidden_size, 3 * vision.patch_size**2)
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        """pixel_values [B, 3, H, W], input_ids [B, L] padded to one length -> the losses."""
-        vision = self.siglip.vision_model(self.corrupt(pixel_values), output_hidden_states=True)
-        text = self.siglip.text_model(input_ids=input_ids)
-        caption = sigmoid_loss(
-            vision.pooler_output.float(), text.pooler_output.float(), self.siglip.logit_scale, self.siglip.logit_bias
-        )
-        predicted = self.pixel_head(vision.hidden_states[-1]).float()
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, seed: int, window: Sequence[Embeddings] | None = None
+    ) -> dict[str, Tensor]:
+        """pixel_values [B, 3, H, W], input_ids [B, L] padded to one length -> the losses. `seed` is that of the step's
+        corruption; `window` as in `sigmoid_loss`."""
+        own, hidden_states = self._embed(pixel_values, input_ids, seed)
+        caption = sigmoid_loss(own, self.siglip.logit_scale, self.siglip.logit_bias, window)
+        predicted = self.pixel_head(hidden_states).float()
         pixel = F.mse_loss(predicted, patchify(pixel_values, self.patch_size))
         loss = self.settings.caption_weight * caption + self.settings.pixel_weight * pixel
         return {"loss": loss, "caption_loss": caption.detach(), "pixel_loss": pixel.detach()}
 
-    def corrupt(self, pixel_values: Tensor) -> Tensor:
+    def embed(self, pixel_values: Tensor, input_ids: Tensor, seed: int) -> Embeddings:
+        """The embeddings of a micro-batch, corrupted as `forward` does."""
+        return self._embed(pixel_values, input_ids, seed)[0]
+
+    def _embed(self, pixel_values: Tensor, input_ids: Tensor, seed: int) -> tuple[Embeddings, Tensor]:
+        vision = self.siglip.vision_model(self.corrupt(pixel_values, seed), output_hidden_states=True)
+        text = self.siglip.text_model(input_ids=input_ids)
+        images, texts = (F.normalize(half.pooler_output.float(), dim=-1) for half in (vision, text))
+        return Embeddings(images, texts), vision.hidden_states[-1]
+
+    def corrupt(self, pixel_values: Tensor, seed: int) -> Tensor:
         """Noise everywhere, and `mask_ratio` of the patches replaced by zero (the normalised middle grey)."""
         batch, _, height, width = pixel_values.shape
         rows, columns = height // self.patch_size, width // self.patch_size
-        every = batch * process_count()  # all processes draw the same
-        hidden = own_rows(torch.rand(every, 1, rows, columns, device=pixel_values.device))
-        noise = own_rows(torch.randn(every, *pixel_values.shape[1:], device=pixel_values.device))
+        every, device = global_size(batch), pixel_values.device  # all processes and micro-batches draw the same
+        generator = torch.Generator(device).manual_seed(seed)
+        hidden = own_rows(torch.rand(every, 1, rows, columns, device=device, generator=generator))
+        noise = own_rows(torch.randn(every, *pixel_values.shape[1:], device=device, generator=generator))
         kept = (hidden >= self.settings.mask_ratio).float()
         kept = kept.repeat_interleave(self.patch_size, -1).repeat_interleave(self.patch_size, -2)
         return (pixel_values + self.settings.noise * noise) * kept
+
+
+class VisionPretrainingTrainer(StreamTrainer):
+    """A `StreamTrainer` whose micro-batches know each other's embeddings."""
+
+    _embeddings: list[Embeddings] | None = None
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """As in StreamTrainer; the embeddings of the step before are of no use."""
+        self._embeddings = None
+        return super().get_batch_samples(*args)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Any:
+        """As in Trainer, against the captions of the whole step."""
+        seed = (self.args.seed << 32) + self.state.global_step
+        if self._embeddings is None and len(self.window) > 1:
+            self._embeddings = self._look_ahead(seed)
+        return super().compute_loss(model, {**inputs, "seed": seed, "window": self._embeddings}, *args, **options)
+
+    @torch.no_grad()
+    def _look_ahead(self, seed: int) -> list[Embeddings]:
+        """Of every micro-batch, by a first pass that draws no random number of the run."""
+        found, model = [], self.accelerator.unwrap_model(self.model)
+        with undisturbed(self.args.device):
+            for index, inputs in enumerate(self.window):
+                with micro_batch(index, len(self.window)):
+                    found.append(model.embed(**self._prepare_inputs(inputs), seed=seed))
+        return found
