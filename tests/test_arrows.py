@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "typed": {"errors"},
     "report": {"errors", "provenance"},
     "processes": {"errors", "provenance"},
-    "saving": {"errors"},
+    "saving": {"errors", "provenance"},
     "sampling": {"errors"},
     "weights": {"errors"},
     "perceptual_networks": {"errors", "weights"},

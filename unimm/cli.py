@@ -17,6 +17,7 @@ from tqdm import tqdm
 from unimm import __version__
 from unimm.data.images import check_image_output, load_image, save_image_atomically, save_images
 from unimm.errors import UserError, one_line, run_main
+from unimm.provenance import check_output
 from unimm.report import Report
 
 FAILED_EXIT_CODE = 1
@@ -45,11 +46,10 @@ def _run(argv: Sequence[str] | None) -> int | None:
 
 def demo(arguments: argparse.Namespace, report: Report) -> None:
     """Show reconstruction, chat and drawing on one page; its path is the last thing printed."""
-    from unimm.benchmarks.demo import DemoPlan, run_demo, write_page
+    from unimm.benchmarks.demo import PAGE_NAME, DemoPlan, run_demo, write_page
 
     folder = Path(arguments.output)
-    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
-        raise UserError(f"Cannot write the page into {folder}: a file stands in its way.")
+    check_output(folder / PAGE_NAME, "page")
     plan = DemoPlan.sample(arguments.seed)
     model, processor = _load(arguments.model, report)
     result = run_demo(model, processor, plan)
@@ -258,6 +258,7 @@ def _new_folder(path: str) -> Path:
     output = Path(path)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not an empty folder: choose another, nothing is overwritten.")
+    check_output(output / "config.json", "model")
     return output
 
 

@@ -80,7 +80,6 @@ def save_config(
     Both files appear complete or not at all. Distributed runs call it on the main process only. Returns the YAML path.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     write_atomically(path, yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
     run = {"command": sys.argv, "commit": git_commit(), "versions": package_versions(), "facts": dict(facts or {})}
