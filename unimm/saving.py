@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from unimm.checkpoint_files import bounded_by, refuse_excess, refuse_non_finite, stored_bytes
 from unimm.errors import UserError, writing
+from unimm.field_rules import check_attention
 from unimm.provenance import flush, make_folders
 
 
@@ -68,6 +70,11 @@ def weights_fingerprint(model: nn.Module) -> str:
 class WholeCheckpointMixin:
     """In front of a `PreTrainedModel`: `from_pretrained` takes whole checkpoints only."""
 
+    def post_init(self) -> None:
+        """As in transformers; here the model is a description still, and no memory is taken for its weights."""
+        super().post_init()  # type: ignore[misc]
+        refuse_excess(self)  # type: ignore[arg-type]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -80,13 +87,18 @@ class WholeCheckpointMixin:
         """Load a checkpoint that is whole, or refuse it: transformers would fill the holes of a broken one at random.
 
         Raises:
-            UserError: weights are missing, unexpected or misshapen.
+            UserError: weights are missing, unexpected, misshapen or no numbers, the settings describe far more of them
+                than the files hold, or an attention that is not here.
         """
-        with no_load_report():
+        source = pretrained_model_name_or_path
+        check_attention(kwargs.get("attn_implementation"))
+        size = None if source is None else stored_bytes(source, kwargs.get("revision"))
+        with no_load_report(), bounded_by(size):
             model, info = super().from_pretrained(  # type: ignore[misc]
-                pretrained_model_name_or_path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+                source, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
             )
-        refuse_holes(model, info, pretrained_model_name_or_path)
+        refuse_holes(model, info, source)
+        refuse_non_finite(model, source)
         return (model, info) if output_loading_info else model
 
 
