@@ -16,6 +16,7 @@ import torch
 from unimm.config import parse_recipe_args
 from unimm.errors import UserError, run_main
 from unimm.mllm import UnifiedModelMixin, load
+from unimm.saving import save_whole
 from unimm.tokenizer.loading import load_image_tokenizer
 from unimm.typed import Rate
 
@@ -57,17 +58,19 @@ def main() -> None:
     model.generation_config.image_generation.update(recipe.image_generation)
     output = Path(recipe.output_dir)
     staging = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    processor.save_pretrained(staging)
-    shutil.copy(recipe.card, staging / CARD)
-    megabytes = (staging / "model.safetensors").stat().st_size / 1e6
-    if megabytes > recipe.max_megabytes:
-        raise UserError(
-            f"The weights take {megabytes:.1f} MB, more than the {recipe.max_megabytes} MB that the package may ship."
-        )
-    shutil.rmtree(output, ignore_errors=True)
-    staging.replace(output)
+    try:
+        save_whole(staging, model, processor)
+        shutil.copy(recipe.card, staging / CARD)
+        megabytes = (staging / "model.safetensors").stat().st_size / 1e6
+        if megabytes > recipe.max_megabytes:
+            raise UserError(
+                f"The weights take {megabytes:.1f} MB, more than the {recipe.max_megabytes} MB that the package may "
+                "ship."
+            )
+        shutil.rmtree(output, ignore_errors=True)
+        staging.replace(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     print(f"{output}: {megabytes:.1f} MB")
 
 

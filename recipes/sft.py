@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
+from unimm.checkpoint_files import examining, refuse_excess_of
 from unimm.config import parse_training_args
 from unimm.data.conversations import shapes_corpus
 from unimm.data.mixture import MixtureConfig
-from unimm.errors import UserError, reading, run_main
+from unimm.errors import UserError, run_main
 from unimm.mllm import UnimmProcessor, attach, load
 from unimm.mllm.templates import set_chat_template
 from unimm.mllm.vocabulary import RowInit
@@ -77,7 +78,8 @@ class SFTRecipe:
 
 def build_llm(model: SFTModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if isinstance(model.llm, str):
-        with reading("The language model model.llm", model.llm):
+        with examining("The language model model.llm", model.llm):
+            refuse_excess_of(AutoModelForCausalLM, AutoConfig.from_pretrained(model.llm))
             llm = AutoModelForCausalLM.from_pretrained(model.llm, dtype="float32")
             return llm, AutoTokenizer.from_pretrained(model.llm)
     tokenizer = train_text_tokenizer(shapes_corpus(1000, seed), model.text_vocab_size, CHAT_TOKENS)

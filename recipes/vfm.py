@@ -18,6 +18,7 @@ from unimm.config import parse_training_args
 from unimm.data.pictures import PictureConfig, held_out_lines, held_out_pictures, picture_stream, to_array
 from unimm.errors import run_main
 from unimm.processes import processes
+from unimm.saving import whole_folder
 from unimm.training.arguments import StreamTrainingArguments
 from unimm.training.dry_run import dry_run_stream, short, show_pictures
 from unimm.training.run import open_run
@@ -77,10 +78,9 @@ def main() -> None:
         trainer = VisionPretrainingTrainer(model, train, **parts)
         trainer.train_or_load()
         if trainer.is_world_process_zero():
-            with trainer.averaged():
-                model.siglip.save_pretrained(train.output_dir)
-            tokenizer.save_pretrained(train.output_dir)
-            processor.save_pretrained(train.output_dir)
+            with trainer.averaged(), whole_folder(Path(train.output_dir)) as staging:
+                for part in (model.siglip, tokenizer, processor):
+                    part.save_pretrained(staging)
 
 
 def to_pixel_values(images: list) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 GROUND = {"errors", "provenance", "typed", "config", "report", "saving", "sampling", "weights", "perceptual_networks"}
-GROUND |= {"processes", "yaml_text", "launched"}
+GROUND |= {"processes", "yaml_text", "launched", "field_rules", "checkpoint_files"}
 FOUNDATION = GROUND | {"tokenizer", "data", "evaluation"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
 FACES = {"serving", "integrations", "benchmarks", "chat"}
@@ -21,7 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "typed": {"errors"},
     "report": {"errors", "provenance"},
     "processes": {"errors", "provenance"},
-    "saving": {"errors"},
+    "field_rules": {"errors"},
+    "checkpoint_files": {"errors", "field_rules"},
+    "saving": {"errors", "provenance", "checkpoint_files", "field_rules"},
     "sampling": {"errors"},
     "weights": {"errors"},
     "perceptual_networks": {"errors", "weights"},

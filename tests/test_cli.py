@@ -143,7 +143,7 @@ MISTAKES = {
     "picture absent": (["chat", "x", "--image", "absent.png"], "absent.png: there is no such file"),
     "picture is text": (["reconstruct", "text.png"], "text.png: it is not a picture"),
     "picture truncated": (["reconstruct", "cut.png"], "cut.png: the file is cut off"),
-    "page over a file": (["demo", "--output", "in.png"], "a file stands in its way"),
+    "page over a file": (["demo", "--output", "in.png"], "in.png is a file"),
     "json of a conversation": (["chat", "--json", "-"], "give a PROMPT"),
     "model absent": (["generate", "x", "--model", "absent"], "absent"),
     "model is a picture": (["reconstruct", "in.png", "--model", "in.png"], "in.png"),

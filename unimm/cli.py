@@ -18,6 +18,7 @@ from tqdm import tqdm
 from unimm import __version__
 from unimm.data.images import check_image_output, load_image, save_image_atomically, save_images
 from unimm.errors import UserError, one_line, run_main
+from unimm.provenance import check_output
 from unimm.report import Report
 
 FAILED_EXIT_CODE = 1
@@ -47,8 +48,7 @@ def _run(argv: Sequence[str] | None) -> int | None:
 def demo(arguments: argparse.Namespace, report: Report) -> None:
     """Show reconstruction, chat and drawing on one page; its path is the last thing printed."""
     folder = Path(arguments.output)
-    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
-        raise UserError(f"Cannot write the page into {folder}: a file stands in its way.")
+    check_output(folder / "index.html", "page")
     from unimm.benchmarks.demo import DemoPlan, run_demo, write_page
 
     plan = DemoPlan.sample(arguments.seed)
@@ -259,6 +259,7 @@ def _new_folder(path: str) -> Path:
     output = Path(path)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not an empty folder: choose another, nothing is overwritten.")
+    check_output(output / "config.json", "model")
     return output
 
 

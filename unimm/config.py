@@ -88,7 +88,6 @@ def save_config(
     Both files appear complete or not at all. Distributed runs call it on the main process only. Returns the YAML path.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     write_atomically(path, dump_yaml(plain(config)))
     run = {"command": sys.argv, "commit": git_commit(), "versions": package_versions(), "facts": dict(facts or {})}

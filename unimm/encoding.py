@@ -29,7 +29,7 @@ from unimm.data.shapes.datasets import ShapesPictures
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, UsableRows, too_many
 from unimm.data.sources import open_pictures
 from unimm.errors import UserError, reading
-from unimm.provenance import write_atomically
+from unimm.provenance import appearing, write_atomically
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 from unimm.typed import Count, Natural, Seed, Share
 
@@ -235,13 +235,11 @@ class Encoder:
     def _write(self, parts: Sequence["_Part"]) -> None:
         """A shard, its ids last: where they are, the rest is."""
         shard = parts[0].shard
-        self.folder.mkdir(parents=True, exist_ok=True)
         features = [part.features for part in parts if part.features is not None]
         if features:
-            target = self._features_path(shard)
-            temporary = target.with_name(f".{target.name}.tmp")
-            save_file({"features": torch.cat(features)}, temporary, {"tokenizer": self.info.tokenizer_fingerprint})
-            temporary.replace(target)
+            metadata = {"tokenizer": self.info.tokenizer_fingerprint}
+            with appearing(self._features_path(shard), "features") as temporary:
+                save_file({"features": torch.cat(features)}, temporary, metadata)
         self._skipped_path(shard).unlink(missing_ok=True)
         if skipped := [each.line for part in parts for each in part.skipped]:
             write_atomically(self._skipped_path(shard), "".join(skipped))

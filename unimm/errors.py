@@ -4,6 +4,8 @@ A `UserError` is one clear sentence: what was wrong, the numbers on both sides, 
 recipes print it as one line without a traceback and exit with code 2; all else is a defect and keeps its traceback.
 """
 
+import errno
+import os
 import re
 import reprlib
 from collections.abc import Callable, Iterator
@@ -59,13 +61,58 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises bare ones, and damaged files reach any line of a library
         raise UserError(f"{what} {source} cannot be read ({type(error).__name__}): {one_line(error)[:300]}") from error
 
 
+_REFUSALS = frozenset(
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+    )
+)
+_FROM_RUST = re.compile(r"\(os error (\d+)\)")
+_FROM_TORCH = re.compile(r"PytorchStreamWriter|inline_container|Parent directory .* does not exist")
+
+
+def disk_refusal(error: BaseException) -> str | None:
+    """Return what the disk refused (no room, no permission, a file in the way) in the system's words, None for an error
+    of another kind. safetensors and torch raise errors of their own for it."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (found := _FROM_RUST.search(str(error))):
+        number = int(found[1])
+    if number in _REFUSALS:
+        return os.strerror(int(number))
+    if isinstance(error, RuntimeError) and _FROM_TORCH.search(str(error)):
+        return "the file could not be written to its end, the disk may be full"
+    return None
+
+
+@contextmanager
+def writing(what: str, place: str | Path) -> Iterator[None]:
+    """Within, `place` is being written: what the disk refuses becomes a `UserError`, in one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        refusal = disk_refusal(error)
+        if refusal is None:
+            raise
+        raise UserError(f"Cannot write {what} {place}: {refusal}.") from error
+
+
 def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
-    """Run a program's `main` and return its exit code; a `UserError` becomes one line on standard error and code 2, an
-    `Interrupted` is printed and becomes 0.
+    """Run a program's `main` and return its exit code; a `UserError`, or a disk that is full or closed to us, becomes
+    one line on standard error and code 2, an `Interrupted` is printed and becomes 0.
 
     Recipes and eval drivers end with `sys.exit(run_main(main, name="sft"))`.
     """
@@ -76,6 +123,12 @@ def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
         return 0
     except UserError as error:
         return refuse(name, error)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        refusal = disk_refusal(error)
+        if refusal is None:
+            raise
+        place = getattr(error, "filename", None)
+        return refuse(name, UserError(f"Cannot write{f' {place}' if place else ''}: {refusal}."))
 
 
 def refuse(name: str, error: UserError) -> int:

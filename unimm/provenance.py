@@ -6,24 +6,100 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from unimm.errors import UserError, writing
 
 RECORDED_PACKAGES = ("unimm", "torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "numpy", "pillow")
 UNRELATED_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
 """Of a configuration: where it was read and by what; the dtype is told by the weights themselves."""
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, never sees half of it."""
+def check_output(path: str | Path, what: str = "file") -> Path:
+    """Return the path, if a file can be written there: asked before the work whose result it is.
+
+    Raises:
+        UserError: a folder, device, pipe or socket has that name, a parent is no folder, or it is closed to us.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if "\0" in str(path):
+        raise UserError(f"Cannot write the {what} {str(path)!r}: a file's name holds no NUL.")
+    with writing(f"the {what}", path):
+        if path.is_dir():
+            raise UserError(f"Cannot write the {what} {path}: a folder has that name.")
+        if path.exists() and not path.is_file():
+            raise UserError(
+                f"Cannot write the {what} {path}: it is a device, a pipe or a socket, and only files are replaced."
+            )
+        parent = next((parent for parent in path.parents if os.path.lexists(parent)), Path())
+        if not parent.is_dir():
+            raise UserError(f"Cannot write the {what} {path}: {parent} is a file, not a folder.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"Cannot write the {what} {path}: {parent} may not be written to.")
+    return path
+
+
+def _target(path: Path) -> Path:
+    """Where a file of that name lies: a link is followed, never replaced."""
+    return Path(os.path.realpath(path))
+
+
+@contextmanager
+def appearing(path: str | Path, what: str = "file") -> Iterator[Path]:
+    """Yield the name under which to write; at the end the file goes to the disk and gets its own name, so that a
+    reader, or a crash, never sees half of it. Missing folders are made; what fails leaves nothing behind.
+
+    Raises:
+        UserError: as in `check_output`, or the disk is full.
+    """
+    path = check_output(path, what)
+    target = _target(path)
+    made: list[Path] = []
+    temporary = target.with_name(f".{secrets.token_hex(6)}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with writing(f"the {what}", path):
+            made = make_folders(target.parent)
+            yield temporary
+            flush(temporary)
+            temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make the folder and its missing parents, and return those that were made, the deepest first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+    return missing
+
+
+def write_atomically(path: str | Path, content: str | bytes, what: str = "file") -> None:
+    """Write a file as a whole, see `appearing`."""
+    with appearing(path, what) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
 
 
 def package_versions() -> dict[str, str]:

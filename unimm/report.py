@@ -5,11 +5,9 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from unimm.errors import UserError
-from unimm.provenance import write_atomically
+from unimm.provenance import check_output, write_atomically
 
 STANDARD_OUTPUT = "-"
 
@@ -37,9 +35,7 @@ class Report:
         self.content: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         if path is not None and path != STANDARD_OUTPUT:
-            blocking = next((parent for parent in Path(path).parents if parent.exists() and not parent.is_dir()), None)
-            if Path(path).is_dir() or blocking is not None:
-                raise UserError(f"Cannot write the report {path}: {blocking or path} stands in its way.")
+            check_output(path, "report")
 
     def add(self, **content: Any) -> None:
         """Add fields to the object."""
@@ -59,8 +55,4 @@ class Report:
         if self.path == STANDARD_OUTPUT:
             print(text, end="", flush=True)
         elif self.path is not None:
-            try:
-                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.path, text)
-            except OSError as error:
-                raise UserError(f"Cannot write the report {self.path}: {error.strerror or error}.") from None
+            write_atomically(self.path, text, "report")

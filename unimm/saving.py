@@ -5,30 +5,57 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from unimm.errors import UserError
+from unimm.checkpoint_files import bounded_by, refuse_excess, refuse_non_finite, stored_bytes
+from unimm.errors import UserError, writing
+from unimm.field_rules import check_attention
+from unimm.provenance import flush, make_folders
 
 
 def save_whole(
     folder: Path, model: Any, processor: Any = None, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Save model (or adapter) and processor into `folder`, which is made if needed, config.json (or
-    adapter_config.json) last: a folder that has one is complete. `weights` stand for the model's own, where those are
-    sharded."""
-    staging = folder / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging, **({} if weights is None else {"state_dict": weights}))
-    if processor is not None:
-        processor.save_pretrained(staging)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
-        path.replace(folder / path.name)
-    staging.rmdir()
+    """Save model (or adapter) and processor into `folder`, see `whole_folder`. `weights` stand for the model's own,
+    where those are sharded."""
+    with whole_folder(folder) as staging:
+        model.save_pretrained(staging, **({} if weights is None else {"state_dict": weights}))
+        if processor is not None:
+            processor.save_pretrained(staging)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder for the files of a checkpoint. At the end they go to the disk and move into `folder`, which
+    is made if needed, config.json (or adapter_config.json) last: a folder that has one is complete. What fails leaves
+    nothing behind.
+
+    Raises:
+        UserError: the disk is full, or the folder is closed to us.
+    """
+    staging, made = folder / ".saving", list[Path]()
+    try:
+        with writing("the model into", folder):
+            made = make_folders(folder)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            yield staging
+            for path in staging.rglob("*"):
+                flush(path)
+            for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
+                path.replace(folder / path.name)
+            staging.rmdir()
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
+        raise
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -43,6 +70,11 @@ def weights_fingerprint(model: nn.Module) -> str:
 class WholeCheckpointMixin:
     """In front of a `PreTrainedModel`: `from_pretrained` takes whole checkpoints only."""
 
+    def post_init(self) -> None:
+        """As in transformers; here the model is a description still, and no memory is taken for its weights."""
+        super().post_init()  # type: ignore[misc]
+        refuse_excess(self)  # type: ignore[arg-type]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -55,13 +87,18 @@ class WholeCheckpointMixin:
         """Load a checkpoint that is whole, or refuse it: transformers would fill the holes of a broken one at random.
 
         Raises:
-            UserError: weights are missing, unexpected or misshapen.
+            UserError: weights are missing, unexpected, misshapen or no numbers, the settings describe far more of them
+                than the files hold, or an attention that is not here.
         """
-        with no_load_report():
+        source = pretrained_model_name_or_path
+        check_attention(kwargs.get("attn_implementation"))
+        size = None if source is None else stored_bytes(source, kwargs.get("revision"))
+        with no_load_report(), bounded_by(size):
             model, info = super().from_pretrained(  # type: ignore[misc]
-                pretrained_model_name_or_path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+                source, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
             )
-        refuse_holes(model, info, pretrained_model_name_or_path)
+        refuse_holes(model, info, source)
+        refuse_non_finite(model, source)
         return (model, info) if output_loading_info else model
 
 

@@ -5,7 +5,6 @@ Special here: pictures are written as they are drawn, N of them never stand in m
 not at all. Picture k is of class k modulo the number of classes and depends on (seed, k) only.
 """
 
-import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from unimm.class_conditional.drawing import ClassDrawer
 from unimm.data.pictures import to_array
 from unimm.errors import UserError
+from unimm.provenance import appearing
 from unimm.sampling import ImageSampling
 
 
@@ -67,11 +67,9 @@ def write_npz(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray])
     Raises:
         UserError: the file cannot be written, or the batches do not fill `shape` (nothing is left behind).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
     written = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path, "samples") as temporary:
         archive = zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED)
         with archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
@@ -82,8 +80,3 @@ def write_npz(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray])
                 written += len(batch)
         if written != shape[0]:
             raise UserError(f"{written} pictures do not fill a file of {shape[0]}.")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"Cannot write the samples {path}: {error.strerror or error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)

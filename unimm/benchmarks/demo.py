@@ -98,7 +98,6 @@ def reconstruct(model: Any, processor: Any, images: Sequence[Image.Image]) -> li
 def write_page(result: DemoResult, folder: str | Path, *, title: str, seed: int) -> Path:
     """Write the page into `folder`, complete or not at all; returns its path."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     score = result.score()
     page = Template(resources.files("unimm.benchmarks").joinpath("demo.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),

@@ -6,7 +6,6 @@ beside them, as the published ones do. Pictures of another size are never resize
 never compared: the distance depends on N. Processes share the pictures and merge exact statistics.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from unimm.evaluation.distributions import (
     manifolds,
 )
 from unimm.evaluation.frechet import FeatureStatistics, Moments, frechet_distance, require_same_count
+from unimm.provenance import appearing
 
 KERNEL_SUBSETS, KERNEL_SIZE, SCORE_SPLITS = 100, 1000, 10
 ADM_STATISTICS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
@@ -219,16 +219,8 @@ def write_statistics(path: str | Path, collected: Collected, space: FeatureSpace
         if kind in collected.statistics:
             moments = collected.statistics[kind].moments
             arrays |= {mean: moments.mean, covariance: moments.covariance}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"Cannot write the statistics {path}: {error.strerror or error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path, "statistics") as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _moments(arrays: dict[str, np.ndarray], names: Iterable[str], path: Path) -> Moments:

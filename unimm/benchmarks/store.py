@@ -213,7 +213,7 @@ def _prepare(folder: Path, manifest: Manifest) -> FileLock:
         raise UserError(f"Cannot write into {folder}: {error.strerror or error}.") from None
     path = folder / MANIFEST
     try:
-        for leftover in [*folder.glob(".*.tmp"), *(folder / IMAGES).glob(".*.tmp.*")]:
+        for leftover in [*folder.glob(".*.tmp"), *(folder / IMAGES).glob(".*.tmp*")]:
             leftover.unlink()  # of a process that was killed while it wrote
         if not path.exists():
             write_atomically(path, json.dumps(plain(manifest), indent=2) + "\n")

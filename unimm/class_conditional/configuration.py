@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from unimm.errors import UserError
+from unimm.field_rules import check_settings
 
 SIZES: dict[str, tuple[int, int, int]] = {
     "B": (12, 12, 768),
@@ -56,6 +57,7 @@ class ClassConditionalConfig(PreTrainedConfig):
     tokenizer_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_settings(vars(self) | kwargs, type(self).__name__)
         super().__post_init__(**kwargs)
         self.grid = tuple(self.grid)
         if self.intermediate_size is None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel
 
+from unimm.checkpoint_files import check_settings_files
 from unimm.class_conditional.modeling import ClassConditionalGPT
 from unimm.errors import UserError, reading
 from unimm.sampling import SAMPLED, ImageSampling
@@ -71,6 +72,7 @@ def load_drawer(folder: str | Path, device: str | torch.device | None = None) ->
     folder = Path(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with reading("The class-conditional model", folder):
+        check_settings_files(folder)
         model = AutoModel.from_pretrained(folder)
     if not isinstance(model, ClassConditionalGPT):
         raise UserError(f"{folder} holds a {type(model).__name__}, not a class-conditional model.")

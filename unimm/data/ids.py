@@ -10,7 +10,6 @@ Text-to-image reads folders of shards (`IdsFolder`), class-conditional drawing o
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from unimm.data.places import filled, opened_place, reaching
 from unimm.data.row_groups import RowGroups
 from unimm.errors import UserError, reading
 from unimm.evaluation.codebook import CodebookUsage
+from unimm.provenance import appearing
 
 METADATA_KEY = b"unimm"
 LARGEST_CODEBOOK = 2**16  # uint16
@@ -105,22 +105,12 @@ def write_ids(path: Path, info: IdsInfo, batches: Iterable[Mapping[str, Any]], c
         [("ids", pa.list_(pa.uint16(), length)), *types.items()],
         metadata={METADATA_KEY: json.dumps(asdict(info)).encode()},
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for batch in batches:
-                info.refuse_ids(batch["ids"], "The tokenizer")
-                values = pa.array(batch["ids"].astype(np.uint16).ravel())
-                others = [pa.array(batch[name], type=kind) for name, kind in types.items()]
-                writer.write_table(
-                    pa.table([pa.FixedSizeListArray.from_arrays(values, length), *others], schema=schema)
-                )
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"Cannot write the ids {path}: {error.strerror or error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path, "ids") as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for batch in batches:
+            info.refuse_ids(batch["ids"], "The tokenizer")
+            values = pa.array(batch["ids"].astype(np.uint16).ravel())
+            others = [pa.array(batch[name], type=kind) for name, kind in types.items()]
+            writer.write_table(pa.table([pa.FixedSizeListArray.from_arrays(values, length), *others], schema=schema))
 
 
 def read_ids(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], IdsInfo]:

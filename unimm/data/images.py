@@ -7,7 +7,6 @@ is one sentence (`UserError`). Writing is atomic: a picture appears complete or 
 
 import contextlib
 import io
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unimm.errors import UserError
+from unimm.provenance import check_output, write_atomically
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels are refused before they are unpacked (192 MB as RGB)."""
@@ -126,6 +126,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
+WRITABLE = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+"""Suffix -> format of the images that are written: others that Pillow knows lose colors or take minutes."""
+
+
 def save_image_atomically(image: Image.Image, path: str | Path) -> Path:
     """Write `image` to `path` in the format of its suffix, making missing folders; returns the path.
 
@@ -133,16 +145,9 @@ def save_image_atomically(image: Image.Image, path: str | Path) -> Path:
         UserError: the suffix names no format that can be written, or the place cannot be written to.
     """
     path = check_image_output(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"Cannot write the picture {path}: {error.strerror or error}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    encoded = io.BytesIO()
+    image.save(encoded, WRITABLE[path.suffix.lower()])
+    write_atomically(path, encoded.getvalue(), "picture")
     return path
 
 
@@ -153,16 +158,10 @@ def check_image_output(path: str | Path) -> Path:
         UserError: the suffix names no format that can be written, or the path or one of its parents stands in the way.
     """
     path = Path(path)
-    writable = sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE)
-    if path.suffix.lower() not in writable:
-        known = ", ".join(suffix for suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff") if suffix in writable)
+    if path.suffix.lower() not in WRITABLE:
+        known = ", ".join(WRITABLE)
         raise UserError(f"Cannot write a picture as {path}: its name must end in a picture format such as {known}.")
-    if path.is_dir():
-        raise UserError(f"Cannot write the picture {path}: a folder has that name.")
-    blocking = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
-    if blocking is not None:
-        raise UserError(f"Cannot write the picture {path}: {blocking} is a file, not a folder.")
-    return path
+    return check_output(path, "picture")
 
 
 def numbered_paths(path: str | Path, count: int) -> list[Path]:

@@ -112,13 +112,9 @@ def _index_file(place: str) -> Path:
         rows = _scan(place, file)
     size = len(rows), any(_last(kind) in CAPTIONS for row in rows for kind in row["members"])
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cached, f"{json.dumps(size)}\n{json.dumps(rows)}")
-    except OSError as error:
-        raise UserError(
-            f"The index of a tar file cannot be kept in {cached.parent}: {error.strerror}; set $UNIMM_CACHE to a "
-            "folder that can be written to."
-        ) from None
+        write_atomically(cached, f"{json.dumps(size)}\n{json.dumps(rows)}", "index of a tar file")
+    except UserError as error:
+        raise UserError(f"{error} Set $UNIMM_CACHE to a folder that can be written to.") from None
     return cached
 
 

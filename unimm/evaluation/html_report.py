@@ -96,11 +96,7 @@ def write_report(folder: str | Path, output: str | Path, against: str | Path | N
         )
     scores = measures(run.records)
     page = render(run, scores, other)
-    try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, page)
-    except OSError as error:
-        raise UserError(f"Cannot write the report {output}: {error.strerror or error}.") from None
+    write_atomically(output, page, "report")
     return scores
 
 

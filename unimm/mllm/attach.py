@@ -25,7 +25,9 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from unimm.checkpoint_files import examining, refuse_excess_of, refuse_non_finite
 from unimm.errors import UserError, reading
+from unimm.field_rules import check_attention
 from unimm.mllm.hosts import HOSTS, M_ROPE, MULTIMODAL_HOSTS, UnimmLlavaConfig, merged_side
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.templates import chat_template, end_of_turn_ids
@@ -112,6 +114,7 @@ def attach(
             template that is unknown or another model's.
         ValueError: unknown `row_init`, or a marker that is not one token.
     """
+    check_attention(attn_implementation)
     if isinstance(host, str | Path):
         host = _load_host(host, loading)
     if isinstance(image_tokenizer, str | Path):
@@ -167,13 +170,15 @@ def _rendered_image(texts: PreTrainedTokenizerBase) -> str:
 
 
 def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
-    with reading("The host", path):
+    with examining("The host", path, loading.get("revision")):
         model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type", "nameless")
         _check_supported(model_type)
         auto = AutoModelForImageTextToText if model_type in MULTIMODAL_HOSTS else AutoModelForCausalLM
+        refuse_excess_of(auto, AutoConfig.from_pretrained(path))
         with no_load_report():
             host, info = auto.from_pretrained(path, ignore_mismatched_sizes=True, output_loading_info=True, **loading)
         refuse_holes(host, info, path, refuse_unexpected=False)  # some published hosts carry weights that nobody reads
+        refuse_non_finite(host, path)
         return host
 
 

@@ -33,8 +33,7 @@ from unimm.errors import UserError
 from unimm.mllm.attach import PARTS_OF_THEIR_OWN, TEXT_HOSTS, copy_config
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.vocabulary import set_vocab_size
-from unimm.provenance import write_atomically
-from unimm.saving import save_whole
+from unimm.saving import whole_folder
 from unimm.tokenizer.encoders import prefix_tokens
 
 _STOCK: dict[str, type[PreTrainedConfig]] = {
@@ -140,9 +139,7 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
     """Write `causal_lm` with its text tokenizer into `folder`, and below it `image_tokenizer` (which draws) and where
     the ids lie (image_vocabulary.json). Returns the language model."""
     alone = causal_lm(model)
-    save_whole(folder, alone, processor.tokenizer)
-    model.image_tokenizer.save_pretrained(folder / "image_tokenizer")
-    processor.image_processor.save_pretrained(folder / "image_tokenizer")
+    parts = {"": (alone, processor.tokenizer), "image_tokenizer": (model.image_tokenizer, processor.image_processor)}
     vocabulary = {
         "image_vocab_start": model.config.image_vocab_start,
         "codebook_size": model.config.codebook_size,
@@ -152,7 +149,11 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
         "null_prompt": list(model.config.null_prompt),
         "image_generation": model.generation_config.image_generation,
     }
-    write_atomically(folder / VOCABULARY_FILE, json.dumps(vocabulary, indent=2) + "\n")
+    with whole_folder(folder) as staging:
+        for name, (part, its_processor) in parts.items():
+            part.save_pretrained(staging / name)
+            its_processor.save_pretrained(staging / name)
+        (staging / VOCABULARY_FILE).write_text(json.dumps(vocabulary, indent=2) + "\n", encoding="utf-8")
     return alone
 
 

@@ -1,6 +1,5 @@
 """`load`: a unified model and its processor, from the default that comes with the library, a folder or the hub."""
 
-import json
 import os
 import re
 from importlib.resources import files
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from unimm.errors import UserError, one_line, reading
+from unimm.checkpoint_files import check_settings_files, read_settings
+from unimm.errors import UserError, reading
+from unimm.mllm.agreement import check_agreement
 from unimm.mllm.hosts import HOSTS
 from unimm.mllm.processing import UnimmProcessor
 
@@ -50,9 +51,11 @@ def load(
     place = own_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     with reading("The model", source):
-        processor = AutoProcessor.from_pretrained(source)
+        check_settings_files(source, kwargs.get("revision"))
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
     _check_pair(model, processor, source)
+    check_agreement(model, processor, source)
     return model.to(place).eval(), processor
 
 
@@ -81,10 +84,7 @@ def _check_source(source: str | Path) -> None:
                 f"{source} is an adapter, not a whole model: merge it first (unimm merge {source} --output FOLDER)."
             )
         raise UserError(f"{source} is no model: it has no config.json.")
-    try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise UserError(f"{config_file} is damaged: {one_line(error)}.") from error
+    model_type = read_settings(config_file).get("model_type")
     known = [config_class.model_type for config_class in HOSTS]
     if model_type not in known:
         raise UserError(

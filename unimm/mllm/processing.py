@@ -16,6 +16,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from unimm.errors import UserError
+from unimm.mllm.template_guard import render_guarded
 from unimm.mllm.vocabulary import VisualVocabulary
 
 GENERATION_MODES = ("text", "image")
@@ -116,6 +117,22 @@ class UnimmProcessor(ProcessorMixin):
             return super().__call__(images=images or None, text=text, **kwargs)
         finally:
             del self._drawn  # what is left here would be saved with the processor
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers, once the template has rendered the conversation within bounds (`template_guard`).
+
+        Raises:
+            UserError: there is no template, or it does not render these messages.
+        """
+        template = chat_template or self.chat_template
+        if template is None:
+            raise UserError("This processor has no chat template: attach the model again, or set chat_template.")
+        if isinstance(template, str):
+            chats = conversation if conversation and isinstance(conversation[0], list | tuple) else [conversation]
+            context = self.tokenizer.special_tokens_map | kwargs
+            for each in chats:
+                render_guarded(template, each, **{"add_generation_prompt": False, **context})
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def _process_images(self, images: ImageInput, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         return super()._process_images(make_flat_list_of_images(images), **kwargs)

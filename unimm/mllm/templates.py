@@ -7,11 +7,11 @@ assistant-only losses.
 
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from unimm.errors import UserError
 from unimm.mllm.chat_formats import EOS, jinja_of, named_format
+from unimm.mllm.template_guard import render_guarded
 from unimm.mllm.vocabulary import Markers
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -105,8 +105,8 @@ def set_chat_template(model: Any, processor: Any, name: str) -> None:
 def _renders_images(tokenizer: PreTrainedTokenizerBase, markers: Markers) -> bool:
     probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     try:
-        return markers.image in tokenizer.apply_chat_template(probe, tokenize=False)
-    except (TemplateError, TypeError):  # templates for text only add a list to a string
+        return markers.image in render_guarded(tokenizer.get_chat_template(), probe, **tokenizer.special_tokens_map)
+    except UserError:  # templates for text only add a list to a string
         return False
 
 

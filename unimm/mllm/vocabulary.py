@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from unimm.field_rules import check_settings
+
 RowInit = Literal["random", "mean", "codebook"]
 ROW_INITS: tuple[RowInit, ...] = ("random", "mean", "codebook")
 
@@ -64,6 +66,10 @@ class ImageVocabularyFields:
     tokenizer_fingerprint: str | None = None
     host_config: dict[str, Any] | None = None
     image_position_mode: str = "1d"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_settings(vars(self) | kwargs, type(self).__name__)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

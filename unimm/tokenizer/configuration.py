@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from unimm.errors import UserError
+from unimm.field_rules import check_settings
 
 GROUPS = 32  # of every group norm in a convolutional pixel head
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -54,6 +55,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_settings(vars(self) | kwargs, type(self).__name__)
         super().__post_init__(**kwargs)
         if self.image_size % self.patch_size:
             raise UserError(f"An image of {self.image_size} pixels is no multiple of the patch size {self.patch_size}.")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoModel
 
+from unimm.checkpoint_files import check_settings_files
 from unimm.errors import UserError, reading
 from unimm.tokenizer.modeling import ImageTokenizer
 from unimm.tokenizer.processing import ImageTokenizerProcessor
@@ -16,6 +17,7 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
         UserError: nothing there, something else, or a checkpoint with holes.
     """
     with reading("The image tokenizer", path):
+        check_settings_files(path)
         model = AutoModel.from_pretrained(path)
     if not isinstance(model, ImageTokenizer):
         raise UserError(f"{path} is a {model.config.model_type} model, not an image tokenizer.")

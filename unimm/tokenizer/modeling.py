@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from unimm.errors import UserError
+from unimm.field_rules import check_attention
 from unimm.saving import WholeCheckpointMixin
 from unimm.tokenizer.configuration import ImageTokenizerConfig
 from unimm.tokenizer.encoders import encode_features, final_norm
@@ -250,6 +251,7 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
             UserError: the encoder's weights are incomplete, its family is not supported, or the picture's side is no
                 multiple of the patch.
         """
+        check_attention(attn_implementation)
         source = find_encoder(name_or_path)
         vision = source.config.to_dict() | {"image_size": image_size or source.covered_size}
         fields = {

@@ -17,8 +17,10 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, InternVLVisionConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
+from unimm.checkpoint_files import examining, refuse_excess
 from unimm.errors import UserError, reading
 from unimm.tokenizer.configuration import side
 from unimm.tokenizer.encoders import FAMILIES, Channels, build_encoder, encoder_family
@@ -64,11 +66,13 @@ def find_encoder(name_or_path: str | Path) -> EncoderSource:
     """
     known = PUBLISHED.get(str(name_or_path))
     path = known.hub_id if known else str(name_or_path)
-    with reading("The encoder", path):
+    with examining("The encoder", path):
         fields, _ = PreTrainedConfig.get_config_dict(path)
         original = fields.get("model_type") in (ORIGINAL_INTERNVIT, ORIGINAL_INTERNVL)
         config = _from_original(fields) if original else _vision_half(AutoConfig.from_pretrained(path))
         family = encoder_family(config)
+        with torch.device("meta"), no_init_weights():
+            refuse_excess(build_encoder(copy.deepcopy(config)))
         mean, std = _normalization(path) or family.normalization
     return EncoderSource(path, config, original, known.feature_layer if known else -1, mean, std)
 

@@ -4,7 +4,6 @@ output_dir/checkpoint-<step>         whole, the newest `keep`
 output_dir/.checkpoint-<step>.tmp    being written; what a killed run leaves of it is cleared by the next one
 """
 
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unimm.errors import UserError
+from unimm.errors import UserError, writing
+from unimm.provenance import flush
 
 STATE_FILE = "state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -47,9 +47,9 @@ def publish(staging: Path, folder: Path, step: int, keep: int | None) -> Path:
     """Flush the written checkpoint to the disk, give it its name, and drop all but the newest `keep` (None: none)."""
     target = folder / f"checkpoint-{step}"
     for path in (*staging.rglob("*"), staging):
-        _flush(path)
+        flush(path)
     staging.replace(target)
-    _flush(folder)
+    flush(folder)
     for old in checkpoints(folder)[:-keep] if keep else []:
         going = old.with_name(f".{old.name}.old")  # else a kill would leave half of it under its own name
         old.replace(going)
@@ -57,21 +57,18 @@ def publish(staging: Path, folder: Path, step: int, keep: int | None) -> Path:
     return target
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `state` as the checkpoint of this step, see `publish`."""
     staging = staging_folder(folder, step)
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    torch.save(state, staging / STATE_FILE)
-    return publish(staging, folder, step, keep)
+    try:
+        with writing("the checkpoint", folder / f"checkpoint-{step}"):
+            staging.mkdir(parents=True)
+            torch.save(state, staging / STATE_FILE)
+            return publish(staging, folder, step, keep)
+    except UserError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

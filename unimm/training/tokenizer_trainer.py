@@ -25,6 +25,7 @@ from unimm.data.pictures import Pictures
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.processes import refuse_together
+from unimm.saving import save_whole
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput, ImageTokenizerProcessor
 from unimm.tokenizer.encoders import encode_features
 from unimm.training.adversary import Adversary
@@ -356,8 +357,7 @@ class TokenizerTrainer:
         if self.accelerator.is_main_process:
             with self.ema.swapped(self.tokenizer):
                 self.upkeep.refit()
-                self.tokenizer.save_pretrained(self.output_dir)
-            self.processor.save_pretrained(self.output_dir)
+                save_whole(self.output_dir, self.tokenizer, self.processor)
         self.accelerator.wait_for_everyone()
 
     def state_dict(self) -> dict[str, Any]:

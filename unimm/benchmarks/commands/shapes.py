@@ -31,7 +31,7 @@ from unimm.benchmarks.subject import Subject, load_subject
 from unimm.data.images import save_image_atomically
 from unimm.data.shapes import TAGS
 from unimm.errors import UserError
-from unimm.provenance import git_commit, model_fingerprint, write_atomically
+from unimm.provenance import check_output, git_commit, model_fingerprint, write_atomically
 from unimm.report import Report
 
 BENCH = "shapes"
@@ -240,6 +240,8 @@ def _parse(argv: Sequence[str] | None, description: str | None) -> argparse.Name
         raise UserError(f"--parts names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
     if arguments.rows is not None and not Path(arguments.rows).absolute().parent.is_dir():
         raise UserError(f"--rows {arguments.rows}: its folder does not exist.")
+    if arguments.rows is not None:
+        check_output(arguments.rows, "rows")
     return arguments
 
 

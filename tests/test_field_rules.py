@@ -1,0 +1,114 @@
+"""Every field of every model's settings has a rule, and what breaks one is refused before anything is built."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from unimm.class_conditional.configuration import ClassConditionalConfig
+from unimm.errors import UserError
+from unimm.field_rules import RULES, check_attention, check_settings
+from unimm.mllm.attach import SUPPORTED
+from unimm.mllm.hosts import HOSTS
+from unimm.tokenizer import TOKENIZERS, VQRAEConfig
+from unimm.tokenizer.encoders import FAMILIES
+
+INNER = ("qwen2_5_vl_text", "qwen2_5_vl_vision", "qwen3_vl_text", "qwen3_vl_vision")
+CLASSES: dict[str, type[PreTrainedConfig]] = {
+    **{name: tokenizer.config_class for name, tokenizer in TOKENIZERS.items()},
+    **{config.model_type: config for config in (*HOSTS, ClassConditionalConfig)},
+    **{name: CONFIG_MAPPING[name] for name in (*FAMILIES, *SUPPORTED, *INNER)},
+}
+WITHOUT_RULE = {
+    *("_out_features", "_out_indices", "id2label", "label2id", "image_grid_pinpoints", "problem_type"),
+    *("transformers_version", "vision_aspect_ratio"),
+}
+"""transformers checks these, or nothing here reads them."""
+
+
+def fields_of(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    found = {}
+    for field in dataclasses.fields(config_class):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_field_has_a_rule_that_its_default_meets(name: str) -> None:
+    fields = fields_of(CLASSES[name])
+    assert set(fields) - set(RULES) - WITHOUT_RULE == set()
+    check_settings(fields, name)
+    check_settings(CLASSES[name]().to_dict(), name)
+
+
+WRONG = ["many", -8, 0.5, float("nan"), float("inf"), [], {}, [[]], 10**400, 2**40, True, None]
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_rule_refuses_something_in_one_sentence(name: str) -> None:
+    refused = 0
+    for value in WRONG:
+        try:
+            check_settings({name: value}, "config.json")
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"config.json: {name} is ") and "\n" not in str(error)
+            assert len(str(error)) < 300
+    assert refused >= 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "many"}, "hidden_size is 'many', expected a whole number from 1 to 1048576"),
+        ({"head_dim": 0}, "head_dim is 0, expected a whole number from 1 to 16384 or null"),
+        ({"text_config": {"head_dim": 0}}, "text_config.head_dim is 0"),
+        ({"image_grid": [-8, 8]}, r"image_grid is \[-8, 8\], expected a list of 2, each a whole number from 1 to 4096"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number above 0 to 1"),
+        ({"num_hidden_layers": 2**40}, "num_hidden_layers is 1099511627776, expected a whole number from 1 to 1024"),
+        ({"num_hidden_layers": 10**5000}, "num_hidden_layers is a number of 16610 bits"),
+        ({"rope_parameters": {"factor": float("inf")}}, "rope_parameters.factor is inf, expected a finite number"),
+        ({"anything": [0.0, float("nan")]}, "anything is nan"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 is no multiple of num_key_value_heads 3"),
+        ({"hidden_size": 10, "num_attention_heads": 4}, "hidden_size 10 is no multiple of num_attention_heads 4"),
+        ({"image_size": 8, "patch_size": 16}, "patch_size 16 is larger than image_size 8"),
+        ({"attn_implementation": "org/kernel"}, "no kernel is fetched from the hub"),
+        ({"text_config": {"_attn_implementation": {"": "org/kernel"}}}, "no kernel is fetched"),
+        ({"hidden_act": "os.system"}, "hidden_act is 'os.system', expected an activation"),
+        ({"dtype": "float31"}, "dtype is 'float31'"),
+    ],
+)
+def test_what_is_wrong_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^config.json: .*{message}"):
+        check_settings(fields, "config.json")
+
+
+def test_deep_nesting_is_refused() -> None:
+    deep: Any = 1
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(UserError, match="more than 32 levels deep"):
+        check_settings({"extra": deep}, "config.json")
+
+
+def test_settings_in_memory_are_held_against_the_same_table() -> None:
+    with pytest.raises(UserError, match="VQRAEConfig: encoder_config.num_hidden_layers is 1099511627776"):
+        VQRAEConfig(encoder_config={"model_type": "siglip_vision_model", "num_hidden_layers": 2**40})
+    for config_class in HOSTS:
+        with pytest.raises(UserError, match=f"{config_class.__name__}: image_grid is"):
+            config_class(image_grid=[-8, 8])
+    with pytest.raises(UserError, match="ClassConditionalConfig: num_hidden_layers is 0"):
+        ClassConditionalConfig(num_hidden_layers=0)
+
+
+@pytest.mark.parametrize("name", ["org/repo", "org/repo@main:layer", "nonsense", 3])
+def test_an_attention_that_is_not_here_is_refused(name: Any) -> None:
+    with pytest.raises(UserError, match="^attn_implementation is .*no kernel is fetched from the hub or null.$"):
+        check_attention(name)
+    check_attention("sdpa")
+    check_attention(None)

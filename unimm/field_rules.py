@@ -1,0 +1,295 @@
+"""What the fields of a model's settings may hold: one table by field name, for our configurations and for stock ones.
+
+transformers checks types where a class declares them, and no range: `head_dim: 0`, `rms_norm_eps: NaN` or 2^40 layers
+reach the model, or fill the memory before there is one. The table is asked before anything is built. The upper bounds
+are far above every published model; what lies below them is held against the files' size (`checkpoint_files`).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unimm.errors import UserError
+
+DEEPEST = 32
+"""Levels of nesting in a settings file; published ones have five."""
+LARGEST_INTEGER = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be, in words and as a test. `items`: how many a list has (least, most); None: no list."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    items: tuple[int, int] | None = None
+    single: bool = True
+    null: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Whether the value, or each item of the list that it is, holds."""
+        if value is None:
+            return self.null
+        if isinstance(value, list | tuple):
+            least, most = self.items or (1, 0)
+            return least <= len(value) <= most and all(self.holds(item) for item in value)
+        return self.single and self.holds(value)
+
+    def described(self) -> str:
+        """For messages."""
+        words = self.words if self.single else ""
+        if self.items is not None:
+            least, most = self.items
+            count = str(least) if least == most else f"{least} to {most}"
+            words += f"{' or ' if words else ''}a list of {count}, each {self.words}"
+        return words + (" or null" if self.null else "")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or (_is_whole(value) and abs(value) <= LARGEST_INTEGER)
+
+
+def whole(low: int, high: int, **more: Any) -> Rule:
+    """A whole number from `low` to `high`."""
+    return Rule(f"a whole number from {low} to {high}", lambda value: _is_whole(value) and low <= value <= high, **more)
+
+
+def number(low: float, high: float, *, above: bool = False, **more: Any) -> Rule:
+    """A finite number from `low` (with `above`: greater than it) to `high`."""
+    least = f"above {low:g}" if above else f"from {low:g}"
+    return Rule(
+        f"a number {least} to {high:g}",
+        lambda value: _is_number(value) and (low < value if above else low <= value) and value <= high,
+        **more,
+    )
+
+
+def one_of(*choices: str, **more: Any) -> Rule:
+    """One of these words."""
+    return Rule(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices, **more)
+
+
+def _activation(value: Any) -> bool:
+    from transformers.activations import ACT2FN
+
+    return isinstance(value, str) and value in ACT2FN
+
+
+def _dtype(value: Any) -> bool:
+    import torch
+
+    if isinstance(value, torch.dtype):
+        return True
+    return isinstance(value, str) and (
+        value == "auto" or isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
+    )
+
+
+def _attention(value: Any) -> bool:
+    """A name with a slash names a kernel that transformers would fetch from the hub, and run."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if isinstance(value, Mapping):
+        return all(each is None or _attention(each) for each in value.values())
+    return isinstance(value, str) and value in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+
+
+def check_attention(value: Any) -> None:
+    """Raise UserError unless `value` is an attention that is here, or None."""
+    if not ATTENTION.allows(value):
+        raise UserError(f"attn_implementation is {_shown(value)}, expected {ATTENTION.described()}.")
+
+
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+SETTINGS = Rule("a mapping", lambda value: isinstance(value, Mapping) or hasattr(value, "to_dict"), null=True)
+WIDTH, LAYERS, HEADS = whole(1, 2**20), whole(1, 1024), whole(1, 4096)
+LAYER, SHARE = whole(-1024, 1024), number(0, 1)
+TOKEN = whole(-1, 2**31 - 1, null=True)
+EPSILON, SPREAD = number(0, 1, above=True), number(0, 100)
+SIDE = whole(1, 2**16, items=(2, 2), null=True)
+GRID = whole(1, 4096, items=(2, 2), single=False)
+CHANNELS = number(-1000, 1000, items=(3, 3), single=False)
+ACTIVATION = Rule("an activation that transformers knows", _activation)
+ATTENTION = Rule(
+    "an attention that is installed (eager, sdpa, flash_attention_2, flex_attention, ...): no kernel is fetched from "
+    "the hub",
+    _attention,
+    null=True,
+)
+NO_MORE_THAN_NAMES = Rule("a list of words, or null", lambda value: isinstance(value, str), items=(0, 1024), null=True)
+
+
+def _null(rule: Rule) -> Rule:
+    return Rule(rule.words, rule.holds, rule.items, rule.single, null=True)
+
+
+def _same(names: str, rule: Rule) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+RULES: dict[str, Rule] = {
+    # how wide, how deep, how many
+    **_same("hidden_size width projection_dim out_hidden_size sampler_inner_size", WIDTH),
+    **_same("intermediate_size decoder_inner_size fusion_inner_size", _null(WIDTH)),
+    **_same("num_hidden_layers depth decoder_num_layers sampler_num_layers", LAYERS),
+    "decoder_num_hidden_layers": _null(LAYERS),
+    **_same("num_attention_heads num_heads sampler_points", HEADS),
+    "num_key_value_heads": _null(HEADS),
+    "head_dim": whole(1, 2**14, null=True),
+    "head_channels": whole(1, 2**14),
+    "head_multipliers": whole(1, 64, items=(1, 16), single=False),
+    "mlp_ratio": number(0, 64, above=True),
+    **_same("num_channels in_channels", whole(1, 64)),
+    **_same("num_registers num_register_tokens", whole(0, 4096)),
+    "vocab_size": whole(1, 2**24),
+    **_same("codebook_size text_vocab_size image_vocab_start", whole(0, 2**24)),
+    "codebook_dim": whole(1, 2**16),
+    "num_classes": whole(1, 2**24),
+    "num_labels": whole(0, 2**24),
+    "pretraining_tp": whole(1, 4096, null=True),
+    "chunk_size_feed_forward": whole(0, 2**31),
+    # places in a sentence
+    "max_position_embeddings": whole(1, 2**31),
+    "num_position_embeddings": whole(1, 2**31),
+    "sliding_window": whole(1, 2**31, null=True),
+    "max_window_layers": whole(0, 2**20, null=True),
+    "rope_theta": number(0, 1e15, above=True),
+    **_same("rope_parameters rope_scaling", SETTINGS),
+    "partial_rotary_factor": number(0, 1, above=True, null=True),
+    # images
+    **_same("image_size patch_size temporal_patch_size", SIDE),
+    "output_patch_size": whole(1, 4096, null=True),
+    **_same("image_grid grid", GRID),
+    "anchor_grid": whole(1, 4096),
+    "image_seq_length": whole(1, 2**24, null=True),
+    "image_mean": CHANNELS,
+    "image_std": number(0, 1000, above=True, items=(3, 3), single=False),
+    "rescale_factor": number(0, 1000, above=True),
+    "resample": whole(0, 5),
+    "spatial_merge_size": whole(1, 64),
+    "downsample_ratio": number(0, 1, above=True),
+    "window_size": whole(1, 2**16),
+    "tokens_per_second": whole(1, 2**16),
+    "image_position_mode": one_of("1d", "2d"),
+    "vision_feature_select_strategy": one_of("default", "full"),
+    **_same("pos_embed_shift pos_embed_jitter pos_embed_rescale", number(-1000, 1000, null=True)),
+    # which layers
+    **_same("feature_layer shallow_level deep_level", LAYER),
+    "vision_feature_layer": whole(-1024, 1024, items=(1, 1024)),
+    **_same(
+        "levels deepstack_visual_indexes fullatt_block_indexes",
+        whole(0, 1024, items=(0, 1024), single=False),
+    ),
+    **_same("layer_types architectures", NO_MORE_THAN_NAMES),
+    # small numbers
+    **_same("rms_norm_eps layer_norm_eps", EPSILON),
+    **_same("initializer_range initializer_factor", SPREAD),
+    **_same("layer_scale_init_value layerscale_value", number(-1000, 1000)),
+    **_same(
+        """attention_dropout attention_probs_dropout_prob hidden_dropout_prob projection_dropout decoder_dropout dropout
+        drop_path_rate token_dropout residual_dropout feed_forward_dropout class_dropout null_prompt_prob""",
+        SHARE,
+    ),
+    # token ids
+    **_same("bos_token_id pad_token_id boi_token_id eoi_token_id image_token_id", TOKEN),
+    **_same("image_token_index video_token_id video_token_index", TOKEN),
+    **_same("vision_start_token_id vision_end_token_id", TOKEN),
+    "eos_token_id": whole(-1, 2**31 - 1, items=(0, 1024), null=True),
+    "null_prompt": whole(0, 2**31 - 1, items=(0, 2**16), single=False),
+    # yes or no
+    **_same(
+        """apply_layernorm apply_post_norm attention_bias codebook_bias train_codebook pre_quant_norm key_bias
+        mlp_bias multimodal_projector_bias proj_bias qkv_bias query_bias value_bias reshape_hidden_states
+        share_mask_token tie_word_embeddings use_absolute_position_embeddings use_gated_mlp use_mask_token
+        use_mean_pooling use_qk_norm use_swiglu_ffn vision_use_head is_encoder_decoder do_resize do_rescale
+        do_normalize do_convert_rgb mark_images""",
+        FLAG,
+    ),
+    **_same("use_cache use_sliding_window output_hidden_states output_attentions", _null(FLAG)),
+    "return_dict": _null(FLAG),
+    # names
+    **_same("hidden_act projector_hidden_act", ACTIVATION),
+    **_same("dtype torch_dtype", Rule("the name of a torch dtype", _dtype, null=True)),
+    **_same("attn_implementation _attn_implementation", ATTENTION),
+    "tokenizer_fingerprint": Rule("a word", lambda value: isinstance(value, str) and len(value) <= 128, null=True),
+    "norm_type": one_of("layer_norm", "rms_norm"),
+    **_same("encoder_config vision_config text_config host_config", SETTINGS),
+}
+"""Field name -> what it holds, wherever in a model's settings it stands."""
+
+_SETTINGS_BELOW = ("image_processor",)
+
+
+def check_settings(fields: Mapping[str, Any], source: object) -> None:
+    """Hold settings, as a file or a caller gives them, against the table, nested ones too.
+
+    Raises:
+        UserError: a value of the wrong type or out of range, a number that is not finite, settings that disagree with
+            each other, or too deep a nesting.
+    """
+    _check(fields, source, "", 0)
+
+
+def _check(fields: Mapping[str, Any], source: object, prefix: str, depth: int) -> None:
+    for name, value in fields.items():
+        key = f"{prefix}{name}"
+        rule = RULES.get(name) if isinstance(name, str) else None
+        if rule is not None and not rule.allows(value):
+            raise UserError(f"{source}: {key} is {_shown(value)}, expected {rule.described()}.")
+        if isinstance(value, Mapping) and isinstance(name, str) and _holds_settings(name):
+            _check(value, source, f"{key}.", depth + 1)
+        else:
+            _check_plain(value, source, key, depth + 1)
+    _check_agreement(fields, source, prefix)
+
+
+def _holds_settings(name: str) -> bool:
+    return (name.endswith("_config") and name != "quantization_config") or name in _SETTINGS_BELOW
+
+
+def _check_plain(value: Any, source: object, key: str, depth: int) -> None:
+    """Numbers of any field: finite, and no longer than 64 bits."""
+    if depth > DEEPEST:
+        raise UserError(f"{source}: {key[:60]} is nested more than {DEEPEST} levels deep.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{source}: {key} is {value}, expected a finite number.")
+    if _is_whole(value) and abs(value) > LARGEST_INTEGER and "max_length" not in key:  # "no limit" is written 10^30
+        raise UserError(f"{source}: {key} is {_shown(value)}, expected at most {LARGEST_INTEGER}.")
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_plain(item, source, f"{key}.{name}", depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_plain(item, source, key, depth + 1)
+
+
+def _check_agreement(fields: Mapping[str, Any], source: object, prefix: str) -> None:
+    """What two fields of one part say of each other."""
+
+    def given(*names: str) -> Sequence[Any] | None:
+        values = [fields.get(name) for name in names]
+        return values if all(_is_whole(value) for value in values) else None
+
+    if (pair := given("num_attention_heads", "num_key_value_heads")) and pair[0] % pair[1]:
+        raise UserError(
+            f"{source}: {prefix}num_attention_heads {pair[0]} is no multiple of num_key_value_heads {pair[1]}."
+        )
+    if (pair := given("hidden_size", "num_attention_heads")) and fields.get("head_dim") is None and pair[0] % pair[1]:
+        raise UserError(f"{source}: {prefix}hidden_size {pair[0]} is no multiple of num_attention_heads {pair[1]}.")
+    if (pair := given("image_size", "patch_size")) and pair[1] > pair[0]:
+        raise UserError(f"{source}: {prefix}patch_size {pair[1]} is larger than image_size {pair[0]}.")
+
+
+def _shown(value: Any) -> str:
+    """The value in at most 60 characters; a long number would be thousands."""
+    if _is_whole(value) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, Mapping):
+        return f"a mapping of {len(value)} entries"
+    text = repr(value[:60] if isinstance(value, str) else value[:8] if isinstance(value, list | tuple) else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
