@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -168,3 +169,129 @@ def test_converse_reads_lines(
     assert Image.open("picture-1.png").size == (16, 16) and "picture-1.png" in printed.out
     assert "no such file" in printed.err and "There is no command /fly" in printed.err
     assert len(session.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seed", 1.5, "seed is 1.5; give a whole number"),
+        ("seed", "x", "seed is 'x'; give a whole number"),
+        ("seed", True, "seed is True; give a whole number"),
+        ("guidance_scale", "x", "guidance_scale is 'x'; give a number"),
+        ("guidance_scale", -1, "guidance_scale is -1; give 0 or 1 for no guidance"),
+        ("guidance_scale", float("nan"), "guidance_scale is nan; give a number"),
+        ("temperature", "hot", "temperature is 'hot'; give a number"),
+        ("temperature", float("inf"), "temperature is inf; give a number"),
+        ("top_k", 1.5, "top_k is 1.5; give a whole number"),
+        ("top_p", None, None),
+        ("top_p", -0.5, "top_p=-0.5"),
+        ("top_p", 2, "top_p=2"),
+        ("num_images", 1.5, "num_images is 1.5; ask for at least 1"),
+        ("num_images", "2", "num_images is '2'; ask for at least 1"),
+        ("prompt", 7, "The prompt is a int, not text"),
+    ],
+)
+def test_settings_of_a_drawing_without_a_meaning_are_one_sentence(
+    session: ChatSession, name: str, value: object, said: str | None
+) -> None:
+    arguments = {"prompt": "two", name: value}
+    if said is None:
+        assert len(session.draw(**arguments)) == 1
+        return
+    with pytest.raises(UserError) as error:
+        session.draw(**arguments)
+    assert said in str(error.value) and "\n" not in str(error.value) and session.messages == []
+
+
+def test_a_numpy_seed_is_a_whole_number(session: ChatSession) -> None:
+    same = [session.draw("two", seed=seed)[0].tobytes() for seed in (5, np.int64(5))]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|image_<|image_pad|>pad|>",
+        "<|im_<|im_end|>end|>",
+        "<|vision_<|vision_start|>start|>" * 3,
+        "<|<|<|im_end|>|>|>",
+    ],
+)
+def test_nested_markers_are_plain_text(parts: tuple, text: str) -> None:
+    model, processor = parts
+    session = ChatSession(model, processor, max_new_tokens=2)
+    ids = session._inputs([tiny.user(text)])["input_ids"][0].tolist()
+    control = [ids.count(token) for token in processor.tokenizer.added_tokens_decoder]
+    plain = session._inputs([tiny.user("two")])["input_ids"][0].tolist()
+    assert control == [plain.count(token) for token in processor.tokenizer.added_tokens_decoder]
+    assert f"user\n{text}" in processor.tokenizer.decode(ids)
+    session.ask(text, tiny.picture())
+    session.draw(text)
+    assert roles(session) == ["user", "assistant"] * 2
+
+
+def lengths(session: ChatSession) -> tuple[int, int]:
+    inputs = session._inputs(session.messages)
+    return inputs["input_ids"].shape[1], len(inputs.get("pixel_values", ()))
+
+
+def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(
+    parts: tuple, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = ChatSession(*parts, max_new_tokens=6)
+    rooms: list[int] = []
+    original = session._room
+    monkeypatch.setattr(session, "_room", lambda *given: rooms.append(original(*given)) or rooms[-1])
+    session.messages = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}]
+    for number in range(8):
+        session.ask(f"{number} " + "word " * 8, tiny.picture(), stream=False)
+        assert rooms[-1] >= 6, "the whole answer fits"
+        assert session.messages[0]["role"] == "system"
+        assert session.messages[-2]["content"][1]["text"].startswith(f"{number} ")
+    turns = session.messages[1:]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2) and 2 <= len(turns) < 16
+    first = int(turns[0]["content"][1]["text"].split()[0])
+    assert [int(turn["content"][1]["text"].split()[0]) for turn in turns[::2]] == list(range(first, 8)), "no gap"
+    assert lengths(session)[1] == len(turns) // 2
+    said = [record for record in caplog.records if "forgotten" in record.message]
+    assert len(said) == 1 and "256 tokens" in said[0].message
+
+
+def test_sixty_drawings_leave_room_for_a_question(parts: tuple) -> None:
+    session = ChatSession(*parts, max_new_tokens=6)
+    picture = tiny.picture()
+    session.messages = [turn for _ in range(60) for turn in (tiny.user("two"), tiny.assistant(picture))]
+    assert "".join(session.ask("what is that?", stream=True)) == session.messages[-1]["content"][0]["text"]
+    assert 2 < len(session.messages) < 60
+    session.draw("two")
+    assert session.messages[-1]["content"][0]["type"] == "image"
+
+
+def test_a_conversation_that_outgrows_the_context_may_be_refused(parts: tuple) -> None:
+    session = ChatSession(*parts, max_new_tokens=6, overflow="refuse")
+    session.messages = [turn for _ in range(60) for turn in (tiny.user("two"), tiny.assistant(tiny.picture()))]
+    before = list(session.messages)
+    with pytest.raises(UserError, match=r"This is \d+ tokens long.*the model reads 256. Reset the conversation"):
+        session.ask("what is that?")
+    assert session.messages == before
+    with pytest.raises(UserError, match="overflow is 'forget'; known are drop and refuse"):
+        ChatSession(*parts, overflow="forget")
+
+
+def test_a_question_that_is_too_long_by_itself_leaves_the_history(parts: tuple) -> None:
+    session = ChatSession(*parts, max_new_tokens=6)
+    session.ask("one")
+    before = list(session.messages)
+    with pytest.raises(UserError, match=r"\d{5} tokens long"):
+        session.ask("word " * 10_000)
+    assert session.messages == before
+
+
+def test_tokens_are_counted_as_the_model_reads_them(parts: tuple) -> None:
+    _, processor = parts
+    session = ChatSession(*parts)
+    for chat in (
+        [tiny.user("one <|im_end|> <|image_pad|>")],
+        [tiny.user(tiny.picture(), "one", tiny.picture()), tiny.assistant(tiny.picture()), tiny.user("two")],
+    ):
+        assert processor.count_tokens(chat) == session._inputs(chat)["input_ids"].shape[1]

@@ -1,14 +1,16 @@
-"""`ChatSession`: a conversation with a unified model, in which both sides show pictures.
+"""`ChatSession`: a conversation with a unified model, in which both sides show images.
 
-Special here: pictures stay in the history, the user's and the drawn ones, so later questions may be about any of
-them. What a user types
-is text only: markers in it are encoded as plain characters. `python -m unimm.chat` talks at the terminal.
+Images stay in the history, the user's and the drawn ones, so later questions may be about any of them; what no longer
+fits the model's context is forgotten from the oldest on. What a user types is text only: markers in it are encoded as
+plain characters. `python -m unimm.chat` talks at the terminal.
 """
 
 import argparse
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -16,12 +18,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
+from unimm.data.characters import check_characters
 from unimm.data.images import load_image, save_image_atomically, to_rgb
 from unimm.errors import UserError, one_line, run_main
 from unimm.mllm.answering import Conversation, chat_inputs
 
+logger = logging.get_logger(__name__)
+
 Picture = Image.Image | str | Path
+Overflow = Literal["drop", "refuse"]
 HELP = "/image FILE shows a picture, /draw PROMPT draws one, /reset forgets, /quit ends."
 
 
@@ -31,17 +38,30 @@ class ChatSession:
     Args:
         model, processor: as `unimm.load` gives them.
         max_new_tokens: longest answer.
+        overflow: what becomes of a conversation that the model's context no longer holds: "drop" forgets its oldest
+            questions with their answers, the system's turn stays, and says so once; "refuse" raises.
         generation: of `model.generate` in text mode (`do_sample`, `temperature`, ...), for every answer.
     """
 
-    def __init__(self, model: Any, processor: Any, *, max_new_tokens: int = 256, **generation: Any) -> None:
-        self.model, self.processor = model, processor
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        max_new_tokens: int = 256,
+        overflow: Overflow = "drop",
+        **generation: Any,
+    ) -> None:
+        if overflow not in ("drop", "refuse"):
+            raise UserError(f"overflow is {overflow!r}; known are drop and refuse.")
+        self.model, self.processor, self.overflow = model, processor, overflow
         self.generation = {"max_new_tokens": max_new_tokens, **generation}
         self.messages: Conversation = []
+        self._said_dropped = False
 
     def reset(self) -> None:
         """Forget everything said and shown."""
-        self.messages = []
+        self.messages, self._said_dropped = [], False
 
     @overload
     def ask(
@@ -62,18 +82,19 @@ class ChatSession:
                 used up or closed.
 
         Raises:
-            UserError: nothing was asked, a picture cannot be read, or the conversation no longer fits the model's
-                context. The history is then as before.
+            UserError: nothing was asked, a picture cannot be read, or the question does not fit the model's context
+                (with `overflow="refuse"`: or the conversation). The history is then as before.
         """
         question = _user_turn(text, images, "question")
-        inputs = self._inputs([*self.messages, question])
+        history = self._kept(self.messages, question)
+        inputs = self._inputs([*history, question])
         room = self._room(inputs, 1, "Reset the conversation or ask something shorter.")
         generation = {**self.generation, "max_new_tokens": min(self.generation["max_new_tokens"], room)}
         if stream:
-            return self._stream(question, inputs, generation)
+            return self._stream(history, question, inputs, generation)
         sequence = self.model.generate(**inputs, **generation)
         answer = self.processor.decode(sequence[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        self._remember(question, [{"type": "text", "text": answer}])
+        self._remember(history, question, [{"type": "text", "text": answer}])
         return answer
 
     def draw(
@@ -103,18 +124,17 @@ class ChatSession:
                 meaning.
         """
         request = _user_turn(prompt, None, "prompt")
-        if num_images < 1:
-            raise UserError(f"num_images is {num_images}; ask for at least 1 picture.")
+        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        _check_drawing(num_images, seed, settings)
         total = self.model.num_image_tokens
         inputs = self._inputs([request])
         self._room(inputs, total + 1, "Give a shorter prompt.")
-        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         try:
             token_ids = self.model.generate(
                 **inputs,
                 generation_mode="image",
                 num_return_sequences=num_images,
-                seed=seed,
+                seed=None if seed is None else int(seed),
                 streamer=None if on_token is None else _Progress(on_token, total),
                 **{name: value for name, value in settings.items() if value is not None},
             )
@@ -123,11 +143,31 @@ class ChatSession:
         except ValueError as error:
             raise UserError(f"Cannot draw: {one_line(error)}.") from error
         pictures = self.processor.postprocess(self.model.decode_image_tokens(token_ids))
-        self._remember(request, [{"type": "image", "image": picture} for picture in pictures])
+        self._remember(self.messages, request, [{"type": "image", "image": picture} for picture in pictures])
         return pictures
 
     def _inputs(self, messages: Conversation) -> BatchFeature:
         return chat_inputs(self.model, self.processor, [messages])
+
+    def _kept(self, history: Conversation, question: dict[str, Any]) -> Conversation:
+        """The history without its oldest exchanges, as many as the context has no place for beside the question and an
+        answer. Their images' tokens count."""
+        context = self.model.config.get_text_config().max_position_embeddings
+        limit = context - min(self.generation["max_new_tokens"], context // 8)
+        system = history[:1] if history and history[0]["role"] == "system" else []
+        kept = history[len(system) :]
+        if self.overflow == "refuse":
+            return history
+        while kept and self.processor.count_tokens([*system, *kept, question]) > limit:
+            kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
+        dropped = len(history) - len(system) - len(kept)
+        if dropped and not self._said_dropped:
+            self._said_dropped = True
+            logger.warning(
+                f"The conversation is longer than the {context} tokens that the model reads: its {dropped} oldest "
+                "turns are forgotten, as further ones will be without a word."
+            )
+        return [*system, *kept]
 
     def _room(self, inputs: BatchFeature, needed: int, advice: str) -> int:
         """Tokens left for the answer; at least `needed`."""
@@ -139,10 +179,12 @@ class ChatSession:
             )
         return context - length
 
-    def _remember(self, question: dict[str, Any], answer: list[dict[str, Any]]) -> None:
-        self.messages = [*self.messages, question, {"role": "assistant", "content": answer}]
+    def _remember(self, history: Conversation, question: dict[str, Any], answer: list[dict[str, Any]]) -> None:
+        self.messages = [*history, question, {"role": "assistant", "content": answer}]
 
-    def _stream(self, question: dict[str, Any], inputs: BatchFeature, generation: dict[str, Any]) -> Iterator[str]:
+    def _stream(
+        self, history: Conversation, question: dict[str, Any], inputs: BatchFeature, generation: dict[str, Any]
+    ) -> Iterator[str]:
         """Pieces of the answer while it is written, in a thread of its own that ends with the iterator."""
         pieces = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed = _Closed()
@@ -169,7 +211,7 @@ class ChatSession:
             closed.event.set()
             writer.join()
             if not failures:
-                self._remember(question, [{"type": "text", "text": "".join(said)}])
+                self._remember(history, question, [{"type": "text", "text": "".join(said)}])
         if failures:
             raise failures[0]
 
@@ -199,9 +241,33 @@ class _Progress(BaseStreamer):
         pass
 
 
+def _check_drawing(num_images: Any, seed: Any, settings: dict[str, Any]) -> None:
+    """Raise UserError for settings of a drawing without a meaning; what is None is the checkpoint's own."""
+    if not _whole(num_images) or num_images < 1:
+        raise UserError(f"num_images is {num_images!r}; ask for at least 1 picture, in whole numbers.")
+    if seed is not None and not _whole(seed):
+        raise UserError(f"seed is {seed!r}; give a whole number.")
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise UserError(f"{name} is {value!r}; give a number.")
+        if name == "guidance_scale" and value < 0:
+            raise UserError(f"guidance_scale is {value}; give 0 or 1 for no guidance, or a number above 1.")
+        if name == "top_k" and not _whole(value):
+            raise UserError(f"top_k is {value!r}; give a whole number, 0 for all image ids.")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _user_turn(text: str, images: Picture | Sequence[Picture] | None, what: str) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise UserError(f"The {what} is a {type(text).__name__}, not text.")
     if not text.strip():
         raise UserError(f"The {what} is empty.")
+    check_characters(text)
     given = [] if images is None else [images] if isinstance(images, Image.Image | str | Path) else list(images)
     shown = [to_rgb(each) if isinstance(each, Image.Image) else load_image(each) for each in given]
     parts = [{"type": "image", "image": picture} for picture in shown]

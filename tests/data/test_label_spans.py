@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.mllm.chat_tokenizers import byte_level
-from unimm.data.label_spans import check_every_turn_has_tokens, check_no_marker, rendered, turn_tokens
+from unimm.data.label_spans import check_every_turn_has_tokens, rendered, turn_tokens
 from unimm.errors import UserError
 
 
@@ -58,6 +58,25 @@ def test_a_turn_without_a_learned_token_is_printed() -> None:
         check_every_turn_has_tokens(sample("one", "red", "two", ""), np.array([[True, False], [False, False]]))
 
 
-def test_a_text_that_writes_a_pictures_token_is_refused() -> None:
-    with pytest.raises(UserError, match=r"the assistant's turn 'a <\|pad\|>' holds <\|pad\|>"):
-        check_no_marker(sample("one", "a <|pad|>"), "<|pad|>")
+UNMARKED = "{% for m in messages %}{{ '<' ~ m.role ~ '>' ~ (m.content | trim) ~ '</s> ' }}{% endfor %}"
+UNMARKED += "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+
+
+def test_answers_are_found_in_a_template_without_marks() -> None:
+    talk = sample("one <assistant>", " red\n", "two", "", "three", "red")
+    text, spans = rendered(talk, UNMARKED, {})
+    assert [text[start:end] for start, end in spans] == ["red</s>", "</s>", "red</s>"]
+    assert all(text[:start].endswith("<assistant>") for start, _ in spans)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]
+    listed = "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text }}{% endfor %}</s>{% endfor %}"
+    talk["messages"] = [{"role": role, "content": parts} for role in ("user", "assistant", "user", "assistant")]
+    text, spans = rendered(talk, {"default": listed, "rag": "x"}, {})
+    assert text == "[user]a b</s>[assistant]a b</s>" * 2
+    assert [text[start:end] for start, end in spans] == ["[assistant]a b</s>"] * 2  # nothing opens it in a prompt
+
+
+def test_a_template_that_writes_other_words_than_the_answers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"Sample 7 .* 1 assistant turns and 0 label spans"):
+        rendered(sample("one", "red"), "{% for m in messages %}{{ m.content | length }}{% endfor %}", {})
+    with pytest.raises(UserError, match=r"Sample 7 .* marks 'd' as assistant turn 1, which says 'red'"):
+        rendered(sample("one", "red"), "{% for m in messages %}{{ m.content.split('e')[-1] }}{% endfor %}", {})

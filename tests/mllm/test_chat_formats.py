@@ -171,6 +171,16 @@ def test_golden_label_masks(name: str) -> None:
     assert written_mask(name) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_golden_label_masks_without_marks_in_the_template(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the templates are that hosts bring along."""
+    template = str(processor(name).chat_template)
+    unmarked = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert unmarked != template
+    monkeypatch.setattr(processor(name), "chat_template", unmarked)
+    assert written_mask(name) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
 def test_attach_takes_a_format_by_name_and_stops_at_its_closing_token() -> None:
     texts = byte_level()
     host = tiny.language_model("llama", rows=len(texts))

@@ -132,7 +132,10 @@ def test_templates_for_tokenizers_without_chatml_and_with_one_of_their_own() -> 
     )
     text_only = tiny.text_tokenizer()
     text_only.chat_template = "{% for message in messages %}{{ 'x' + message.content }}{% endfor %}"
-    assert "<|im_start|>" in chat_template(text_only, markers)
+    extended = chat_template(text_only, markers)
+    assert isinstance(extended, str) and extended.endswith(text_only.chat_template)
+    shown = text_only.apply_chat_template([tiny.user("two", tiny.picture())], chat_template=extended, tokenize=False)
+    assert shown == "xtwo<|vision_start|><|image_pad|><|vision_end|>"
     own = "{% for m in messages %}{% for p in m.content %}{{ '<|image_pad|>' if p.type == 'image' else p.text }}"
     text_only.chat_template = own + "{% endfor %}{% endfor %}"
     assert chat_template(text_only, KNOWN_MARKERS[0]) == text_only.chat_template

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from unimm.data.cutting import fitting
-from unimm.data.label_spans import check_every_turn_has_tokens, check_no_marker, parts_of, rendered, turn_tokens
+from unimm.data.label_spans import check_every_turn_has_tokens, parts_of, rendered, turn_tokens
 from unimm.data.packing import IGNORED, even_rows, pack
 from unimm.errors import UserError
 
@@ -29,7 +29,7 @@ class ChatProcessor(Protocol):
     """What is needed of a processor: a chat template with generation marks, placeholders expanded to image tokens."""
 
     tokenizer: Any
-    chat_template: str
+    chat_template: str | dict[str, str]
     image_token: str
     image_token_id: int
     boi_token: str
@@ -39,6 +39,10 @@ class ChatProcessor(Protocol):
     def __call__(self, **kwargs: Any) -> Any: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+    def encode(self, texts: Sequence[str], **kwargs: Any) -> Any: ...
+
+    def mark_control_tokens(self, conversation: Sequence[Any]) -> list[Any]: ...
 
 
 @dataclass
@@ -72,7 +76,7 @@ class FlowCollator:
 
     Raises:
         UserError: a sample without an assistant turn, or whose label spans do not match its assistant turns, or that
-        writes an image token; a drawing that does not end with one drawn picture. With `pack_length`: a sample that is
+        holds half a character; a drawing that does not end with one drawn picture. With `pack_length`: a sample that is
         longer, or that holds a picture to look at. With `max_length`: a batch of which nothing is left.
     """
 
@@ -117,10 +121,8 @@ class FlowCollator:
     def _said(self, samples: list[dict[str, Any]]) -> _Rows:
         """Conversations: all of the assistant's turns are learned."""
         processor, tokens = self.processor, self.processor.tokenizer.special_tokens_map
-        for sample in samples:
-            check_no_marker(sample, processor.image_token)
-        conversations = [rendered(sample, processor.chat_template, tokens) for sample in samples]
-        begun = tokens.get("bos_token") and conversations[0][0].startswith(tokens["bos_token"])
+        marked = [{**sample, "messages": self._marked(sample)} for sample in samples]
+        conversations = [rendered(sample, processor.chat_template, tokens) for sample in marked]
         inputs = processor(
             text=[text for text, _ in conversations],
             images=[part["image"] for sample in samples for part in _images(sample)],
@@ -130,7 +132,6 @@ class FlowCollator:
             return_tensors="np",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
-            add_special_tokens=not begun,  # a template that writes the first token itself leaves none to the tokenizer
         )
         offsets = inputs.pop("offset_mapping")
         replacements = inputs.pop("text_replacement_offsets", None) or [[]] * len(samples)
@@ -144,6 +145,13 @@ class FlowCollator:
         labelled = torch.from_numpy(said)
         drawn = labelled & (torch.as_tensor(inputs["input_ids"]) == processor.image_token_id)
         return _Rows(samples, inputs, _drawings(samples) if self.max_length is None else [], drawn, labelled)
+
+    def _marked(self, sample: dict[str, Any]) -> list[Any]:
+        """The sample's messages; control tokens in them are plain characters."""
+        try:
+            return self.processor.mark_control_tokens(sample["messages"])
+        except UserError as error:
+            raise UserError(f"Sample {sample['index']} of the flow {sample['flow']!r}: {error}") from None
 
     def _cut(
         self, samples: list[dict[str, Any]], inputs: Any, said: np.ndarray, capacity: int
@@ -183,11 +191,12 @@ class FlowCollator:
         for sample in samples:
             _check_drawing(sample)
         processor = self.processor
-        prompts = processor.apply_chat_template([s["messages"][:-1] for s in samples], add_generation_prompt=True)
+        asked = [self._marked(sample)[:-1] for sample in samples]
+        prompts = processor.apply_chat_template(asked, add_generation_prompt=True)
         how = {"padding": True, "padding_side": "right", "return_tensors": "np"}
         if _ids(samples):  # no picture from which the processor would know where to put placeholders
             drawing = processor.boi_token + processor.image_token * processor.num_image_tokens
-            inputs = processor.tokenizer([prompt + drawing for prompt in prompts], **how)
+            inputs = processor.encode([prompt + drawing for prompt in prompts], **how)
         else:
             inputs = processor(
                 text=[prompt + processor.boi_token + processor.image_token for prompt in prompts],

@@ -1,6 +1,7 @@
-"""Which tokens of a conversation are the assistant's: by the spans that its chat template marks, turn by turn.
+"""Which tokens of a conversation are the assistant's: by the spans that its chat template marks, turn by turn, or by
+where a template without marks writes each answer.
 
-Special here: nothing is tokenized in pieces. A turn's tokens are those that overlap its `{% generation %}` span in the
+Nothing is tokenized in pieces. A turn's tokens are those that overlap its `{% generation %}` span in the
 rendered text, also where a token reaches over the span's edge (" yes" behind "ASSISTANT:") and where a picture's
 placeholder became many tokens in front of it. White space that a tokenizer leaves out of its offsets (ByteLevel's
 `trim_offsets`, as in Llama 3, reports an empty place for "\\n\\n") counts from the end of the token before. A turn
@@ -8,6 +9,7 @@ without a span, a span without its turn's text and a turn without a token are er
 turns, L tokens.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,32 +23,43 @@ from unimm.errors import UserError
 Span = tuple[int, int]
 """Start and end in the rendered text, in characters."""
 
+OPEN, CLOSE = "\U000f0002", "\U000f0003"
+_MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
 
-def rendered(sample: Mapping[str, Any], chat_template: str, tokens: Mapping[str, Any]) -> tuple[str, list[Span]]:
-    """The sample's text and the span of each of its assistant's turns.
+
+def rendered(
+    sample: Mapping[str, Any], chat_template: str | Mapping[str, str], tokens: Mapping[str, Any]
+) -> tuple[str, list[Span]]:
+    """Return the sample's text and the span of each of its assistant's turns.
 
     Args:
         sample: {"flow", "index", "messages"}.
+        chat_template: one, or several by name, of which "default" is taken.
         tokens: special tokens by name, which the template may use.
 
     Raises:
         UserError: no assistant turn, a template that does not mark every one of them, or that refuses the sample.
     """
+    template = chat_template if isinstance(chat_template, str) else chat_template["default"]
+    marks = _MARKS.search(template) is not None
     try:
-        (text,), (spans,) = render_jinja_template(
-            conversations=[sample["messages"]],
-            chat_template=chat_template,
-            return_assistant_tokens_mask=True,
-            **tokens,
-        )
+        if marks:
+            (text,), (spans,) = render_jinja_template(
+                conversations=[sample["messages"]],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **tokens,
+            )
+        else:
+            text, spans = _found(sample["messages"], template, tokens)
     except TemplateError as error:
         raise UserError(f"{_named(sample)}: the chat template refuses it: {error.message}.") from None
     answers = assistant_turns(sample)
     if not answers or len(spans) != len(answers):
         raise UserError(
             f"{_named(sample)} ({_text(sample['messages'][0])[:60]!r}...) has {len(answers)} assistant turns and "
-            f"{len(spans)} label spans: the chat template must put {{% generation %}} around every answer, and no "
-            "sample may lack one."
+            f"{len(spans)} label spans: the chat template must put {{% generation %}} around every answer or write it "
+            "word for word, and no sample may lack one."
         )
     for number, (turn, (start, end)) in enumerate(zip(answers, spans, strict=True), start=1):
         if missing := [said for said in _texts(turn) if said.strip() not in text[start:end]]:
@@ -55,6 +68,62 @@ def rendered(sample: Mapping[str, Any], chat_template: str, tokens: Mapping[str,
                 f"{missing[0]!r}: the marks and the turns do not match."
             )
     return text, list(spans)
+
+
+def _found(messages: Sequence[Mapping[str, Any]], template: str, tokens: Mapping[str, Any]) -> tuple[str, list[Span]]:
+    """Return the text and the span of each answer, for a template without `{% generation %}`.
+
+    Two private characters around an answer's text say where it stands. Its span begins where a prompt for an answer
+    ends, and takes in what closes a turn. There are no spans if the template writes another text around the two.
+    """
+
+    def render(turns: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+        how = {"chat_template": template, "add_generation_prompt": prompt, **tokens}
+        return str(render_jinja_template(conversations=[list(turns)], **how)[0][0])
+
+    text = render(messages)
+    pieces = re.split(f"([{OPEN}{CLOSE}])", render([_fenced(turn) for turn in messages]))
+    if "".join(piece for piece in pieces if piece not in (OPEN, CLOSE)) != text:
+        return text, []
+    said: Any = [{"type": "text", "text": "?"}] if isinstance(messages[0]["content"], list) else "?"
+    exchange = [{"role": "user", "content": said}, _fenced({"role": "assistant", "content": said})]
+    closing = render(exchange).rpartition(CLOSE)[2]
+    closing = closing.rstrip() or closing  # white space behind a closing token is not learned
+    answers = (number for number, turn in enumerate(messages) if turn["role"] == "assistant")
+    spans: list[Span] = []
+    place = 0
+    opened = None
+    for piece in pieces:
+        if piece == OPEN:
+            opened = place
+        elif piece == CLOSE:
+            start = place if opened is None else opened  # a template may cut off where an answer begins
+            prompt = render(messages[: next(answers)], prompt=True)
+            start = len(prompt) if len(prompt) <= start and text.startswith(prompt) else start
+            after = len(text) - len(text[place:].lstrip())
+            ends = [at + len(closing) for at in (place, after) if text.startswith(closing, at)]
+            spans.append((start, ends[0] if ends else place))
+            opened = None
+        else:
+            place += len(piece)
+    return text, spans
+
+
+def _fenced(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An assistant's turn with the two characters around its text, inside the white space that templates trim."""
+    if turn["role"] != "assistant":
+        return turn
+    content = turn["content"]
+    if isinstance(content, str):
+        inner = content.strip()
+        before, _, after = content.partition(inner) if inner else ("", "", content)
+        return {**turn, "content": f"{before}{OPEN}{inner}{CLOSE}{after}"}
+    if len(content) == 1 and content[0]["type"] == "text":
+        return {
+            **turn,
+            "content": [{**content[0], "text": _fenced({**turn, "content": content[0]["text"]})["content"]}],
+        }
+    return {**turn, "content": [{"type": "text", "text": OPEN}, *content, {"type": "text", "text": CLOSE}]}
 
 
 def turn_tokens(spans: Sequence[Span], offsets: np.ndarray, replacements: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -85,13 +154,6 @@ def check_every_turn_has_tokens(sample: Mapping[str, Any], masks: np.ndarray) ->
                 f"{_named(sample)}: no token of assistant turn {number}, {_text(turn)!r}, is learned: the chat "
                 "template must mark at least what closes an answer."
             )
-
-
-def check_no_marker(sample: Mapping[str, Any], marker: str) -> None:
-    """Raise UserError where a text holds the string that stands for a picture."""
-    for turn in sample["messages"]:
-        if marker in _text(turn):
-            raise UserError(f"{_named(sample)}: the {turn['role']}'s turn {_text(turn)!r} holds {marker}, a picture's.")
 
 
 def parts_of(turn: Mapping[str, Any]) -> list[dict[str, Any]]:

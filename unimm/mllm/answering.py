@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BatchFeature
 
 from unimm.errors import UserError
@@ -32,34 +31,15 @@ def chat_inputs(model: Any, processor: Any, conversations: Sequence[Conversation
 
     Markers in what people said are plain characters: no text can open a picture or end a turn.
     """
-    tokenizer = processor.tokenizer
-    # The library refuses a tokenizer that adds a begin token (Vicuna's) to plain text: it is added below.
-    begins = tokenizer.bos_token_id is not None and tokenizer("").input_ids == [tokenizer.bos_token_id]
-    inputs = processor.apply_chat_template(
+    inputs: BatchFeature = processor.apply_chat_template(
         list(conversations),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        sanitize_control_tokens=True,
-        processor_kwargs={"padding": True, **({"add_special_tokens": False} if begins else {})},
+        processor_kwargs={"padding": True},
     )
-    return (_begin(inputs, tokenizer.bos_token_id) if begins else inputs).to(model.device)
-
-
-def _begin(inputs: BatchFeature, token_id: int) -> BatchFeature:
-    """Every row [L], padded on the left, with `token_id` before its first token, unless the template wrote it."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    rows, first = torch.arange(len(ids)), mask.argmax(1)
-    if (ids[rows, first] == token_id).all():
-        return inputs
-    longer = {
-        name: nn.functional.pad(value, (1, 0)) if torch.is_tensor(value) and value.shape == ids.shape else value
-        for name, value in inputs.items()
-    }
-    longer["input_ids"][rows, first] = token_id  # all rows moved one place to the right
-    longer["attention_mask"][rows, first] = 1
-    return BatchFeature(longer)
+    return inputs.to(model.device)
 
 
 @torch.inference_mode()
@@ -94,10 +74,9 @@ def answer_all(
 
 
 def _end_tokens(model: Any) -> set[int]:
-    """Tokens after which an answer's row holds padding only."""
-    config = model.generation_config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return {token for token in (*ends, config.pad_token_id) if token is not None}
+    """Tokens that end an answer; behind one its row holds padding only."""
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def _until_end(row: list[int], ends: set[int]) -> list[int]:

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.initialization import no_init_weights
 
@@ -102,7 +103,7 @@ def attach(
         image_position_mode: "1d": a drawn picture's tokens are numbered as text; "2d": by row and column, where the
             host does so with seen pictures (`M_ROPE`).
         chat_template: a published one by its name (`chat_formats.CHAT_FORMATS`: "vicuna_v1", "llama3", ...); None: the
-            text tokenizer's own where it renders pictures, else ChatML or plain turns.
+            text tokenizer's own, extended by images if it renders text only; ChatML or plain turns if it has none.
         seed: of everything that is new.
         loading: `device_map` and other arguments of `from_pretrained`, for a host that is loaded here.
 
@@ -128,8 +129,14 @@ def attach(
     vocabulary = VisualVocabulary(visual_base(rows, len(texts)), image_tokenizer.config.codebook_size)
     # A host sees patches and draws image tokens, which need not be as many (VFMTok).
     seen_tokens = image_tokenizer.config.num_patches // _merge(host, image_tokenizer) ** 2
+    own_template = texts.chat_template is not None and chat_template is None
     processor = build_processor(image_tokenizer, texts, markers, vocabulary, seen_tokens, chat_template)
-    processor.mark_images = markers.begin in vocabulary_before and markers.begin not in _rendered_image(texts)
+    processor.mark_images = markers.begin in vocabulary_before and markers.begin not in _rendered(
+        texts, {"type": "image"}
+    )
+    if own_template and host.config.model_type in TEXT_HOSTS:
+        # its own template writes the begin token itself, or goes without, whatever the tokenizer adds to plain texts
+        processor.begin_token = _rendered(texts, {"type": "text", "text": "?"}).startswith(texts.bos_token or "\0")
     compose = _multimodal_config if host.config.model_type in MULTIMODAL_HOSTS else _llava_config
     config = compose(host, image_tokenizer, processor, rows)
     config.image_position_mode = image_position_mode
@@ -142,7 +149,8 @@ def attach(
     model.load_state_dict(state)
     _copy_buffers(_language_model(host), model.model.language_model)
     _copy_buffers(image_tokenizer, model.image_tokenizer)
-    _set_generation_defaults(model, host, texts, end_of_turn_ids(texts, chat_template))
+    ends = end_of_turn_ids(texts, chat_template)
+    _set_generation_defaults(model, host, texts, ends, keep=own_template)
     model.attachment = _attachment(host, lost)
     return model.to(host.device).eval(), processor
 
@@ -164,9 +172,9 @@ def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: st
     return model
 
 
-def _rendered_image(texts: PreTrainedTokenizerBase) -> str:
-    """A user's turn that holds one image, in the tokenizer's chat template."""
-    return str(texts.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False))
+def _rendered(texts: PreTrainedTokenizerBase, part: dict[str, str]) -> str:
+    """A user's turn that holds this part alone, in the tokenizer's chat template."""
+    return str(texts.apply_chat_template([{"role": "user", "content": [part]}], tokenize=False))
 
 
 def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
@@ -241,7 +249,10 @@ def _copy_of(tokenizer: PreTrainedTokenizerBase | str | Path | None, host: PreTr
     if not source:
         raise UserError("The host was built in memory, so its text tokenizer is unknown: give text_tokenizer.")
     with reading("The text tokenizer", source):
-        return AutoTokenizer.from_pretrained(source)
+        texts = AutoTokenizer.from_pretrained(source)
+        if texts.chat_template is None:  # of some multimodal hosts it stands in their processor's files only
+            texts.chat_template = ProcessorMixin.get_processor_dict(source)[0].get("chat_template")
+        return texts
 
 
 def build_processor(
@@ -387,13 +398,22 @@ def _copy_buffers(source: PreTrainedModel, target: PreTrainedModel) -> None:
 
 
 def _set_generation_defaults(
-    model: PreTrainedModel, host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+    model: PreTrainedModel, host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int], *, keep: bool
 ) -> None:
-    model.generation_config = copy.deepcopy(host.generation_config)
-    model.generation_config._from_model_config = None  # one derived from a model config drops what it does not know
-    known = model.generation_config.eos_token_id
+    """The host's generation defaults, and what they lack: tokens that pad, begin and end (`ends`).
+
+    Args:
+        keep: what ends an answer is the host's own affair, as its chat template is.
+    """
+    config = copy.deepcopy(host.generation_config)
+    config._from_model_config = None  # one derived from a model config drops what it does not know
+    known = config.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
-    model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *known])) or None
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.image_generation = asdict(ImageSampling())
+    if not (keep and known):
+        config.eos_token_id = list(dict.fromkeys([*ends, *known])) or None
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.bos_token_id is None:
+        config.bos_token_id = tokenizer.bos_token_id
+    config.image_generation = asdict(ImageSampling())
+    model.generation_config = config

@@ -5,7 +5,8 @@ marker; batches are padded on the left, as generation needs. Images go through t
 (PIL, no torchvision).
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,16 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from unimm.errors import UserError
+from unimm.mllm.prompts import (
+    START,
+    Encoded,
+    adds_begin_token,
+    control_pattern,
+    encode,
+    mark_conversation,
+    mark_text,
+    mark_values,
+)
 from unimm.mllm.template_guard import render_guarded
 from unimm.mllm.vocabulary import VisualVocabulary
 
@@ -33,6 +44,8 @@ class UnimmProcessor(ProcessorMixin):
         codebook_size: number of image ids.
         image_token: placeholder of one image token; `boi_token` and `eoi_token` stand around them.
         mark_images: put these two around seen pictures here, for a host whose chat template does not.
+        begin_token: put the text tokenizer's begin-of-sequence token in front of a text that does not start with it,
+            if the tokenizer does so itself; False for a language model whose own chat template goes without.
 
     Raises:
         UserError: the tokenizer reaches into the image ids.
@@ -51,6 +64,7 @@ class UnimmProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_seq_length: int | None = None,
         mark_images: bool = False,
+        begin_token: bool = True,
     ) -> None:
         if image_vocab_start and len(tokenizer) > image_vocab_start:
             raise UserError(
@@ -60,6 +74,7 @@ class UnimmProcessor(ProcessorMixin):
         self.image_grid = list(image_grid)
         self.image_seq_length = image_seq_length or self.num_image_tokens
         self.mark_images = mark_images
+        self.begin_token = begin_token
         self.image_vocab_start, self.codebook_size = image_vocab_start, codebook_size
         self.image_token, self.boi_token, self.eoi_token = image_token, boi_token, eoi_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -114,25 +129,163 @@ class UnimmProcessor(ProcessorMixin):
             text = [each if each.endswith(self.boi_token) else each + self.boi_token for each in texts]
         self._drawn = tuple(drawn or ())
         try:
-            return super().__call__(images=images or None, text=text, **kwargs)
+            return self._inputs(images or None, [text] if isinstance(text, str) else text, **kwargs)
         finally:
             del self._drawn  # what is left here would be saved with the processor
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
-        """As in transformers, once the template has rendered the conversation within bounds (`template_guard`).
+    def _inputs(self, images: Any, texts: Sequence[str] | None, **kwargs: Any) -> BatchFeature:
+        """The images by the image processor, and the texts with their placeholders expanded by `encode`."""
+        if texts is None:
+            return super().__call__(images=images, **kwargs)
+        outside = [re.sub(f"{START}{re.escape(self.image_token)}", START, text) for text in texts]
+        self.validate_inputs(images=images, text=outside)
+        inputs = {} if images is None else dict(super().__call__(images=images, **kwargs))
+        count = 0 if images is None else len(make_flat_list_of_images(images))
+        replacements = iter([self.replace_image_token(inputs, image_idx=number) for number in range(count)])
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        expanded, moved = zip(*(self._expanded(text, replacements) for text in texts), strict=True)
+        return_replacements = options.pop("return_text_replacement_offsets", False)
+        rows = self.encode(expanded, **options)
+        if return_replacements:
+            rows["text_replacement_offsets"] = list(moved)
+        return BatchFeature({**rows, **inputs})
+
+    def _expanded(self, text: str, replacements: Iterator[str]) -> tuple[str, list[dict[str, Any]]]:
+        """The text with the next replacement in the place of every placeholder that no person wrote, and where."""
+        moved: list[dict[str, Any]] = []
+        gained = 0
+
+        def expand(match: re.Match[str]) -> str:
+            nonlocal gained
+            replacement = next(replacements)
+            start = match.start() + gained
+            moved.append({"type": "image", "span": match.span(), "new_span": (start, start + len(replacement))})
+            gained += len(replacement) - len(match[0])
+            return replacement
+
+        return re.sub(self._placeholder, expand, text), moved
+
+    @property
+    def _placeholder(self) -> str:
+        """A pattern of the placeholders that no person wrote."""
+        return f"(?<!{START}){re.escape(self.image_token)}"
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_offsets_mapping: bool = False,
+        return_mm_token_type_ids: bool = False,
+        **unknown: Any,
+    ) -> BatchFeature:
+        """Token ids of prompts, the same ids for the same prompt wherever it is used: `input_ids`, `attention_mask`.
+
+        Args:
+            texts: what the chat template wrote, placeholders expanded.
+            add_special_tokens: False: no begin token either.
+            unknown: other arguments of the text tokenizer, refused unless they ask for nothing.
 
         Raises:
-            UserError: there is no template, or it does not render these messages.
+            UserError: a text holds half a character.
+            ValueError: an argument that this processor does not have, or a cut through an image.
         """
-        template = chat_template or self.chat_template
-        if template is None:
+        asked = sorted(name for name, value in unknown.items() if value not in (None, False, 0) and name != "verbose")
+        if asked:
+            raise ValueError(f"this processor does not know the text arguments {', '.join(asked)}")
+        tokenizer, rows = self.tokenizer, []
+        for text in texts:
+            begin = add_special_tokens and self._begins(text)
+            row = encode(tokenizer, text, begin=begin, offsets=return_offsets_mapping)
+            rows.append(self._cut(row, max_length) if truncation and max_length else row)
+        data: dict[str, Any] = tokenizer.pad(
+            {"input_ids": [row.ids for row in rows]},
+            padding=padding,
+            max_length=max_length,
+            padding_side=padding_side,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=return_attention_mask,
+            verbose=False,
+        )
+        data = dict(data)
+        if return_offsets_mapping:
+            on_the_left = (padding_side or tokenizer.padding_side) == "left"
+            width = [len(ids) for ids in data["input_ids"]]
+            data["offset_mapping"] = [
+                [*[(0, 0)] * (full - len(row.ids)), *row.offsets]
+                if on_the_left
+                else [*row.offsets, *[(0, 0)] * (full - len(row.ids))]
+                for row, full in zip(rows, width, strict=True)
+            ]
+        if return_mm_token_type_ids:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _begins(self, text: str) -> bool:
+        """Whether the begin token goes in front of a text: once, and only if the text does not bring it."""
+        tokenizer = self.tokenizer
+        return self.begin_token and adds_begin_token(tokenizer) and not text.startswith(tokenizer.bos_token)
+
+    def _cut(self, row: Encoded, length: int) -> Encoded:
+        part = slice(None, length) if self.tokenizer.truncation_side == "right" else slice(-length, None)
+        if row.ids.count(self.image_token_id) != row.ids[part].count(self.image_token_id):
+            raise ValueError(f"an image does not fit into max_length {length}: the text has {len(row.ids)} tokens")
+        return Encoded(row.ids[part], row.offsets[part])
+
+    def mark_control_tokens(self, conversation: Sequence[Any]) -> list[Any]:
+        """A conversation whose control tokens are plain characters to this processor: they are marked for `encode`."""
+        return mark_conversation(conversation, control_pattern(self.tokenizer))
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[Any] | None = None,
+        *,
+        tokenize: bool = False,
+        sanitize_control_tokens: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Render conversations, as in transformers; with `tokenize` to model inputs.
+
+        Args:
+            sanitize_control_tokens: with `tokenize`, control tokens in messages, tools and documents are plain
+                characters. False takes them for tokens.
+
+        Raises:
+            UserError: a text holds half a character, there is no template, or it does not render these messages.
+        """
+        if chat_template is None and not self.chat_template:
             raise UserError("This processor has no chat template: attach the model again, or set chat_template.")
+        if chat_template is None and tools and "tool_use" in (self.chat_template or ()):
+            chat_template = self.chat_template["tool_use"] if isinstance(self.chat_template, dict) else None
+        if tokenize and sanitize_control_tokens:
+            pattern = control_pattern(self.tokenizer)
+            one = not conversation or not isinstance(conversation[0], list | tuple)
+            marked = [mark_conversation(each, pattern) for each in ([conversation] if one else conversation)]
+            conversation = marked[0] if one else marked
+            tools, documents = mark_values(tools, pattern), mark_values(documents, pattern)
+        template = chat_template or self.chat_template
         if isinstance(template, str):
             chats = conversation if conversation and isinstance(conversation[0], list | tuple) else [conversation]
-            context = self.tokenizer.special_tokens_map | kwargs
+            context = self.tokenizer.special_tokens_map | {"tools": tools, "documents": documents} | kwargs
             for each in chats:
                 render_guarded(template, each, **{"add_generation_prompt": False, **context})
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        return super().apply_chat_template(
+            conversation, chat_template, tools=tools, documents=documents, tokenize=tokenize, **kwargs
+        )
+
+    def _multimodal_inputs_from_conversations(self, conversations: list[list[Any]], *args: Any, **kwargs: Any) -> Any:
+        copies = [[dict(message) for message in each] for each in conversations]
+        return super()._multimodal_inputs_from_conversations(copies, *args, **kwargs)  # empties a missing content
 
     def _process_images(self, images: ImageInput, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         return super()._process_images(make_flat_list_of_images(images), **kwargs)
@@ -151,14 +304,27 @@ class UnimmProcessor(ProcessorMixin):
             num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
 
+    def count_tokens(self, conversation: Sequence[Any]) -> int:
+        """Tokens of the prompt that asks for the next answer of a conversation, those of its images among them."""
+        marked = self.mark_control_tokens(conversation)
+        text = str(super().apply_chat_template(marked, add_generation_prompt=True))
+        length = len(self.encode([text])["input_ids"][0])
+        images = len(re.findall(self._placeholder, text))
+        return length + images * (self.image_seq_length - 1 + 2 * self.mark_images)
+
     def drawing_prompt(self, prompt: str) -> str:
-        """The text that asks for a picture: one user turn, the assistant's turn opened, the begin marker."""
-        messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        """The text that asks for a picture: one user turn, the assistant's turn opened, the begin marker.
+
+        Control tokens in the prompt are marked, so that this processor takes them for plain characters.
+        """
+        marked = mark_text(prompt, control_pattern(self.tokenizer))
+        messages = [{"role": "user", "content": [{"type": "text", "text": marked}]}]
         return str(self.apply_chat_template(messages, add_generation_prompt=True)) + self.boi_token
 
     def null_prompt_ids(self) -> list[int]:
         """Token ids of the drawing prompt with an empty user text: the unconditional side of guidance."""
-        return self.tokenizer(self.drawing_prompt("")).input_ids
+        ids: list[int] = self.encode([self.drawing_prompt("")])["input_ids"][0]
+        return ids
 
     def postprocess(self, pixels: Tensor) -> list[Image.Image]:
         """Pixels [B, 3, H, W] in [0, 1] as PIL images."""

@@ -1,15 +1,16 @@
-"""Chat templates for text tokenizers that have none, whose own cannot hold a picture, or that are given another.
+"""The chat template of a unified model: the host's own, extended by images, or a published one by its name.
 
-Special here: an image part renders the same three markers in a user's and in an assistant's turn, so a drawing is an
-answer like any other; `{% generation %}` marks what the assistant says, its closing token included, for
-assistant-only losses.
+A host's template stays as it is, word for word; in front of it goes what turns the parts of a message into the string
+that it expects, an image part into its three markers. Text-only conversations have the host's own token ids. In the
+templates written here an image renders alike in a user's and in an assistant's turn, and `{% generation %}` marks what
+the assistant says, its closing token included, for assistant-only losses.
 """
 
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from unimm.errors import UserError
+from unimm.errors import UserError, one_line
 from unimm.mllm.chat_formats import EOS, jinja_of, named_format
 from unimm.mllm.template_guard import render_guarded
 from unimm.mllm.vocabulary import Markers
@@ -54,21 +55,101 @@ _PLAIN = """\
 """
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers, name: str | None = None) -> str:
-    """The format of that name (`chat_formats.CHAT_FORMATS`). Without a name the tokenizer's own template if it renders
-    images, else ChatML if the tokenizer knows it, else plain turns.
+# Puts texts and the markers of images in the place of a message's parts, then the host's template goes on unchanged.
+# `trim_blocks`, which transformers sets, removes the newline behind the last tag: the host's first line stays whole.
+_FLATTEN = """\
+{%- set unimm = namespace(messages=[], text='') -%}
+{%- for message in messages -%}
+{%- if message.content is defined and message.content is not none and message.content is not string -%}
+{%- set unimm.text = '' -%}
+{%- for part in message.content -%}
+{%- if part is string -%}{%- set unimm.text = unimm.text ~ part -%}
+{%- elif part.type == 'text' -%}{%- set unimm.text = unimm.text ~ part.text -%}
+{%- elif part.type == 'image' -%}{%- set unimm.text = unimm.text ~ 'IMAGE' -%}
+{%- else -%}{{ raise_exception('a part of a message is text or image; this one is ' ~ part.type) }}
+{%- endif -%}
+{%- endfor -%}
+{%- set unimm.messages = unimm.messages + [dict(message, content=unimm.text)] -%}
+{%- else -%}
+{%- set unimm.messages = unimm.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = unimm.messages %}
+"""
+
+# For a host's template that reads parts and leaves the images of the assistant out: they become text of its turn.
+_FLATTEN_DRAWINGS = """\
+{%- set unimm = namespace(messages=[], parts=[]) -%}
+{%- for message in messages -%}
+{%- if message.role == 'assistant' and message.content is defined and message.content is not string -%}
+{%- set unimm.parts = [] -%}
+{%- for part in message.content -%}
+{%- set drawn = part is not string and part.type == 'image' -%}
+{%- set unimm.parts = unimm.parts + [{'type': 'text', 'text': 'IMAGE'} if drawn else part] -%}
+{%- endfor -%}
+{%- set unimm.messages = unimm.messages + [dict(message, content=unimm.parts)] -%}
+{%- else -%}
+{%- set unimm.messages = unimm.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = unimm.messages %}
+"""
+
+Template = str | dict[str, str]
+"""A chat template, or several by name, of which "default" is used unless another is asked for."""
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers, name: str | None = None) -> Template:
+    """Return the format of that name (`chat_formats.CHAT_FORMATS`); without a name the tokenizer's own template,
+    extended by images if it cannot render them; for a tokenizer without one ChatML if it has the tokens for it, else
+    plain turns.
 
     Raises:
-        UserError: an unknown name, or a format whose closing token the tokenizer does not have.
+        UserError: an unknown name, a format whose closing token the tokenizer does not have, or a template of the
+            tokenizer's own that renders no conversation.
     """
-    if name is None and tokenizer.chat_template is not None and _renders_images(tokenizer, markers):
-        return str(tokenizer.chat_template)
+    image = markers.begin + markers.image + markers.end
+    if name is None and tokenizer.chat_template is not None:
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            return {each: _with_images(tokenizer, template, markers) for each, template in own.items()}
+        return _with_images(tokenizer, own, markers)
     if name is not None:
         _check_closing(tokenizer, name)
         body = jinja_of(named_format(name))
     else:
         body = _CHATML if TURN_END in tokenizer.get_vocab() else _PLAIN
-    return _CONTENT.replace("IMAGE", markers.begin + markers.image + markers.end) + body
+    return _CONTENT.replace("IMAGE", image) + body
+
+
+def _with_images(tokenizer: PreTrainedTokenizerBase, own: str, markers: Markers) -> str:
+    """A tokenizer's own template as it is if it renders the images of both sides, else with what it lacks in front."""
+    image = markers.begin + markers.image + markers.end
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    drawn = {"role": "assistant", "content": [{"type": "image"}]}
+    seen, why = _rendered(tokenizer, own, [question])
+    if markers.image not in seen:
+        extended = _FLATTEN.replace("IMAGE", image) + own
+        seen, why = _rendered(tokenizer, extended, [question])
+        if image in seen:
+            return extended
+        raise UserError(
+            f"The text tokenizer's own chat template renders no question with an image ({why or 'it leaves it out'}): "
+            "give chat_template the name of a published one."
+        )
+    both, _ = _rendered(tokenizer, own, [question, drawn])
+    if both.count(markers.image) == 2:
+        return own
+    # a template that leaves the markers around an image to the processor does so on both sides
+    return _FLATTEN_DRAWINGS.replace("IMAGE", image if markers.begin in seen else markers.image) + own
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]]) -> tuple[str, str]:
+    """The conversation in that template, and why there is none."""
+    try:
+        return render_guarded(template, messages, add_generation_prompt=False, **tokenizer.special_tokens_map), ""
+    except UserError as error:  # templates for text only add a list to a string
+        return "", one_line(error)
 
 
 def closing_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
@@ -98,16 +179,9 @@ def set_chat_template(model: Any, processor: Any, name: str) -> None:
     tokenizer = processor.tokenizer
     template = chat_template(tokenizer, Markers(processor.boi_token, processor.image_token, processor.eoi_token), name)
     tokenizer.chat_template = processor.chat_template = template
+    processor.begin_token = True  # the published formats leave the first begin token to the text tokenizer
     model.config.null_prompt = processor.null_prompt_ids()
     model.generation_config.eos_token_id = end_of_turn_ids(tokenizer, name)
-
-
-def _renders_images(tokenizer: PreTrainedTokenizerBase, markers: Markers) -> bool:
-    probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-    try:
-        return markers.image in render_guarded(tokenizer.get_chat_template(), probe, **tokenizer.special_tokens_map)
-    except UserError:  # templates for text only add a list to a string
-        return False
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> list[int]:
