@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BatchFeature
 
 from unimm.errors import UserError
+from unimm.mllm.processing import TOKENIZING
 
 Conversation = list[dict[str, Any]]
 """Messages in the chat format of transformers, pictures as PIL images in them."""
@@ -34,7 +35,8 @@ def chat_inputs(model: Any, processor: Any, conversations: Sequence[Conversation
     """
     tokenizer = processor.tokenizer
     # The library refuses a tokenizer that adds a begin token (Vicuna's) to plain text: it is added below.
-    begins = tokenizer.bos_token_id is not None and tokenizer("").input_ids == [tokenizer.bos_token_id]
+    with TOKENIZING:
+        begins = tokenizer.bos_token_id is not None and tokenizer("").input_ids == [tokenizer.bos_token_id]
     inputs = processor.apply_chat_template(
         list(conversations),
         add_generation_prompt=True,

@@ -5,7 +5,9 @@ marker; batches are padded on the left, as generation needs. Images go through t
 (PIL, no torchvision).
 """
 
+import threading
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from unimm.errors import UserError
 from unimm.mllm.vocabulary import VisualVocabulary
 
 GENERATION_MODES = ("text", "image")
+TOKENIZING = threading.RLock()
+"""Held while a text tokenizer encodes: padding and truncation are state of the fast tokenizers, which threads share."""
+_DRAWN: ContextVar[tuple[bool, ...]] = ContextVar("drawn", default=())  # of the call in this thread, see `__call__`
 
 
 class UnimmProcessor(ProcessorMixin):
@@ -111,17 +116,18 @@ class UnimmProcessor(ProcessorMixin):
         if generation_mode == "image" and text is not None:
             texts = [text] if isinstance(text, str) else text
             text = [each if each.endswith(self.boi_token) else each + self.boi_token for each in texts]
-        self._drawn = tuple(drawn or ())
+        token = _DRAWN.set(tuple(drawn or ()))
         try:
-            return super().__call__(images=images or None, text=text, **kwargs)
+            with TOKENIZING:
+                return super().__call__(images=images or None, text=text, **kwargs)
         finally:
-            del self._drawn  # what is left here would be saved with the processor
+            _DRAWN.reset(token)
 
     def _process_images(self, images: ImageInput, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         return super()._process_images(make_flat_list_of_images(images), **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        flags = getattr(self, "_drawn", ())
+        flags = _DRAWN.get()
         if image_idx < len(flags) and flags[image_idx]:
             return self.image_token * self.num_image_tokens
         tokens = self.image_token * self.image_seq_length
@@ -141,7 +147,9 @@ class UnimmProcessor(ProcessorMixin):
 
     def null_prompt_ids(self) -> list[int]:
         """Token ids of the drawing prompt with an empty user text: the unconditional side of guidance."""
-        return self.tokenizer(self.drawing_prompt("")).input_ids
+        prompt = self.drawing_prompt("")
+        with TOKENIZING:
+            return self.tokenizer(prompt).input_ids
 
     def postprocess(self, pixels: Tensor) -> list[Image.Image]:
         """Pixels [B, 3, H, W] in [0, 1] as PIL images."""
