@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from unimm.errors import UserError
 
@@ -26,20 +26,22 @@ class ImageSampling:
 
     `guidance_scale`: None or 0 off, 1 no guidance either, above 1 guided; one number or one per prompt.
     `temperature` 0 is greedy, as is `do_sample=False`.
-    `top_k` 0 and `top_p` 1 keep every id.
+    `top_k` 0, `top_p` 1 and `min_p` 0 keep every id; `min_p` drops those less probable than this share of the
+    likeliest one's probability.
     """
 
     do_sample: bool = True
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     guidance_scale: GuidanceScale = None
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p < 1):
             raise UserError(
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: temperature and top_k must "
-                "be at least 0, top_p above 0 and at most 1"
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: "
+                "temperature and top_k must be at least 0, top_p above 0 and at most 1, min_p at least 0 and below 1"
             )
 
     @property
@@ -66,6 +68,8 @@ class ImageSampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
             warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            warpers.append(MinPLogitsWarper(self.min_p))
         return warpers
 
 

@@ -317,7 +317,7 @@ def test_text_mode_is_left_padding_invariant_and_never_writes_image_ids(
         sampled = model.generate(
             **inputs, max_new_tokens=4, do_sample=True, return_dict_in_generate=True, output_scores=True
         )
-        assert sampled.scores[0].shape == (3, 416)
+        assert sampled.scores[0].shape == (3, 301)
     finally:
         with torch.no_grad():
             model.get_input_embeddings().weight[384:] /= 100

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from tests.mllm import tiny
 from unimm.benchmarks.hosts import tiny_host, vision_config
@@ -53,8 +53,27 @@ def test_positions_of_seen_pictures_are_the_stock_models(family: str) -> None:
         attention_mask=mask,
     )
     assert torch.equal(model.token_positions(ids, mask), expected)
-    model(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(3, 3, 16, 16))
-    assert torch.equal(model.model.rope_deltas, deltas)
+    cache = DynamicCache()
+    model(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(3, 3, 16, 16), past_key_values=cache)
+    assert torch.equal(cache.rope_deltas, deltas) and model.model.rope_deltas is None
+
+
+@pytest.mark.parametrize("family", HOSTS)
+@torch.no_grad()
+def test_a_cache_goes_on_where_its_own_images_ended(family: str) -> None:
+    """Two conversations in turn on one model: neither takes its positions from the other."""
+    model, _, _ = unified(family)
+    ids, mask = sentences(model)
+    pixel_values = torch.randn(3, 3, 16, 16)
+    whole = model(input_ids=ids, attention_mask=mask, pixel_values=pixel_values).logits
+    caches = [DynamicCache() for _ in range(3)]
+    images = pixel_values.split([2, 1, 0])
+    for n, cache in enumerate(caches):
+        row = ids[n : n + 1, mask[n].bool()]
+        model(input_ids=row[:, :-1], pixel_values=images[n] if len(images[n]) else None, past_key_values=cache)
+    for n, cache in enumerate(caches):
+        logits = model(input_ids=ids[n : n + 1, -1:], past_key_values=cache).logits
+        torch.testing.assert_close(logits[0, -1], whole[n, -1])
 
 
 @pytest.mark.parametrize("family", HOSTS)

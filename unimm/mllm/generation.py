@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from unimm.errors import UserError
+from unimm.mllm.arguments import IMAGE_MODE_IGNORES, check_text_mode, image_mode_arguments
+from unimm.mllm.text_mode import TextGenerationMixin
 from unimm.sampling import (
     SAMPLING_NAMES,
     ImageSampling,
@@ -26,12 +28,8 @@ from unimm.sampling import (
     request_keys,
 )
 
-# arguments of `generate` without a meaning in image mode, which callers for both modes may send along
-_IGNORED = frozenset({"max_new_tokens", "max_length", "min_new_tokens", "min_length", "use_cache"})
-_IGNORED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
-
-class ImageGenerationMixin(GenerationMixin):
+class ImageGenerationMixin(TextGenerationMixin):
     """Adds image mode to a Hugging Face model whose forward takes `vocabulary="image"` (see `unified.py`)."""
 
     output_modalities = ("image", "text")
@@ -78,21 +76,24 @@ class ImageGenerationMixin(GenerationMixin):
                 raise ValueError("seed belongs to image mode; in text mode call torch.manual_seed")
             if self.tiles and kwargs.get("pixel_values") is not None and kwargs.get("image_sizes") is None:
                 kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(kwargs.pop("pixel_values"))}
+            check_text_mode(generation_config or self.generation_config, kwargs)
             return super().generate(inputs, generation_config, vocabulary="answer", **kwargs)
         if generation_mode != "image":
             raise ValueError(f"generation_mode is {generation_mode!r}; known: text, image")
+        kwargs = image_mode_arguments(self.generation_config, generation_config, kwargs)
         given = {name: kwargs.pop(name) for name in SAMPLING_NAMES if name in kwargs}
         sampling = ImageSampling.of(generation_config or self.generation_config, **given)
         prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if prompts is None:
             raise ValueError("image mode needs the prompts' token ids: give input_ids")
+        kwargs["attention_mask"] = _prompt_mask(prompts, kwargs.get("attention_mask"), self.generation_config)
         return self._draw(prompts, seed=seed, sampling=sampling, **kwargs)
 
     def _draw(
         self,
         prompts: Tensor,
-        attention_mask: Tensor | None = None,
         *,
+        attention_mask: Tensor,
         pixel_values: Tensor | None = None,
         sampling: ImageSampling,
         seed: int | Sequence[int] | None = None,
@@ -105,15 +106,14 @@ class ImageGenerationMixin(GenerationMixin):
         output_logits: bool = False,
         **ignored: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        if unknown := sorted(name for name in ignored if name not in _IGNORED):
+        if unknown := sorted(name for name in ignored if name not in IMAGE_MODE_IGNORES):
             raise ValueError(f"image mode does not know the arguments {', '.join(unknown)}")
         if num_return_sequences > 1 and sampling.greedy:
             raise ValueError(
                 f"{num_return_sequences} greedy pictures of a prompt would be equal: set do_sample=True and a "
                 "temperature above 0"
             )
-        prompts = prompts.to(self.device)
-        mask = torch.ones_like(prompts) if attention_mask is None else attention_mask.to(prompts)
+        prompts, mask = prompts.to(self.device), attention_mask.to(self.device)
         scale = per_prompt_scale(sampling.guidance_scale, len(prompts)).to(prompts.device)  # [B]
         counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
         seeds = per_image_seeds(request_keys(prompts * mask, pixel_values, counts), seed, num_return_sequences)
@@ -236,6 +236,38 @@ class _ImageSteps:
         self.next_ids = torch.cat([token_ids, token_ids[self.guided]])[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         self.rows = torch.cat([self.rows, self.next_ids], dim=1)
+
+
+def _prompt_mask(prompts: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor:
+    """The mask [B, L] of prompts; without one, padding tokens before a prompt count as padding.
+
+    Raises:
+        UserError: prompts that are no ids [B, L], a mask of another shape, or padding that cannot be told from text.
+    """
+    if prompts.ndim != 2 or not prompts.numel() or prompts.is_floating_point():
+        kind = "numbers with a fraction" if prompts.is_floating_point() else "ids"
+        raise UserError(
+            f"input_ids has the shape {list(prompts.shape)} and holds {kind}: give ids as [prompts, tokens], at least "
+            "1 of each."
+        )
+    if mask is not None:
+        if mask.shape != prompts.shape:
+            raise UserError(
+                f"attention_mask has the shape {list(mask.shape)} and input_ids {list(prompts.shape)}: give one number "
+                "per token."
+            )
+        return mask.bool().to(prompts)
+    pad = config.pad_token_id
+    padding = torch.zeros_like(prompts, dtype=torch.bool) if pad is None else prompts == pad
+    leading = padding.long().cumprod(1)  # [B, L], 1 in the run of padding tokens before a prompt
+    counts = leading.sum(1)
+    if len(prompts) > 1 and padding[:, -1].any():
+        raise UserError("Prompts seem to be padded on the right: pad on the left, or give attention_mask.")
+    if pad is not None and pad == config.bos_token_id and counts.any():
+        if (counts > 1).any() or not counts.all():
+            raise UserError(f"The padding token {pad} also begins prompts: give attention_mask to tell them apart.")
+        return torch.ones_like(prompts)
+    return 1 - leading
 
 
 def _images_per_prompt(

@@ -6,7 +6,9 @@ marker; batches are padded on the left, as generation needs. Images go through t
 """
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ from unimm.mllm.template_guard import render_guarded
 from unimm.mllm.vocabulary import VisualVocabulary
 
 GENERATION_MODES = ("text", "image")
+TOKENIZING = threading.RLock()
+"""Held while a text tokenizer encodes: padding and truncation are state of the fast tokenizers, which threads share."""
+_DRAWN: ContextVar[tuple[bool, ...]] = ContextVar("drawn", default=())  # of the call in this thread, see `__call__`
 
 
 class UnimmProcessor(ProcessorMixin):
@@ -127,11 +132,12 @@ class UnimmProcessor(ProcessorMixin):
         if generation_mode == "image" and text is not None:
             texts = [text] if isinstance(text, str) else text
             text = [each if each.endswith(self.boi_token) else each + self.boi_token for each in texts]
-        self._drawn = tuple(drawn or ())
+        token = _DRAWN.set(tuple(drawn or ()))
         try:
-            return self._inputs(images or None, [text] if isinstance(text, str) else text, **kwargs)
+            with TOKENIZING:
+                return self._inputs(images or None, [text] if isinstance(text, str) else text, **kwargs)
         finally:
-            del self._drawn  # what is left here would be saved with the processor
+            _DRAWN.reset(token)
 
     def _inputs(self, images: Any, texts: Sequence[str] | None, **kwargs: Any) -> BatchFeature:
         """The images by the image processor, and the texts with their placeholders expanded by `encode`."""
@@ -291,7 +297,7 @@ class UnimmProcessor(ProcessorMixin):
         return super()._process_images(make_flat_list_of_images(images), **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        flags = getattr(self, "_drawn", ())
+        flags = _DRAWN.get()
         if image_idx < len(flags) and flags[image_idx]:
             return self.image_token * self.num_image_tokens
         tokens = self.image_token * self.image_seq_length
@@ -323,7 +329,8 @@ class UnimmProcessor(ProcessorMixin):
 
     def null_prompt_ids(self) -> list[int]:
         """Token ids of the drawing prompt with an empty user text: the unconditional side of guidance."""
-        ids: list[int] = self.encode([self.drawing_prompt("")])["input_ids"][0]
+        with TOKENIZING:
+            ids: list[int] = self.encode([self.drawing_prompt("")])["input_ids"][0]
         return ids
 
     def postprocess(self, pixels: Tensor) -> list[Image.Image]:

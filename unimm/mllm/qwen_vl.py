@@ -120,20 +120,24 @@ class _TokenizerInside:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor | None:
-        """What the family's forward asks when it got no positions; sequences that go on a cache go on as text."""
+        """Positions [3, B, L] for a forward that was given none.
+
+        What goes on a cache goes on as text, behind the longer side of the images before it; how far is kept with the
+        cache, never with the model, which threads share.
+        """
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if input_ids is None or cached:
-            grids = {"image_grid_thw": None, "video_grid_thw": None}
-            return super().compute_3d_position_ids(  # type: ignore[misc]
-                None,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **grids,
-            )
+        batch, length, _ = inputs_embeds.shape
+        if cached:
+            mask = inputs_embeds.new_ones(batch, cached + length) if attention_mask is None else attention_mask
+            text = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+            deltas = getattr(past_key_values, "rope_deltas", text.new_zeros(1, 1))
+            return (text + deltas.repeat_interleave(batch // len(deltas), 0)).expand(3, -1, -1)
+        if input_ids is None:
+            return None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions = self.token_positions(input_ids, mask)
-        self.rope_deltas = positions.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
+        if past_key_values is not None:
+            past_key_values.rope_deltas = positions.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
         return positions
 
 

@@ -80,7 +80,7 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
             logits_at: [n], places in the flattened batch [B * L]: logits [n, ...] of these alone, for a loss over few
                 of many tokens. A head that is called outside of the forward would get wrong gradients under FSDP2.
             vocabulary: which logits: "text" [B, L, image_vocab_start], "image" [B, L, K], "all" [B, L, V]; "answer"
-                is V wide and -inf wherever text generation may not go. None: "all" with labels or in training, else
+                [B, L, text_vocab_size], what text generation chooses from. None: "all" with labels or in training, else
                 "text".
 
         Returns:
@@ -127,7 +127,7 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
             # two products: the host's own rows in a product of the host's own shape give the host's own bits
             return torch.cat([self._head(hidden, 0, text), self._head(hidden, text, base)], dim=-1)
         if vocabulary == "answer":
-            return F.pad(self._head(hidden, 0, text), (0, end - text), value=float("-inf"))
+            return self._head(hidden, 0, text)
         raise ValueError(f"vocabulary is {vocabulary!r}; known: text, image, all, answer")
 
     def _head(self, hidden: Tensor, start: int, stop: int) -> Tensor:
