@@ -5,8 +5,9 @@
     python eval/shapes.py --model runs/shapes/stage1 --parts reconstruction     # an image tokenizer alone
 
 `--json FILE` writes reconstruction {agreement, psnr, psnr_mean_color, ssim, codebook_use, perplexity}, chat
-{existence, color, count, position}, generation {the six GenEval tags, overall, withheld}, seconds, seed and commit;
-`--rows FILE` every single verdict. `--output DIR` keeps every picture and answer: an interrupted run goes on, and
+{existence, color, count, position}, generation {the six GenEval tags, overall, withheld}, strict {the same figures as a
+second detector judges them, which wants crisp shapes and nothing else}, seconds, seed and commit; `--rows FILE` every
+single verdict. `--output DIR` keeps every picture and answer: an interrupted run goes on, and
 `unimm eval report DIR --output report.html` makes a page of it.
 """
 

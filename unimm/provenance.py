@@ -1,5 +1,5 @@
-"""Where a result comes from: the code's commit, the versions and the weights that computed it; and files that appear
-whole."""
+"""Where a result comes from: the code's commit, the versions, the weights and the machine that computed it; and files
+that appear whole."""
 
 import hashlib
 import importlib.metadata
@@ -111,6 +111,33 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def hardware() -> dict[str, str]:
+    """Return the models of the processor and of the GPUs that a run may use, and what drives them.
+
+    The same weights give other verdicts on another GPU model, and other last bits on another processor.
+    """
+    import torch
+
+    found = {"cpu": _cpu_model(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+        found |= {"gpu": ", ".join(sorted(names)), "cuda": str(torch.version.cuda)}
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    elif torch.backends.mps.is_available():
+        found["gpu"] = "Apple MPS"
+    return found
+
+
+def _cpu_model() -> str:
+    """Return the processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine() or "unknown"
 
 
 def git_commit() -> str | None:

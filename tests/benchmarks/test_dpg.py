@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,12 @@ def test_both_rules_stand_side_by_side():
     assert fixed["categories"] == {"entity - whole": 50, "global": 100, "other - count": 100}
     assert fixed["categories_kept"] == {"entity - whole": 50, "global": 100, "other - count": 50}
     assert fixed["interval"]["low"] <= fixed["dpg"] <= fixed["interval"]["high"]
+    assert [found[name]["unparsed"] for name in ("official-compat", "fixed", "plain")] == [2, 0, 0]
+    unsure = replace(records[2], raw_scores={"answers": {"1": "yes"}, "guessed": ["1"]})
+    guessed = summarize_records([*records[:2], unsure, records[3]])
+    assert [guessed[name]["unparsed"] for name in ("official-compat", "fixed", "plain")] == [3, 1, 1]
+    assert guessed["fixed"]["dpg"] == fixed["dpg"] == found["plain"]["dpg"]
+    assert guessed["plain"]["dpg"] == pytest.approx(fixed["dpg"] - 25)  # one of two images of one of two prompts
     other = Record("dpg", "c", 0, inputs=records[0].inputs, raw_scores=records[0].raw_scores, judge={"name": "k"})
     with pytest.raises(UserError, match="from 2 judges"):
         summarize_records([*records, other])

@@ -176,3 +176,23 @@ def test_no_known_picture_is_no_licence() -> None:
         scorer([])[0].check([])
     judge, _ = scorer([(DOG, 0.9)])
     assert judge.check([Canary("mine", PICTURE, RED_DOG, True)]) == 1
+
+
+@pytest.mark.parametrize(("share", "plain"), [(0.9, True), (0.51, True), (0.5, False), (0.2, False)])
+def test_a_color_without_a_majority_is_a_guess(share: float, plain: bool) -> None:
+    """The official verdict takes the best of ten colours, however close they are; the plain one does not."""
+    judge, _ = scorer([(DOG, 0.9), (DOG, 0.8)])
+    (found,) = judge.detections([PICTURE], [RED_DOG])
+    for each in found:
+        each["color_votes"] = {"red": share, "brown": 1 - share}
+    assert judge.judge(RED_DOG, found).correct
+    assert judge.plain(RED_DOG, found) == (plain, 0 if plain else 1)  # one dog is asked for, and one is looked at
+    single = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    assert judge.plain(single, found) == (True, 0)  # no colour is asked for
+
+
+def test_a_color_that_is_measured_is_no_guess() -> None:
+    judge = ShapesScorer()
+    for known in judge.canaries():
+        (found,) = judge.detections([known.image], [known.metadata])
+        assert judge.plain(known.metadata, found) == (known.expected, 0)

@@ -24,8 +24,10 @@ from unimm.benchmarks.shapes import (
     evaluate_generation,
     evaluate_reconstruction,
     held_out_prompts,
+    strict_scores,
 )
-from unimm.data.shapes import TAGS, WITHHELD, render, sample_prompt
+from unimm.benchmarks.wobble import wobbling_image
+from unimm.data.shapes import TAGS, WITHHELD, Scene, SceneObject, render, sample_prompt
 from unimm.data.shapes.prompts import scene_for, split_of
 from unimm.errors import UserError, run_main
 from unimm.tokenizer import ImageTokenizerProcessor
@@ -69,6 +71,7 @@ def test_reconstruction_of_a_faint_mirror_is_right() -> None:
     scores, rows = evaluate_reconstruction(Mirror(lambda pixels: pixels - 2 / 255), as_pixels, PLAN)
     assert len(rows) == PLAN.num_scenes
     assert scores["agreement"] == 1
+    assert strict_scores("reconstruction", rows) == {"agreement": 1}
     assert scores["psnr"] == pytest.approx(20 * np.log10(255 / 2), abs=0.01)
     assert 0.99 < scores["ssim"] <= 1
     assert scores["psnr_mean_color"] < 30
@@ -80,7 +83,43 @@ def test_reconstruction_that_loses_the_objects_is_wrong() -> None:
         Mirror(lambda pixels: pixels[..., :1, :1].expand_as(pixels)), as_pixels, PLAN
     )
     assert scores["agreement"] == 0
+    assert strict_scores("reconstruction", rows) == {"agreement": 0}
     assert all(row["expected"] and not row["found"] for row in rows)
+
+
+def test_ragged_reconstructions_are_right_for_the_first_detector_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edges that run in and out by 0.55 px: the objects are there, and not crisp."""
+    rng, scenes = np.random.default_rng(0), list[Scene]()
+    sample = shapes.sample_scene
+
+    def remember(*args: Any) -> Scene:
+        scenes.append(sample(*args))
+        return scenes[-1]
+
+    def ragged(pixels: Tensor) -> Tensor:
+        images = [Image.fromarray(wobbling_image(scene, rng, 0.8)[0]) for scene in scenes[-len(pixels) :]]
+        return as_pixels(images, "pt")["pixel_values"]
+
+    monkeypatch.setattr(shapes, "sample_scene", remember)
+    plan = ShapesPlan(num_scenes=40, codebook_scenes=1, batch_size=40)
+    scores, rows = evaluate_reconstruction(Mirror(ragged), as_pixels, plan)
+    strict = strict_scores("reconstruction", rows)
+    assert scores["agreement"] >= 0.75
+    assert strict["agreement"] <= 0.4
+    assert all(bool(row["refusals"]) >= (not row["strict"] and row["correct"]) for row in rows)
+    crisp = evaluate_reconstruction(Mirror(), as_pixels, plan)[1]
+    assert strict_scores("reconstruction", crisp) == {"agreement": 1}
+
+
+def test_a_drawing_that_shows_more_than_its_prompt_is_strictly_wrong() -> None:
+    prompt = next(p for p in held_out_prompts(PLAN, "colors"))
+    (rule,) = prompt.include
+    asked = SceneObject(rule["class"], rule["color"], 16, 16, 10)
+    other = SceneObject("square", "purple", 46, 46, 9)
+    for objects, strict in (((asked,), True), ((asked, other), False)):
+        row = shapes._judge(prompt, render(Scene(objects, "white")))
+        assert row["correct"]
+        assert row["strict"] == strict == (not row["refusals"])
 
 
 def test_mean_colour_reconstruction_scores_as_the_baseline() -> None:
@@ -108,7 +147,7 @@ def test_generation_of_an_oracle(monkeypatch: pytest.MonkeyPatch, draws_what_is_
 
     monkeypatch.setattr(shapes, "draw_prompts", draw)
     scores, rows = evaluate_generation(None, None, PLAN)
-    assert scores == dict.fromkeys((*TAGS, "overall", "withheld"), score)
+    assert scores == strict_scores("generation", rows) == dict.fromkeys((*TAGS, "overall", "withheld"), score)
     assert len(rows) == 7 * PLAN.prompts * PLAN.images_per_prompt
     assert all(row["reasons"] for row in rows) != draws_what_is_asked
 
@@ -208,7 +247,10 @@ def test_driver_writes_the_named_keys(model_folder: Path, tmp_path: Path, capsys
         run_main(lambda: main(["--model", str(model_folder), "--json", str(result), "--rows", str(rows), *sizes])) == 0
     )
     written = json.loads(result.read_text())
-    assert set(written) == {*PARTS, "seconds", "seed", "commit"}
+    assert set(written) == {*PARTS, "strict", "seconds", "seed", "commit"}
+    assert set(written["strict"]["generation"]) == set(written["generation"])
+    assert set(written["strict"]) == {"reconstruction", "generation"}
+    assert set(written["strict"]["reconstruction"]) == {"agreement"}
     measured = {"agreement", "psnr", "psnr_mean_color", "ssim", "codebook_use", "perplexity"}
     assert set(written["reconstruction"]) == measured
     assert set(written["chat"]) == {"existence", "color", "count", "position"}
@@ -219,6 +261,7 @@ def test_driver_writes_the_named_keys(model_folder: Path, tmp_path: Path, capsys
     assert Counter(line["part"] for line in lines) == {"reconstruction": 3, "chat": 8, "generation": 14}
     shown = capsys.readouterr().out
     assert "agreement" in shown
+    assert "  strict" in shown
     assert "withheld" in shown
 
 
@@ -226,7 +269,7 @@ def test_driver_measures_a_tokenizer_alone(tokenizer_folder: Path, capsys: pytes
     arguments = ["--model", str(tokenizer_folder), *TINY_RUN, "--json", "-"]
     assert run_main(lambda: main([*arguments, "--parts", "reconstruction"])) == 0
     written = json.loads(capsys.readouterr().out)
-    assert set(written) == {"reconstruction", "seconds", "seed", "commit"}
+    assert set(written) == {"reconstruction", "strict", "seconds", "seed", "commit"}
     assert run_main(lambda: main(arguments)) == 2
     assert "cannot answer or draw: add --parts reconstruction" in capsys.readouterr().err
 

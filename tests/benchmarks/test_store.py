@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import PartialState
 from PIL import Image
 
@@ -21,6 +22,7 @@ from unimm.benchmarks.store import Key, Manifest, Record, RunStore, content_sha2
 from unimm.errors import UserError
 from unimm.evaluation.records import read_manifest, read_records
 from unimm.provenance import model_fingerprint
+from unimm.typed import plain
 
 KEYS: list[Key] = [(f"{item:02}", sample) for item in range(6) for sample in range(4)]
 MANIFEST = Manifest(
@@ -243,6 +245,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: P
         (replace(MANIFEST, bench="other"), 'bench ("toy", now "other")'),
         (replace(MANIFEST, prompts_sha256=content_sha256(["another"])), "prompts_sha256 ("),
         (replace(MANIFEST, versions={**MANIFEST.versions, "torch": "1.0"}), "versions.torch ("),
+        (replace(MANIFEST, hardware={**MANIFEST.hardware, "gpu": "V100"}), "hardware.gpu ("),
     ],
 )
 def test_another_run_is_refused_by_what_differs(other: Manifest, named: str, tmp_path: Path) -> None:
@@ -380,3 +383,23 @@ def test_a_fingerprint_stands_for_weights_and_settings(tmp_path: Path) -> None:
     next(changed.decoder.parameters()).data.view(-1)[0] += 1e-3
     assert model_fingerprint(changed) != found
     assert changed.fingerprint == model.fingerprint  # the tokenizer's own stands for its ids alone
+
+
+def test_a_manifest_names_the_machine_and_an_old_one_does_not_name_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts of one network differ between GPU models: both stand in the manifest, and on the page of a run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA V100")
+    made = Manifest("toy", "0" * 64, 0)
+    assert made.hardware["gpu"] == "NVIDIA V100"
+    assert made.hardware["cpu"] and made.hardware["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert {"torch", "transformers", "python"} <= made.versions.keys()
+    tree = plain(made)
+    for name in ("hardware", "versions", "commit"):
+        del tree[name]
+    (tmp_path / "manifest.json").write_text(json.dumps(tree))
+    old = read_manifest(tmp_path)
+    assert (old.hardware, old.versions, old.commit) == ({}, {}, None)
+    assert any(key.startswith("hardware.gpu (null") for key in old.differences(made))

@@ -107,6 +107,32 @@ def test_a_chat_model_gives_the_probability_of_yes(folders, images):
         p = torch.softmax(logits, dim=0)
         assert found.probability == pytest.approx(float(p[yes] / (p[yes] + p[no])), abs=1e-5)
         assert found.answer == ("yes" if p[yes] >= p[no] else "no")
+        assert found.guessed == (int(p.argmax()) not in (yes, no))
+
+
+def test_a_yes_that_the_judge_would_not_have_written_is_a_guess(folders, images, monkeypatch):
+    """The same logits with the scores of yes and no raised above all others, and lowered below them."""
+    judge = load_judge(folders["chat"])
+    yes, no = judge.processor.tokenizer.convert_tokens_to_ids(["yes", "No"])
+    forward = type(judge.model).forward
+    for change, guessed in ((100.0, False), (-100.0, True)):
+
+        def shifted(self, *args, change=change, **options):
+            output = forward(self, *args, **options)
+            output.logits[..., [yes, no]] += change
+            return output
+
+        monkeypatch.setattr(type(judge.model), "forward", shifted)
+        assert [found.guessed for found in judge.answer_yes_no(images, QUESTIONS)] == [guessed] * len(images)
+
+    def broken(self, *args, **options):
+        output = forward(self, *args, **options)
+        output.logits.fill_(float("nan"))
+        return output
+
+    monkeypatch.setattr(type(judge.model), "forward", broken)
+    with pytest.raises(UserError, match="scores that are not finite"):
+        judge.answer_yes_no(images, QUESTIONS)
 
 
 def test_qwen_vl_judges_pictures_of_any_size(images, tmp_path):

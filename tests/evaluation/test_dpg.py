@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 from tests.evaluation.mutations import mutated
 from unimm.errors import UserError
 from unimm.evaluation import dpg
-from unimm.evaluation.dpg import COMPAT, FIXED, read_questions, score_picture, summarize
+from unimm.evaluation.dpg import COMPAT, FIXED, PLAIN, read_questions, score_picture, summarize
 
 RECORDED = json.loads((ROOT / "tests/fixtures/dpg_synthetic_cases.json").read_text())
 ROWS, CASES = RECORDED["csv_rows"], RECORDED["cases"]
@@ -46,7 +46,7 @@ def test_every_recorded_verdict(case):
     ("line", "changed", "broken"),
     [
         ("any(kept[parent] == 0", "any(raw[parent] == 0", 6),
-        ('lambda answer: answer == "yes", every', 'lambda answer: normalize(answer) == "yes", every', 11),
+        ("lambda answer: answer, every", "normalize, every", 11),
         ("(q.category, score.raw[q.number]", "(q.category, score.kept[q.number]", 9),
         ('Rule("official-compat", True', 'Rule("official-compat", False', 1),
         ("if any(kept[parent] == 0", "if all(kept[parent] == 0", 13),
@@ -103,6 +103,17 @@ def test_answers_that_differ_in_form_count_by_the_fixed_rule_only():
     answers = {question.number: "Yes." for question in questions}
     assert score_picture(questions, answers, FIXED).score == 1
     assert score_picture(questions, answers, COMPAT).score == 0
+    verbose = dict.fromkeys(answers, "Yes, there is one")
+    scores = [score_picture(questions, verbose, rule).score for rule in (COMPAT, FIXED, PLAIN)]
+    assert scores == [0, 0, 1]
+
+
+def test_a_no_because_nothing_was_found_is_unparsed():
+    said = ["yes", "no", "Yes.", "Yes, one", "maybe", ""]
+    parsed = {rule.name: [rule.is_parsed(answer) for answer in said] for rule in (COMPAT, FIXED, PLAIN)}
+    assert parsed["official-compat"] == [True, True, False, False, False, False]
+    assert parsed["fixed"] == [True, True, True, False, False, False]
+    assert parsed["plain"] == [True, True, True, True, False, False]
 
 
 def test_bad_question_files():

@@ -1,5 +1,7 @@
 """The table from records: means, intervals, failed rules, and no overall without all six tags."""
 
+from dataclasses import replace
+
 import pytest
 
 from unimm.evaluation.geneval import TAGS, verdict
@@ -53,8 +55,23 @@ def test_without_all_tags_there_is_no_overall() -> None:
 
 def test_table_names_every_score_in_the_order_of_the_tags() -> None:
     lines = table(summarize_records(full((True, False)))).splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == [*TAGS, "overall", "correct_images", "correct_prompts"]
+    assert [line.split()[0] for line in lines[:-2]] == [*TAGS, "overall", "correct_images", "correct_prompts"]
     assert lines[-1].strip() == "12 pictures of 12 prompts; failed: too many 1"
+
+
+def test_guessed_colors_are_counted_and_left_out_of_the_plain_scores() -> None:
+    rows = full((True, True, True, True))
+    rows = [replace(row, raw_scores={"plain": row.verdict, "unparsed": 0}) for row in rows]
+    rows[-1] = replace(rows[-1], raw_scores={"plain": False, "unparsed": 2})
+    found = summarize_records(rows)
+    assert (found["scores"]["counting"], found["plain"]["counting"]) == (1.0, 0.75)
+    assert found["plain"]["overall"] == pytest.approx(5.75 / 6)
+    assert found["unparsed"] == 2
+    shown = table(found)
+    assert shown.splitlines()[0].split() == ["plain"]
+    assert "2 colors or answers had to be guessed or could not be read" in shown
+    assert [line.split()[-1] for line in shown.splitlines() if line.split()[0] == "counting"] == ["0.750"]
+    assert "plain" not in summarize_records(full((True, True)))  # a judge that answers questions guesses nothing
 
 
 def test_every_reason_of_the_rules_has_its_kind() -> None:

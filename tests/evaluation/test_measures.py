@@ -1,6 +1,7 @@
 """Scores and differences from records, against the bootstrap called by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,16 @@ def test_scores_are_clustered_by_item_within_tags() -> None:
     assert verdicts.by_tag["counting"] == bootstrap_mean(values[:20], items[:20])
     assert verdicts.judge == "detector, 2, precision float32, sha256 abababababab"
     assert (psnr.part, psnr.name, psnr.interval.value, psnr.judge) == ("copies", "psnr", 24.0, "")
+
+
+@pytest.mark.parametrize("name", ["plain", "strict"])
+def test_a_second_reading_is_averaged_as_the_verdict_is(name: str) -> None:
+    """Within the tags and then over them, whether it is kept as a truth value or as a number."""
+    coin = by_coin(0)
+    rows = [replace(row, raw_scores={name: row.verdict if n % 2 else float(row.verdict or 0)}) for n, row in
+            enumerate(drawn(coin)[:60])]  # fmt: skip
+    verdicts, second = measures(rows)
+    assert (second.name, second.interval, second.by_tag) == (name, verdicts.interval, verdicts.by_tag)
 
 
 def test_a_cluster_may_be_wider_than_an_item() -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.conftest import ROOT
-from unimm.evaluation.textvqa import process, soft_accuracy
+from unimm.evaluation.textvqa import plain_accuracy, process, soft_accuracy
 
 CASES = json.loads((ROOT / "tests/fixtures/answer_parsing_cases.json").read_text())["textvqa"]
 
@@ -39,3 +39,13 @@ def test_processing(answer, processed):
 def test_no_annotators_are_an_error():
     with pytest.raises(ValueError, match="there are none"):
         soft_accuracy("a", [])
+
+
+def test_the_plain_accuracy_has_no_quirks_and_nothing_for_an_empty_answer():
+    assert soft_accuracy("the", ["a"] * 10) == 1.0  # nothing is left of either
+    assert plain_accuracy("the", ["a"] * 10) == 0.0
+    assert plain_accuracy("", ["?"] * 10) == 0.0
+    assert soft_accuracy("none", ["0"] * 10) == 1.0
+    assert plain_accuracy("none", ["0"] * 10) == 0.0
+    assert plain_accuracy("Two!", ["2"] * 10) == plain_accuracy("stop sign", ["the stop sign"] * 10) == 1.0
+    assert plain_accuracy("b", ["b", "b", *["c"] * 8]) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)

@@ -15,6 +15,7 @@ from unimm.evaluation.yes_no import (
     plain_reading,
     pope_scores,
     strict_reading,
+    unparsed,
 )
 
 CASES = json.loads((ROOT / "tests/fixtures/answer_parsing_cases.json").read_text())["yes_no"]
@@ -63,6 +64,35 @@ def test_binary_scores_by_hand() -> None:
         "unparsed": 2,
     }
     assert binary_scores(asked, forgiving=True)["recall"] == 2 / 3
+
+
+@pytest.mark.parametrize("answer", ["", "red", "who knows", "yesterday", "NO", "n", "no\n"])
+def test_a_yes_that_nobody_wrote_is_unparsed_for_the_official_reading(answer: str) -> None:
+    """POPE's script takes each of them for a yes, because it finds no "no"; the figures stay its own."""
+    scores = pope_scores(rows(answer, "yes", expected="yes", category="random"))
+    assert official_reading(answer) == "yes"
+    official, plain = scores["official"]["pooled"], scores["plain"]["pooled"]
+    assert (official["accuracy"], official["unparsed"]) == (1.0, 1)
+    assert plain["accuracy"] == 0.5
+    assert plain["unparsed"] == (answer not in ("NO", "no\n"))
+
+
+def test_a_no_out_of_other_words_is_unparsed_for_mme() -> None:
+    answers = {
+        "Noise": True,
+        "Not sure": True,
+        "no.": False,
+        "y": False,
+        "No, none": False,
+        "who knows": True,
+        "o": True,
+    }
+    for answer, lost in answers.items():
+        assert unparsed(answer, mme_reading) == lost, answer
+    pair = rows("Noise", "Not sure", expected="no", category="existence", question_id="1")
+    found = mme_scores(pair)
+    assert (found["perception"], found["unparsed"]) == (200.0, 2)
+    assert (found["plain"]["perception"], found["plain"]["unparsed"]) == (0.0, 2)
 
 
 def test_nothing_but_no_scores_zero_and_does_not_divide_by_it() -> None:

@@ -10,6 +10,7 @@ from tests.integrations.needs import require_lmms_eval, run
 
 require_lmms_eval()
 
+import ast
 import json
 import shutil
 import zlib
@@ -227,6 +228,52 @@ def test_the_script_says_enough_for_rules_to_differ(by_script: Found, place: Pat
     assert [name for name in HUB_TASKS if not 0 < scores[name]["verdict"]["value"] < 1] == []
     assert 0 < scores["mmbench"]["circular"] < 100 and scores["mmbench"]["unparsed"] > 0
     assert 0 < scores["mme"]["perception"] < 600 and 0 < scores["mme"]["cognition"] < 200
+
+
+def written(text: str) -> str:
+    """The letter that LETTERS hold by themselves."""
+    return {"(C)": "C", "The answer is A": "A", "C. ring": "C", "A.": "A", "b": "B"}.get(text, text)
+
+
+def options_of(name: str, row: dict[str, Any]) -> dict[str, str]:
+    if name in ("mmmu", "ai2d"):
+        texts = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+    else:
+        texts = [row[letter if name == "mmbench" else f"choice_{letter.lower()}"] for letter in "ABCD"]
+    return dict(zip("ABCDEFGH", map(str, texts), strict=False))
+
+
+def test_plain_readings_and_unparsed_answers_are_the_counts_by_hand(by_script: Found, place: Path) -> None:
+    scores = {name: result["scores"] for name, result in by_script.items()}
+    for name in ("seed", "mmbench", "ai2d", "mmmu"):
+        right, lost = list[bool](), 0
+        for text, row in answers(place / "script", name):
+            if name == "mmmu" and row["question_type"] == "open":
+                right.append(text.lower() == row["answer"])
+                lost += not text
+                continue
+            options = options_of(name, row)
+            by_text = [letter for letter, option in options.items() if option.lower() == text.lower()]
+            read = by_text[0] if len(by_text) == 1 else written(text)
+            gold = "ABCD"[int(row["answer"])] if name == "ai2d" else row["answer"]
+            right.append(read == gold)
+            lost += read not in options
+        plain = scores[name]["plain"]
+        figure = {"seed": "all", "mmbench": "per_row"}.get(name, "accuracy")
+        assert plain[figure] == pytest.approx(mean(right) * (100 if name == "mmbench" else 1)), name
+        assert plain["unparsed"] == lost, name
+        assert scores[name]["plain_verdict"]["value"] == pytest.approx(mean(right)), name
+    said = [text for text, _ in answers(place / "script", "pope")]
+    guessed = [text for text in said if text in ("red", "two", "", "NO")]
+    assert scores["pope"]["official"]["pooled"]["unparsed"] == scores["pope"]["unparsed"] == len(guessed) > 0
+    said = [text for text, _ in answers(place / "script", "mme")]
+    assert scores["mme"]["unparsed"] == sum(text in ("red", "two", "", "not so") for text in said) > 0
+    for name in ("gqa", "textvqa", "textvqa_ocr"):
+        said = [text for text, _ in answers(place / "script", name)]
+        assert scores[name]["unparsed"] == scores[name]["plain"]["unparsed"] == said.count("")
+    for name in HUB_TASKS:
+        records = read_records(place / "script" / name)
+        assert sum(record.raw_scores["unparsed"] for record in records) == scores[name]["unparsed"], name
 
 
 def test_prompts_are_the_benchmarks_own(by_script: Found, place: Path) -> None:

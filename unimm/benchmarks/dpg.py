@@ -2,7 +2,7 @@
 
 Special here: a picture depends on its prompt, its number and the run's seed only, and a prompt's pictures are always
 drawn together; so interruptions and processes leave no trace. A record holds the question rows and the answers as
-written: both rules of `unimm.evaluation.dpg` are pure functions of the records. The figures of one run come from one
+written: all rules of `unimm.evaluation.dpg` are pure functions of the records. The figures of one run come from one
 judge.
 """
 
@@ -25,7 +25,7 @@ from unimm.benchmarks.vqa import Judge
 from unimm.data.images import load_image, save_image_atomically
 from unimm.errors import UserError
 from unimm.evaluation.bootstrap import bootstrap_mean
-from unimm.evaluation.dpg import COLUMNS, COMPAT, FIXED, Rule, read_questions, summarize
+from unimm.evaluation.dpg import COLUMNS, COMPAT, FIXED, PLAIN, Rule, read_questions, summarize
 
 BENCH = "dpg"
 OFFICIAL_CSV = "98457fc9901943f51ff9a30367250fc292533bed"  # git's name of the published dpg_bench.csv
@@ -206,7 +206,8 @@ def judge_pictures(store: RunStore, pictures: Pictures, prompts: Prompts, judge:
 
 
 def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
-    """`official-compat` and `fixed`, each with `dpg`, its interval (prompts resampled), categories and what was lost.
+    """Return `official-compat`, `fixed` and `plain`, each with `dpg`, its interval (prompts resampled), categories,
+    what was lost, and how many answers were `unparsed`: neither yes nor no to the rule, or a guess of the judge.
 
     Raises:
         UserError: the records come from more than one judge.
@@ -218,29 +219,23 @@ def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
         return counted
     rows = {row["row"]: row for record in records for row in record.inputs["rows"]}
     ordered = [rows[index] for index in sorted(rows)]
-    answers: dict[str, list[dict[int, str]]] = {}
-    for record in sorted(records, key=lambda record: record.key):
-        given = {int(number): answer for number, answer in record.raw_scores["answers"].items()}
-        answers.setdefault(record.item, []).append(given)
-    return (
-        counted
-        | {"judge": records[0].judge}
-        | {rule.name: _figures(ordered, answers, rule) for rule in (COMPAT, FIXED)}
-    )
+    figures = {rule.name: _figures(ordered, records, rule) for rule in (COMPAT, FIXED, PLAIN)}
+    return counted | {"judge": records[0].judge} | figures
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """The summary for a person: both rules side by side, the judge above them."""
     if FIXED.name not in summary:
         return f"{summary['pictures']} pictures of {summary['prompts']} prompts"
-    compat, fixed, judge = summary[COMPAT.name], summary[FIXED.name], summary["judge"]
+    rules, judge = [summary[rule.name] for rule in (COMPAT, FIXED, PLAIN)], summary["judge"]
     lines = [f"judge {judge['name']} ({judge['kind']}, {judge['version']}, sha256 {judge['sha256'][:12]})"]
-    lines += [f"{'':<28}{COMPAT.name:>16}{FIXED.name:>16}"]
-    lines += [f"{'DPG':<28}{_two_digits(compat['dpg'])}{_two_digits(fixed['dpg'])}"]
-    lines += [f"{'prompts':<28}{compat['prompts']:>16}{fixed['prompts']:>16}"]
+    lines += [f"{'':<28}" + "".join(f"{rule.name:>16}" for rule in (COMPAT, FIXED, PLAIN))]
+    lines += [f"{'DPG':<28}" + "".join(_two_digits(each["dpg"]) for each in rules)]
+    for count in ("prompts", "unparsed"):
+        lines += [f"{count:<28}" + "".join(f"{each[count]:>16}" for each in rules)]
     for level in ("level1", "categories"):
-        for name, value in fixed[level].items():
-            lines += [f"{name:<28}{_two_digits(compat[level].get(name))}{_two_digits(value)}"]
+        for name in summary[FIXED.name][level]:
+            lines += [f"{name:<28}" + "".join(_two_digits(each[level].get(name)) for each in rules)]
     return "\n".join(lines)
 
 
@@ -269,10 +264,25 @@ def _ask(judge: Judge, image: Image.Image, rows: Rows) -> dict[str, Any]:
     scores: dict[str, Any] = {"answers": {n: each.answer for n, each in zip(numbers, asked, strict=True)}}
     if asked and asked[0].probability is not None:
         scores["probabilities"] = {n: each.probability for n, each in zip(numbers, asked, strict=True)}
+    if guessed := [n for n, each in zip(numbers, asked, strict=True) if each.guessed]:
+        scores["guessed"] = guessed
     return scores
 
 
-def _figures(rows: Rows, answers: Mapping[str, Sequence[Mapping[int, str]]], rule: Rule) -> dict[str, Any]:
+def _answers(records: Sequence[Record], rule: Rule) -> tuple[dict[str, list[dict[int, str]]], int]:
+    """Return the answers about every image of a prompt, and how many of them are unparsed. What the judge had to guess
+    stays for the rules that take it, and is no answer to the plain one."""
+    answers, unparsed = dict[str, list[dict[int, str]]](), 0
+    for record in sorted(records, key=lambda record: record.key):
+        given, guessed = record.raw_scores["answers"], record.raw_scores.get("guessed", [])
+        unparsed += sum(number in guessed or not rule.is_parsed(answer) for number, answer in given.items())
+        kept = {int(n): "" if rule is PLAIN and n in guessed else answer for n, answer in given.items()}
+        answers.setdefault(record.item, []).append(kept)
+    return answers, unparsed
+
+
+def _figures(rows: Rows, records: Sequence[Record], rule: Rule) -> dict[str, Any]:
+    answers, unparsed = _answers(records, rule)
     # Not every prompt need be there; the script's fault concerns the first row of the file.
     questions = read_questions(rows, rule, first_row=rows[0]["row"])
     lost = [item for item in answers if item not in questions]  # its only question stood in the first row
@@ -282,4 +292,4 @@ def _figures(rows: Rows, answers: Mapping[str, Sequence[Mapping[int, str]]], rul
     if scores:
         interval = bootstrap_mean([100 * score for score in scores.values()], list(scores))
         figures["interval"] = {"low": interval.low, "high": interval.high}
-    return figures | {"dropped": figures["dropped"] + lost}
+    return figures | {"dropped": figures["dropped"] + lost, "unparsed": unparsed}

@@ -129,7 +129,8 @@ def score_pictures(store: RunStore, pictures: Pictures, scorer: Scorer, batch_si
         for (item, sample), path, prompt, detections in zip(block, paths, prompts, found, strict=True):
             if (item, sample) in store.done:
                 continue
-            judged = scorer.judge(prompt, detections)
+            judged, plain = scorer.judge(prompt, detections), scorer.plain(prompt, detections)
+            scores = {"detections": detections, "counts": judged.counts}
             record = Record(
                 BENCH,
                 item,
@@ -137,7 +138,7 @@ def score_pictures(store: RunStore, pictures: Pictures, scorer: Scorer, batch_si
                 seed=pictures.seed((item, sample)),
                 inputs=dict(prompt),
                 output_path=str(path),
-                raw_scores={"detections": detections, "counts": judged.counts},
+                raw_scores=scores | {"plain": plain.correct, "unparsed": plain.guessed},
                 verdict=judged.correct,
                 reason="\n".join(judged.reasons),
                 judge=judge,

@@ -63,7 +63,7 @@ def question_pictures(
                 sample,
                 inputs=dict(prompts[item]),
                 output_path=str(pictures[item, sample]),
-                raw_scores={"answers": rows, "score": answered.score},
+                raw_scores={"answers": rows, "score": answered.score, "unparsed": answered.read.count(None)},
                 verdict=answered.correct,
                 reason="\n".join(answered.reasons),
                 judge=described,

@@ -27,6 +27,7 @@ Detection = dict[str, Any]
 
 PLAIN_COLORS = {"red": (230, 20, 20), "green": (20, 160, 40), "blue": (25, 50, 220)}
 CANARY_SIZE = 224
+MAJORITY = 0.5  # the share of the vote above which a color is no guess
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ class Canary(NamedTuple):
     expected: bool
 
 
+class PlainVerdict(NamedTuple):
+    """Whether an image shows its prompt without guessed colors, and how many objects' colors had to be guessed."""
+
+    correct: bool
+    guessed: int
+
+
+def color_is_known(detection: Mapping[str, Any]) -> bool:
+    """Return whether the color of a detection has more than half of the vote, where there was one."""
+    votes = detection.get("color_votes")
+    return not votes or votes.get(detection.get("color"), 0.0) > MAJORITY
+
+
 class Scorer:
     """Detections of pictures, and the rules' verdicts on them."""
 
@@ -82,6 +96,15 @@ class Scorer:
 
     def judge(self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> Verdict:
         return verdict(metadata, detections, class_names=self.class_names, **asdict(self.thresholds))
+
+    def plain(self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> PlainVerdict:
+        """Judge without colors that had to be guessed: the official rule takes the best of ten, however close they are;
+        here a color is known if it has more than half of the vote."""
+        known = [each if color_is_known(each) else {**each, "color": None} for each in detections]
+        found = self.objects(metadata, known)
+        colored = [rule for rule in metadata["include"] if rule.get("color")]
+        judged = [each for rule in colored for each in found.get(rule["class"], [])[: rule["count"]]]
+        return PlainVerdict(self.judge(metadata, known).correct, sum(each.color is None for each in judged))
 
     def objects(
         self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]

@@ -3,7 +3,8 @@
 Special here: nothing is judged by a model. The world's analytic detector reads pictures back into objects;
 reconstructions are compared with their originals by what it reads, drawings with their prompts by GenEval's rules
 (https://arxiv.org/abs/2310.11513), and questions have one right answer. The detector's score is a geometric overlap,
-not a confidence: whatever it accepts counts for the rules, in counting prompts too.
+not a confidence: whatever it accepts counts for the rules, in counting prompts too. A strict detector reads the same
+images beside it (`strict_scores`): crisp shapes, nothing else on the canvas.
 """
 
 import hashlib
@@ -20,8 +21,9 @@ from tqdm import tqdm
 
 from unimm.benchmarks.drawing import draw_prompts
 from unimm.benchmarks.reconstruction import HIGHEST_PSNR
-from unimm.data.shapes import SHAPES, TAGS, Prompt, render, sample_prompt, sample_questions, sample_scene
+from unimm.data.shapes import SHAPES, TAGS, Prompt, Scene, render, sample_prompt, sample_questions, sample_scene
 from unimm.data.shapes.detector import detect
+from unimm.data.shapes.strict import read_strictly
 from unimm.errors import UserError
 from unimm.evaluation.answers import same_answer
 from unimm.evaluation.codebook import CodebookUsage
@@ -114,7 +116,8 @@ def reconstructions(
         shown: list[Shown] = [(_row(key, ids=codes), {}) for (key, _), codes in zip(batch, ids.tolist(), strict=True)]
         if compared := sum(key in both_sides for key, _ in batch):
             originals = tokenizer.denormalize(pixel_values[:compared].float())
-            pairs = _compare(originals, tokenizer.decode(ids[:compared]), tokenizer.config.grid)
+            scenes_compared = [scene for _, scene in batch[:compared]]
+            pairs = _compare(originals, tokenizer.decode(ids[:compared]), tokenizer.config.grid, scenes_compared)
             shown[:compared] = [(row | found, pair) for (row, _), (found, pair) in zip(shown, pairs, strict=False)]
         yield shown
 
@@ -201,6 +204,14 @@ def generation_scores(rows: Iterable[Row]) -> dict[str, float]:
     return {name: by_tag[name] for name in (*TAGS, "overall")} | {WITHHELD: withheld}
 
 
+def strict_scores(part: str, rows: Iterable[Row]) -> dict[str, float]:
+    """Return the figures that the detectors judge, by the strict one: agreement, or those of `generation_scores`."""
+    rows = [row | {"correct": row["strict"]} for row in rows if "strict" in row]
+    if part == "reconstruction":
+        return {"agreement": _mean(row["correct"] for row in rows)}
+    return generation_scores(rows) if part == "generation" else {}
+
+
 def held_out_prompts(plan: ShapesPlan, tag: str | None) -> list[Prompt]:
     """Held-out prompts, distinct as long as the tag has new ones; `tag` None: those that name a withheld pair."""
     rng = plan.rng("prompts", tag or WITHHELD)
@@ -228,8 +239,10 @@ def _row(key: Key, **fields: Any) -> Row:
     return {"item": item, "sample": sample, **fields}
 
 
-def _compare(originals: torch.Tensor, pixels: torch.Tensor, grid: tuple[int, int]) -> Iterator[Shown]:
-    """One row per pair of pictures [B, 3, H, W]; both are rounded to 8 bits, as files would be."""
+def _compare(
+    originals: torch.Tensor, pixels: torch.Tensor, grid: tuple[int, int], scenes: Sequence[Scene]
+) -> Iterator[Shown]:
+    """Yield one row per pair of images [B, 3, H, W] of a scene; both are rounded to 8 bits, as files would be."""
     originals, pixels = to_uint8(originals), to_uint8(pixels)
     reference, decoded = originals.float() / 255, pixels.float() / 255
     painted = to_uint8(mean_color_per_patch(reference, reference.shape[-2] // grid[0])).float() / 255
@@ -238,9 +251,13 @@ def _compare(originals: torch.Tensor, pixels: torch.Tensor, grid: tuple[int, int
         "psnr_mean_color": psnr(painted, reference),
         "ssim": ssim(decoded, reference),
     }
-    for index, (before, after) in enumerate(zip(_arrays(originals), _arrays(pixels), strict=True)):
+    triples = zip(_arrays(originals), _arrays(pixels), scenes, strict=True)
+    for index, (before, after, scene) in enumerate(triples):
         expected, found = read_objects(before), read_objects(after)
         row: Row = {"correct": found == expected, "expected": _names(expected), "found": _names(found)}
+        strictly = read_strictly(after)
+        there = Counter((item.color, item.shape) for item in scene.objects)
+        row |= {"strict": strictly.shows(there), "refusals": list(strictly.refusals)}
         pair = {"original": Image.fromarray(before), "drawn": Image.fromarray(after)}
         yield row | {name: float(values[index]) for name, values in metrics.items()}, pair
 
@@ -259,7 +276,18 @@ def _judge(prompt: Prompt, image: Image.Image) -> Row:
     judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
     found = _names(Counter((item["color"], item["label"]) for item in detections))
     row = {"tag": prompt.tag, "prompt": prompt.prompt, "correct": judged.correct}
-    return row | {"reasons": judged.reasons, "found": found, "detections": plain(detections)}
+    row |= {"reasons": judged.reasons, "found": found, "detections": plain(detections)}
+    refusals = _refusals(prompt, image)
+    return row | {"strict": not refusals, "refusals": refusals}
+
+
+def _refusals(prompt: Prompt, image: Image.Image) -> list[str]:
+    """Return why an image does not show its prompt and nothing else, strictly read."""
+    read, asked = read_strictly(image), sum(rule["count"] for rule in prompt.include)
+    detections = [item.as_rule_input() for item in read.objects]
+    judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
+    surplus = [f"{len(detections)} objects, {asked} were asked for"] if len(detections) > asked else []
+    return [*read.refusals, *judged.reasons, *surplus]
 
 
 def _arrays(pictures: torch.Tensor) -> np.ndarray:

@@ -19,6 +19,12 @@ class Subject:
     model: Any = None
     processor: Any = None
 
+    @property
+    def runs_on(self) -> dict[str, str]:
+        """Return the kind of device and the dtype, for a manifest."""
+        running = self.tokenizer if self.model is None else self.model
+        return {"device": running.device.type, "dtype": str(running.dtype)}
+
 
 def load_subject(path: str | Path | None = None, device: str | None = None) -> Subject:
     """Load a unified model (None: the default of the library) or the folder of an image tokenizer, ready to use.

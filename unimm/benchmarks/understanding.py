@@ -73,6 +73,7 @@ class _Books:
 
         self.folder, self.plan, self.arguments = folder, plan, dict(arguments)
         self.weights, self.dtype = model_fingerprint(model), str(model.dtype).removeprefix("torch.")
+        self.device = model.device.type
         self.names = {task_name(name): name for name in plan.tasks}
         self.benchmarks = BENCHMARKS
         self.stores: dict[str, RunStore] = {}
@@ -94,8 +95,10 @@ class _Books:
     def keep(self, task: str, doc_id: int, document: Mapping[str, Any], prompt: str, answer: Answer) -> None:
         name = self.names[task]
         row = self.benchmarks[name].row(document, answer.text)
-        verdict = RULES[name].verdict(row | {"item": doc_id})
+        rule = RULES[name]
+        verdict, plain, lost = rule.verdict(row), float(rule.plain(row)), float(rule.unparsed(row))
         said = {"answer": row.pop("answer"), "prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens}
+        said |= {"plain": plain, "unparsed": lost}
         self.stores[task].append(
             Record(name, f"{doc_id:06d}", inputs={"prompt": prompt, **row}, raw_scores=said, verdict=verdict)
         )
@@ -125,6 +128,7 @@ class _Books:
                 "limit": plan.limit,
                 "default_max_new_tokens": plan.default_max_new_tokens,
                 "dtype": self.dtype,
+                "device": self.device,
             },
             weights={"model": self.weights},
             versions=package_versions() | {"lmms-eval": importlib.metadata.version("lmms-eval")},
@@ -133,12 +137,18 @@ class _Books:
 
 
 def summary_of(name: str, records: Sequence[Record]) -> dict[str, Any]:
-    """The scores of a task; the interval of the mean verdict of an answer, `verdict`; how many answers, how long."""
-    rows = [{"item": record.item, **record.inputs, **record.raw_scores} for record in records]
+    """Return the scores of a task; the intervals of the mean verdict of an answer by the benchmark's own reading,
+    `verdict`, and by the plain one, `plain_verdict`; how many answers could not be read without guessing, how many
+    there are, and how long they are."""
+    rows = [{**record.raw_scores, "item": record.item, **record.inputs} for record in records]
     rule = RULES[name]
-    interval = bootstrap_mean([float(rule.verdict(row)) for row in rows], [rule.cluster(row) for row in rows])
-    length = sum(row["new_tokens"] for row in rows) / len(rows)
-    return {**rule.scores(rows), "verdict": interval._asdict(), "answers": len(rows), "mean_new_tokens": length}
+    clusters = [rule.cluster(row) for row in rows]
+    intervals = {
+        key: bootstrap_mean([float(worth(row)) for row in rows], clusters)._asdict()
+        for key, worth in (("verdict", rule.verdict), ("plain_verdict", rule.plain))
+    }
+    length, lost = sum(row["new_tokens"] for row in rows) / len(rows), sum(rule.unparsed(row) for row in rows)
+    return {"unparsed": lost, **rule.scores(rows), **intervals, "answers": len(rows), "mean_new_tokens": length}
 
 
 def evaluate_understanding(

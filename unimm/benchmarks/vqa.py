@@ -37,10 +37,12 @@ T = TypeVar("T")
 
 
 class YesNo(NamedTuple):
-    """An answer to a yes-or-no question, as written, and P(yes) / (P(yes) + P(no)) where the judge has one."""
+    """An answer to a yes-or-no question, as written, and P(yes) / (P(yes) + P(no)) where the judge has one; `guessed`
+    says that the judge had to choose between the two though it would have said something else."""
 
     answer: str
     probability: float | None = None
+    guessed: bool = False
 
 
 class Judge:
@@ -164,7 +166,17 @@ class ChatJudge(Judge):
         def run(inputs: dict[str, Tensor]) -> list[YesNo]:
             scores = self.model(**inputs).logits[:, -1].double().log_softmax(dim=-1)
             yes, no = (scores[:, spellings[word]].logsumexp(dim=-1) for word in ("yes", "no"))
-            return [YesNo("yes" if p >= 0.5 else "no", p) for p in torch.sigmoid(yes - no).tolist()]
+            shares = torch.sigmoid(yes - no)
+            if not torch.isfinite(shares).all():
+                raise UserError(
+                    f"{self.name} gives scores that are not finite in {self.model.dtype}: no yes and no no."
+                )
+            likeliest = scores.argmax(dim=-1).tolist()
+            written = {token for tokens in spellings.values() for token in tokens}
+            return [
+                YesNo("yes" if share >= 0.5 else "no", share, token not in written)
+                for share, token in zip(shares.tolist(), likeliest, strict=True)
+            ]
 
         return self._batched(images, questions, run, YES_OR_NO)
 

@@ -4,10 +4,12 @@ Pure scoring: no model, no files. A picture's score is the share of its question
 question counts as no when one of those that it depends on does; a prompt's score is the mean over its pictures, DPG is
 100 times the mean over prompts.
 
-Special here: two rules stand side by side. `COMPAT` is the published script with its faults, which the published
+Three rules stand side by side. `COMPAT` is the published script with its faults, which the published
 figures contain: the first row of the question file is skipped, a prompt whose question depends on a lost one is dropped
 without a word, an answer counts only as the exact string "yes", and the categories come from the last picture of a
-prompt, before zeroing. `FIXED` takes all rows, pictures and spellings; its zeroing is the same.
+prompt, before zeroing. `FIXED` takes all rows, pictures and spellings; its zeroing is the same. `PLAIN` is that with
+the first yes or no of an answer, whatever else it says. An answer that is neither yes nor no to a rule counts as a no,
+as the script has it, and is counted as `unparsed`.
 """
 
 from collections import defaultdict
@@ -19,6 +21,7 @@ import numpy as np
 
 from unimm.errors import UserError
 from unimm.evaluation.answers import normalize
+from unimm.evaluation.yes_no import plain_reading
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 NO_PARENT = 0
@@ -52,17 +55,25 @@ class PictureScore(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """One way of counting; see the module."""
+    """One way of counting; see the module. `read` gives "yes", "no" or anything else of an answer."""
 
     name: str
     skip_first_row: bool
-    is_yes: Callable[[str], bool]
+    read: Callable[[str], str]
     every_picture: bool
     drops_errors: bool
 
+    def is_yes(self, answer: str) -> bool:
+        return self.read(answer) == "yes"
 
-COMPAT = Rule("official-compat", True, lambda answer: answer == "yes", every_picture=False, drops_errors=True)
-FIXED = Rule("fixed", False, lambda answer: normalize(answer) == "yes", every_picture=True, drops_errors=False)
+    def is_parsed(self, answer: str) -> bool:
+        """Return whether the answer is a yes or a no, and not a no because nothing was found."""
+        return self.read(answer) in ("yes", "no")
+
+
+COMPAT = Rule("official-compat", True, lambda answer: answer, every_picture=False, drops_errors=True)
+FIXED = Rule("fixed", False, normalize, every_picture=True, drops_errors=False)
+PLAIN = Rule("plain", False, plain_reading, every_picture=True, drops_errors=False)
 
 
 def read_questions(

@@ -1,6 +1,6 @@
 """GenEval's table from the records of a run: six tags, their mean, intervals by prompt, and why pictures failed.
 
-Special here: nothing but the records is read, so the table can be made again, later and without a model. `overall` is
+Nothing but the records is read, so the table can be made again, later and without a model. `overall` is
 the unweighted mean of the six tags and is given only where all six have pictures; beside it stands the mean over
 pictures. Four pictures of one prompt are no four independent ones: intervals resample prompts, within their tags.
 """
@@ -44,15 +44,20 @@ def failed_rules(reason: str) -> list[str]:
 
 def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
     """The table: `scores` {tags, overall, correct_images, correct_prompts}, `intervals` [low, high] of the same names,
-    `failed` (how often each kind of rule did), `images`, `prompts` and `missing_tags`."""
+    `failed` (how often each kind of rule did), `images`, `prompts`, `missing_tags`; `unparsed`, how many colors or
+    answers had to be guessed or could not be read, and, where a detector judged, `plain`, the scores without them."""
     rows = [{"tag": record.inputs["tag"], "prompt": record.item, "correct": record.verdict} for record in records]
+    readings = [record.raw_scores.get("plain") for record in records]
+    plain = [row | {"correct": reading} for row, reading in zip(rows, readings, strict=True) if reading is not None]
     tags = [tag for tag in TAGS if any(row["tag"] == tag for row in rows)]
     missing = [tag for tag in TAGS if tag not in tags]
     # Without all tags there is no overall: the mean of fewer is another number under the same name.
-    scores = summary(rows) if not missing else {tag: _mean(rows, tag) for tag in tags}
+    scores = _scores(rows, tags)
     kinds = Counter(kind for record in records for kind in failed_rules(record.reason))
     return {
         "scores": scores,
+        **({"plain": _scores(plain, tags)} if len(plain) == len(rows) else {}),
+        "unparsed": sum(int(record.raw_scores.get("unparsed", 0)) for record in records),
         "intervals": _intervals(rows, tags, with_overall=not missing),
         "failed": dict(sorted(kinds.items())),
         "images": len(rows),
@@ -63,18 +68,24 @@ def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
 
 def table(summarized: dict[str, Any]) -> str:
     """For a person: one line per score, with its interval."""
-    lines = []
-    scores = summarized["scores"]
+    scores, plain = summarized["scores"], summarized.get("plain", {})
+    lines = [f"  {'':<16} {'':>7}  {'':<14}  {'plain':>7}"] if plain else []
     for name in [name for name in (*TAGS, "overall", "correct_images", "correct_prompts") if name in scores]:
         low, high = summarized["intervals"].get(name) or (None, None)
-        spread = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
-        lines.append(f"  {name:<16} {scores[name]:7.3f}{spread}")
+        spread = "" if low is None else f"[{low:.3f}, {high:.3f}]"
+        beside = f"  {plain[name]:7.3f}" if name in plain else ""
+        lines.append(f"  {name:<16} {scores[name]:7.3f}  {spread:<14}{beside}".rstrip())
+    lines.append(f"  {summarized['unparsed']} colors or answers had to be guessed or could not be read")
     if summarized["missing_tags"]:
         lines.append(f"  no overall: no picture of {', '.join(summarized['missing_tags'])}")
     failed = ", ".join(f"{name} {count}" for name, count in summarized["failed"].items())
     return "\n".join(
         [*lines, f"  {summarized['images']} pictures of {summarized['prompts']} prompts; failed: {failed or 'none'}"]
     )
+
+
+def _scores(rows: Sequence[dict[str, Any]], tags: Sequence[str]) -> dict[str, float]:
+    return summary(rows) if len(tags) == len(TAGS) else {tag: _mean(rows, tag) for tag in tags}
 
 
 def _mean(rows: Sequence[dict[str, Any]], tag: str) -> float:

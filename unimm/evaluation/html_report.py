@@ -23,6 +23,7 @@ from unimm.errors import UserError
 from unimm.evaluation.bootstrap import LEVEL, RESAMPLES, Difference, Interval
 from unimm.evaluation.geneval import failed_rule
 from unimm.evaluation.measures import (
+    SHARES,
     VERDICT,
     Measure,
     compare,
@@ -140,14 +141,14 @@ def words(name: str) -> str:
 
 def figure(value: float, name: str = "") -> str:
     """A number as a person reads it: verdicts in percent, others with three to four digits."""
-    if name == VERDICT:
+    if name in SHARES:
         return f"{100 * value:.1f} %"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
 def signed(value: float, name: str = "") -> str:
     """A difference; one of shares in percentage points."""
-    return f"{100 * value:+.1f} points" if name == VERDICT else f"{value:+.3f}"
+    return f"{100 * value:+.1f} points" if name in SHARES else f"{value:+.3f}"
 
 
 def span(found: Interval | Difference, name: str = "") -> str:

@@ -14,6 +14,8 @@ from unimm.evaluation.bootstrap import Difference, Interval, bootstrap_mean, pai
 from unimm.evaluation.records import Record
 
 VERDICT = "correct"
+SHARES = (VERDICT, "plain", "strict")
+"""Verdicts and the readings beside them, which are averaged alike: within tags, then over them."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,19 @@ def _by_part(records: Iterable[Record]) -> dict[str, list[Record]]:
 def _scores_of(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """The names of what can be averaged, each with the records that have it."""
     names = dict.fromkeys(
-        name for record in records for name, value in record.raw_scores.items() if _is_number(value) and name != VERDICT
+        name
+        for record in records
+        for name, value in record.raw_scores.items()
+        if _is_number(name, value) and name != VERDICT
     )
     judged = [record for record in records if record.verdict is not None]
     found = [(VERDICT, judged)] if judged else []
-    return found + [(name, [r for r in records if _is_number(r.raw_scores.get(name))]) for name in names]
+    return found + [(name, [r for r in records if _is_number(name, r.raw_scores.get(name))]) for name in names]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(name: str, value: Any) -> bool:
+    """Whether the value can be averaged: a number, or what a reading says."""
+    return isinstance(value, int | float) and (name in SHARES or not isinstance(value, bool))
 
 
 def _measure(part: str, name: str, records: list[Record]) -> Measure:
@@ -141,7 +147,7 @@ def _clusters(records: Iterable[Record]) -> list[str]:
 
 def _strata(name: str, records: Sequence[Record]) -> list[str] | None:
     tags = [tag_of(record) for record in records]
-    return tags if name == VERDICT and len(set(tags)) > 1 else None
+    return tags if name in SHARES and len(set(tags)) > 1 else None
 
 
 def _judge(name: str, records: Iterable[Record]) -> str:

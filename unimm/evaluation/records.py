@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unimm.errors import UserError
-from unimm.provenance import git_commit, package_versions
+from unimm.provenance import git_commit, hardware, package_versions
 from unimm.typed import build, plain
 
 Key = tuple[str, int]
@@ -62,6 +62,8 @@ class Manifest:
         prompts_sha256: `content_sha256` of everything that is asked.
         settings: guidance, temperature, image size, protocol, dtype, thresholds.
         weights: the fingerprint of each model that takes part, by its role (`model`, `detector`, ...).
+        hardware: models of the processor and the GPUs: verdicts of one network differ between them. Empty in manifests
+            of earlier versions.
         arguments: of the command, from which `--from` starts the run again.
     """
 
@@ -71,6 +73,7 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=package_versions)
+    hardware: dict[str, str] = field(default_factory=hardware)
     commit: str | None = field(default_factory=git_commit)
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -126,6 +129,8 @@ def read_manifest(path: str | Path) -> Manifest:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} is no manifest: it is a {type(tree).__name__}, expected an object.")
+    # what an older manifest does not say is unknown, and not what this machine would say
+    tree = {"versions": {}, "hardware": {}, "commit": None} | tree
     return build(Manifest, tree, key="", source=str(path))
 
 

@@ -1,16 +1,16 @@
 """TextVQA's soft accuracy over ten annotators (https://arxiv.org/abs/1904.08920), with the answer processing of EvalAI.
 
-Special here: the processing is the VQA challenge's, quirks included, because the published figures have them. Commas
+The processing is the VQA challenge's, quirks included, because the published figures have them. Commas
 and question marks vanish and "'s" becomes a word; punctuation is removed where it touches a blank (or where any number
 has a comma), else it becomes one; contractions without their apostrophe get it back; "none" is 0.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unimm.evaluation.answers import ARTICLES, NUMBER_WORDS
+from unimm.evaluation.answers import ARTICLES, NUMBER_WORDS, normalize
 
 AGREEING = 3  # annotators who make an answer wholly right
 
@@ -49,13 +49,18 @@ def process(answer: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def soft_accuracy(answer: str, annotated: Sequence[str]) -> float:
-    """The mean over the annotators of min(1, agreeing others / 3).
+def soft_accuracy(answer: str, annotated: Sequence[str], form: Callable[[str], str] = process) -> float:
+    """The mean over the annotators of min(1, agreeing others / 3), of answers in the given form.
 
     Raises ValueError without annotators.
     """
     if not annotated:
         raise ValueError("an answer is scored against annotated ones, and there are none")
-    found, others = process(answer), [process(each) for each in annotated]
+    found, others = form(answer), [form(each) for each in annotated]
     agreeing = others.count(found)
     return float(np.mean([min(1.0, (agreeing - (other == found)) / AGREEING) for other in others]))
+
+
+def plain_accuracy(answer: str, annotated: Sequence[str]) -> float:
+    """Return the same score of the answers as `normalize` has them, without EvalAI's quirks; 0 for an empty answer."""
+    return soft_accuracy(answer, annotated, normalize) if normalize(answer) else 0.0

@@ -1,8 +1,9 @@
 """Yes-or-no questions: four readings of an answer, and the scores of POPE (https://arxiv.org/abs/2305.10355) and MME
 (https://arxiv.org/abs/2306.13394).
 
-Special here: the readings disagree ("Yes." is wrong for lmms-eval's POPE and right for the official one; "NO" is a yes
-there), so a score is named by its reading, and answers that are neither are counted, never guessed.
+The readings disagree ("Yes." is wrong for lmms-eval's POPE and right for the official one; "NO" is a yes there), so a
+score is named by its reading. Answers that are neither, and those from which a tool guesses a yes or no that is not
+written in them, are counted as `unparsed`.
 """
 
 import re
@@ -52,8 +53,22 @@ def official_reading(answer: str) -> str:
 
 def plain_reading(answer: str) -> str:
     """The first word that is yes or no, whatever its case, punctuation and markup."""
-    words = _MARKUP.sub(" ", answer.casefold()).split()
-    return next((word for word in words if word in ("yes", "no")), OTHER)
+    return next((word for word in _words(answer) if word in ("yes", "no")), OTHER)
+
+
+def _words(answer: str) -> list[str]:
+    return _MARKUP.sub(" ", answer.casefold()).split()
+
+
+def mme_guesses(answer: str) -> bool:
+    """Return whether MME's tool finds neither yes nor no, or one that is no word of the answer ("Noise", "Not me")."""
+    read, words = mme_reading(answer), _words(answer)
+    return read == OTHER or (read not in words and words != [read[0]])
+
+
+def official_guesses(answer: str) -> bool:
+    """Return whether POPE's script takes an answer for a yes because it finds no "no", though no yes is written."""
+    return official_reading(answer) == "yes" and plain_reading(answer) != "yes"
 
 
 POPE_READINGS: dict[str, Callable[[str], str]] = {
@@ -61,6 +76,7 @@ POPE_READINGS: dict[str, Callable[[str], str]] = {
     "lmms_eval": strict_reading,
     "plain": plain_reading,
 }
+_GUESSES = {official_reading: official_guesses, mme_reading: mme_guesses}
 
 
 def pope_scores(rows: Sequence[Row]) -> dict[str, Any]:
@@ -85,7 +101,8 @@ def pope_scores(rows: Sequence[Row]) -> dict[str, Any]:
 def binary_scores(
     rows: Sequence[Row], read: Callable[[str], str] = plain_reading, forgiving: bool = False
 ) -> dict[str, float]:
-    """accuracy, precision, recall, f1 and yes_ratio (of the predictions), all in [0, 1], and how many were `unparsed`.
+    """accuracy, precision, recall, f1 and yes_ratio (of the predictions), all in [0, 1], and how many were `unparsed`:
+    neither, or a guess.
 
     Args:
         rows: `answer` and `expected`.
@@ -102,8 +119,13 @@ def binary_scores(
         "recall": recall,
         "f1": ratio(2 * precision * recall, precision + recall),
         "yes_ratio": mean([found == "yes" for found, _ in pairs]),
-        "unparsed": sum(found == OTHER for found, _ in pairs),
+        "unparsed": sum(unparsed(row["answer"], read) for row in rows),
     }
+
+
+def unparsed(answer: str, read: Callable[[str], str]) -> bool:
+    """Return whether a reading finds neither yes nor no in an answer, or has to guess."""
+    return _GUESSES[read](answer) if read in _GUESSES else read(answer) == OTHER
 
 
 def mme_scores(rows: Sequence[Row]) -> dict[str, Any]:
@@ -114,31 +136,35 @@ def mme_scores(rows: Sequence[Row]) -> dict[str, Any]:
         rows: `answer`, `expected`, `category` and `question_id`, which the two questions about a picture share.
 
     Returns:
-        perception (at most 2000), cognition (at most 800), their categories' acc, acc_plus and score, `unparsed`.
+        perception (at most 2000), cognition (at most 800), their categories' acc, acc_plus and score, `unparsed`; and
+        `plain`, the same by the plain reading.
 
     Raises:
         UserError: a picture without its two questions, or an unknown category.
     """
+    return {**_mme_scores(rows, mme_reading), "plain": _mme_scores(rows, plain_reading)}
+
+
+def _mme_scores(rows: Sequence[Row], read: Callable[[str], str]) -> dict[str, Any]:
     categories = {}
     for category, group in grouped(rows, "category").items():
         if category not in PERCEPTION + COGNITION:
             raise UserError(f"MME has no category {category!r}; it has {', '.join(PERCEPTION + COGNITION)}.")
-        right = [_both(name, pair) for name, pair in grouped(group, "question_id").items()]
+        right = [_both(name, pair, read) for name, pair in grouped(group, "question_id").items()]
         acc, acc_plus = 50 * mean(right), 100 * mean([count == 2 for count in right])
         categories[category] = {"acc": acc, "acc_plus": acc_plus, "score": acc + acc_plus}
     totals = {
         part: sum(categories[name]["score"] for name in names if name in categories)
         for part, names in (("perception", PERCEPTION), ("cognition", COGNITION))
     }
-    unparsed = sum(mme_reading(row["answer"]) == OTHER for row in rows)
-    return {**totals, "categories": categories, "unparsed": unparsed}
+    return {**totals, "categories": categories, "unparsed": sum(unparsed(row["answer"], read) for row in rows)}
 
 
-def _both(name: str, pair: Sequence[Row]) -> int:
+def _both(name: str, pair: Sequence[Row], read: Callable[[str], str]) -> int:
     """How many of a picture's two questions are right."""
     if len(pair) != 2:
         raise UserError(f"MME asks 2 questions about each picture, {name} has {len(pair)}: give an even limit.")
-    return sum(mme_reading(row["answer"]) == row["expected"] for row in pair)
+    return sum(read(row["answer"]) == row["expected"] for row in pair)
 
 
 def grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:

@@ -18,8 +18,10 @@ from typing import Any
 import yaml
 
 from unimm.errors import UserError
-from unimm.evaluation.textvqa import soft_accuracy
-from unimm.evaluation.understanding import mmmu_choice, same_text
+from unimm.evaluation.answers import same_answer
+from unimm.evaluation.open_answers import plain_open
+from unimm.evaluation.textvqa import plain_accuracy, process, soft_accuracy
+from unimm.evaluation.understanding import choice_fields, first_letter, mmmu_choice, same_text
 
 Row = dict[str, Any]
 Document = Mapping[str, Any]
@@ -67,12 +69,19 @@ def _yes_no(document: Document, answer: str) -> Row:
 
 def _gqa(document: Document, answer: str) -> Row:
     expected = document["answer"]
-    return {"answer": answer, "expected": expected, "score": float(same_text(answer, expected))}
+    plain = float(same_answer(answer, expected))
+    return _exact(answer, expected, float(same_text(answer, expected)), plain, lost=same_text(answer, ""))
+
+
+def _exact(answer: str, expected: Any, score: float, plain: float, *, lost: bool) -> Row:
+    """Return the row of an answer that is compared as a whole; `lost` if the comparison leaves nothing of it."""
+    return {"answer": answer, "expected": expected, "score": score, "plain_score": plain, "unparsed": lost}
 
 
 def _textvqa(document: Document, answer: str) -> Row:
     annotated = list(document["answers"])
-    return {"answer": answer, "expected": annotated, "score": soft_accuracy(answer, annotated)}
+    plain = plain_accuracy(answer, annotated)
+    return _exact(answer, annotated, soft_accuracy(answer, annotated), plain, lost=not process(answer))
 
 
 def _mmbench(document: Document, answer: str) -> Row:
@@ -82,10 +91,12 @@ def _mmbench(document: Document, answer: str) -> Row:
     item = {**{letter: document[letter] for letter in "ABCD"}, "prediction": answer.strip()}
     choices = sorted(mmbench_evaluator.build_choices(item))
     choice = mmbench_evaluator.prefetch_answer(item) or extract_mcq_answer(item["prediction"], choices=choices)
+    options = {letter: str(document[letter]) for letter in choices}
     return {
         "answer": answer,
         "expected": document["answer"],
         "choice": choice or None,
+        **choice_fields(answer, choice or None, options),
         "index": int(document["index"]),
         "category": document["category"],
         "l2": document["L2-category"],
@@ -93,7 +104,10 @@ def _mmbench(document: Document, answer: str) -> Row:
 
 
 def _seed(document: Document, answer: str) -> Row:
-    return {"answer": answer, "expected": document["answer"], "data_type": document["data_type"]}
+    options = {letter: str(document[f"choice_{letter.lower()}"]) for letter in "ABCD"}
+    row = {"answer": answer, "expected": document["answer"], "data_type": document["data_type"]}
+    letter = first_letter(answer)
+    return row | choice_fields(answer, letter if letter in options else None, options)
 
 
 def _mmmu(document: Document, answer: str) -> Row:
@@ -101,17 +115,26 @@ def _mmmu(document: Document, answer: str) -> Row:
 
     row = {"answer": answer, "expected": document["answer"], "id": document["id"], "options": None}
     if document["question_type"] != "multiple-choice":
-        return row | {"correct": bool(eval_open(document["answer"], parse_open_response(answer)))}
+        row |= {"correct": bool(eval_open(document["answer"], parse_open_response(answer)))}
+        return row | {"plain_correct": plain_open(answer, document["answer"]), "unparsed": not answer.strip()}
     options = dict(zip(string.ascii_uppercase, map(str, ast.literal_eval(document["options"])), strict=False))
     choice = mmmu_choice(answer, options)
-    return row | {"correct": choice == document["answer"], "options": len(options) if choice is None else None}
+    row |= {"correct": choice == document["answer"], "options": len(options) if choice is None else None}
+    fields = choice_fields(answer, choice, options)
+    plain = fields["plain_choice"]
+    row |= {"plain_correct": None if plain is None else plain == document["answer"]}
+    return row | {"unparsed": choice is None or fields["guessed"]}
 
 
 def _ai2d(document: Document, answer: str) -> Row:
     expected = string.ascii_uppercase[int(document["answer"])]
     stripped = answer.lstrip()
     letter = stripped[:1] if stripped[1:2] == "." and stripped[:1] in string.ascii_uppercase else answer
-    return {"answer": answer, "expected": expected, "score": float(same_text(letter, expected))}
+    options = dict(zip(string.ascii_uppercase, map(str, document["options"]), strict=False))
+    read = next((each for each in options if same_text(letter, each)), None)
+    fields = choice_fields(answer, read, options)
+    row = {"answer": answer, "expected": expected, "score": float(same_text(letter, expected))}
+    return row | {"plain_choice": fields["plain_choice"], "unparsed": read is None or fields["guessed"]}
 
 
 _YES_NO_COLUMNS = ("question_id", "question", "answer", "category", "image")

@@ -140,7 +140,7 @@ def _manifest(
         if subject.model is None:
             raise UserError(f"{arguments.model} is an image tokenizer and cannot draw prompts: name a unified model.")
         weights["model"] = weights_fingerprint(subject.model)
-        settings["sampling"] = _sampling(arguments)
+        settings |= {"sampling": _sampling(arguments), **subject.runs_on}
     if grids is not None:
         weights["images"] = content_sha256(grids.content())
         settings |= {"resolution": arguments.resolution, "missing": len(grids.missing)}

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from unimm.benchmarks.feature_spaces import FeatureSpace, load_space, space_settings
 from unimm.benchmarks.generation import (
     Collected,
@@ -96,6 +98,7 @@ def _manifest(arguments: argparse.Namespace, described: dict[str, Any]) -> Manif
             "num_images": count,
             "kernel_size": arguments.kernel_size,
             "batch_size": arguments.batch_size,
+            "device": torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).type,
         },
         weights={described["name"]: described["sha256"]},
         arguments=recorded_arguments(arguments),

@@ -144,6 +144,7 @@ def _score(arguments: argparse.Namespace, report: Report) -> None:
     if subject is not None:
         weights["model"] = model_fingerprint(subject.model)
         settings |= {"num_images": plan.num_images, "limit": plan.limit, "sampling": plan.sampling}
+        settings |= subject.runs_on
     asked = content_sha256(prompts.items())
     manifest = Manifest(BENCH, asked, plan.seed, settings, weights, arguments=recorded_arguments(arguments))
     with report.timed("score"), RunStore.open(arguments.output, manifest) as store:

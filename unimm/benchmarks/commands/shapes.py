@@ -25,6 +25,7 @@ from unimm.benchmarks.shapes import (
     held_out_prompts,
     reconstruction_scores,
     reconstructions,
+    strict_scores,
 )
 from unimm.benchmarks.store import Key, Manifest, Record, RunStore, content_sha256
 from unimm.benchmarks.subject import Subject, load_subject
@@ -42,7 +43,10 @@ JUDGES = {
 }
 ASKED = ("kind", "group", "question", "expected", "prompt")  # of a row: what was asked; the rest came out
 
-Scores = dict[str, dict[str, float]]
+STRICT = "strict"
+
+Scores = dict[str, dict[str, Any]]
+"""Part -> its figures; STRICT -> part -> those of them that the strict detector judges, too."""
 
 
 class Part(NamedTuple):
@@ -93,13 +97,18 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
 
 
 def _measured(subject: Subject, plan: ShapesPlan, parts: list[str], report: Report) -> tuple[Scores, list[Row]]:
-    scores, rows = Scores(), list[Row]()
+    scores, strict, rows = Scores(), Scores(), list[Row]()
     for part in parts:
         with report.timed(part):
             scores[part], judged = MEASURES[part].evaluate(subject, plan)
+        strict[part] = strict_scores(part, judged)
         rows += [{"part": part, **row} for row in judged]
-        report.say(_table({part: scores[part]}))
-    return scores, rows
+        report.say(_table({part: scores[part], STRICT: strict}))
+    return scores | {STRICT: _present(strict)}, rows
+
+
+def _present(strict: Scores) -> Scores:
+    return {part: values for part, values in strict.items() if values}
 
 
 # ---- a run that is kept ----------------------------------------------------------------------------------------------
@@ -189,10 +198,9 @@ def _row_of(record: Record) -> Row:
 
 def _scores(records: Iterable[Record], parts: Sequence[str], codebook_size: int) -> Scores:
     records = list(records)
-    return {
-        part: MEASURES[part].scores([_row_of(record) for record in records if _part(record) == part], codebook_size)
-        for part in parts
-    }
+    rows = {part: [_row_of(record) for record in records if _part(record) == part] for part in parts}
+    scores: Scores = {part: MEASURES[part].scores(own, codebook_size) for part, own in rows.items()}
+    return scores | {STRICT: _present({part: strict_scores(part, own) for part, own in rows.items()})}
 
 
 def _manifest(subject: Subject, plan: ShapesPlan, arguments: argparse.Namespace) -> Manifest:
@@ -252,8 +260,10 @@ def _plan_of(arguments: argparse.Namespace) -> ShapesPlan:
     return ShapesPlan(**sizes, sampling=sampling)
 
 
-def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    lines = []
-    for part, values in scores.items():
-        lines += [part, *(f"  {name:<16} {value:8.3f}" for name, value in values.items())]
+def _table(scores: Scores) -> str:
+    lines, parts = [f"{'':<18} {'':>8} {STRICT:>8}"], [part for part in scores if part != STRICT]
+    for part in parts:
+        strict = scores[STRICT].get(part, {})
+        rows = ((f"  {name:<16} {value:8.3f}", strict.get(name)) for name, value in scores[part].items())
+        lines += [part, *(row if beside is None else f"{row} {beside:8.3f}" for row, beside in rows)]
     return "\n".join(lines)
