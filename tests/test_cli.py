@@ -240,7 +240,7 @@ def test_ways_out_and_doctor(model_folder: Path, desk: Path, capsys: pytest.Capt
     assert Path("writes/image_tokenizer/model.safetensors").is_file()
     capsys.readouterr()
     assert main(["doctor", *model, "--json", "r.json"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 10
+    assert len(capsys.readouterr().out.splitlines()) == 15
     assert report(Path("r.json").read_text())["ok"] is True
 
 

@@ -29,7 +29,13 @@ from transformers.utils.hub import cached_file
 from unimm.errors import UserError, one_line, reading
 from unimm.field_rules import check_settings
 
-SETTINGS_FILES = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
+SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+)
 MOST_WEIGHTS_A_BYTE = 4
 """A model may have this many weights for every byte of its files: two bits a weight, below any quantization here."""
 
@@ -69,6 +75,15 @@ def check_settings_files(source: str | Path, revision: str | None = None) -> Non
         file = _file_of(source, name, revision)
         if file is not None:
             read_settings(file)
+    vocabulary = _file_of(source, "tokenizer.json", revision)
+    if vocabulary is not None and not _begins_an_object(vocabulary):
+        raise UserError(f"{vocabulary} is damaged: it does not hold a JSON object.")
+
+
+def _begins_an_object(file: Path) -> bool:
+    """Whether it may be a JSON object; the whole file, which may be large, is its reader's to judge."""
+    with file.open("rb") as opened:
+        return opened.read(64).lstrip().startswith(b"{")
 
 
 def stored_bytes(source: str | Path, revision: str | None = None) -> int | None:

@@ -225,7 +225,7 @@ def export(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def doctor(arguments: argparse.Namespace, report: Report) -> int:
-    """Try out ten points that the tower of a model must meet, and lmms-eval's plug-in; exit code 1 when one fails."""
+    """Try out what a model must meet: its tower, its parts, an answer, a drawing; exit code 1 when a point fails."""
     from dataclasses import asdict
 
     from unimm.integrations.lmms_plugin import lmms_finding

@@ -51,7 +51,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or (_is_whole(value) and abs(value) <= LARGEST_INTEGER)
+    return (isinstance(value, float) and math.isfinite(value)) or (_is_whole(value) and abs(value) <= 10**31)
 
 
 def whole(low: int, high: int, **more: Any) -> Rule:
@@ -212,6 +212,15 @@ RULES: dict[str, Rule] = {
     ),
     **_same("use_cache use_sliding_window output_hidden_states output_attentions", _null(FLAG)),
     "return_dict": _null(FLAG),
+    # text tokenizers, and how tokens are chosen
+    "model_max_length": number(1, 1e31, null=True),
+    **_same("padding_side truncation_side", one_of("left", "right", null=True)),
+    **_same("temperature repetition_penalty length_penalty guidance_scale", number(0, 1000, null=True)),
+    "top_p": number(0, 1, null=True),
+    "top_k": whole(0, 2**31, null=True),
+    **_same("max_new_tokens max_length min_new_tokens min_length", whole(0, 2**31, null=True)),
+    **_same("num_beams num_return_sequences", whole(1, 2**16, null=True)),
+    "do_sample": _null(FLAG),
     # names
     **_same("hidden_act projector_hidden_act", ACTIVATION),
     **_same("dtype torch_dtype", Rule("the name of a torch dtype", _dtype, null=True)),
@@ -222,7 +231,7 @@ RULES: dict[str, Rule] = {
 }
 """Field name -> what it holds, wherever in a model's settings it stands."""
 
-_SETTINGS_BELOW = ("image_processor",)
+_SETTINGS_BELOW = ("image_processor", "image_generation")
 
 
 def check_settings(fields: Mapping[str, Any], source: object) -> None:

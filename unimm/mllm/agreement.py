@@ -22,10 +22,10 @@ def check_agreement(model: Any, processor: Any, source: object = "This model") -
 
 def disagreements(model: Any, processor: Any) -> Iterator[str]:
     """What does not fit, one sentence each without its full stop."""
+    yield from _of_text(processor)
     yield from _of_images(model, processor)
     yield from _of_token_ids(model, processor)
     yield from _of_drawing(model)
-    yield from _of_text(processor)
 
 
 def _of_images(model: Any, processor: Any) -> Iterator[str]:
@@ -34,6 +34,13 @@ def _of_images(model: Any, processor: Any) -> Iterator[str]:
     for name, grid in (("config.json", config.image_grid), ("the processor", processor.image_grid)):
         if list(grid) != drawn:
             yield f"image_grid of {name} is {list(grid)}, and the image tokenizer draws {drawn[0]} x {drawn[1]} tokens"
+    eye = processor.image_processor
+    if (size := dict(eye.size)) != {"height": tower.image_size, "width": tower.image_size}:
+        yield f"size of the image processor is {size}, and the image tokenizer reads {tower.image_size} pixels a side"
+    for name in ("image_mean", "image_std"):
+        ours, theirs = list(getattr(eye, name)), list(getattr(tower, name))
+        if ours != theirs:
+            yield f"{name} is {ours} in the image processor and {theirs} in config.json"
     if config.codebook_size != tower.codebook_size:
         yield f"codebook_size is {config.codebook_size}, and the image tokenizer has {tower.codebook_size} codes"
     if config.image_seq_length != processor.image_seq_length:
@@ -80,6 +87,8 @@ def _of_text(processor: Any) -> Iterator[str]:
     words = len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens))
     if words == 0:
         yield "the vocabulary of its text tokenizer is empty, apart from special tokens"
+    if tokenizer.pad_token_id is None:
+        yield "its text tokenizer has no padding token: fetch tokenizer_config.json again, or attach the model again"
     if processor.chat_template is None:
         yield "it has no chat template: save the processor again, or attach the model again"
         return

@@ -1,8 +1,9 @@
-"""`unimm doctor`: ten points that a vision tower must meet inside its host, each tried out and not read off a config.
+"""`unimm doctor`: points that a model must meet, each tried out and not read off a config.
 
-Special here: a wrong tower seldom fails aloud. A CLS token that stays shifts every patch by one, other normalisation
-constants cost quality in silence, and a tower that was assigned instead of configured is random after a reload. Every
-point says what was found and, where it fails, what to do.
+A wrong tower seldom fails aloud. A CLS token that stays shifts every patch by one, other normalisation constants cost
+quality in silence, and a tower that was assigned instead of configured is random after a reload. The first ten points
+are the tower's inside its host; then the parts are held together, the weights looked at, the chat template rendered,
+one question answered and one image drawn. Every point says what was found and, if it fails, what to do.
 """
 
 import tempfile
@@ -15,6 +16,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from unimm.checkpoint_files import refuse_non_finite
+from unimm.errors import UserError, one_line
+from unimm.mllm.agreement import disagreements
+from unimm.mllm.answering import answer_all, chat_inputs
 from unimm.mllm.hosts import merged_side
 from unimm.mllm.processing import UnimmProcessor
 from unimm.tokenizer import ImageTokenizer
@@ -63,7 +68,7 @@ class _Patient:
 
 @torch.no_grad()
 def examine(model: Any, processor: UnimmProcessor) -> Iterator[Finding]:
-    """The ten findings, one by one. A point that cannot even be tried fails with the error as what was found."""
+    """The findings, one by one. A point that cannot even be tried fails with the error as what was found."""
     patient = _Patient(model, processor)
     for number, (point, look, fix) in enumerate(_POINTS, 1):
         try:
@@ -167,6 +172,47 @@ def _reload(patient: _Patient) -> tuple[bool, str]:
     return equal and kept, f"logits {'equal' if equal else 'differ'}, the tower is a {tower.__name__}"
 
 
+def _agreement(patient: _Patient) -> tuple[bool, str]:
+    found = list(disagreements(patient.model, patient.processor))
+    return not found, "; ".join(found) or "settings, tokenizer, processor and weights name the same sizes and ids"
+
+
+def _weights(patient: _Patient) -> tuple[bool, str]:
+    try:
+        refuse_non_finite(patient.model, "in memory")
+    except UserError as error:
+        return False, one_line(error)
+    return True, "every number is finite"
+
+
+def _template(patient: _Patient) -> tuple[bool, str]:
+    text, image = "A word, please?", Image.new("RGB", SIZES[0])
+    content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+    chat = patient.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    whole = text in chat and chat.count(patient.processor.image_token) == 1
+    return whole, f"one question with one image becomes {len(chat)} characters{'' if whole else ' without them'}"
+
+
+def _answer(patient: _Patient) -> tuple[bool, str]:
+    image = Image.effect_noise(SIZES[0], 64).convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+    conversation = [{"role": "user", "content": content}]
+    (answer,) = answer_all(patient.model, patient.processor, [conversation], max_new_tokens=8)
+    logits = patient.model(**chat_inputs(patient.model, patient.processor, [conversation])).logits
+    finite = bool(torch.isfinite(logits).all())
+    return finite, f"{answer.new_tokens} tokens{'' if finite else ', from logits that are no numbers'}"
+
+
+def _drawing(patient: _Patient) -> tuple[bool, str]:
+    model, processor = patient.model, patient.processor
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "A red circle."}]}]
+    ids = model.generate(**chat_inputs(model, processor, [prompt]), generation_mode="image", seed=0)
+    pixels = model.decode_image_tokens(ids)
+    finite = bool(torch.isfinite(pixels).all())
+    rows, columns = pixels.shape[-2:]
+    return finite, f"{ids.shape[1]} tokens become {columns} x {rows} pixels{'' if finite else ' that are no numbers'}"
+
+
 _POINTS: tuple[tuple[str, Callable[[_Patient], tuple[bool, str]], str], ...] = (
     (
         "token count",
@@ -186,4 +232,13 @@ _POINTS: tuple[tuple[str, Callable[[_Patient], tuple[bool, str]], str], ...] = (
     ("norms", _norms, "The projector does not fit these features: train it first, the language model frozen"),
     ("deepstack", _deepstack, "Give one feature map for every layer that the host adds them to"),
     ("reload", _reload, "Enter the tower by configuration (unimm.attach): an assigned one is random after a reload"),
+    ("agreement", _agreement, "Attach the model again, or set the field to what the image tokenizer has"),
+    (
+        "weights",
+        _weights,
+        "Save it again or fetch it anew; a run that diverged goes on from an older checkpoint",
+    ),
+    ("chat template", _template, "Give the processor a template that writes every part (attach: chat_template=)"),
+    ("answer", _answer, "Look at the points above: they name what keeps the model from answering"),
+    ("drawing", _drawing, "Look at the points above: they name what keeps the model from drawing"),
 )
