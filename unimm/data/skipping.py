@@ -44,7 +44,8 @@ class Skipped:
 
     @property
     def line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        line = json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        return line.encode("utf-8", "backslashreplace").decode("utf-8")  # half a character as JSON's own escape
 
 
 def counted(skipped: Sequence[Skipped]) -> str:

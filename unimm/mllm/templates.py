@@ -56,7 +56,7 @@ _PLAIN = """\
 
 
 # Puts texts and the markers of images in the place of a message's parts, then the host's template goes on unchanged.
-# The newline behind the last tag is removed by `trim_blocks`, which transformers sets: the host's first line stays whole.
+# The newline behind the last tag is removed by `trim_blocks`, which transformers sets, so its first line stays whole.
 _FLATTEN = """\
 {%- set unimm = namespace(messages=[], text='') -%}
 {%- for message in messages -%}
