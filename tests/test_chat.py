@@ -146,6 +146,15 @@ def test_answers_stop_at_the_end_of_the_context(parts: tuple) -> None:
     assert session.messages
 
 
+def test_a_line_that_is_no_utf8_gets_its_sentence(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff?\n/draw \xff\none\n"), encoding="utf-8"))
+    converse(session)
+    assert capsys.readouterr().err.count("half a character") == 2
+    assert len(session.messages) == 2
+
+
 def test_converse_reads_lines(
     session: ChatSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

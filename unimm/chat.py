@@ -6,6 +6,7 @@ plain characters. `python -m unimm.chat` talks at the terminal.
 """
 
 import argparse
+import io
 import math
 import sys
 import threading
@@ -276,6 +277,10 @@ def _user_turn(text: str, images: Picture | Sequence[Picture] | None, what: str)
 
 def converse(session: ChatSession, images: Sequence[Picture] = ()) -> None:
     """Read lines from standard input until it ends or `/quit`. A `UserError` is said, and the talk goes on."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # a line that is no UTF-8 gets its sentence, and the talk goes on
     interactive = sys.stdin.isatty()
     if interactive:
         print(HELP, file=sys.stderr)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unimm.data.characters import half_character
 from unimm.data.conversations import Message
 from unimm.data.held_out import HeldOut, require_held_out
 from unimm.data.images import load_image, unreadable_images
@@ -206,7 +207,8 @@ def parse_row(record: Any, reserved: Sequence[str] = ()) -> Row:
     turns = _turns(record)
     images = record.get("image") or []
     images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+    names = isinstance(images, list) and all(isinstance(name, str) and name for name in images)
+    if not names or any(half_character(name) for name in images):
         raise BadRow("wrong image field", f"image is {images!r:.80}")
     for role, text in turns:
         if role != "user" and PLACEHOLDER in text:
@@ -232,6 +234,8 @@ def _turns(record: Any) -> list[tuple[str, str]]:
         role = ROLES.get(str(turn.get("from")).lower()) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise BadRow("wrong turn", f"{turn!r:.80} is no turn with `from` (human, gpt, system) and `value`")
+        if (half := half_character(turn["value"])) is not None:
+            raise BadRow("half a character", f"the {role}'s turn {turn['value']!r:.80} holds half a character: {half}")
         turns.append((role, turn["value"]))
     system = turns[:1] if turns[0][0] == "system" else []
     said = turns[len(system) :]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from PIL import Image
 
+from unimm.data.characters import half_character
 from unimm.data.images import decode_image, load_image
 from unimm.data.skipping import BadRow, Filtered
 from unimm.errors import UserError
@@ -81,4 +82,6 @@ class ReadOptions:
             return ""
         if not isinstance(value, str):
             raise BadRow("wrong caption", f"the caption of {name} is {value!r:.80}, no text")
+        if (half := half_character(value)) is not None:
+            raise BadRow("half a character", f"the caption of {name} holds half a character: {half}")
         return value

@@ -44,8 +44,8 @@ class Skipped:
 
     @property
     def line(self) -> str:
-        text = json.dumps(asdict(self), ensure_ascii=False)
-        return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half of a surrogate pair is no UTF-8
+        line = json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        return line.encode("utf-8", "backslashreplace").decode("utf-8")  # half a character as JSON's own escape
 
 
 def counted(skipped: Sequence[Skipped]) -> str:

@@ -8,7 +8,7 @@ untrained: the projector and the image rows; both need training before the model
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from transformers.initialization import no_init_weights
 from unimm.checkpoint_files import examining, refuse_excess_of, refuse_non_finite
 from unimm.errors import UserError, reading
 from unimm.field_rules import check_attention
+from unimm.mllm.defaults import generation_defaults
 from unimm.mllm.hosts import HOSTS, M_ROPE, MULTIMODAL_HOSTS, UnimmLlavaConfig, merged_side
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.templates import chat_template, end_of_turn_ids
@@ -41,7 +42,6 @@ from unimm.mllm.vocabulary import (
     set_vocab_size,
     visual_base,
 )
-from unimm.sampling import ImageSampling
 from unimm.saving import no_load_report, refuse_holes
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 from unimm.tokenizer.loading import load_image_tokenizer
@@ -150,7 +150,7 @@ def attach(
     _copy_buffers(_language_model(host), model.model.language_model)
     _copy_buffers(image_tokenizer, model.image_tokenizer)
     ends = end_of_turn_ids(texts, chat_template)
-    _set_generation_defaults(model, host, texts, ends, keep=own_template)
+    model.generation_config = generation_defaults(host, texts, ends, keep=own_template)
     model.attachment = _attachment(host, lost)
     return model.to(host.device).eval(), processor
 
@@ -395,25 +395,3 @@ def _copy_buffers(source: PreTrainedModel, target: PreTrainedModel) -> None:
     """Constants of the architecture (rotary frequencies) in the precision that they have."""
     for name, buffer in source.named_buffers():
         target.get_buffer(name).data = buffer.detach().to(target.device, copy=True)
-
-
-def _set_generation_defaults(
-    model: PreTrainedModel, host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int], *, keep: bool
-) -> None:
-    """The host's generation defaults, and what they lack: tokens that pad, begin and end (`ends`).
-
-    Args:
-        keep: what ends an answer is the host's own affair, as its chat template is.
-    """
-    config = copy.deepcopy(host.generation_config)
-    config._from_model_config = None  # one derived from a model config drops what it does not know
-    known = config.eos_token_id
-    known = [] if known is None else known if isinstance(known, list) else [known]
-    if not (keep and known):
-        config.eos_token_id = list(dict.fromkeys([*ends, *known])) or None
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    if config.bos_token_id is None:
-        config.bos_token_id = tokenizer.bos_token_id
-    config.image_generation = asdict(ImageSampling())
-    model.generation_config = config

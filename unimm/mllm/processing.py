@@ -28,6 +28,7 @@ from unimm.mllm.prompts import (
     mark_conversation,
     mark_text,
     mark_values,
+    padded,
 )
 from unimm.mllm.template_guard import render_guarded
 from unimm.mllm.vocabulary import VisualVocabulary
@@ -66,7 +67,7 @@ class UnimmProcessor(ProcessorMixin):
         image_token: str = "<|image_pad|>",
         boi_token: str = "<|vision_start|>",
         eoi_token: str = "<|vision_end|>",
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         image_seq_length: int | None = None,
         mark_images: bool = False,
         begin_token: bool = True,
@@ -211,25 +212,9 @@ class UnimmProcessor(ProcessorMixin):
             begin = add_special_tokens and self._begins(text)
             row = encode(tokenizer, text, begin=begin, offsets=return_offsets_mapping)
             rows.append(self._cut(row, max_length) if truncation and max_length else row)
-        data: dict[str, Any] = tokenizer.pad(
-            {"input_ids": [row.ids for row in rows]},
-            padding=padding,
-            max_length=max_length,
-            padding_side=padding_side,
-            pad_to_multiple_of=pad_to_multiple_of,
-            return_attention_mask=return_attention_mask,
-            verbose=False,
-        )
-        data = dict(data)
-        if return_offsets_mapping:
-            on_the_left = (padding_side or tokenizer.padding_side) == "left"
-            width = [len(ids) for ids in data["input_ids"]]
-            data["offset_mapping"] = [
-                [*[(0, 0)] * (full - len(row.ids)), *row.offsets]
-                if on_the_left
-                else [*row.offsets, *[(0, 0)] * (full - len(row.ids))]
-                for row, full in zip(rows, width, strict=True)
-            ]
+        how = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
+        how |= {"padding_side": padding_side, "return_attention_mask": return_attention_mask}
+        data = padded(tokenizer, rows, offsets=return_offsets_mapping, **how)
         if return_mm_token_type_ids:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         return BatchFeature(data, tensor_type=return_tensors)

@@ -9,6 +9,7 @@ spells what stands between them. A text without control tokens is encoded in one
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -72,9 +73,7 @@ def _part_neighbours(messages: list[dict[str, Any]], marked: list[dict[str, Any]
     """Put a lone mark between neighbouring texts that would spell a control token together; `marked` is changed."""
     places = [place for message in marked for place in _texts(message)]
     texts = [holder[key] for message in messages for holder, key in _texts(message)]
-    whole, ends = "".join(texts), []
-    for text in texts:
-        ends.append((ends[-1] if ends else 0) + len(text))
+    whole, ends = "".join(texts), list(accumulate(map(len, texts)))
     if len(texts) < 2 or not pattern.search(whole):
         return
     for match in re.finditer(f"(?=({pattern.pattern}))", whole):
@@ -123,6 +122,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, begin: bool, offset
         place = match.end()
     _add(encoded, tokenizer, text[place:], place, offsets)
     return encoded
+
+
+def padded(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], *, offsets: bool = False, **how: Any
+) -> dict[str, Any]:
+    """The rows as a batch, `how` as of the tokenizer's `pad`; `offset_mapping` of padding is (0, 0)."""
+    batch = dict(tokenizer.pad({"input_ids": [row.ids for row in rows]}, verbose=False, **how))
+    if offsets:
+        left = (how.get("padding_side") or tokenizer.padding_side) == "left"
+        gaps = [[(0, 0)] * (len(ids) - len(row.ids)) for ids, row in zip(batch["input_ids"], rows, strict=True)]
+        pairs = zip(gaps, rows, strict=True)
+        batch["offset_mapping"] = [[*gap, *row.offsets] if left else [*row.offsets, *gap] for gap, row in pairs]
+    return batch
 
 
 def _add(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, text: str, place: int, offsets: bool) -> None:

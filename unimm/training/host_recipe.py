@@ -54,10 +54,7 @@ def host_trainer(
     """A trainer on the recipe's flows; `log_folder` among the parts is where rows that are skipped are named."""
     data = recipe.data
     train_stream, test_stream = training_streams(
-        data,
-        samples_per_step=args.samples_per_step,
-        reserved=processor.markers,
-        log_folder=parts.pop("log_folder", None),
+        data, samples_per_step=args.samples_per_step, log_folder=parts.pop("log_folder", None)
     )
     for line in held_out_lines(train_stream, test_stream):
         processes().print(line)
