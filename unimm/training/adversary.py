@@ -31,6 +31,7 @@ from unimm.training.objective import GANConfig
 from unimm.training.parameters import decay_groups
 from unimm.training.rng import seeded
 from unimm.training.schedules import warmup_cosine_scheduler
+from unimm.training.standstill import StandstillGuard
 
 _GENERATOR_LOSSES = {"hinge": hinge_g_loss, "softplus": softplus_g_loss}
 
@@ -63,6 +64,8 @@ class Adversary:
         )
         self.discriminator, self.optimizer = accelerator.prepare(discriminator, optimizer)
 
+        self.guard = StandstillGuard(self.module, self.optimizer, "The discriminator's")
+
     @property
     def module(self) -> nn.Module:
         """The discriminator without DDP around it."""
@@ -92,7 +95,10 @@ class Adversary:
                     loss = loss + self.gan.consistency_weight * F.mse_loss(strong, torch.cat(logits))
                 self.accelerator.backward(loss / count)
         self.accelerator.clip_grad_norm_(self.discriminator.parameters(), self.max_grad_norm)
+        self.guard.begin_step()
         self.optimizer.step()
+        if self.accelerator.optimizer_step_was_skipped:
+            self.guard.skip_step()
         self.optimizer.zero_grad()
         self.scheduler.step()
         return {"discriminator": torch.stack(hinges).mean().detach()}

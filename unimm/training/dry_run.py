@@ -23,6 +23,7 @@ from unimm.data.images import save_image_atomically
 from unimm.training.arguments import StreamTrainingArguments, TokenizerTrainingConfig
 from unimm.training.checkpoint import bytes_of, gigabytes, model_bytes, optimizer_bytes
 from unimm.training.label_mask import in_terminal, rows_of, write_page
+from unimm.training.parameters import part_of
 from unimm.training.stream_trainer import StreamTrainer
 from unimm.training.throughput import peak_memory
 from unimm.training.tokenizer_trainer import TokenizerTrainer
@@ -190,14 +191,14 @@ def say_groups(model: nn.Module, groups: list[dict[str, Any]], title: str = "par
     for number, group in enumerate(groups, 1):
         parts = Counter[str]()
         for parameter in group["params"]:
-            parts[_part(names[parameter])] += parameter.numel()
+            parts[part_of(names[parameter])] += parameter.numel()
         kind, rate = "Muon" if group.get("muon") else "AdamW", group.get("initial_lr", group["lr"])
         count = f"{len(group['params'])} tensors, {_millions(parts.total())}"
         print(f"  {number}  {kind}  lr {rate:g}  weight decay {group['weight_decay']:g}  {count}: {_listed(parts)}")
     frozen = Counter[str]()
     for parameter, name in names.items():
         if not parameter.requires_grad:
-            frozen[_part(name)] += parameter.numel()
+            frozen[part_of(name)] += parameter.numel()
     print(f"  frozen  {_millions(frozen.total())}: {_listed(frozen)}" if frozen else "  frozen  nothing")
 
 
@@ -230,12 +231,6 @@ def say_time_and_disk(measured: Measured, steps: int, checkpoint: int, keep: int
     print(f"time    {seconds:.3g} s a step, {steps} steps: {hours} h {minutes:02d} min without evaluations")
     room = f"{keep} kept" if keep else "all kept"
     print(f"disk    {gigabytes(checkpoint)} a checkpoint, {room} and one being written")
-
-
-def _part(name: str) -> str:
-    """The part of a model that a weight belongs to: its first name, or its second below a `model`."""
-    words = name.split(".")
-    return ".".join(words[: 2 if words[0] in ("model", "siglip") else 1])
 
 
 def _millions(count: int) -> str:

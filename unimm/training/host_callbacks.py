@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from unimm.training.ema import EMA
 from unimm.training.interruption import Interruption
 from unimm.training.rng import undisturbed
+from unimm.training.standstill import StandstillGuard
 
 Panel = Callable[[SummaryWriter, int], None]
 """Writes pictures or text of the model as it is at a step."""
@@ -24,6 +25,24 @@ class UpdateEMA(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         self.ema.update(model)
+
+
+class WatchMovement(TrainerCallback):
+    """Tell the guard of every optimizer step; it is made at the first one, when the model is prepared."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.guard: StandstillGuard | None = None
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: Any, **kwargs: Any
+    ) -> None:
+        self.guard = self.guard or StandstillGuard(model, optimizer)
+        self.guard.begin_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.guard is not None and self.accelerator.optimizer_step_was_skipped:
+            self.guard.skip_step()
 
 
 class StopOnSignal(TrainerCallback):

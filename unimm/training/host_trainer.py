@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from unimm.data.collators import IGNORED
 from unimm.errors import UserError
 from unimm.saving import save_whole
-from unimm.training.adapters import Adapter
+from unimm.training.adapters import PROJECTOR, Adapter
 from unimm.training.arguments import HostTrainingArguments
 from unimm.training.host_callbacks import DrawPanel, Panel
 from unimm.training.new_rows import NewRowsWarmup
@@ -109,6 +109,7 @@ class HostTrainer(StreamTrainer):
             for block in blocks:
                 block.compile(dynamic=True)
         self._cost: HostCost | None = None
+        self._saw_images, self._held = torch.zeros((), device=args.device), False
         self._sums = {mode: torch.zeros(len(self.flow_weights), 2, device=args.device) for mode in ("train", "eval")}
 
     # ---- the run ----
@@ -191,8 +192,11 @@ class HostTrainer(StreamTrainer):
                 total, count = self._flow_loss(model, inputs[flow])
                 loss = loss + weight * total / counts[k].clamp_min(1)
                 sums[k] += torch.stack([total.detach(), total.new_tensor(count)])
-        unseen = model.training and not any("pixel_values" in batch for batch in inputs.values())
-        if unseen and self._projector_learns:
+        seen = any("pixel_values" in batch for batch in inputs.values())
+        if model.training:
+            self._saw_images += seen
+            self._held |= self.new_rows is not None and self.state.global_step < self.new_rows.steps
+        if model.training and not seen and self._projector_learns:
             loss = loss + self._no_picture()
         loss = loss * self.args.world_size  # DDP divides the gradients by it; the counts above are global already
         return (loss, {}) if return_outputs else loss
@@ -250,6 +254,12 @@ class HostTrainer(StreamTrainer):
                 if flow in self.unigram_entropies:
                     logs[f"{prefix}unigram_entropy_{flow}"] = self.unigram_entropies[flow]
         super().log(logs, start_time)
+
+    def resting_parts(self) -> set[str]:
+        """The projector, while no image was seen or the new rows learned alone."""
+        saw, held = self.accelerator.reduce(self._saw_images.clone(), "sum"), self._held
+        self._saw_images, self._held = torch.zeros_like(self._saw_images), False
+        return {f"model.{PROJECTOR}"} if held or not saw else set()
 
     def work_of(self, inputs: Batch) -> Work:
         """Tokens, pictures and FLOPs of all flows."""

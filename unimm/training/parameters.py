@@ -73,6 +73,12 @@ def host_parameter_groups(
     ]
 
 
+def part_of(name: str) -> str:
+    """The part of a model that a weight belongs to: its first name, or its second below a `model`."""
+    words = name.split(".")
+    return ".".join(words[: 2 if words[0] in ("model", "siglip") else 1])
+
+
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices and kernels with weight decay, vectors (norms, biases) without."""
     groups: dict[bool, list[nn.Parameter]] = {}

@@ -32,7 +32,7 @@ from unimm.training.checkpoint import (
 )
 from unimm.training.ema import EMA
 from unimm.training.global_batch import micro_batch
-from unimm.training.host_callbacks import StopOnSignal, UpdateEMA
+from unimm.training.host_callbacks import StopOnSignal, UpdateEMA, WatchMovement
 from unimm.training.interruption import Interruption
 from unimm.training.rng import undisturbed
 from unimm.training.sharding import refuse_average
@@ -59,6 +59,9 @@ class StreamTrainer(Trainer):
         self.ema = None if args.ema_decay is None else EMA(model, decay=args.ema_decay)
         if self.ema is not None:
             self.add_callback(UpdateEMA(self.ema))
+        self.movement = WatchMovement(self.accelerator)
+        if not self.is_deepspeed_enabled:  # which keeps the weights that it moves to itself
+            self.add_callback(self.movement)
         self.meter = Meter(self.accelerator)
         self.window: list[Any] = []
         self._micro_batch = -1
@@ -150,8 +153,14 @@ class StreamTrainer(Trainer):
         """As in Trainer, with the throughput of the steps, unless the run is lost."""
         self._stop_if_not_finite()
         if "loss" in logs:
+            if self.movement.guard is not None:
+                self.movement.guard.check(self.state.global_step, self.resting_parts())
             logs = logs | self.meter.read(self.state.global_step * self.args.samples_per_step)
         super().log(logs, start_time)
+
+    def resting_parts(self) -> set[str]:
+        """The parts that had no reason to move since the last line of the log; every process asks."""
+        return set()
 
     def _stop_if_not_finite(self) -> None:
         step, size = int(self._bad_step), self.args.samples_per_step

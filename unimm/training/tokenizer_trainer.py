@@ -53,6 +53,7 @@ from unimm.training.rng import random_states, set_random_states, undisturbed
 from unimm.training.run_log import RunLog, in_words
 from unimm.training.schedules import warmup_cosine_scheduler
 from unimm.training.sharding import check_strategy
+from unimm.training.standstill import StandstillGuard
 from unimm.training.teacher import Teacher
 from unimm.training.throughput import Meter, TokenizerCost, Work
 
@@ -128,6 +129,7 @@ class TokenizerTrainer:
         )
         self.reconstruct_module = Reconstruct(self.tokenizer, self.entropy_temperature)
         self.reconstruct, self.optimizer = self.accelerator.prepare(self.reconstruct_module, optimizer)
+        self.guard = StandstillGuard(self.tokenizer, self.optimizer, "The tokenizer's")
         self.ema = EMA(self.tokenizer, decay=config.ema_decay)
         self.usage = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last log
         self.upkeep = CodebookUpkeep(self.tokenizer, config, self._batches, len(self.pictures))
@@ -235,7 +237,10 @@ class TokenizerTrainer:
             self.usage.update(ids)
             self.upkeep.chosen.update(ids)
         norm = self.accelerator.clip_grad_norm_(self._trainable(), self.config.max_grad_norm)
+        self.guard.begin_step()
         self.optimizer.step()
+        if self.accelerator.optimizer_step_was_skipped:
+            self.guard.skip_step()
         self.optimizer.zero_grad()
         logged = {name: torch.stack([terms[name] for terms in found]).mean(0) for name in found[0]}
         if adversary is not None:
@@ -308,6 +313,9 @@ class TokenizerTrainer:
         return dict(zip(scalars, values.tolist(), strict=True))
 
     def _log(self, scalars: dict[str, float], bar: tqdm) -> None:
+        for part in (self, self.adversary):
+            if part is not None:
+                part.guard.check(self.step)
         usage, self.usage = self.usage, CodebookUsage(self.tokenizer.config.codebook_size)
         scalars |= {f"codebook/{name}": getattr(usage, name) for name in ("use", "perplexity", "dead")}
         scalars["learning_rate"] = self.scheduler.get_last_lr()[0]
