@@ -22,7 +22,7 @@ from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
 from unimm.config import parse_training_args
 from unimm.data.ids import entropy_line
 from unimm.data.images import save_image_atomically
-from unimm.errors import UserError, run_main
+from unimm.errors import UserError, require_place, run_main
 from unimm.provenance import write_atomically
 from unimm.tokenizer.loading import load_with_processor
 from unimm.training.arguments import HostTrainingArguments
@@ -74,6 +74,8 @@ def build(recipe: C2IRecipe, ids: ClassIds) -> ClassConditionalGPT:
 def main() -> None:
     recipe, dry_run = parse_training_args(C2IRecipe)
     train = recipe.train
+    require_place("The image tokenizer model.image_tokenizer", recipe.model.image_tokenizer)
+    recipe.data.require_sources()
     tokenizer, image_processor = load_with_processor(recipe.model.image_tokenizer)
     tokenizer.requires_grad_(False)
     with train.main_process_first(local=False):
