@@ -105,7 +105,7 @@ def main() -> None:
     tokenizer = build(recipe.model)
     if dry_run:
         trainer = TokenizerTrainer(tokenizer, pictures, short_tokenizer(train), recipe.loss)
-        dry_run_tokenizer(trainer, Path(train.output_dir) / "dry_run.png")
+        dry_run_tokenizer(trainer, train, Path(train.output_dir) / "dry_run.png")
         return
     encoder = weights_fingerprint(tokenizer.encoder)  # the teacher
     with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=pictures.sizes):
