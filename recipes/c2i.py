@@ -22,7 +22,7 @@ from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
 from unimm.config import parse_training_args
 from unimm.data.ids import entropy_line
 from unimm.data.images import save_image_atomically
-from unimm.errors import UserError, run_main
+from unimm.errors import UserError, require_place, run_main
 from unimm.provenance import write_atomically
 from unimm.tokenizer.loading import load_with_processor
 from unimm.training.arguments import HostTrainingArguments
@@ -52,7 +52,7 @@ class C2IRecipe:
     sheet: SheetConfig = field(default_factory=SheetConfig)
 
 
-def build(recipe: C2IRecipe, ids: ClassIds) -> ClassConditionalGPT:
+def build(recipe: C2IRecipe, ids: ClassIds, *, compiled: bool = False) -> ClassConditionalGPT:
     if recipe.train.use_muon:
         raise UserError("train.use_muon is for the host recipes: c2i trains with AdamW, as LlamaGen does.")
     facts = {
@@ -65,7 +65,7 @@ def build(recipe: C2IRecipe, ids: ClassIds) -> ClassConditionalGPT:
         raise UserError(f"model.config may not set {decided[0]!r}: the tokenizer and model.num_classes decide it.")
     config = ClassConditionalConfig.of_size(recipe.model.size, **recipe.model.config, **facts)
     model = ClassConditionalGPT._from_config(config, attn_implementation=recipe.model.attn_implementation)
-    if recipe.train.compile_blocks:
+    if compiled:
         for block in model.blocks:
             block.compile(dynamic=True)
     return model
@@ -74,6 +74,8 @@ def build(recipe: C2IRecipe, ids: ClassIds) -> ClassConditionalGPT:
 def main() -> None:
     recipe, dry_run = parse_training_args(C2IRecipe)
     train = recipe.train
+    require_place("The image tokenizer model.image_tokenizer", recipe.model.image_tokenizer)
+    recipe.data.require_sources()
     tokenizer, image_processor = load_with_processor(recipe.model.image_tokenizer)
     tokenizer.requires_grad_(False)
     with train.main_process_first(local=False):
@@ -83,11 +85,11 @@ def main() -> None:
     for each in (ids, held_out):
         each.require_classes(recipe.model.num_classes)
     set_seed(train.seed)  # here: extracting ids may take random numbers, and they may be on disk already
-    model = build(recipe, ids)
+    model = build(recipe, ids, compiled=recipe.train.compile_blocks and not dry_run)
     if dry_run:
         picture_of = lambda batch: tokenizer.decode(batch["ids"][:SHEET_PICTURES])  # noqa: E731
         show = show_pictures(Path(train.output_dir) / "dry_run.png", picture_of)
-        dry_run_stream(trainer_of(recipe, short(train), model, ids, held_out), train.max_steps, show)
+        dry_run_stream(trainer_of(recipe, short(train), model, ids, held_out), train, show)
         return
     facts = {"rows of ids": len(ids), "tokenizer": ids.info.tokenizer_fingerprint}
     with open_run(recipe, samples_per_step=train.samples_per_step, **facts):

@@ -17,7 +17,7 @@ import torch
 
 from unimm.config import parse_recipe_args, save_config
 from unimm.encoding import EncodeConfig, Encoder
-from unimm.errors import run_main
+from unimm.errors import require_place, run_main
 from unimm.tokenizer.loading import load_with_processor
 
 
@@ -43,6 +43,8 @@ def device_of(local_rank: int) -> torch.device:
 
 def main() -> None:
     recipe = parse_recipe_args(EncodeRecipe)
+    require_place("The image tokenizer model.image_tokenizer", recipe.model.image_tokenizer)
+    recipe.data.rows()  # a source that cannot be read is refused before the tokenizer is loaded
     rank, world_size, local_rank = (int(os.environ.get(name, d)) for name, d in PLACES.items())
     tokenizer, processor = load_with_processor(recipe.model.image_tokenizer)
     folder = Path(recipe.output_dir)

@@ -18,7 +18,8 @@ from unimm.checkpoint_files import examining, refuse_excess_of
 from unimm.config import parse_training_args
 from unimm.data.conversations import shapes_corpus
 from unimm.data.mixture import MixtureConfig
-from unimm.errors import UserError, run_main
+from unimm.data.presence import require_sources
+from unimm.errors import UserError, require_place, run_main
 from unimm.mllm import UnimmProcessor, attach, load
 from unimm.mllm.templates import set_chat_template
 from unimm.mllm.vocabulary import RowInit
@@ -76,6 +77,13 @@ class SFTRecipe:
             )
 
 
+def require_parts(model: SFTModelConfig) -> None:
+    """Raise UserError if a part is missing, before the first one is built."""
+    for name in ("image_tokenizer", "llm", "init_from"):
+        source = getattr(model, name)
+        require_place(f"model.{name}", source if isinstance(source, str) else None)
+
+
 def build_llm(model: SFTModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if isinstance(model.llm, str):
         with examining("The language model model.llm", model.llm):
@@ -114,6 +122,8 @@ def build_model(
 
 def main() -> None:
     recipe, dry_run = parse_training_args(SFTRecipe)
+    require_parts(recipe.model)
+    require_sources(recipe.data)
     set_seed(recipe.train.seed)
     loading = recipe.lora.loading() if recipe.lora else None
     model, processor = build_model(recipe.model, recipe.data.seed, recipe.train.seed, loading)

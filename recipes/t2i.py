@@ -16,7 +16,8 @@ from transformers.trainer_utils import set_seed
 
 from unimm.config import parse_training_args
 from unimm.data.mixture import MixtureConfig
-from unimm.errors import UserError, run_main
+from unimm.data.presence import require_sources
+from unimm.errors import UserError, require_place, run_main
 from unimm.mllm import UnifiedModelMixin, UnimmProcessor, load
 from unimm.mllm.exchange import exchange_image_tokenizer
 from unimm.training.adapters import LoraSettings, add_lora
@@ -68,6 +69,9 @@ def panel_of(model: UnifiedModelMixin, processor: UnimmProcessor, panel: PanelCo
 
 def main() -> None:
     recipe, dry_run = parse_training_args(T2IRecipe)
+    require_place("The model model.path", recipe.model.path)
+    require_place("The image tokenizer model.image_tokenizer", recipe.model.image_tokenizer)
+    require_sources(recipe.data)
     set_seed(recipe.train.seed)
     how = {"dtype": torch.float32, "attn_implementation": recipe.model.attn_implementation}
     how |= recipe.lora.loading() if recipe.lora else {}

@@ -18,7 +18,7 @@ from transformers.trainer_utils import set_seed
 
 from unimm.config import parse_training_args
 from unimm.data.pictures import PictureConfig, held_out_lines, held_out_pictures, picture_stream
-from unimm.errors import UserError, reading, run_main
+from unimm.errors import UserError, reading, require_place, run_main
 from unimm.mllm import load
 from unimm.mllm.loading import DEFAULT
 from unimm.processes import processes
@@ -90,6 +90,8 @@ def require_kind(path: str, found: str, kind: str) -> None:
 def main() -> None:
     recipe, dry_run = parse_training_args(TokenizerRecipe)
     train = recipe.train
+    for name in ("encoder", "init_from"):
+        require_place(f"model.{name}", getattr(recipe.model, name))
     set_seed(train.seed)
     count = processes().num_processes
     if train.global_batch_size is not None:
@@ -103,7 +105,7 @@ def main() -> None:
     tokenizer = build(recipe.model)
     if dry_run:
         trainer = TokenizerTrainer(tokenizer, pictures, short_tokenizer(train), recipe.loss)
-        dry_run_tokenizer(trainer, Path(train.output_dir) / "dry_run.png")
+        dry_run_tokenizer(trainer, train, Path(train.output_dir) / "dry_run.png")
         return
     encoder = weights_fingerprint(tokenizer.encoder)  # the teacher
     with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=pictures.sizes):

@@ -72,7 +72,7 @@ def main() -> None:
     parts = {"train_dataset": stream, "data_collator": collate, "stream_seed": train.seed}
     if dry_run:
         show = show_pictures(Path(train.output_dir) / "dry_run.png", lambda batch: batch["pixel_values"] / 2 + 0.5)
-        dry_run_stream(VisionPretrainingTrainer(model, short(train), **parts), train.max_steps, show)
+        dry_run_stream(VisionPretrainingTrainer(model, short(train), **parts), train, show)
         return
     with open_run(config, samples_per_step=train.samples_per_step, rows=stream.sizes):
         trainer = VisionPretrainingTrainer(model, train, **parts)

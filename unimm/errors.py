@@ -49,14 +49,26 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def require_place(what: str, source: str | None) -> None:
+    """Raise UserError if `source` can only be a local path, and nothing is there: looked at before a library takes it
+    for a hub id, or a model is built that needs it later.
+
+    A hub id has one slash at most, and an owner that is no folder here.
+    """
+    if source is None or Path(source).exists():
+        return
+    first, *rest = Path(source).parts or ("",)
+    if len(rest) > 1 or first in (os.sep, "..", "~") or source.startswith("./") or (rest and Path(first).is_dir()):
+        raise UserError(f"{what}: there is no {source}.")
+
+
 @contextmanager
 def reading(what: str, source: str | Path) -> Iterator[None]:
     """Within, `source` is being read by a library: what it raises about it becomes a `UserError`, in one sentence.
 
-    An absolute path that does not exist is refused before the library takes it for a hub id.
+    A local path that does not exist is refused before the library takes it for a hub id.
     """
-    if Path(source).is_absolute() and not Path(source).exists():
-        raise UserError(f"{what}: there is no {source}.")
+    require_place(what, str(source))
     try:
         yield
     except UserError:

@@ -3,6 +3,7 @@
 import html
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from tests.training.test_host_trainer import BOTH, TALK, build
 from tests.training.tiny_host import save_tiny_host
 from unimm.data.collators import IGNORED
 from unimm.mllm import load
+from unimm.training import dry_run
 from unimm.training.dry_run import Measured, counting_activations, say_groups
+from unimm.training.host_trainer import HostTrainer
 from unimm.training.label_mask import in_terminal, pieces, rows_of, write_page
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -42,6 +45,43 @@ def test_the_host_recipe_says_what_it_would_train(tmp_path: Path, capsys: pytest
     )
     assert "\x1b[30;42m‹16 image tokens›\x1b[0m" in said
     assert [path.name for path in output.iterdir()] == ["dry_run.html"]
+
+
+def test_a_dry_run_takes_seconds_whatever_the_step_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step of 4 micro-batches of 64, compiled: three times a micro-batch of 8, eager; of one that takes too long
+    the first alone."""
+    sizes: list[int] = []
+    loss = HostTrainer.compute_loss
+
+    def counted(self: HostTrainer, model: nn.Module, inputs: Any, *arguments: Any, **options: Any) -> Any:
+        sizes.append(sum(len(batch["input_ids"]) for batch in inputs.values()))
+        return loss(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(HostTrainer, "compute_loss", counted)
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: pytest.fail("a dry run compiles"))
+    folder = save_tiny_host(tmp_path / "host")
+    settings = [f"model.path={folder}", f"train.output_dir={tmp_path / 'run'}", "train.per_device_train_batch_size=64"]
+    settings += ["train.gradient_accumulation_steps=4", "train.compile_blocks=true", "train.dataloader_num_workers=2"]
+    command = ["--config", str(ROOT / "configs" / "debug" / "t2i.yaml"), *settings, "--dry-run"]
+    assert run("t2i", *command) == 0
+    said = capsys.readouterr().out
+    assert sizes == [8, 8, 8]
+    label = "reckoned from 0.125 of a micro-batch; 4 micro-batches a step; without compilation, which the run has"
+    assert re.search(rf"time    [\d.e+-]+ s a step, 4 steps: .*without evaluations \({label}\)", said)
+    sizes.clear()
+    monkeypatch.setattr(dry_run, "BUDGET", 0.0)
+    assert run("t2i", *command) == 0
+    assert sizes == [8] and "(not warmed up, too long rather than too short; reckoned" in capsys.readouterr().out
+
+
+def test_a_step_is_reckoned_from_its_passes_and_the_rest() -> None:
+    """A first step that compiles or allocates counts for nothing."""
+    measured = Measured(share=1 / 8, micro_batches=4, seconds=[60.0, 1.5, 2.5], passes=[59.0, 1.0, 2.0])
+    assert measured.seconds_per_step == pytest.approx(1.5 * 8 * 4 + 0.5)
+    assert Measured(seconds=[3.0], passes=[2.0]).seconds_per_step == 3.0
+    assert Measured(seconds=[3.0, 1.0], passes=[2.0, 0.5]).said == ""
 
 
 def test_the_tokenizer_recipe_shows_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

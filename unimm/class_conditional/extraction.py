@@ -55,6 +55,12 @@ class ClassIdsConfig:
         source, count, part = self._reads(split)
         return labelled_pictures(source, count, seed=self._seed(split), part=part)
 
+    def require_sources(self) -> None:
+        """Raise UserError if images are missing whose ids are not kept yet; looked at before a model is built."""
+        for name, split in (("train", "train"), ("eval", "test")):
+            if not (Path(self.folder) / f"{name}.parquet").is_file():
+                self.pictures_of("test" if split == "test" else "train")
+
     def made_from(self, split: Split) -> str:
         """Say in words what a split's ids are made from; a file that says otherwise is not taken up."""
         source, count, part = self._reads(split)

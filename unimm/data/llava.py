@@ -182,15 +182,18 @@ class LlavaConversations:
 
 def open_llava(path: Path, options: LlavaOptions) -> LlavaConversations:
     """As `LlavaConversations`, but a file that did not change is looked through once, however many streams read it."""
+    require_files(path, options.image_folder)
+    return _opened(path, options, os.stat(path).st_mtime_ns)
+
+
+def require_files(path: Path, image_folder: Path) -> None:
+    """Raise UserError if the file or the folder of its images is missing."""
     if not path.is_file():
         raise UserError(
             f"There is no file {path} with conversations; set $UNIMM_DATA to the folder that holds the data."
         )
-    if not options.image_folder.is_dir():
-        raise UserError(
-            f"The folder of the pictures of {path}, image_folder, is {options.image_folder}: no such folder."
-        )
-    return _opened(path, options, os.stat(path).st_mtime_ns)
+    if not image_folder.is_dir():
+        raise UserError(f"The folder of the pictures of {path}, image_folder, is {image_folder}: no such folder.")
 
 
 @lru_cache(maxsize=4)

@@ -34,13 +34,7 @@ class ConversationRows(Rows):
     """
 
     def __init__(self, rows: Rows, source: str) -> None:
-        found = [name for name in COLUMNS if name in rows.column_names]
-        if not found:
-            raise UserError(
-                f"{source} has no column {COLUMNS[0]!r} or {COLUMNS[1]!r}; its columns are "
-                f"{', '.join(rows.column_names) or 'none'}."
-            )
-        self.rows, self.source, self.column = rows, source, found[0]
+        self.rows, self.source, self.column = rows, source, require_conversations(rows, source)
         self.blocks, self.pool, self.column_names = rows.blocks, rows.pool, rows.column_names
 
     def __len__(self) -> int:
@@ -53,6 +47,17 @@ class ConversationRows(Rows):
         except BadRow as bad:
             raise BadRow(bad.reason, f"row {row['key']} of {self.source}: {bad.detail}") from None
         return {**row, "messages": messages}
+
+
+def require_conversations(rows: Rows, source: str) -> str:
+    """Return the name of the column of conversations. Raises UserError if there is none."""
+    found = [name for name in COLUMNS if name in rows.column_names]
+    if not found:
+        raise UserError(
+            f"{source} has no column {COLUMNS[0]!r} or {COLUMNS[1]!r}; its columns are "
+            f"{', '.join(rows.column_names) or 'none'}."
+        )
+    return found[0]
 
 
 class TableConversations(RowsFlow):

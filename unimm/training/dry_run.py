@@ -1,14 +1,16 @@
 """`--dry-run`: what a run would train, what it would take, and one batch of it, before it begins.
 
-Special here: memory and time are measured on a few real steps of the recipe itself, on this device and with its batch;
-nothing is saved but one picture or page in the output folder.
+Memory and time are measured on a few real steps of the recipe itself, on this device, within seconds: one micro-batch
+a step, on a CPU of a few samples, without compilation. The whole step is reckoned from the passes of its micro-batches
+and from what a step takes beside them (clipping, optimizer, average). Nothing is saved but one image or page in the
+output folder.
 """
 
 import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,19 +31,54 @@ from unimm.training.throughput import peak_memory
 from unimm.training.tokenizer_trainer import TokenizerTrainer
 
 STEPS = 3  # of which the first warms up
+BUDGET = 10.0
+"""Seconds after which no further step is begun."""
+CPU_SAMPLES = 8
+"""Samples of a micro-batch on a CPU, where the time goes with their number."""
 SHEET_PICTURES = 16
 
 
 @dataclass
 class Measured:
-    """What the steps took: seconds of each, and bytes that the first forward pass kept for the backward one."""
+    """What steps of one micro-batch took, and how it relates to a real step.
 
+    Args:
+        share: of the real micro-batch's samples that were measured.
+        micro_batches: of a real step.
+        compiled: whether the run compiles what was measured eager.
+
+    Attributes:
+        seconds, passes: of each step, and of its forward and backward passes.
+        activations: bytes that the first forward pass kept for the backward one.
+    """
+
+    share: float = 1.0
+    micro_batches: int = 1
+    compiled: bool = False
     seconds: list[float] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)
     activations: int = 0
 
     @property
+    def enough(self) -> bool:
+        """Whether no further step is to be begun."""
+        return sum(self.seconds) > BUDGET
+
+    @property
     def seconds_per_step(self) -> float:
-        return sum(self.seconds[1:]) / max(1, len(self.seconds) - 1)
+        """Of the whole step, reckoned from the warmed steps, where there are some."""
+        warmed = slice(1, None) if len(self.seconds) > 1 else slice(None)
+        seconds, passes = (sum(each[warmed]) / max(1, len(each[warmed])) for each in (self.seconds, self.passes))
+        return passes * self.micro_batches / self.share + seconds - passes
+
+    @property
+    def said(self) -> str:
+        """What the figure is made of, where it is no whole warmed step."""
+        parts = ["not warmed up, too long rather than too short"] if len(self.seconds) < 2 else []
+        parts += [f"reckoned from {self.share:.3g} of a micro-batch"] if self.share < 1 else []
+        parts += [f"{self.micro_batches} micro-batches a step"] if self.micro_batches > 1 else []
+        parts += ["without compilation, which the run has"] if self.compiled else []
+        return f" ({'; '.join(parts)})" if parts else ""
 
 
 @contextmanager
@@ -64,11 +101,25 @@ def counting_activations(measured: Measured, weights: Iterable[Tensor]) -> Itera
 
 
 def short(args: StreamTrainingArguments) -> StreamTrainingArguments:
-    """The same settings for a few steps that leave nothing behind."""
+    """The same settings for a few small steps that leave nothing behind."""
     args = copy.copy(args)
     args.max_steps, args.disable_tqdm, args.report_to = min(STEPS, args.max_steps), True, []
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+    args.gradient_accumulation_steps, args.dataloader_num_workers = 1, 0
+    args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False  # of workers
+    if hasattr(args, "compile_blocks"):
+        args.compile_blocks = False
+    if args.device.type == "cpu":
+        args.per_device_train_batch_size = min(CPU_SAMPLES, args.per_device_train_batch_size)
     return args
+
+
+def _measured(args: StreamTrainingArguments, real: StreamTrainingArguments) -> Measured:
+    return Measured(
+        share=args.train_batch_size / real.train_batch_size,
+        micro_batches=real.gradient_accumulation_steps,
+        compiled=getattr(real, "compile_blocks", False),
+    )
 
 
 class _Clock(TrainerCallback):
@@ -82,21 +133,29 @@ class _Clock(TrainerCallback):
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
         self.measured.seconds.append(time.perf_counter() - self.begun)
+        control.should_training_stop |= args.world_size == 1 and self.measured.enough  # several would have to agree
 
 
-def dry_run_stream(trainer: StreamTrainer, steps: int, show: Callable[[Any], None]) -> None:
-    """Of a trainer that was made with `short` settings; `steps` are those of the real run, `show` shows one batch."""
-    measured, step = Measured(), trainer.training_step
+def dry_run_stream(trainer: StreamTrainer, real: StreamTrainingArguments, show: Callable[[Any], None]) -> None:
+    """Of a trainer that was made with `short` settings; `real` are those of the run, `show` shows one batch."""
+    measured, step = _measured(trainer.args, real), trainer.training_step
+    clock = _Clock(measured)
 
-    def first(*arguments: Any, **options: Any) -> Tensor:
-        trainer.training_step = step  # type: ignore[method-assign]
-        if trainer.is_world_process_zero():
+    def timed(*arguments: Any, **options: Any) -> Tensor:
+        first = not measured.passes
+        if first and trainer.is_world_process_zero():
             show(arguments[1])
-        with counting_activations(measured, trainer.model.parameters()):
-            return step(*arguments, **options)
+        begun = time.perf_counter()
+        clock.begun = begun if first else clock.begun  # showing is no part of a step
+        with counting_activations(measured, trainer.model.parameters()) if first else nullcontext():
+            loss = step(*arguments, **options)
+        if trainer.args.device.type == "cuda":
+            torch.cuda.synchronize(trainer.args.device)
+        measured.passes.append(time.perf_counter() - begun)
+        return loss
 
-    trainer.training_step = first  # type: ignore[method-assign]
-    trainer.add_callback(_Clock(measured))
+    trainer.training_step = timed  # type: ignore[method-assign]
+    trainer.add_callback(clock)
     trainer.train()
     if not trainer.is_world_process_zero():
         return
@@ -104,20 +163,23 @@ def dry_run_stream(trainer: StreamTrainer, steps: int, show: Callable[[Any], Non
     ema = bytes_of(trainer.ema.shadow.values()) if trainer.ema is not None else 0
     say_memory(trainer.model, [trainer.optimizer], ema, measured, trainer.args.device)
     size = model_bytes(trainer.model) + optimizer_bytes(trainer.optimizer) + ema
-    say_time_and_disk(measured, steps, size, trainer.args.save_total_limit)
+    say_time_and_disk(measured, real.max_steps, size, trainer.args.save_total_limit)
 
 
 def short_tokenizer(config: TokenizerTrainingConfig) -> TokenizerTrainingConfig:
-    """The same settings without the fit of the codebook, which is no step."""
+    """The same settings with small steps, and without the fit of the codebook, which is none."""
     config = copy.copy(config)
-    config.codebook_init, config.report_to = "random", []
+    config.codebook_init, config.report_to, config.gradient_accumulation_steps = "random", [], 1
+    if not torch.accelerator.is_available():
+        config.batch_size = min(CPU_SAMPLES, config.batch_size)
     return config
 
 
-def dry_run_tokenizer(trainer: TokenizerTrainer, path: Path) -> None:
-    """Of a trainer that was made with `short_tokenizer` settings; writes a sheet of pictures, the first batch above its
-    reconstructions. With a GAN from its first step on: that is what most of a run costs."""
-    measured, config, tokenizer = Measured(), trainer.config, trainer.tokenizer
+def dry_run_tokenizer(trainer: TokenizerTrainer, real: TokenizerTrainingConfig, path: Path) -> None:
+    """Measure a trainer made with `short_tokenizer` settings (`real` are those of the run) and write a sheet of
+    images, the first batch above its reconstructions. With a GAN from its first step on, as in most of a run."""
+    config, tokenizer = trainer.config, trainer.tokenizer
+    measured = Measured(config.batch_size / real.batch_size, real.gradient_accumulation_steps)
     main = trainer.accelerator.is_main_process
     if trainer.adversary is not None:
         trainer.adversary.start = 0
@@ -137,6 +199,9 @@ def dry_run_tokenizer(trainer: TokenizerTrainer, path: Path) -> None:
             with counting_activations(measured, [p for module in trainer.modules() for p in module.parameters()]):
                 trainer._optimizer_step(batches)
         measured.seconds.append(time.perf_counter() - start)
+        measured.passes.append(measured.seconds[-1])
+        if trainer.accelerator.num_processes == 1 and measured.enough:
+            break
     if not main:
         return
     optimizers = [trainer.optimizer]
@@ -218,7 +283,7 @@ def say_memory(
         "gradients": bytes_of(learning),
         "optimizer": sum(optimizer_bytes(optimizer) for optimizer in optimizers),
         "averaged weights": ema,
-        "activations of a micro-batch": measured.activations,
+        "activations of a micro-batch": round(measured.activations / measured.share),
     }
     listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
     print(f"memory  {gigabytes(sum(parts.values()))}: {listed}; peak so far {gigabytes(peak_memory(device))}")
@@ -228,7 +293,8 @@ def say_time_and_disk(measured: Measured, steps: int, checkpoint: int, keep: int
     """Of the whole run on this device."""
     seconds = measured.seconds_per_step
     hours, minutes = divmod(round(seconds * steps / 60), 60)
-    print(f"time    {seconds:.3g} s a step, {steps} steps: {hours} h {minutes:02d} min without evaluations")
+    whole = f"{hours} h {minutes:02d} min without evaluations"
+    print(f"time    {seconds:.3g} s a step, {steps} steps: {whole}{measured.said}")
     room = f"{keep} kept" if keep else "all kept"
     print(f"disk    {gigabytes(checkpoint)} a checkpoint, {room} and one being written")
 

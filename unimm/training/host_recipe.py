@@ -40,7 +40,7 @@ def train_on_flows(
     train, output = recipe.train, Path(recipe.train.output_dir)
     if dry_run:
         trainer = host_trainer(recipe, model, processor, args=short(train), adapter=adapter)
-        dry_run_stream(trainer, train.max_steps, show_label_mask(processor, output / "dry_run.html"))
+        dry_run_stream(trainer, train, show_label_mask(processor, output / "dry_run.html"))
         return
     parts = {"adapter": adapter, "panel": panel, "log_folder": output / "data"}
     trainer = host_trainer(recipe, model, processor, args=train, **parts)

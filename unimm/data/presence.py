@@ -1,0 +1,31 @@
+"""Whether what a run reads is there: looked at before a model is built, so that a wrong path costs seconds."""
+
+from unimm.data.ids import IdsManifest, holds_ids
+from unimm.data.llava import require_files
+from unimm.data.mixture import FlowConfig, MixtureConfig
+from unimm.data.places import data_path, filled
+from unimm.data.sources import open_pictures
+from unimm.data.table_conversations import require_conversations
+from unimm.errors import UserError
+
+
+def require_sources(config: MixtureConfig) -> None:
+    """Raise UserError if a source of a mixture is missing, or lacks the columns that its flow reads; no row is read."""
+    config.refuse_overlaps()
+    for flow in config.flows.values():
+        for place in (flow.source, flow.eval_source):
+            if place not in (None, "shapes"):
+                _require(flow, str(place))
+
+
+def _require(flow: FlowConfig, place: str) -> None:
+    if flow.image_folder is not None:
+        require_files(data_path(place), data_path(flow.image_folder))
+    elif flow.kind == "drawing" and holds_ids(place):
+        IdsManifest.read(filled(place))
+    else:
+        rows = open_pictures(place, flow.read)
+        if flow.kind == "conversation":
+            require_conversations(rows, place)
+        elif rows.caption_gap is not None:
+            raise UserError(f"{place} has no captions: {rows.caption_gap}.")
