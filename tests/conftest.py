@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from unimm import bfloat16
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -56,6 +58,16 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         monkeypatch.setattr(socket.socket, name, guard(name))
     yield tried
     assert not tried, f"tests are offline, but this one connected to {tried}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_on_every_machine() -> Iterator[None]:
+    """One thread, and precision `auto` is float32: no figure depends on how many cores there are and what they multiply
+    fast. For the fixtures of modules too, which come before any fixture of a test."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bfloat16, "multiplies_bfloat16", lambda device: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

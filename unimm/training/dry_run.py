@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from unimm.data.images import save_image_atomically
+from unimm.processes import processes
 from unimm.training.arguments import StreamTrainingArguments, TokenizerTrainingConfig
 from unimm.training.checkpoint import bytes_of, gigabytes, model_bytes, optimizer_bytes
 from unimm.training.label_mask import in_terminal, rows_of, write_page
@@ -86,6 +87,7 @@ class _Clock(TrainerCallback):
 def dry_run_stream(trainer: StreamTrainer, steps: int, show: Callable[[Any], None]) -> None:
     """Of a trainer that was made with `short` settings; `steps` are those of the real run, `show` shows one batch."""
     measured, step = Measured(), trainer.training_step
+    processes().print(trainer.args.precision.note())
 
     def first(*arguments: Any, **options: Any) -> Tensor:
         trainer.training_step = step  # type: ignore[method-assign]
@@ -118,6 +120,7 @@ def dry_run_tokenizer(trainer: TokenizerTrainer, path: Path) -> None:
     reconstructions. With a GAN from its first step on: that is what most of a run costs."""
     measured, config, tokenizer = Measured(), trainer.config, trainer.tokenizer
     main = trainer.accelerator.is_main_process
+    trainer.accelerator.print(config.precision.note())
     if trainer.adversary is not None:
         trainer.adversary.start = 0
     if main:
