@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 DEVELOPMENT := [train,eval,dev]
 # Without an NVIDIA GPU take the tested versions, which also selects the CPU build of torch.
 CONSTRAINT := $(shell nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
+# The whole suite takes two processes; the modules that launch processes of their own come first.
+WHOLE := -n 2 --dist loadscope --no-loadscope-reorder
 PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
@@ -19,7 +21,7 @@ demo: $(VENV)/.core
 	$(BIN)/unimm demo --output runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(strip $(ARGS)),$(WHOLE))
 
 test-lmms:
 	@$(MAKE) --no-print-directory VENV=$(LMMS_VENV) DEVELOPMENT=[lmms,fidelity,dev] test ARGS="tests/integrations tests/test_constraints.py $(ARGS)"

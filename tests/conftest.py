@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from unimm import bfloat16
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -56,6 +58,22 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         monkeypatch.setattr(socket.socket, name, guard(name))
     yield tried
     assert not tried, f"tests are offline, but this one connected to {tried}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_on_every_machine() -> Iterator[None]:
+    """One thread, and precision `auto` is float32: no figure depends on how many cores there are and what they multiply
+    fast. For the fixtures of modules too, which come before any fixture of a test."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bfloat16, "multiplies_bfloat16", lambda device: False)
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with slow tests first: of several processes none is left alone with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

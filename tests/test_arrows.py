@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 GROUND = {"errors", "provenance", "typed", "config", "report", "saving", "sampling", "weights", "perceptual_networks"}
-GROUND |= {"processes", "yaml_text", "launched", "field_rules", "checkpoint_files"}
+GROUND |= {"processes", "yaml_text", "launched", "field_rules", "checkpoint_files", "bfloat16"}
 FOUNDATION = GROUND | {"tokenizer", "data", "evaluation"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
 FACES = {"serving", "integrations", "benchmarks", "chat"}
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "field_rules": {"errors"},
     "checkpoint_files": {"errors", "field_rules"},
     "saving": {"errors", "provenance", "checkpoint_files", "field_rules"},
+    "bfloat16": set(),
     "sampling": {"errors"},
     "weights": {"errors"},
     "perceptual_networks": {"errors", "weights"},

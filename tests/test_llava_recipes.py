@@ -14,6 +14,7 @@ from transformers import LlamaConfig, Qwen3Config
 import unimm
 from tests.test_recipes import ROOT, run
 from tests.training.tiny_host import tiny_image_tokenizer
+from unimm import bfloat16
 from unimm.cli import main
 from unimm.config import load_config
 from unimm.errors import UserError
@@ -42,7 +43,10 @@ def settings(path: Path) -> Any:
         ("mix665k_qlora", 2e-4, 128, 665_298, "vicuna_v1"),
     ],
 )
-def test_the_settings_are_llavas(name: str, rate: float, batch: int, rows: int, template: str) -> None:
+def test_the_settings_are_llavas(
+    name: str, rate: float, batch: int, rows: int, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bfloat16, "multiplies_bfloat16", lambda device: True)  # as on the GPUs that they are for
     recipe = settings(ROOT / f"configs/sft/llava15_{name}.yaml")
     train = recipe.train
     assert (train.learning_rate, train.weight_decay, train.warmup_steps, train.max_length) == (rate, 0.0, 0.03, 2048)
@@ -148,8 +152,9 @@ def test_lora_in_small_and_drawing_with_the_papers_settings(
     assert "needs the package bitsandbytes" in capsys.readouterr().err
 
 
-def test_drawing_has_the_papers_settings_and_size() -> None:
+def test_drawing_has_the_papers_settings_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """VQRAE's table 9, and Qwen3-0.6B as published (596 049 920 weights, its embedding tied) with 16384 ids more."""
+    monkeypatch.setattr(bfloat16, "multiplies_bfloat16", lambda device: True)  # as on the GPUs that it is for
     recipe = load_config(
         runpy.run_path(str(ROOT / "recipes" / "t2i.py"))["T2IRecipe"], ROOT / "configs/t2i/qwen3_0.6b.yaml"
     )

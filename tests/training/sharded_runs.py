@@ -131,6 +131,7 @@ def host_trainer(folder: Path) -> HostTrainer:
     """Of two flows, with an average; a global batch of 8."""
     batch, use_cpu = 8 // process_count(), not dist.is_initialized()
     settings = {"per_device_train_batch_size": batch, "adam_epsilon": 1e-4, "ema_decay": 0.5, "use_cpu": use_cpu}
+    settings["bf16"] = False
     return build(folder, BOTH, max_steps=4, **settings)
 
 

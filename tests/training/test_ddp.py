@@ -88,7 +88,7 @@ def launched(commands: list[list[str]], processes: int, **environment: str) -> N
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from unimm.benchmarks.hosts import text_tokenizer
+from unimm.bfloat16 import automatic_dtype
 from unimm.class_conditional import SIZES, ClassConditionalConfig, ClassConditionalGPT
 from unimm.mllm import attach, load
 from unimm.saving import save_whole
@@ -86,12 +87,15 @@ def _size(module: nn.Module) -> int:
 
 
 def run_real_size(encoder: str = "internvit-300m-448", *, seed: int = 0) -> dict[str, Any]:
-    """Attach VQRAE on `encoder` to Qwen3-0.6B in bfloat16, save, reload, answer and draw a little.
+    """Attach VQRAE on `encoder` to Qwen3-0.6B (bfloat16 where the CPU multiplies it fast), save, reload, answer and
+    draw a little.
 
     Returns:
         Seconds of each step, weights, and the peak of resident memory in GiB after each step.
     """
-    result: dict[str, Any] = {"host": "Qwen3-0.6B", "encoder": encoder, "seconds": {}, "peak_gib": {}}
+    dtype = automatic_dtype(torch.device("cpu"))
+    result: dict[str, Any] = {"host": "Qwen3-0.6B", "encoder": encoder, "dtype": str(dtype).removeprefix("torch.")}
+    result |= {"seconds": {}, "peak_gib": {}}
 
     @contextmanager
     def step(name: str) -> Iterator[None]:
@@ -102,7 +106,7 @@ def run_real_size(encoder: str = "internvit-300m-448", *, seed: int = 0) -> dict
 
     torch.manual_seed(seed)
     with step("build"):
-        host = _random_host()
+        host = _random_host(dtype)
         image_tokenizer = VQRAE(tokenizer_config(PUBLISHED[encoder])).eval()
     with step("attach"):
         model, processor = attach(host, image_tokenizer, text_tokenizer(()))
@@ -115,7 +119,7 @@ def run_real_size(encoder: str = "internvit-300m-448", *, seed: int = 0) -> dict
         expected = _answer(model, processor, 1)
         del model
         with step("reload"):
-            model, processor = load(folder, device="cpu", dtype=torch.bfloat16)
+            model, processor = load(folder, device="cpu", dtype=dtype)
     with step("8 tokens of an answer to a picture"):
         answer = _answer(model, processor, 8)
     result["same_after_reload"] = answer[:1] == expected
@@ -128,8 +132,8 @@ def run_real_size(encoder: str = "internvit-300m-448", *, seed: int = 0) -> dict
     return result
 
 
-def _random_host() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(Qwen3Config(**QWEN3_0_6B), dtype=torch.bfloat16).eval()
+def _random_host(dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(Qwen3Config(**QWEN3_0_6B), dtype=dtype).eval()
 
 
 def _answer(model: Any, processor: Any, tokens: int) -> list[int]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unimm.bfloat16 import multiplies_bfloat16
+
 SEARCH_BYTES = 2**26  # largest block of scores, 64 MiB
 GROUP = 128  # neighbouring codes that are judged by their best score first
 PAIR_BYTES = 2**20  # blocks that stay in the cache
@@ -25,7 +27,7 @@ def nearest_codes(latents: Tensor, codebook: Tensor, *, low_precision: bool | No
     device multiplies bfloat16 fast and the latents are wide.
     """
     if low_precision is None:
-        low_precision = codebook.shape[1] >= LOW_PRECISION_WIDTH and _multiplies_bfloat16(codebook.device)
+        low_precision = codebook.shape[1] >= LOW_PRECISION_WIDTH and multiplies_bfloat16(codebook.device)
     with torch.autocast(latents.device.type, enabled=False):
         flat, table = latents.detach().reshape(-1, latents.shape[-1]).float(), codebook.detach().float()
         search = _Search(table, torch.bfloat16 if low_precision else torch.float32, len(flat))
@@ -121,9 +123,3 @@ def _rounding_error(values: Tensor, rounded: Tensor, dim: int | None = None) -> 
     blocks = zip(values.split(rows), rounded.split(rows), strict=True)
     lengths = torch.cat([torch.linalg.vector_norm(block - taken.float(), dim=1) for block, taken in blocks])
     return lengths if dim is not None else lengths.max()
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

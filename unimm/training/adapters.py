@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from unimm.bfloat16 import automatic_dtype, training_device
 from unimm.errors import UserError, reading
 from unimm.typed import Count, Decay
 
@@ -39,7 +40,7 @@ class LoraSettings:
         target_modules: last names of linear layers of the language model; None: all of them.
         new_rows: whether the rows of the image ids and markers learn too (ours; LLaVA has none).
         quantize: "nf4" (4 bits, quantized twice) or "int8" for the frozen language model.
-        dtype: of the frozen weights; what learns is float32.
+        dtype: of the frozen weights; what learns is float32. "auto": bfloat16 where the device multiplies it fast.
     """
 
     r: Count = 128
@@ -48,7 +49,12 @@ class LoraSettings:
     target_modules: list[str] | None = None
     new_rows: bool = True
     quantize: Literal["nf4", "int8"] | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype == "auto":
+            fast = automatic_dtype(training_device()) == torch.bfloat16
+            self.dtype = "bfloat16" if fast else "float32"
 
     def loading(self) -> dict[str, Any]:
         """How the base is loaded: keyword arguments of `unimm.mllm.load`. Raises UserError without bitsandbytes."""

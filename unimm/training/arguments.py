@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from unimm.bfloat16 import Precision, automatic_dtype, training_device
 from unimm.errors import UserError
 from unimm.typed import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share
 
@@ -38,6 +39,7 @@ class StreamTrainingArguments(TrainingArguments):
         ema_decay: of the running mean of the trained weights, which is evaluated and saved; None trains without.
         global_batch_size: samples of one optimizer step; `gradient_accumulation_steps` follows from it and the number
             of processes. None leaves both as they are given.
+        bf16: "auto", the default, is True where the device multiplies bfloat16 fast, else False.
     """
 
     RANGES: ClassVar[dict[str, Range]] = {
@@ -64,6 +66,7 @@ class StreamTrainingArguments(TrainingArguments):
         "ddp_timeout": Range(least=1),
     }
 
+    bf16: bool | Literal["auto"] = field(default="auto", metadata={"help": "bfloat16; auto: where it is fast."})
     ema_decay: Decay | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
     global_batch_size: Count | None = field(default=None, metadata={"help": "Samples of one step of all processes."})
     max_steps: Count = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
@@ -94,6 +97,11 @@ class StreamTrainingArguments(TrainingArguments):
             raise UserError(
                 f"train.save_total_limit must be at least 1, or null to keep all; got {self.save_total_limit}."
             )
+        automatic, device = self.bf16 == "auto", training_device(self.use_cpu)
+        if automatic:
+            self.bf16 = not self.fp16 and automatic_dtype(device) == torch.bfloat16
+        given = "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+        self.precision = Precision(given, automatic and not self.fp16, device)
         super().__post_init__()
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = accumulation_steps(
@@ -156,7 +164,7 @@ class TokenizerTrainingConfig:
 
     In stage 2 the encoder learns at `encoder_learning_rate`. Stage 3, ours, trains the decoder alone: ids and features
     stay what they are, so it may come after the language model. Every group ends at min(its rate,
-    `end_learning_rate`).
+    `end_learning_rate`). `mixed_precision` "auto" is bf16 where the device multiplies it fast, else "no".
     """
 
     output_dir: str
@@ -175,7 +183,7 @@ class TokenizerTrainingConfig:
     weight_decay: NonNegative = 1e-4
     max_grad_norm: Rate = 1.0
     ema_decay: Decay = 0.999
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     codebook_init: Literal["random", "data"] = "random"
     codebook_init_pictures: Count = 2048
     revive_steps: Count | None = None
@@ -194,3 +202,8 @@ class TokenizerTrainingConfig:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
+        automatic, device = self.mixed_precision == "auto", training_device()
+        if automatic:
+            self.mixed_precision = "bf16" if automatic_dtype(device) == torch.bfloat16 else "no"
+        given = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}[self.mixed_precision]
+        self.precision = Precision(given, automatic, device)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from unimm.data.images import save_image_atomically
+from unimm.processes import processes
 from unimm.training.arguments import StreamTrainingArguments, TokenizerTrainingConfig
 from unimm.training.checkpoint import bytes_of, gigabytes, model_bytes, optimizer_bytes
 from unimm.training.label_mask import in_terminal, rows_of, write_page
@@ -140,6 +141,7 @@ def dry_run_stream(trainer: StreamTrainer, real: StreamTrainingArguments, show: 
     """Of a trainer that was made with `short` settings; `real` are those of the run, `show` shows one batch."""
     measured, step = _measured(trainer.args, real), trainer.training_step
     clock = _Clock(measured)
+    processes().print(trainer.args.precision.note())
 
     def timed(*arguments: Any, **options: Any) -> Tensor:
         first = not measured.passes
@@ -181,6 +183,7 @@ def dry_run_tokenizer(trainer: TokenizerTrainer, real: TokenizerTrainingConfig, 
     config, tokenizer = trainer.config, trainer.tokenizer
     measured = Measured(config.batch_size / real.batch_size, real.gradient_accumulation_steps)
     main = trainer.accelerator.is_main_process
+    trainer.accelerator.print(config.precision.note())
     if trainer.adversary is not None:
         trainer.adversary.start = 0
     if main:

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unimm.bfloat16 import automatic_dtype
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz polynomial, Muon's own
 ADAMW_RMS = 0.2
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Matrices [n, R, C] with all singular values brought near 1, by Newton-Schulz in bfloat16."""
+    """Return matrices [n, R, C] with all singular values brought near 1, by Newton-Schulz in bfloat16 where it is
+    fast."""
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(automatic_dtype(matrices.device))
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)

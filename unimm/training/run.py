@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 from transformers.utils import logging
 
+from unimm.bfloat16 import Precision
 from unimm.config import read_saved, save_config
 from unimm.errors import UserError
 from unimm.processes import lock_folder, processes, refuse_together
@@ -78,10 +79,19 @@ def open_run(recipe: Any, *, samples_per_step: int, **facts: Any) -> Iterator[No
 
     try:
         refuse_together(prepare)
+        say_precision(recipe.train.precision)
         yield
     finally:
         for lock in locks:
             lock.release()
+
+
+def say_precision(precision: Precision) -> None:
+    """Say once what the run computes in, and warn if the device is slow at it."""
+    state = processes()
+    state.print(precision.note())
+    if state.is_main_process and (warning := precision.warning()):
+        logger.warning(warning)
 
 
 def refuse_changes(folder: Path, checkpoint: Path, recipe: Any, facts: Mapping[str, Any]) -> None:
