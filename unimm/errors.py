@@ -4,6 +4,7 @@ A `UserError` is one clear sentence: what was wrong, the numbers on both sides, 
 recipes print it as one line without a traceback and exit with code 2; all else is a defect and keeps its traceback.
 """
 
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def printable(text: str) -> str:
+    """Return the text with every character that UTF-8 lacks (a byte of a file's name, half a character) written out as
+    \\udcff, which JSON reads as that character."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @contextmanager
 def reading(what: str, source: str | Path) -> Iterator[None]:
     """Within, `source` is being read by a library: what it raises about it becomes a `UserError`, in one sentence.
@@ -58,6 +65,9 @@ def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
 
     Recipes and eval drivers end with `sys.exit(run_main(main, name="sft"))`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the name of a file may hold bytes that are no UTF-8
     try:
         return main() or 0
     except Interrupted as pause:

@@ -95,8 +95,8 @@ class UnimmProcessor(ProcessorMixin):
         there are images.
 
         Args:
-            images: PIL images (or what the image processor reads), one per placeholder, in the order of the text;
-                may be nested.
+            images: what the image processor reads (PIL images, paths, arrays, tensors), one per placeholder, in the
+                order of the text; may be nested.
             text: one prompt or a batch.
             generation_mode: "image" appends the begin marker to every prompt that does not end with it.
             drawn: for each image, whether its placeholders stand for image ids to learn (a drawing, in training) and
@@ -108,12 +108,13 @@ class UnimmProcessor(ProcessorMixin):
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; known: {', '.join(GENERATION_MODES)}")
+        images = self.image_processor.fetch_images(images) or None
         if generation_mode == "image" and text is not None:
             texts = [text] if isinstance(text, str) else text
             text = [each if each.endswith(self.boi_token) else each + self.boi_token for each in texts]
         self._drawn = tuple(drawn or ())
         try:
-            return super().__call__(images=images or None, text=text, **kwargs)
+            return super().__call__(images=images, text=text, **kwargs)
         finally:
             del self._drawn  # what is left here would be saved with the processor
 
