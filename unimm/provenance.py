@@ -20,7 +20,7 @@ def write_atomically(path: str | Path, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may be no UTF-8
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

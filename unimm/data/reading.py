@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from unimm.data.images import decode_image, load_image
-from unimm.data.skipping import BadRow, Filtered
+from unimm.data.skipping import BadRow, Filtered, refuse_half_characters
 from unimm.errors import UserError
 
 
@@ -76,4 +76,5 @@ class ReadOptions:
             return ""
         if not isinstance(value, str):
             raise BadRow("wrong caption", f"the caption of {name} is {value!r:.80}, no text")
+        refuse_half_characters(value, f"the caption of {name}")
         return value

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unimm.data.order import Rows
-from unimm.errors import UserError
+from unimm.errors import UserError, printable
 
 DEFAULT_MAX_BAD_SHARE = 0.01
 FEWEST_ROWS = 1000
@@ -33,6 +33,12 @@ class Filtered(BadRow):
     """A good row that the run does not want."""
 
 
+def refuse_half_characters(text: str, name: str) -> None:
+    """Raise `BadRow` for a lone surrogate, which JSON can write as \\ud800 and no text tokenizer can read."""
+    if printable(text) != text:
+        raise BadRow("half a character", f"{name} holds half a character (a lone surrogate): {text!r:.80}")
+
+
 @dataclass(frozen=True)
 class Skipped:
     """One line of the log: row number (from 0), reason, details."""
@@ -44,7 +50,7 @@ class Skipped:
 
     @property
     def line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        return printable(json.dumps(asdict(self), ensure_ascii=False)) + "\n"
 
 
 def counted(skipped: Sequence[Skipped]) -> str:
