@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "provenance", "typed", "yaml_text"},
     "evaluation": GROUND,
     "data": GROUND | {"evaluation"},
-    "tokenizer": GROUND,
+    "tokenizer": GROUND | {"data", "evaluation"},  # its processor takes images in as all do, `unimm.data.images`
     "class_conditional": FOUNDATION,
     "encoding": FOUNDATION,
     "mllm": FOUNDATION | {"class_conditional"},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.mllm import tiny
@@ -39,6 +40,24 @@ def test_ask_keeps_the_history_with_its_pictures(session: ChatSession, tmp_path:
     assert inputs["pixel_values"].shape[0] == 2
     session.reset()
     assert session.messages == [] and session.ask("what is there?", tiny.picture()) == answer
+
+
+def test_every_kind_of_image_is_shown_alike(session: ChatSession, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(values)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    sources = [image, tmp_path / "turned.png", Image.open(tmp_path / "turned.png"), values, values / 255]
+    sources += [values.transpose(2, 0, 1), torch.from_numpy(values), [[image]], (values,), values[None]]
+    for source in sources:
+        session.reset()
+        session.ask("what?", source)
+        (shown,) = (part["image"] for part in session.messages[0]["content"] if part["type"] == "image")
+        assert shown.tobytes() == image.tobytes(), source
+    session.reset()
+    session.ask("what?", np.stack([values, values]))
+    assert [part["type"] for part in session.messages[0]["content"]] == ["image", "image", "text"]
 
 
 def test_history_changes_the_answer_inputs(parts: tuple) -> None:
@@ -160,6 +179,7 @@ def test_converse_reads_lines(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.picture().save("red.png")
+    Path("picture-1.png").write_text("mine")
     lines = [
         "what?",
         "/image red.png",
@@ -175,7 +195,8 @@ def test_converse_reads_lines(
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     converse(session)
     printed = capsys.readouterr()
-    assert Image.open("picture-1.png").size == (16, 16) and "picture-1.png" in printed.out
+    assert Path("picture-1.png").read_text() == "mine"
+    assert Image.open("picture-2.png").size == (16, 16) and "picture-2.png" in printed.out
     assert "no such file" in printed.err and "There is no command /fly" in printed.err
     assert len(session.messages) == 2
 

@@ -1,6 +1,7 @@
 """The command line on a tiny model: what it reports, and that every mistake is one line and exit code 2."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,50 @@ def test_generate_numbers_its_pictures(model_folder: Path, desk: Path, capsys: p
     )
     assert content["images"] == ["out/a-1.png", "out/a-2.png"]
     assert Image.open("out/a-1.png").size == (16, 16)
+
+
+def test_generate_replaces_what_was_named_and_nothing_else(model_folder: Path, desk: Path) -> None:
+    mine = ("picture.png", "picture-2.png", "named.png", "named-1.png")
+    for name in mine:
+        Path(name).write_text("mine")
+    command = ["generate", PROMPT, "--model", str(model_folder), "--json", "r.json"]
+
+    def drawn(*options: str) -> list[str]:
+        assert main([*command, *options]) == 0
+        return report(Path("r.json").read_text())["images"]
+
+    assert drawn() == ["picture-1.png"] and drawn() == ["picture-3.png"]
+    assert drawn("--num-images", "2") == ["picture-4.png", "picture-5.png"]
+    assert drawn("--output", "named.png", "--num-images", "2") == ["named-2.png", "named-3.png"]
+    assert {Path(name).read_text() for name in mine} == {"mine"}
+    assert drawn("--output", "named.png") == ["named.png"] and Image.open("named.png").size == (16, 16)
+
+
+def test_reconstruct_replaces_nothing_that_was_not_named(
+    model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["reconstruct", "in.png", "--model", str(model_folder)]
+    for expected in ("reconstruction.png", "reconstruction-1.png"):
+        assert main(command) == 0
+        assert capsys.readouterr().out.startswith(f"{expected} ")
+        assert Image.open(expected).size == (16, 16)
+        Path(expected).write_text("mine")
+    assert Path("reconstruction.png").read_text() == "mine"
+
+
+def test_names_of_files_that_are_no_utf8(
+    model_folder: Path, desk: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    tiny.picture().save(name)
+    assert main(["reconstruct", name, "--output", f"out-{name}", "--model", str(model_folder), "--json", "r.json"]) == 0
+    assert capsysbinary.readouterr().out.startswith(b"out-caf\\udce9.png  (16 ids")
+    content = report(Path("r.json").read_text(encoding="utf-8"))
+    assert (content["image"], content["output"]) == (name, f"out-{name}") and Path(f"out-{name}").is_file()
+    assert main(["chat", "what?", "--image", name, "--model", str(model_folder), "--json", "-"]) == 0
+    assert report(capsysbinary.readouterr().out.decode("utf-8"))["images"] == [name]
+    assert main(["reconstruct", f"absent-{name}", "--model", str(model_folder)]) == 2
+    assert b"absent-caf\\udce9.png: there is no such file" in capsysbinary.readouterr().err
 
 
 def test_generate_repeats_itself_by_the_reported_seed(

@@ -2,6 +2,7 @@
 folder is one sentence."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,18 @@ def test_the_ids_are_those_of_encode_and_columns_ride_along(tokenizer, pictures,
     features = torch.cat([load_file(encoded / f"features-{k:05d}.safetensors")["features"] for k in range(4)])
     assert features.dtype == torch.float16
     assert torch.allclose(features.float(), output.features, atol=2e-3)
+
+
+def test_names_that_are_no_utf8_are_kept_written_out(tokenizer, tmp_path):
+    folder = write_folder(tmp_path / os.fsdecode(b"d\xe9"), range(2))
+    (folder / os.fsdecode(b"e\xe9.png")).write_bytes(png(3))
+    (folder / os.fsdecode(b"e\xe9.txt")).write_text("three")
+    (folder / os.fsdecode(b"f\xe9.png")).write_bytes(torn_png())
+    assert encoder(tokenizer, folder, tmp_path / "out", max_bad_share=0.5).run() == 3
+    rows = IdsFolder(str(tmp_path / "out"))
+    assert [rows[n]["key"] for n in range(3)] == ["000.png", "001.png", "e\\udce9.png"]
+    line = json.loads((tmp_path / "out/ids-00000.skipped.jsonl").read_text(encoding="utf-8"))
+    assert line["reason"] == "damaged picture" and os.fsdecode(b"f\xe9.png") in line["detail"]
 
 
 def test_the_manifest_counts_and_names(tokenizer, encoded):

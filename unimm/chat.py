@@ -13,8 +13,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
@@ -22,13 +23,13 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from unimm.data.characters import check_characters
-from unimm.data.images import load_image, save_image_atomically, to_rgb
+from unimm.data.images import each_image, load_image, read_image, save_numbered
 from unimm.errors import UserError, one_line, run_main
 from unimm.mllm.answering import Conversation, chat_inputs
 
 logger = logging.get_logger(__name__)
 
-Picture = Image.Image | str | Path
+Picture: TypeAlias = Image.Image | str | Path | np.ndarray | Tensor
 Overflow = Literal["drop", "refuse"]
 HELP = "/image FILE shows a picture, /draw PROMPT draws one, /reset forgets, /quit ends."
 
@@ -78,7 +79,8 @@ class ChatSession:
         """Say `text`, with new pictures before it, and get the answer.
 
         Args:
-            images: PIL images or paths; earlier ones need not be given again.
+            images: what `unimm.data.images.read_image` takes: PIL images, paths, arrays, tensors; one, or lists of
+                them. Earlier ones need not be given again.
             stream: give the answer as an iterator of its pieces; the turn is in the history once the iterator is
                 used up or closed.
 
@@ -269,9 +271,7 @@ def _user_turn(text: str, images: Picture | Sequence[Picture] | None, what: str)
     if not text.strip():
         raise UserError(f"The {what} is empty.")
     check_characters(text)
-    given = [] if images is None else [images] if isinstance(images, Image.Image | str | Path) else list(images)
-    shown = [to_rgb(each) if isinstance(each, Image.Image) else load_image(each) for each in given]
-    parts = [{"type": "image", "image": picture} for picture in shown]
+    parts = [{"type": "image", "image": read_image(each)} for each in each_image(images)]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
@@ -284,7 +284,7 @@ def converse(session: ChatSession, images: Sequence[Picture] = ()) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         print(HELP, file=sys.stderr)
-    pending, drawn = list(images), 0
+    pending = list(images)
     while True:
         if interactive:
             print("> ", end="", flush=True)
@@ -296,9 +296,8 @@ def converse(session: ChatSession, images: Sequence[Picture] = ()) -> None:
             if word == "/image":
                 pending.append(load_image(rest.strip()))
             elif word == "/draw":
-                (picture,) = session.draw(rest.strip())
-                drawn += 1
-                print(save_image_atomically(picture, f"picture-{drawn}.png"))
+                (path,) = save_numbered(session.draw(rest.strip()), "picture.png")
+                print(path)
             elif word == "/reset":
                 session.reset()
                 pending = []

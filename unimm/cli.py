@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from unimm import __version__
-from unimm.data.images import check_image_output, load_image, save_image_atomically, save_images
+from unimm.data.images import check_image_output, load_image, save_images, save_numbered
 from unimm.errors import UserError, one_line, run_main
 from unimm.provenance import check_output
 from unimm.report import Report
@@ -24,6 +24,8 @@ from unimm.report import Report
 FAILED_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
 MAX_IMAGES = 256
+DRAWING, RECONSTRUCTION = "picture.png", "reconstruction.png"
+"""Where images go if nobody says; a file that has that name already stays, and the next free number is taken."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +81,7 @@ def chat(arguments: argparse.Namespace, report: Report) -> None:
 
 def generate(arguments: argparse.Namespace, report: Report) -> None:
     """Draw a prompt."""
-    check_image_output(arguments.output)
+    check_image_output(arguments.output or DRAWING)
     from unimm.chat import ChatSession
 
     seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
@@ -89,7 +91,7 @@ def generate(arguments: argparse.Namespace, report: Report) -> None:
         pictures = session.draw(
             arguments.prompt, num_images=arguments.num_images, seed=seed, on_token=progress, **options
         )
-    paths = save_images(pictures, arguments.output)
+    paths = _saved(pictures, arguments.output, DRAWING)
     report.add(prompt=arguments.prompt, images=[str(path) for path in paths], seed=seed, **options)
     report.say("\n".join(str(path) for path in paths))
 
@@ -97,7 +99,7 @@ def generate(arguments: argparse.Namespace, report: Report) -> None:
 def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
     """Send a picture through its ids and back."""
     image = load_image(arguments.image)
-    check_image_output(arguments.output)
+    check_image_output(arguments.output or RECONSTRUCTION)
     import torch
 
     from unimm.benchmarks.subject import load_subject
@@ -115,15 +117,15 @@ def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
         torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
     )
     quality = round(psnr(pixels.cpu(), pixel_values.float().cpu() * std + mean).item(), 3)
-    save_image_atomically(image_processor.postprocess(pixels)[0], arguments.output)
+    (output,) = _saved(image_processor.postprocess(pixels), arguments.output, RECONSTRUCTION)
     report.add(
         model=arguments.model or "default",
         image=str(arguments.image),
-        output=str(arguments.output),
+        output=str(output),
         ids=ids.numel(),
         psnr=quality,
     )
-    report.say(f"{arguments.output}  ({ids.numel()} ids, {quality:.1f} dB)")
+    report.say(f"{output}  ({ids.numel()} ids, {quality:.1f} dB)")
 
 
 def encoders(arguments: argparse.Namespace, report: Report) -> None:
@@ -255,6 +257,13 @@ def evaluate(arguments: argparse.Namespace, report: Report) -> None:
     run_suite(arguments.suite, arguments.rest)
 
 
+def _saved(images: Sequence[Any], output: str | None, default: str) -> list[Path]:
+    """Write the images to `output`, or near `default` without replacing anything; return where they are."""
+    if output is not None:
+        return save_images(images, output)
+    return save_numbered(images, default, first=0 if len(images) == 1 else 1)
+
+
 def _new_folder(path: str) -> Path:
     output = Path(path)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -337,7 +346,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     draw = _command(commands, generate)
     draw.add_argument("prompt", metavar="PROMPT")
-    draw.add_argument("--output", default="picture.png", metavar="FILE", help="N > 1 pictures: FILE-1, FILE-2, ...")
+    draw.add_argument(
+        "--output", metavar="FILE", help=f"N > 1 pictures: FILE-1, FILE-2, ... (default: {DRAWING}, or a free number)"
+    )
     draw.add_argument("--num-images", type=_image_count, default=1, metavar="N")
     draw.add_argument("--seed", type=_whole_number, metavar="S", help="picture k depends on (S, k) only")
     draw.add_argument("--guidance-scale", type=_scale, metavar="G", help="how closely to follow the prompt; 1 = off")
@@ -345,7 +356,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     copy = _command(commands, reconstruct)
     copy.add_argument("image", metavar="IMAGE")
-    copy.add_argument("--output", default="reconstruction.png", metavar="FILE")
+    copy.add_argument("--output", metavar="FILE", help=f"default: {RECONSTRUCTION}, or a free number of it")
 
     _command(commands, encoders, model=False)
 

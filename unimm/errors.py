@@ -5,9 +5,11 @@ recipes print it as one line without a traceback and exit with code 2; all else 
 """
 
 import errno
+import io
 import os
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +49,12 @@ def one_line(error: BaseException) -> str:
     if worker:
         text = text.rpartition(f"{worker[1]}: ")[2]
     return " ".join(text.split())
+
+
+def printable(text: str) -> str:
+    """Return the text with every character that UTF-8 lacks (a byte of a file's name, half a character) written out as
+    \\udcff, which JSON reads as that character."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def require_place(what: str, source: str | None) -> None:
@@ -128,6 +136,9 @@ def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
 
     Recipes and eval drivers end with `sys.exit(run_main(main, name="sft"))`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the name of a file may hold bytes that are no UTF-8
     try:
         return main() or 0
     except Interrupted as pause:

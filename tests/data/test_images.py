@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from unimm.data import images
-from unimm.data.images import load_image, numbered_paths, save_image_atomically, save_images
+from unimm.data.images import load_image, save_image_atomically, save_images, save_numbered
 from unimm.errors import UserError
 
 
@@ -166,8 +167,48 @@ def test_impossible_outputs_are_told_before_the_work(tmp_path: Path, name: str, 
         images.check_image_output(tmp_path / name)
 
 
-def test_many_pictures_are_numbered(tmp_path: Path) -> None:
-    assert numbered_paths("x/a.b.png", 1) == [Path("x/a.b.png")]
-    assert numbered_paths("x/a.b.png", 2) == [Path("x/a.b-1.png"), Path("x/a.b-2.png")]
-    paths = save_images([Image.new("RGB", (1, 1), color) for color in ("red", "blue")], tmp_path / "a.png")
+def test_many_images_are_numbered(tmp_path: Path) -> None:
+    red, blue = (Image.new("RGB", (1, 1), color) for color in ("red", "blue"))
+    path = tmp_path / "x" / "a.b.png"
+    assert save_images([red], path) == [path]
+    paths = save_images([red, blue], path)
+    assert [path.name for path in paths] == ["a.b-1.png", "a.b-2.png"]
     assert [pixels(path)[0, 0].tolist() for path in paths] == [[255, 0, 0], [0, 0, 255]]
+    assert save_images([blue], path) == [path] and pixels(path)[0, 0].tolist() == [0, 0, 255]  # this name was given
+
+
+def test_a_number_never_replaces_a_file(tmp_path: Path) -> None:
+    image = Image.new("RGB", (1, 1), "red")
+    mine = {"a-1.png": b"mine", "a-3.png": b"mine too"}
+    for name, content in mine.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "a-4.png").mkdir()
+    (tmp_path / "a-5.png").symlink_to("nowhere")
+    assert [path.name for path in save_images([image] * 3, tmp_path / "a.png")] == ["a-2.png", "a-6.png", "a-7.png"]
+    assert {name: (tmp_path / name).read_bytes() for name in mine} == mine
+    assert [save_numbered([image], tmp_path / "b.png", first=0)[0].name for _ in range(3)] == [
+        "b.png",
+        "b-1.png",
+        "b-2.png",
+    ]
+
+
+def test_numbers_are_taken_once_by_many_at_the_same_time(tmp_path: Path) -> None:
+    def draw(level: int) -> list[Path]:
+        return save_numbered([Image.new("L", (1, 1), level)] * 5, tmp_path / "a.png")
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(draw, range(8)))
+    assert {path.name for each in paths for path in each} == {f"a-{number}.png" for number in range(1, 41)}
+    for level, each in enumerate(paths):
+        assert [pixels(path)[0, 0, 0] for path in each] == [level] * 5
+
+
+def test_a_number_whose_image_is_not_written_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(images, "save_image_atomically", fail)
+    with pytest.raises(UserError, match="full"):
+        save_numbered([Image.new("L", (1, 1))], tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []

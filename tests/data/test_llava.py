@@ -1,6 +1,7 @@
 """LLaVA's files: every shape of row that they hold, what is skipped and how that is told, and the order by modality."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,33 @@ def shown(messages: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         )
         for turn in messages
     ]
+
+
+def test_half_characters_and_names_that_are_no_utf8(tmp_path: Path, pictures: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (9, 9), "red").save(pictures / name)
+    torn = os.fsdecode(b"torn\xe9.png")
+    (pictures / torn).write_bytes((pictures / "noise-red.png").read_bytes()[:1000])
+    records = [
+        {"image": name, "conversations": [human("<image>"), ANSWER]},
+        {"conversations": [human("what\ud83d?"), ANSWER]},
+        {"conversations": [human("what?"), gpt("half \ude00")]},
+        {"image": "\ud800.png", "conversations": [human("<image>"), ANSWER]},
+        {"image": "x" * 5000, "conversations": [human("<image>"), ANSWER]},
+        {"image": torn, "conversations": [human("<image>"), ANSWER]},
+    ]
+    rows = llava(tmp_path / "a.json", records, pictures, log=tmp_path / "bad.jsonl")
+    assert len(rows) == 2 and shown(rows.messages(0))[0] == ("user", ["(9, 9)"])
+    assert shown(rows.messages(1)) == shown(rows.messages(0))  # the torn one is found when it is read
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["row"], line["reason"]) for line in lines] == [
+        (1, "half a character"),
+        (2, "half a character"),
+        (3, "missing picture"),
+        (4, "missing picture"),
+        (5, "damaged picture"),
+    ]
+    assert torn in lines[-1]["detail"]
 
 
 def test_the_shapes_of_rows_that_the_files_hold(tmp_path: Path, pictures: Path) -> None:

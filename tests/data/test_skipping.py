@@ -1,6 +1,7 @@
 """Bad rows: what stands in for them is a function of the data, they are counted and named, and too many stop a run."""
 
 import json
+import os
 
 import pytest
 from torch.utils.data import DataLoader
@@ -14,6 +15,26 @@ from unimm.errors import UserError, one_line
 
 PAGE = b"<!DOCTYPE html><html><body>403</body></html>"
 BROKEN = {2: PAGE, 3: torn_png(), 9: b""}
+
+
+def test_names_and_captions_that_are_no_utf8_are_named_in_the_log(tmp_path):
+    """A folder whose files have bytes in their names, a torn one among them, and half a character in a caption."""
+    folder, name = tmp_path / "pictures", os.fsdecode(b"caf\xe9")
+    write_folder(folder, range(4))
+    (folder / f"{name}-torn.png").write_bytes(torn_png())
+    (folder / f"{name}.png").write_bytes(png(9))
+    lines = [{"file_name": f"{name}.png", "text": "nine"}, {"file_name": "000.png", "text": "zero \ud83d"}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = tmp_path / "bad.jsonl"
+    rows = UsableRows(open_pictures(folder), str(folder), max_bad_share=0.5, log=log)
+    found = [rows.usable(n) for n in range(len(rows))]
+    assert sum(not isinstance(row, Skipped) for row in found) == 4
+    skipped = [Skipped(**line) for line in map(json.loads, log.read_text(encoding="utf-8").splitlines())]
+    assert {line.reason for line in skipped} == {"damaged picture", "half a character"}
+    assert skipped == [row for row in found if isinstance(row, Skipped)]
+    assert name in next(line.detail for line in skipped if line.reason == "damaged picture")
+    keys = [row["key"] for row in found if not isinstance(row, Skipped)]
+    assert "caf\\udce9.png" in keys and "\n".join(keys).encode("utf-8")
 
 
 @pytest.fixture

@@ -52,6 +52,16 @@ def test_every_form_gives_the_same_rows(tmp_path, memory):
         assert all_rows(source, streaming) == EXPECTED
 
 
+def test_names_in_tar_files_that_are_no_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    members = {f"{name}.png": png(1), f"{name}.txt": b"one", "a.png": png(2), "a.json": b'{"text": "two \\ud83d"}'}
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    rows = open_pictures(tmp_path / "a.tar")
+    assert (rows[0]["key"], rows[0]["text"], value_of(rows[0])) == ("caf\\udce9", "one", 1)
+    with pytest.raises(BadRow, match="half a character"):
+        rows[1]
+
+
 def test_metadata_of_an_imagefolder(tmp_path):
     write_folder(tmp_path / "below", range(3))
     lines = [{"file_name": f"below/{n:03d}.png", "text": f"other {n}", "prompt": f"prompt {n}"} for n in range(2)]

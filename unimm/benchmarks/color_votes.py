@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
 from unimm.benchmarks.detector import Segment, checkpoint_folder
+from unimm.data.resizing import resized_crop
 from unimm.errors import UserError, reading
 from unimm.evaluation.geneval import COLORS
 from unimm.provenance import model_fingerprint
@@ -123,12 +124,10 @@ def prepare_view(view: Image.Image, size: int) -> Tensor:
     Half a pixel of the crop's offset is rounded to even, as the original code does; transformers rounds it down.
     """
     width, height = view.size
-    if width <= height:
-        resized = view.resize((size, int(size * height / width)), Image.Resampling.BICUBIC)
-    else:
-        resized = view.resize((int(size * width / height), size), Image.Resampling.BICUBIC)
-    left, top = (int(round((side - size) / 2)) for side in resized.size)
-    pixels = torch.from_numpy(np.array(resized.crop((left, top, left + size, top + size)))).permute(2, 0, 1)
+    resized = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+    corner = [int(round((side - size) / 2)) for side in resized]
+    square = resized_crop(view, resized, corner, size, Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (pixels.float() / 255 - mean) / std
 

@@ -18,9 +18,10 @@ from unimm.data.folders import FolderPictures
 from unimm.data.order import EpochOrder
 from unimm.data.pictures import crop
 from unimm.data.places import data_path
+from unimm.data.resizing import resized_crop
 from unimm.data.shapes.datasets import ShapesPictures
 from unimm.data.sources import open_pictures
-from unimm.errors import UserError, one_line
+from unimm.errors import UserError, one_line, printable
 from unimm.evaluation.records import content_sha256
 from unimm.weights import file_sha256
 
@@ -37,18 +38,17 @@ def adm_crop(image: Image.Image, size: int, filter_name: str = "bicubic") -> Ima
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), FILTERS[filter_name])
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    width, height = round(image.width * scale), round(image.height * scale)
+    corner = (width - size) // 2, (height - size) // 2
+    return resized_crop(image, (width, height), corner, size, FILTERS[filter_name])
 
 
 def torchvision_crop(image: Image.Image, size: int, filter_name: str = "bilinear") -> Image.Image:
     """The centre as torchvision's Resize(size) and CenterCrop(size) cut it; the long side is truncated, not rounded."""
     scale = size / min(image.size)
-    sides = [size if side == min(image.size) else int(side * scale) for side in image.size]
-    image = image.resize((sides[0], sides[1]), FILTERS[filter_name])
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    width, height = (size if side == min(image.size) else int(side * scale) for side in image.size)
+    corner = round((width - size) / 2), round((height - size) / 2)
+    return resized_crop(image, (width, height), corner, size, FILTERS[filter_name])
 
 
 CROPS: dict[str, Callable[[Image.Image, int, str], Image.Image]] = {
@@ -193,7 +193,7 @@ def _opened(path: Path) -> tuple[Callable[[int], Image.Image], list[str]]:
         return lambda i: Image.fromarray(array[i]), [_row_name(i) for i in range(len(array))]
     pictures = open_pictures(path)
     if isinstance(pictures, FolderPictures):
-        names = [found.relative_to(path).as_posix() for found in pictures.paths]
+        names = [printable(found.relative_to(path).as_posix()) for found in pictures.paths]
     else:
         names = [_row_name(i) for i in range(len(pictures))]
     return lambda i: pictures[i]["image"], names

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from unimm.data.images import to_rgb
 from unimm.errors import UserError, one_line, reading
 from unimm.saving import no_load_report, refuse_holes, weights_fingerprint
 
@@ -111,7 +112,7 @@ class Judge:
             results.update(zip((index for index, _ in group), answers, strict=True))
 
         for index, (image, question) in enumerate(zip(images, questions, strict=True)):
-            inputs = self._inputs(image.convert("RGB"), question + suffix)
+            inputs = self._inputs(to_rgb(image), question + suffix)
             shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(inputs.items()))
             group = waiting.setdefault(shapes, [])
             group.append((index, inputs))

@@ -8,7 +8,7 @@ from typing import Any
 from unimm.data.order import Rows
 from unimm.data.reading import ReadOptions
 from unimm.data.skipping import BadRow
-from unimm.errors import UserError
+from unimm.errors import UserError, printable
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
@@ -40,7 +40,7 @@ class FolderPictures(Rows):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
         image = self.options.picture(path, str(path))
-        return {"image": image, "text": self._caption(path), "key": path.relative_to(self.folder).as_posix()}
+        return {"image": image, "text": self._caption(path), "key": printable(path.relative_to(self.folder).as_posix())}
 
     def _caption(self, path: Path) -> str:
         if path in self.captions:

@@ -1,33 +1,93 @@
-"""Pictures from disk as RGB, and back, whatever their file holds.
+"""Images as upright RGB, whatever holds them, and back to files: the processors, the command line, chat, the recipes'
+data and the benchmarks all read through here (`read_image`).
 
-Special: transparency is laid on white, 16 bits are scaled (not clipped) to 8, the EXIF orientation is applied, an
-animation gives its first frame, CMYK and palettes become RGB. A file that is missing, cut off, no picture or too large
-is one sentence (`UserError`). Writing is atomic: a picture appears complete or not at all.
+Transparent parts become white, 16 bits are scaled (not clipped) to 8, the EXIF orientation is applied, an animation
+gives its first frame, CMYK and palettes become RGB. Of the metadata only the orientation matters: where it is broken
+the image is read as it lies. A file that is missing, cut off, no image or too large is one sentence (`UserError`).
+Writing is atomic: an image appears complete or not at all.
 """
 
+import base64
 import contextlib
 import io
+import os
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from unimm.data.arrays import eight_bits, is_array, rgb_array, to_numpy
 from unimm.errors import UserError
 from unimm.provenance import check_output, write_atomically
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels are refused before they are unpacked (192 MB as RGB)."""
 
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError)
-"""What Pillow's decoders raise on damaged files."""
+DECODER_ERRORS = (
+    *(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, MemoryError, RuntimeError, struct.error, zlib.error),
+)
+"""What Pillow's decoders, and its readers of metadata, raise on damaged files."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright."""
 
 Check = Callable[[tuple[int, int]], None]
 """Is given (width, height) before the pixels are unpacked, and raises what a reader does not want to read."""
 
 _PROBES = 16
+NAME_LENGTH = 100
+"""Characters of a URL or of base64 text that a message shows."""
+SHORTEST_BASE64 = 80
+"""Characters of the smallest image as base64 text; what is shorter can only be a path."""
+
+
+def read_image(source: Any) -> Image.Image:
+    """Return one image as upright RGB.
+
+    Args:
+        source: a path, an http(s) URL, base64 text (with or without "data:image/...;base64,"), a Pillow image of any
+            mode, or an array or tensor (`unimm.data.arrays`).
+
+    Raises:
+        UserError: it cannot be read, or is nothing of these.
+    """
+    if isinstance(source, Image.Image):
+        with _told("that was given"):
+            return to_rgb(source)
+    if is_array(source):
+        return Image.fromarray(np.ascontiguousarray(eight_bits(rgb_array(source))))
+    if isinstance(source, str) and (data := _fetched(source)) is not None:
+        return decode_image(data, source if len(source) <= NAME_LENGTH else f"{source[:NAME_LENGTH]}...")
+    if isinstance(source, str | Path):
+        return load_image(source)
+    raise UserError(f"An image is a path, a Pillow image, an array or a tensor, not {type(source).__name__}.")
+
+
+def each_image(sources: Any) -> list[Any]:
+    """Return the single images of one, of a list of any depth, or of an array with a batch dimension; [] of None."""
+    if sources is None:
+        return []
+    if isinstance(sources, list | tuple):
+        return [each for source in sources for each in each_image(source)]
+    if is_array(sources) and sources.ndim > 3:
+        return [each for source in to_numpy(sources) for each in each_image(source)]
+    return [sources]
 
 
 def load_image(path: str | Path, check: Check | None = None) -> Image.Image:
@@ -36,13 +96,13 @@ def load_image(path: str | Path, check: Check | None = None) -> Image.Image:
     Raises:
         UserError: the file is missing, is no picture, is cut off or damaged, or holds more than `MAX_PIXELS` pixels.
     """
-    with _bombs_left_to_us(), _opened(Path(path)) as image:
+    with _pillow_silenced(), _opened(Path(path)) as image:
         return _unpacked(image, check)
 
 
 def decode_image(data: bytes, name: str, check: Check | None = None) -> Image.Image:
     """As `load_image`, of the file's bytes; `name` is what messages call it."""
-    with _bombs_left_to_us(), _understood(io.BytesIO(data), len(data), name) as image:
+    with _pillow_silenced(), _understood(io.BytesIO(data), len(data), name) as image:
         return _unpacked(image, check)
 
 
@@ -66,17 +126,19 @@ def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
             return error
 
     ordered = sorted(set(paths))
-    with _bombs_left_to_us(), ThreadPoolExecutor(_PROBES) as pool:  # filters of warnings belong to no thread
+    with _pillow_silenced(), ThreadPoolExecutor(_PROBES) as pool:  # filters of warnings belong to no thread
         return {path: error for path, error in zip(ordered, pool.map(check, ordered), strict=True) if error is not None}
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The picture of a file, not unpacked yet; what goes wrong within becomes one sentence."""
-    if not path.is_file():
-        reason = "it is a folder" if path.is_dir() else "there is no such file"
-        raise UserError(f"Cannot read the picture {path}: {reason}.")
-    with _understood(path, path.stat().st_size, str(path)) as image:
+    with _told(str(path)):
+        if not path.is_file():
+            reason = "it is a folder" if path.is_dir() else "there is no such file"
+            raise UserError(f"Cannot read the picture {path}: {reason}.")
+        size = path.stat().st_size
+    with _understood(path, size, str(path)) as image:
         yield image
 
 
@@ -85,17 +147,24 @@ def _understood(file: Path | io.BytesIO, size: int, name: str) -> Iterator[Image
     if size == 0:
         raise UserError(f"Cannot read the picture {name}: the file is empty.")
     try:
-        with Image.open(file) as image:
+        with _told(name), Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 pixels = f"{width} x {height} = {width * height} pixels"
                 raise UserError(f"The picture {name} has {pixels}, more than {MAX_PIXELS}: make it smaller first.")
             yield image
-    except UserError:
-        raise
     except UnidentifiedImageError:
         what = "a web page" if _is_web_page(file) else "not a picture in a known format"
         raise UserError(f"Cannot read the picture {name}: it is {what}.") from None
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn what Pillow raises about a damaged file into one sentence."""
+    try:
+        yield
+    except (UserError, UnidentifiedImageError):
+        raise
     except Image.DecompressionBombError:
         raise UserError(f"The picture {name} has far more than {MAX_PIXELS} pixels: make it smaller first.") from None
     except PermissionError:
@@ -115,15 +184,48 @@ def _is_web_page(file: Path | io.BytesIO) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as upright 8-bit RGB; transparent parts show white. The argument is left as it was."""
-    image = ImageOps.exif_transpose(image)
+    """Return any Pillow image as upright 8-bit RGB without metadata; transparent parts are white. The argument is left
+    as it was."""
+    if not (image.width and image.height):
+        raise UserError(f"An image of {image.width} x {image.height} holds no pixels.")
+    turn = TURNS.get(_orientation(image))
+    image = image.copy() if turn is None else image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    image.info = {}  # who reads this image again must not turn it again
+    return image
+
+
+def _orientation(image: Image.Image) -> Any:
+    """Return the EXIF orientation, 1 where it cannot be read."""
+    image.load()  # some formats keep their metadata behind the pixels
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODER_ERRORS:
+        return 1
+
+
+def _fetched(source: str) -> bytes | None:
+    """Return the bytes that a string names by URL or holds as base64 text; None for a path."""
+    if source.startswith(("http://", "https://")):
+        import httpx  # needed here alone
+
+        try:
+            return httpx.get(source, follow_redirects=True).raise_for_status().content
+        except httpx.HTTPError as error:
+            raise UserError(f"Cannot fetch the picture {source}: {error}.") from None
+    if source.startswith("data:image/"):
+        source = source.partition(",")[2]
+    elif len(source) < SHORTEST_BASE64 or os.path.exists(source):
+        return None
+    try:
+        return base64.b64decode("".join(source.split()), validate=True)
+    except ValueError:
+        return None
 
 
 WRITABLE = {
@@ -164,23 +266,48 @@ def check_image_output(path: str | Path) -> Path:
     return check_output(path, "picture")
 
 
-def numbered_paths(path: str | Path, count: int) -> list[Path]:
-    """Where `count` pictures go: the path itself for one, `NAME-1.png`, `NAME-2.png`, ... for more."""
-    path = Path(path)
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
-
-
 def save_images(images: Sequence[Image.Image], path: str | Path) -> list[Path]:
-    """Write the pictures to `numbered_paths(path, len(images))` and return those paths."""
-    paths = numbered_paths(path, len(images))
-    return [save_image_atomically(image, target) for image, target in zip(images, paths, strict=True)]
+    """Write one image to `path`, more of them to free names as `save_numbered` does; return the paths."""
+    return [save_image_atomically(images[0], path)] if len(images) == 1 else save_numbered(images, path)
+
+
+def save_numbered(images: Sequence[Image.Image], path: str | Path, first: int = 1) -> list[Path]:
+    """Write the images to `NAME-1.png`, `NAME-2.png`, ... and return the paths. Only names that are free are taken,
+    also if others write at the same time: nobody named these files, so none may be replaced.
+
+    Args:
+        first: number to begin with; 0 is `path` itself.
+    """
+    saved: list[Path] = []
+    for image in images:
+        target, first = _reserved(check_image_output(path), first)
+        try:
+            saved.append(save_image_atomically(image, target))
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+    return saved
+
+
+def _reserved(path: Path, first: int) -> tuple[Path, int]:
+    """Make an empty file under the first free name, from number `first` on; return its path and the next number."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in count(first):
+            target = path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
+            with contextlib.suppress(FileExistsError):
+                target.open("xb").close()
+                return target, number + 1
+    except OSError as error:
+        raise UserError(f"Cannot write the picture {path}: {error.strerror or error}.") from None
+    raise AssertionError("numbers do not end")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float grey as 8-bit grey: Pillow's own conversion clips everything above 255 to white."""
     values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise UserError("The picture holds values that are not finite (NaN or infinite): replace them first.")
     if image.mode == "F":  # no format says what white is: [0, 1] if the values fit there, else 8 or 16 bits
         top = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), float(values.max()))
     else:
@@ -189,8 +316,9 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _bombs_left_to_us() -> Iterator[None]:
-    """Silence Pillow's warning about large pictures: the limit here is `MAX_PIXELS`, and it is an error."""
+def _pillow_silenced() -> Iterator[None]:
+    """Silence Pillow's warnings: about large images (the limit here is `MAX_PIXELS`, and it is an error) and about
+    metadata that is broken, which nothing here depends on."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module="PIL")
         yield

@@ -30,7 +30,14 @@ from unimm.data.conversations import Message
 from unimm.data.held_out import HeldOut, require_held_out
 from unimm.data.images import load_image, unreadable_images
 from unimm.data.shapes.prompts import Split
-from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, counted, too_many
+from unimm.data.skipping import (
+    DEFAULT_MAX_BAD_SHARE,
+    BadRow,
+    Skipped,
+    counted,
+    refuse_half_characters,
+    too_many,
+)
 from unimm.errors import UserError, one_line
 from unimm.provenance import write_atomically
 
@@ -237,8 +244,7 @@ def _turns(record: Any) -> list[tuple[str, str]]:
         role = ROLES.get(str(turn.get("from")).lower()) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise BadRow("wrong turn", f"{turn!r:.80} is no turn with `from` (human, gpt, system) and `value`")
-        if (half := half_character(turn["value"])) is not None:
-            raise BadRow("half a character", f"the {role}'s turn {turn['value']!r:.80} holds half a character: {half}")
+        refuse_half_characters(turn["value"], f"the {role}'s turn")
         turns.append((role, turn["value"]))
     system = turns[:1] if turns[0][0] == "system" else []
     said = turns[len(system) :]
@@ -318,6 +324,6 @@ def _unreadable(names: Iterable[str], folder: Path) -> dict[str, BadRow]:
     """Those of the pictures whose file is missing or does not begin like a picture."""
     paths = {folder / name: name for name in names}
     return {
-        paths[path]: BadRow("unreadable picture" if path.exists() else "missing picture", str(error))
+        paths[path]: BadRow("unreadable picture" if os.path.exists(path) else "missing picture", str(error))
         for path, error in unreadable_images(paths).items()
     }

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from unimm.data.held_out import DEFAULT_SHARE, HeldOut, PartOfRows, check_share, refuse_overlaps
 from unimm.data.order import Interleaving, Rows, order_of
 from unimm.data.reading import ReadOptions
+from unimm.data.resizing import resized_crop
 from unimm.data.shapes.datasets import ShapesPictures
 from unimm.data.shapes.prompts import Split
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
@@ -100,16 +101,11 @@ def to_array(images: Sequence[Image.Image]) -> np.ndarray:
 
 
 def crop(image: Image.Image, size: int, offset: Sequence[float] = (0.5, 0.5)) -> Image.Image:
-    """The short side resized to `size` (bicubic), then a square cut out at `offset` (0 = left/top, 1 =
-    right/bottom)."""
-    width, height = image.size
-    scale = size / min(width, height)
-    if scale != 1:
-        image = image.resize(
-            (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC
-        )
-    left, top = (round(o * (side - size)) for o, side in zip(offset, image.size, strict=True))
-    return image.crop((left, top, left + size, top + size))
+    """Resize the short side to `size` (bicubic), then cut out a square at `offset` (0 = left/top, 1 = right/bottom)."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    corner = [round(o * (side - size)) for o, side in zip(offset, (width, height), strict=True)]
+    return resized_crop(image, (width, height), corner, size, Image.Resampling.BICUBIC)
 
 
 class PictureStream(Dataset):

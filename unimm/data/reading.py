@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 from PIL import Image
 
-from unimm.data.characters import half_character
 from unimm.data.images import decode_image, load_image
-from unimm.data.skipping import BadRow, Filtered
+from unimm.data.skipping import BadRow, Filtered, refuse_half_characters
 from unimm.errors import UserError
 from unimm.typed import Natural, Range
 
@@ -82,6 +81,5 @@ class ReadOptions:
             return ""
         if not isinstance(value, str):
             raise BadRow("wrong caption", f"the caption of {name} is {value!r:.80}, no text")
-        if (half := half_character(value)) is not None:
-            raise BadRow("half a character", f"the caption of {name} holds half a character: {half}")
+        refuse_half_characters(value, f"the caption of {name}")
         return value

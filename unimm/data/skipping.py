@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from unimm.data.characters import half_character
 from unimm.data.order import Rows
-from unimm.errors import UserError
+from unimm.errors import UserError, printable
 
 DEFAULT_MAX_BAD_SHARE = 0.01
 FEWEST_ROWS = 1000
@@ -33,6 +34,12 @@ class Filtered(BadRow):
     """A good row that the run does not want."""
 
 
+def refuse_half_characters(text: str, name: str) -> None:
+    """Raise `BadRow` for half a character, which JSON can write as \\ud800 and no text tokenizer can read."""
+    if (half := half_character(text)) is not None:
+        raise BadRow("half a character", f"{name} holds half a character: {half}")
+
+
 @dataclass(frozen=True)
 class Skipped:
     """One line of the log: row number (from 0), reason, details."""
@@ -44,8 +51,7 @@ class Skipped:
 
     @property
     def line(self) -> str:
-        line = json.dumps(asdict(self), ensure_ascii=False) + "\n"
-        return line.encode("utf-8", "backslashreplace").decode("utf-8")  # half a character as JSON's own escape
+        return printable(json.dumps(asdict(self), ensure_ascii=False)) + "\n"
 
 
 def counted(skipped: Sequence[Skipped]) -> str:

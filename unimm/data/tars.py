@@ -24,7 +24,7 @@ from unimm.data.order import Rows
 from unimm.data.places import cache_folder, is_url, of_all, opened_place, reaching, read_range
 from unimm.data.reading import ReadOptions
 from unimm.data.skipping import BadRow
-from unimm.errors import UserError
+from unimm.errors import UserError, printable
 from unimm.provenance import write_atomically
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -76,7 +76,7 @@ class TarPictures(Rows):
         if "cls" in parts:
             fields |= {"cls": _label(parts["cls"], name)}
         image = self.options.picture(picture, name)
-        return {**fields, "key": entry["key"], "text": self.options.caption(text, name), "image": image}
+        return {**fields, "key": printable(entry["key"]), "text": self.options.caption(text, name), "image": image}
 
     def _index(self, shard: int) -> list[dict[str, Any]]:
         if shard not in self._kept:

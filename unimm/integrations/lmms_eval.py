@@ -19,10 +19,9 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from loguru import logger
-from PIL import Image
 from tqdm import tqdm
 
-from unimm.data.images import load_image, to_rgb
+from unimm.data.images import read_image
 from unimm.errors import UserError
 from unimm.mllm import load
 from unimm.mllm.answering import Answer, Conversation, answer_all
@@ -229,7 +228,7 @@ def _part(part: Any, task: str) -> dict[str, Any]:
         return {"type": "text", "text": part.text}
     if part.type != "image":
         raise UserError(f"The task {task} shows {part.type}; unimm reads texts and pictures only.")
-    return {"type": "image", "image": to_rgb(part.url) if isinstance(part.url, Image.Image) else load_image(part.url)}
+    return {"type": "image", "image": read_image(part.url)}
 
 
 def _count(name: str, given: Any) -> int:

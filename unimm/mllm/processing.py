@@ -117,8 +117,8 @@ class UnimmProcessor(ProcessorMixin):
         there are images.
 
         Args:
-            images: PIL images (or what the image processor reads), one per placeholder, in the order of the text;
-                may be nested.
+            images: what the image processor reads (PIL images, paths, arrays, tensors), one per placeholder, in the
+                order of the text; may be nested.
             text: one prompt or a batch.
             generation_mode: "image" appends the begin marker to every prompt that does not end with it.
             drawn: for each image, whether its placeholders stand for image ids to learn (a drawing, in training) and
@@ -130,13 +130,14 @@ class UnimmProcessor(ProcessorMixin):
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; known: {', '.join(GENERATION_MODES)}")
+        images = self.image_processor.fetch_images(images) or None
         if generation_mode == "image" and text is not None:
             texts = [text] if isinstance(text, str) else text
             text = [each if each.endswith(self.boi_token) else each + self.boi_token for each in texts]
         token = _DRAWN.set(tuple(drawn or ()))
         try:
             with TOKENIZING:
-                return self._inputs(images or None, [text] if isinstance(text, str) else text, **kwargs)
+                return self._inputs(images, [text] if isinstance(text, str) else text, **kwargs)
         finally:
             _DRAWN.reset(token)
 

@@ -1,5 +1,6 @@
-"""`ImageTokenizerProcessor`: pictures to `pixel_values` and back, with PIL alone (no torchvision)."""
+"""`ImageTokenizerProcessor`: images to `pixel_values` and back, with PIL alone (no torchvision)."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +10,19 @@ from PIL import Image
 from torch import Tensor
 from transformers import SiglipImageProcessorPil
 
+from unimm.data.arrays import eight_bits, is_array, is_unit, rgb_array, to_numpy
+from unimm.data.images import each_image, read_image
+from unimm.data.resizing import is_strip, padded_strip
 from unimm.errors import UserError
 
 
 class ImageTokenizerProcessor(SiglipImageProcessorPil):
-    """Pictures -> normalised pixel_values [B, 3, H, W] at the tokenizer's size, and `postprocess` back to PIL.
+    """Turn images into normalised pixel_values [B, 3, H, W] at the tokenizer's size, and back with `postprocess`.
 
-    Both sides are resized to the tokenizer's (bicubic), as SigLIP's own processor does. With `pad_to_square` a picture
-    becomes a square in the middle of the mean colour first, as LLaVA-1.5 does (`image_aspect_ratio pad`,
-    https://arxiv.org/abs/2310.03744); it is saved, because reading must do as training did.
+    Takes what `unimm.data.images.read_image` takes, single or in lists of any depth; arrays and tensors give what
+    SigLIP's own processor gives for them. Both sides are resized to the tokenizer's (bicubic), as that one does. With
+    `pad_to_square` an image becomes a square in the middle of the mean colour first, as LLaVA-1.5 does
+    (`image_aspect_ratio pad`, https://arxiv.org/abs/2310.03744); it is saved, because reading must do as training did.
     """
 
     model_input_names = ["pixel_values"]
@@ -35,25 +40,55 @@ class ImageTokenizerProcessor(SiglipImageProcessorPil):
             do_convert_rgb=True,
         )
 
-    def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
-        """One picture as [3, H, W], before it is resized."""
-        array = super().process_image(image, **kwargs)
-        return _squared(array, self.image_mean) if self.pad_to_square else array
+    def fetch_images(self, image_url_or_urls: Any) -> list[Any]:
+        """Return the images as a flat list: upright RGB, arrays (whose scale `process_image` tells) as they are."""
+        found = each_image(image_url_or_urls)
+        return [_with_channels(to_numpy(each)) if is_array(each) else read_image(each) for each in found]
+
+    def process_image(self, image: Any, *, input_data_format: Any = None, **kwargs: Any) -> np.ndarray:
+        """Return one image as [3, H, W], before it is resized: 8 bits, or floats in [0, 1] as they were given."""
+        array = rgb_array(image, input_data_format) if is_array(image) else np.asarray(read_image(image))  # [H, W, 3]
+        if is_unit(array) and kwargs.get("do_rescale"):
+            warnings.warn(
+                "The image's values lie in [0, 1] and are divided by 255 once more, as transformers does: pass "
+                "do_rescale=False.",
+                stacklevel=2,
+            )
+        if self.pad_to_square:
+            array = self._padded(array, **kwargs)
+        return np.moveaxis(array, -1, 0)
+
+    def _padded(
+        self, array: np.ndarray, *, do_resize: bool | None = None, size: Any = None, resample: Any = None, **_: Any
+    ) -> np.ndarray:
+        """Return [H, W, 3] in the middle of a square of the mean colour; of a strip the square at its final size."""
+        color = tuple(int(255 * channel) for channel in self.image_mean)  # LLaVA's rounding
+        side = max(array.shape[:2])
+        if not (do_resize and size and size.height and is_strip(array.shape[:2], (side, side))):
+            return _squared(array, [level / 255 for level in color] if is_unit(array) else color)
+        strip = Image.fromarray(np.ascontiguousarray(eight_bits(array)))
+        square = np.asarray(padded_strip(strip, (size.width, size.height), color, Image.Resampling(resample)))
+        return square / 255 if is_unit(array) else square
 
     def postprocess(self, pixels: Tensor) -> list[Image.Image]:
-        """pixels [B, 3, H, W] in [0, 1] -> RGB pictures, clamped and rounded to 8 bits."""
+        """Return pixels [B, 3, H, W] in [0, 1] as RGB images, clamped and rounded to 8 bits."""
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UserError(f"postprocess takes pixels [B, 3, H, W], not {list(pixels.shape)}.")
         array = (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]
+        return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
 
 
-def _squared(image: np.ndarray, mean: Sequence[float]) -> np.ndarray:
-    """The picture [3, H, W] of 8 bits in the middle of a square of the mean colour; an odd row goes below."""
-    _, height, width = image.shape
+def _with_channels(array: np.ndarray) -> np.ndarray:
+    """Return a grey [H, W] as [1, H, W], which transformers counts as one image."""
+    return array[None] if array.ndim == 2 else array
+
+
+def _squared(image: np.ndarray, color: Sequence[float]) -> np.ndarray:
+    """Return the image [H, W, 3] in the middle of a square of the color; an odd row goes below."""
+    height, width, _ = image.shape
     side = max(height, width)
-    square = np.empty((3, side, side), dtype=image.dtype)
-    square[:] = np.array([int(255 * channel) for channel in mean])[:, None, None]  # LLaVA's rounding
+    square = np.empty((side, side, 3), dtype=image.dtype)
+    square[:] = np.array(color)
     top, left = (side - height) // 2, (side - width) // 2
-    square[:, top : top + height, left : left + width] = image
+    square[top : top + height, left : left + width] = image
     return square

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unimm.data.images import to_rgb
 from unimm.data.shapes.world import BACKGROUNDS, COLORS, DISTANCES, SHAPES
 
 MIN_CONTRAST = 40.0  # RGB distance from the background; the weakest pair (purple on gray) has 80
@@ -161,7 +162,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _as_float(image: Image.Image | np.ndarray) -> np.ndarray:
-    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    array = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise ValueError(f"a picture is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
     return array.astype(np.float32)
