@@ -98,7 +98,7 @@ def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
     import torch
 
     from unimm.benchmarks.subject import load_subject
-    from unimm.evaluation.image_metrics import psnr
+    from unimm.evaluation.image_metrics import capped_psnr
 
     image = load_image(arguments.image)
     check_image_output(arguments.output)
@@ -113,7 +113,7 @@ def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
     mean, std = (
         torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
     )
-    quality = round(psnr(pixels.cpu(), pixel_values.float().cpu() * std + mean).item(), 3)
+    quality = round(capped_psnr(pixels.cpu(), pixel_values.float().cpu() * std + mean).item(), 3)
     save_image_atomically(image_processor.postprocess(pixels)[0], arguments.output)
     report.add(
         model=arguments.model or "default",
