@@ -7,6 +7,7 @@ left out and unknown `--model_args` refused; an answer depends neither on its ba
 the response cache, whose key knows the model by its `--model_args` only, is refused unless these name the weights.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from loguru import logger
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from unimm.data.images import DECODER_ERRORS, load_image, to_rgb
@@ -161,14 +162,26 @@ class ChatModel(lmms):
         """Return what is asked, None if its image cannot be read, and the document, then without its images."""
         documents = self.task_dict[asked.task][asked.split]
         try:
-            document = documents[asked.doc_id]
-            return conversation(asked.messages(document), asked.task), document
+            with cut_off_images_refused():
+                document = documents[asked.doc_id]
+                return conversation(asked.messages(document), asked.task), document
         except DECODER_ERRORS as error:
             if isinstance(error, UserError) and not isinstance(error, UnreadableImage):
                 raise  # the task shows what nobody here can read
             reason = one_line(error)
         logger.warning("unimm: document {} of {} is answered by nothing: {}", asked.doc_id, asked.task, reason)
         return None, {UNREADABLE: reason} | without_images(documents, asked.doc_id)
+
+
+@contextlib.contextmanager
+def cut_off_images_refused() -> Iterator[None]:
+    """Undo within what lmms-eval sets for all of Pillow: the missing part of a cut-off file would be read as black."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def without_images(documents: Any, doc_id: int) -> dict[str, Any]:
