@@ -14,8 +14,8 @@ import sys
 
 from unimm.benchmarks.probe import KINDS, ProbePlan, probe_tokenizer, random_twin
 from unimm.benchmarks.subject import load_subject
-from unimm.errors import run_main
-from unimm.provenance import git_commit
+from unimm.errors import one_line, run_main
+from unimm.provenance import git_commit, hardware, package_versions
 from unimm.report import Report
 
 
@@ -44,12 +44,18 @@ def main(argv: list[str] | None = None) -> None:
     with report.timed("load"):
         subject = load_subject(path)
     tokenizer = random_twin(subject.tokenizer, plan.seed) if random else subject.tokenizer
+    unreadable: list[str] = []
     with report.timed("probe"):
-        scores = probe_tokenizer(tokenizer, subject.image_processor, plan)
+        scores = probe_tokenizer(
+            tokenizer, subject.image_processor, plan, bad=lambda name, error: unreadable.append(one_line(error))
+        )
+    for reason in unreadable:
+        report.say(f"left out: {reason}")
     report.say(f"{'':<10} {'linear':>8} {'knn':>8} {'rate':>6}")
     for kind, found in scores.items():
         report.say(f"{kind:<10} {found['linear']:8.4f} {found['knn']:8.4f} {found['base_rate']:6g}")
-    report.add(probe=scores, random=random, plan=dataclasses.asdict(plan), commit=git_commit())
+    report.add(probe=scores, random=random, unreadable=unreadable, plan=dataclasses.asdict(plan), commit=git_commit())
+    report.add(versions=package_versions(), hardware=hardware(), **subject.runs_on)
     report.write()
 
 

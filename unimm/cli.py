@@ -103,7 +103,7 @@ def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
     import torch
 
     from unimm.benchmarks.subject import load_subject
-    from unimm.evaluation.image_metrics import psnr
+    from unimm.evaluation.image_metrics import capped_psnr
 
     _quiet_libraries()
     with report.timed("load"):
@@ -116,7 +116,7 @@ def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
     mean, std = (
         torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
     )
-    quality = round(psnr(pixels.cpu(), pixel_values.float().cpu() * std + mean).item(), 3)
+    quality = round(capped_psnr(pixels.cpu(), pixel_values.float().cpu() * std + mean).item(), 3)
     (output,) = _saved(image_processor.postprocess(pixels), arguments.output, RECONSTRUCTION)
     report.add(
         model=arguments.model or "default",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,20 @@ def timed(seconds: dict[str, float], name: str, *, share: int = 1) -> Iterator[N
     start = time.perf_counter()
     yield
     seconds[name] = round((time.perf_counter() - start) / max(1, share), 4)
+
+
+def finite(tree: Any, infinite: list[str], place: str = "") -> Any:
+    """Return a tree of plain values with None for floats that are not finite, whose dotted places go to `infinite`."""
+    if isinstance(tree, dict):
+        return {
+            name: finite(value, infinite, f"{place}.{name}" if place else str(name)) for name, value in tree.items()
+        }
+    if isinstance(tree, list | tuple):
+        return [finite(value, infinite, f"{place}[{index}]") for index, value in enumerate(tree)]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        infinite.append(place)
+        return None
+    return tree
 
 
 class Report:
@@ -50,8 +65,13 @@ class Report:
         print(text, file=sys.stderr if self.path == STANDARD_OUTPUT else sys.stdout, flush=True)
 
     def write(self) -> None:
-        """Write the object, if one was asked for."""
-        text = json.dumps(self.content | {"seconds": self.seconds}, indent=2, ensure_ascii=False) + "\n"
+        """Write the object, if one was asked for. Figures that are not finite, which JSON does not know, become null
+        and are named under `not_finite`."""
+        infinite: list[str] = []
+        content = finite(self.content | {"seconds": self.seconds}, infinite)
+        if infinite:
+            content["not_finite"] = infinite
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         if self.path == STANDARD_OUTPUT:
             print(text, end="", flush=True)
         elif self.path is not None:

@@ -30,6 +30,8 @@ from unimm.benchmarks.wobble import wobbling_image
 from unimm.data.shapes import TAGS, WITHHELD, Scene, SceneObject, render, sample_prompt
 from unimm.data.shapes.prompts import scene_for, split_of
 from unimm.errors import UserError, run_main
+from unimm.evaluation.html_report import write_report
+from unimm.evaluation.records import read_records, read_summary
 from unimm.tokenizer import ImageTokenizerProcessor
 
 PLAN = ShapesPlan(num_scenes=6, codebook_scenes=10, questions=3, prompts=2, images_per_prompt=2, batch_size=4)
@@ -263,6 +265,23 @@ def test_driver_writes_the_named_keys(model_folder: Path, tmp_path: Path, capsys
     assert "agreement" in shown
     assert "  strict" in shown
     assert "withheld" in shown
+
+
+def test_a_kept_run_has_both_detectors_in_its_summary_its_records_and_its_page(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--model", str(model_folder), *TINY_RUN, "--images-per-prompt=1"]
+    report, run = tmp_path / "shapes.json", tmp_path / "run"
+    main([*arguments, "--json", str(report)])
+    main([*arguments, "--output", str(run)])
+    summary, records = read_summary(run), read_records(run)
+    assert summary["strict"] == json.loads(report.read_text())["strict"]
+    judged = [record for record in records if record.verdict is not None and not record.item.startswith("chat")]
+    assert len(judged) == 10
+    assert all(isinstance(record.raw_scores["strict"], bool) for record in judged)
+    scores = {(each.part, each.name): each.interval.value for each in write_report(run, tmp_path / "page.html")}
+    assert scores["generation", "strict"] == summary["strict"]["generation"]["overall"]
+    assert scores["reconstruction", "strict"] == summary["strict"]["reconstruction"]["agreement"]
 
 
 def test_driver_measures_a_tokenizer_alone(tokenizer_folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -303,7 +303,7 @@ def test_append_takes_missing_samples_of_its_benchmark_and_finite_scores(tmp_pat
         for wrong in (Record("toy", "a"), Record("other", "b")):
             with pytest.raises(ValueError, match="is not missing in this run of toy"):
                 store.append(wrong)
-        with pytest.raises(ValueError, match="JSON"):
+        with pytest.raises(ValueError, match=r"toy \('b', 0\): psnr is inf, and a record holds finite"):
             store.append(Record("toy", "b", raw_scores={"psnr": float("inf")}))
         assert [record.key for record in store.records()] == [("a", 0)]
         assert store.done == {("a", 0)}

@@ -11,6 +11,7 @@ from tests.integrations.needs import require_lmms_eval, run
 require_lmms_eval()
 
 import ast
+import io
 import json
 import shutil
 import zlib
@@ -18,10 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
+from PIL import Image
 
 import unimm
 from tests.conftest import ROOT
@@ -364,6 +367,34 @@ def test_an_interrupted_run_goes_on_where_it_stood(loaded: Any, by_script: Found
     assert {name: found[name]["scores"] for name in found} == {name: by_script[name]["scores"] for name in found}
     _, again = scripted(loaded, plan(place), place / "broken")
     assert again == 0
+
+
+def test_an_image_that_cannot_be_read_is_an_empty_answer_and_named(loaded: Any, place: Path, tmp_path: Path) -> None:
+    """The run goes on to its end; the black image and the one of one color are asked about like all others."""
+    shutil.copytree(place / "data" / "POPE", tmp_path / "data" / "POPE")
+    (path,) = (tmp_path / "data" / "POPE").rglob("*.parquet")
+    table = Dataset.from_parquet(str(path)).cast_column("image", datasets.Image(decode=False)).to_list()
+    table[2]["image"]["bytes"] = table[2]["image"]["bytes"][:60]
+    table[4]["image"]["bytes"] = b"<html>not found</html>"
+    for row, color in ((5, "black"), (6, "green")):
+        content = io.BytesIO()
+        Image.new("RGB", (64, 64), color).save(content, "PNG")
+        table[row]["image"]["bytes"] = content.getvalue()
+    Dataset.from_list(table).cast_column("image", datasets.Image()).to_parquet(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+        asked = UnderstandingPlan(tasks=("pope",), data=str(tmp_path / "data"), batch_size=3)
+        found, _ = scripted(loaded, asked, tmp_path / "out")
+    scores, records = found["pope"]["scores"], read_records(tmp_path / "out" / "pope")
+    assert scores["unreadable"] == ["000002", "000004"]
+    assert [record.item for record in records if record.is_unreadable] == scores["unreadable"]
+    for record in records:
+        lost = record.is_unreadable
+        whole = next(each for each in read_records(place / "script" / "pope") if each.item == record.item)
+        assert record.raw_scores["answer"] == ("" if lost else whole.raw_scores["answer"])
+        assert (record.inputs["expected"], record.inputs["image"]) == (whole.inputs["expected"], whole.inputs["image"])
+        assert not lost or record.raw_scores["unparsed"] == 1.0
+    assert scores["plain"]["pooled"]["unparsed"] >= 2
 
 
 def test_another_run_in_the_same_folder_is_refused(loaded: Any, by_script: Found, place: Path) -> None:

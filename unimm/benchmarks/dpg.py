@@ -7,6 +7,7 @@ judge.
 """
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 from PIL import Image
 from tqdm.auto import tqdm
 
+from unimm.benchmarks.bad_images import each_or_error, judged_or_error
 from unimm.benchmarks.drawing import draw_prompts
 from unimm.benchmarks.store import Key, Record, RunStore, sample_seed
 from unimm.benchmarks.vqa import Judge
@@ -26,6 +28,7 @@ from unimm.data.images import load_image, save_image_atomically
 from unimm.errors import UserError
 from unimm.evaluation.bootstrap import bootstrap_mean
 from unimm.evaluation.dpg import COLUMNS, COMPAT, FIXED, PLAIN, Rule, read_questions, summarize
+from unimm.evaluation.records import unreadable, unreadable_names
 
 BENCH = "dpg"
 OFFICIAL_CSV = "98457fc9901943f51ff9a30367250fc292533bed"  # git's name of the published dpg_bench.csv
@@ -92,8 +95,8 @@ class Pictures(Protocol):
 
     keys: list[Key]
 
-    def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image]]:
-        """These pictures, and the files that they were read from."""
+    def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image | UserError]]:
+        """Return the files of these images with each image, or why it cannot be read."""
         ...
 
     def seed(self, key: Key) -> int: ...
@@ -109,21 +112,22 @@ class DrawnPictures:
         self.sampling = sampling
         self.keys = [(item, sample) for item in prompts.texts for sample in range(num_images)]
 
-    def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image]]:
+    def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image | UserError]]:
         paths = [self.store.image_path(*key) for key in block]
         if not all(path.exists() for path in paths):
             texts, seeds = [self.prompts.texts[item] for item, _ in block], [self.seed(key) for key in block]
             drawn = draw_prompts(self.model, self.processor, texts, seeds, **self.sampling)
             for path, image in zip(paths, drawn, strict=True):
                 save_image_atomically(image, path)
-        return [(path, load_image(path)) for path in paths]
+        return list(zip(paths, each_or_error(paths, load_image), strict=True))
 
     def seed(self, key: Key) -> int:
         return sample_seed(self.store.manifest.seed, BENCH, *key)
 
 
 class GridPictures:
-    """The pictures of a folder in the official layout: ITEM.png, a grid of 2 x 2 pictures of `resolution` pixels.
+    """Read the images of a folder in the official layout: ITEM.png, a grid of 2 x 2 images of `resolution` pixels. A
+    file that cannot be read gives rows that say so.
 
     Raises:
         UserError: files are missing (unless they may be), nothing is there, or a grid has another size.
@@ -144,12 +148,20 @@ class GridPictures:
                 "them as missing with --allow-missing."
             )
         self.keys = [(item, sample) for item in present for sample in range(num_images)]
-        for item in present:
-            self._open(item)  # a wrong size is told before the first question is asked
+        read = each_or_error([self._path(item) for item in present], load_image)
+        if all(isinstance(grid, UserError) for grid in read):
+            raise UserError(f"None of {len(present)} grids in {folder} can be read; the first: {read[0]}")
+        for item, grid in zip(present, read, strict=True):
+            if not isinstance(grid, UserError):
+                self._check_size(item, grid)  # told before the first question is asked
 
-    def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image]]:
-        grids = {item: self._open(item) for item, _ in block}
-        return [(self._path(item), grids[item].crop(self._box(sample))) for item, sample in block]
+    def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image | UserError]]:
+        items = list(dict.fromkeys(item for item, _ in block))
+        grids = dict(zip(items, each_or_error([self._path(item) for item in items], load_image), strict=True))
+        return [(self._path(item), self._cut(grids[item], sample)) for item, sample in block]
+
+    def _cut(self, grid: Image.Image | UserError, sample: int) -> Image.Image | UserError:
+        return grid if isinstance(grid, UserError) else grid.crop(self._box(sample))
 
     def seed(self, key: Key) -> int:
         return 0
@@ -166,14 +178,13 @@ class GridPictures:
         left, top = sample % GRID_SIDE * self.resolution, sample // GRID_SIDE * self.resolution
         return left, top, left + self.resolution, top + self.resolution
 
-    def _open(self, item: str) -> Image.Image:
-        grid, side = load_image(self._path(item)), GRID_SIDE * self.resolution
+    def _check_size(self, item: str, grid: Image.Image) -> None:
+        side = GRID_SIDE * self.resolution
         if grid.size != (side, side):
             raise UserError(
                 f"{self._path(item)} has {grid.width} x {grid.height} pixels; a grid of pictures of {self.resolution} "
                 f"has {side} x {side}: give the side of one picture as --resolution."
             )
-        return grid
 
 
 def judge_pictures(store: RunStore, pictures: Pictures, prompts: Prompts, judge: Judge | None) -> dict[str, Any]:
@@ -185,12 +196,12 @@ def judge_pictures(store: RunStore, pictures: Pictures, prompts: Prompts, judge:
     size = len({sample for _, sample in pictures.keys})
     for block in tqdm(store.split_blocks(pictures.keys, size), desc="DPG", unit="prompt"):
         start, loaded = time.perf_counter(), pictures.load(block)
-        for key, (path, image) in zip(block, loaded, strict=True):
+        rows = prompts.rows.get(block[0][0], [])  # a block is one prompt's
+        found = judged_or_error([image for _, image in loaded], functools.partial(_ask, judge, rows))
+        for key, (path, _), scores in zip(block, loaded, found, strict=True):
             if key in store.done:
                 continue
             item, sample = key
-            rows = prompts.rows.get(item, [])
-            scores = {} if judge is None else _ask(judge, image, rows)
             record = Record(
                 BENCH,
                 item,
@@ -198,7 +209,8 @@ def judge_pictures(store: RunStore, pictures: Pictures, prompts: Prompts, judge:
                 seed=pictures.seed(key),
                 inputs={"prompt": prompts.texts[item], "rows": rows},
                 output_path=str(path),
-                raw_scores=scores,
+                raw_scores=_unanswered(rows) if isinstance(scores, UserError) else scores,
+                reason=unreadable(scores) if isinstance(scores, UserError) else "",
                 judge=described,
             )
             store.append(record, seconds=(time.perf_counter() - start) / size)
@@ -215,6 +227,7 @@ def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
     if len(judges := {json.dumps(record.judge, sort_keys=True) for record in records}) > 1:
         raise UserError(f"These records come from {len(judges)} judges, whose figures are no one scale: one run each.")
     counted: dict[str, Any] = {"pictures": len(records), "prompts": len({record.item for record in records})}
+    counted["unreadable"] = unreadable_names(records)
     if not any(record.raw_scores for record in records):
         return counted
     rows = {row["row"]: row for record in records for row in record.inputs["rows"]}
@@ -228,7 +241,9 @@ def table(summary: Mapping[str, Any]) -> str:
     if FIXED.name not in summary:
         return f"{summary['pictures']} pictures of {summary['prompts']} prompts"
     rules, judge = [summary[rule.name] for rule in (COMPAT, FIXED, PLAIN)], summary["judge"]
-    lines = [f"judge {judge['name']} ({judge['kind']}, {judge['version']}, sha256 {judge['sha256'][:12]})"]
+    lost = summary["unreadable"]
+    lines = [f"{len(lost)} images cannot be read, of {', '.join(dict.fromkeys(lost))}"] if lost else []
+    lines += [f"judge {judge['name']} ({judge['kind']}, {judge['version']}, sha256 {judge['sha256'][:12]})"]
     lines += [f"{'':<28}" + "".join(f"{rule.name:>16}" for rule in (COMPAT, FIXED, PLAIN))]
     lines += [f"{'DPG':<28}" + "".join(_two_digits(each["dpg"]) for each in rules)]
     for count in ("prompts", "unparsed"):
@@ -244,21 +259,36 @@ def _two_digits(value: float | None) -> str:
 
 
 def write_grids(folder: Path, paths: Mapping[Key, Path]) -> Path:
-    """The pictures as the official 2 x 2 grids, ITEM.png in `folder`; places without a picture are black."""
+    """Write the images as the official 2 x 2 grids, ITEM.png in `folder`; places without a readable one are black."""
     by_item: dict[str, list[Path]] = {}
     for (item, _), path in sorted(paths.items()):
         by_item.setdefault(item, []).append(path)
     for item, files in by_item.items():
-        images = [load_image(path) for path in files[: GRID_SIDE**2]]
-        width, height = images[0].size
+        images = each_or_error(files[: GRID_SIDE**2], load_image)
+        sizes = [image.size for image in images if not isinstance(image, UserError)]
+        if not sizes:
+            continue
+        width, height = sizes[0]
         grid = Image.new("RGB", (GRID_SIDE * width, GRID_SIDE * height))
         for sample, image in enumerate(images):
+            if isinstance(image, UserError):
+                continue
             grid.paste(image, (sample % GRID_SIDE * width, sample // GRID_SIDE * height))
         save_image_atomically(grid, folder / f"{item}.png")
     return folder
 
 
-def _ask(judge: Judge, image: Image.Image, rows: Rows) -> dict[str, Any]:
+def _unanswered(rows: Rows) -> dict[str, Any]:
+    """Return the scores of an image that nobody could look at: no answer to any question, which every rule counts."""
+    return {"answers": {str(int(row["proposition_id"])): "" for row in rows}} if rows else {}
+
+
+def _ask(judge: Judge | None, rows: Rows, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """Return the scores of each image, by itself: an answer depends on nothing else."""
+    return [{} if judge is None else _answers_about(judge, image, rows) for image in images]
+
+
+def _answers_about(judge: Judge, image: Image.Image, rows: Rows) -> dict[str, Any]:
     asked = judge.answer_yes_no([image] * len(rows), [row["question_natural_language"] for row in rows])
     numbers = [str(int(row["proposition_id"])) for row in rows]
     scores: dict[str, Any] = {"answers": {n: each.answer for n, each in zip(numbers, asked, strict=True)}}

@@ -1,19 +1,21 @@
 """Sets of drawn pictures against sets of real ones: FID, sFID, inception score, kernel distance, precision and recall.
 
-Special here: the same code compares reconstructions with their originals. Sets come from a folder, a parquet file or
-the ADM evaluator's npz; a reference npz may hold statistics (`mu`, `sigma`, `mu_s`, `sigma_s`) instead of pictures or
-beside them, as the published ones do. Pictures of another size are never resized in silence, and sets of different N
-never compared: the distance depends on N. Processes share the pictures and merge exact statistics.
+The same code compares reconstructions with their originals. Sets come from a folder, a parquet file or the ADM
+evaluator's npz; a reference npz may hold statistics (`mu`, `sigma`, `mu_s`, `sigma_s`) instead of images or beside
+them, as the published ones do. Images of another size are never resized in silence, and sets of different N never
+compared: the distance depends on N. An image that cannot be read, or a rare one of another size, is left out and named;
+it still counts for the N of its set. Processes share the images and merge exact statistics.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -35,17 +37,19 @@ from unimm.evaluation.frechet import FeatureStatistics, Moments, frechet_distanc
 from unimm.provenance import appearing
 
 KERNEL_SUBSETS, KERNEL_SIZE, SCORE_SPLITS = 100, 1000, 10
+MAX_ODD_SHARE = 0.01  # of a set: more images of another size than the first one's are no accident
 ADM_STATISTICS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 
 
 @dataclass
 class Collected:
     """What a feature space sees of a set: streaming statistics of every kind, and all pooled features and
-    probabilities."""
+    probabilities; `count` images were seen, the `unreadable` ones were left out."""
 
     statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     count: int = 0
+    unreadable: list[str] = field(default_factory=list)
 
     def add(self, features: dict[str, Tensor]) -> None:
         """Take in one batch of a `FeatureSpace`. Raises UserError where a feature is not finite."""
@@ -69,6 +73,7 @@ class Collected:
             for name, values in part.kept.items():
                 whole.kept.setdefault(name, []).extend(values)
             whole.count += part.count
+            whole.unreadable += part.unreadable
         return whole
 
     def all(self, name: str) -> Tensor | None:
@@ -77,52 +82,98 @@ class Collected:
 
 @dataclass(frozen=True)
 class Reference:
-    """What is compared with: moments by kind, and the pooled features where there are pictures."""
+    """What is compared with: moments by kind, and the pooled features where there are images; the `unreadable` ones are
+    in neither."""
 
     moments: dict[str, Moments]
     pool: Tensor | None = None
+    unreadable: tuple[str, ...] = ()
 
 
 class PairedSets:
-    """Originals and their reconstructions as two sets; `add` takes them batch by batch, uint8 [B, H, W, 3]."""
+    """Originals and their reconstructions as two sets; `add` takes them batch by batch, uint8 [B, H, W, 3]. A pair of
+    which one has features that are not finite is left out of both, and counted."""
 
     def __init__(self, space: FeatureSpace) -> None:
-        self.space, self.originals, self.drawn = space, Collected(), Collected()
+        self.space, self.originals, self.drawn, self.left_out = space, Collected(), Collected(), 0
 
     def add(self, originals: np.ndarray, drawn: np.ndarray) -> None:
-        self.originals.add(self.space.features(originals))
-        self.drawn.add(self.space.features(drawn))
+        pair = [self.space.features(originals), self.space.features(drawn)]
+        kept = finite_rows(pair[0]) & finite_rows(pair[1])
+        if kept.any() and not kept.all():
+            self.left_out += int((~kept).sum())
+            pair = [{kind: values[kept] for kind, values in features.items()} for features in pair]
+        self.originals.add(pair[0])
+        self.drawn.add(pair[1])
 
     def figures(self) -> dict[str, Any]:
         """Those of `compare`, the reference being the same pictures before they were reconstructed."""
         moments = {kind: statistics.moments for kind, statistics in self.originals.statistics.items()}
         reference = Reference(moments, self.originals.all(POOL))
-        return compare(self.drawn, reference, space=self.space)
+        found = compare(self.drawn, reference, space=self.space)
+        return found | ({"left_out": self.left_out} if self.left_out else {})
 
 
 def collect(space: FeatureSpace, pictures: PictureSet, batch_size: int = 50) -> Collected:
     """The features of a set, shared by all processes in contiguous parts.
 
     Raises:
-        UserError: a picture cannot be read or differs from the first one in size, or there are fewer than two.
+        UserError: too many images differ from the first one in size, or fewer than two can be read.
     """
-    if len(pictures) < 2:
-        raise UserError(f"{len(pictures)} pictures are no distribution: give at least 2.")
+    first, size = _first_readable(pictures)
     state, total = processes(), len(pictures)
     own = range(
         total * state.process_index // state.num_processes, total * (state.process_index + 1) // state.num_processes
     )
     part = PictureSet(lambda i: pictures.load(own[i]), [pictures.names[i] for i in own])
-    size, collected = pictures.load(0).size, Collected()
-    for batch in tqdm(part.batches(batch_size), total=-(-len(part) // batch_size), desc=space.name, unit="batch"):
+    collected = Collected()
+    batches = part.batches(batch_size, bad=lambda name, error: collected.unreadable.append(name))
+    odd = 0
+    for batch in tqdm(batches, total=-(-len(part) // batch_size), desc=space.name, unit="batch"):
         for name, image in batch:
-            if image.size != size:
+            odd += image.size != size
+            if odd > MAX_ODD_SHARE * total:
                 raise UserError(
-                    f"{name} has {image.width} x {image.height} pixels and {pictures.names[0]} {size[0]} x {size[1]}: "
-                    "bring them to one size first; the filter decides the figures."
+                    f"{name} has {image.width} x {image.height} pixels and {first} {size[0]} x {size[1]}, and {odd} of "
+                    f"{total} images differ: bring them to one size first; the filter decides the figures."
                 )
-        collected.add(space.features(to_array([image for _, image in batch])))
-    return collected.merged()
+        alike = [(name, image) for name, image in batch if image.size == size]
+        collected.unreadable += [name for name, image in batch if image.size != size]
+        if alike:
+            _collect_batch(collected, space, alike)
+    whole = collected.merged()
+    if whole.count < 2:
+        raise UserError(f"{whole.count} of {total} images can be read, and at least 2 are a distribution.")
+    return whole
+
+
+def _collect_batch(collected: Collected, space: FeatureSpace, batch: Sequence[tuple[str, Image.Image]]) -> None:
+    """Add the features of a batch; a single image whose features are not finite is left out and named."""
+    features = space.features(to_array([image for _, image in batch]))
+    kept = finite_rows(features)
+    if kept.any() and not kept.all():
+        collected.unreadable += [name for (name, _), finite in zip(batch, kept.tolist(), strict=True) if not finite]
+        features = {kind: values[kept] for kind, values in features.items()}
+    collected.add(features)
+
+
+def finite_rows(features: dict[str, Tensor]) -> Tensor:
+    """Return which images [B] have finite features only."""
+    return torch.stack([torch.isfinite(values).flatten(1).all(dim=1) for values in features.values()]).all(dim=0)
+
+
+def _first_readable(pictures: PictureSet) -> tuple[str, tuple[int, int]]:
+    """Return the name and the size of the first image that can be read. Raises UserError if there is none, or one
+    image only."""
+    if len(pictures) < 2:
+        raise UserError(f"{len(pictures)} pictures are no distribution: give at least 2.")
+    reason: UserError | None = None
+    for index, name in enumerate(pictures.names):
+        try:
+            return name, pictures.load(index).size
+        except UserError as error:
+            reason = reason or error
+    raise UserError(f"None of {len(pictures)} images can be read; the first: {reason}")
 
 
 def read_reference(source: str, space: FeatureSpace, count: int | None, batch_size: int = 50) -> Reference:
@@ -146,7 +197,7 @@ def read_reference(source: str, space: FeatureSpace, count: int | None, batch_si
         return Reference(moments)
     collected = collect(space, picture_set(source, None if moments else count), batch_size)
     own = {kind: statistics.moments for kind, statistics in collected.statistics.items()}
-    return Reference(own | moments, collected.all(POOL))
+    return Reference(own | moments, collected.all(POOL), tuple(collected.unreadable))
 
 
 def compare(
@@ -163,6 +214,8 @@ def compare(
     """
     inception, found = space.name == "inception", dict[str, Any]()
     found |= {"count": generated.count, "count_reference": reference.moments[POOL].count}
+    if generated.unreadable or reference.unreadable:
+        found |= {"unreadable": list(generated.unreadable), "unreadable_reference": list(reference.unreadable)}
     for kind, moments in reference.moments.items():
         if kind not in generated.statistics:
             raise UserError(f"The reference has statistics of the kind {kind}, which {space.name} does not give.")
@@ -172,7 +225,7 @@ def compare(
                 f"The reference has features of width {len(moments.mean)}, {space.name} of width {len(own.mean)}."
             )
         if moments.count is not None:
-            require_same_count(own, moments)
+            require_same_count(_whole(own, generated.unreadable), _whole(moments, reference.unreadable))
         name = {POOL: "fid", SPATIAL: "sfid"}[kind] if inception else f"fd_{space.name}"
         found[name] = frechet_distance(moments, own)
     pool, probabilities = generated.all(POOL), generated.all(PROBABILITIES)
@@ -180,6 +233,8 @@ def compare(
     if reference.pool is not None:
         smaller = min(len(pool), len(reference.pool))
         size = min(KERNEL_SIZE, smaller) if kernel_size is None else kernel_size
+        if generated.unreadable or reference.unreadable:
+            size = min(size, smaller)
         if smaller <= PRDC_NEIGHBOURS or size > smaller:
             raise UserError(
                 f"Subsets of {size} pictures and {PRDC_NEIGHBOURS} neighbours need more than {smaller} pictures."
@@ -198,16 +253,24 @@ def compare(
     return found
 
 
-def write_pictures_npz(source: str, path: str | Path, count: int | None = None) -> tuple[int, ...]:
-    """A set of pictures as the ADM evaluator's npz; gives the array's shape.
+def _whole(moments: Moments, unreadable: Sequence[str]) -> Moments:
+    """Return the moments with the N that the set was asked to have: it decides whether two sets are comparable."""
+    return replace(moments, count=None if moments.count is None else moments.count + len(unreadable))
+
+
+def write_pictures_npz(
+    source: str, path: str | Path, count: int | None = None, unreadable: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Write a set of images, but for the `unreadable` ones, as the ADM evaluator's npz; returns the array's shape.
 
     Raises:
-        UserError: a picture cannot be read, sizes differ, or the file cannot be written.
+        UserError: another image cannot be read, sizes differ, or the file cannot be written.
     """
     pictures = picture_set(source, count)
-    width, height = pictures.load(0).size
-    shape = (len(pictures), height, width, 3)
-    write_npz(Path(path), shape, (to_array([image]) for batch in pictures.batches(50) for _, image in batch))
+    kept = [index for index, name in enumerate(pictures.names) if name not in set(unreadable)]
+    width, height = pictures.load(kept[0]).size
+    shape = (len(kept), height, width, 3)
+    write_npz(Path(path), shape, (to_array([pictures.load(index)]) for index in kept))
     return shape
 
 

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
+from unimm.benchmarks.bad_images import each_or_error, judged_or_error
 from unimm.benchmarks.drawing import draw_prompts
 from unimm.benchmarks.geneval_files import PictureFolder, item_name
-from unimm.benchmarks.geneval_scorers import Scorer
+from unimm.benchmarks.geneval_scorers import Detection, Scorer
 from unimm.benchmarks.shapes import ShapesPlan, held_out_prompts
 from unimm.benchmarks.store import Key, Record, RunStore, sample_seed
 from unimm.data.images import load_image, save_image_atomically
@@ -23,6 +24,7 @@ from unimm.data.shapes import TAGS
 from unimm.errors import UserError
 from unimm.evaluation.geneval_prompts import Metadata, PromptTrack
 from unimm.evaluation.geneval_summary import summarize_records
+from unimm.evaluation.records import unreadable
 
 BENCH = "geneval"
 SHAPES_TRACK = "geneval-shapes"
@@ -124,27 +126,36 @@ def score_pictures(store: RunStore, pictures: Pictures, scorer: Scorer, batch_si
     for block in tqdm(blocks, desc="GenEval", unit="batch", disable=not blocks):
         start = time.perf_counter()
         paths, prompts = pictures.paths(block), [pictures.prompts[item] for item, _ in block]
-        found = scorer.detections([load_image(path) for path in paths], prompts)
+        images = each_or_error(paths, load_image)
+        pairs = zip(images, prompts, strict=True)
+        shown = [image if isinstance(image, UserError) else (image, prompt) for image, prompt in pairs]
+        found = judged_or_error(shown, lambda pairs: scorer.detections(*map(list, zip(*pairs, strict=True))))
         seconds = (time.perf_counter() - start) / len(block)
-        for (item, sample), path, prompt, detections in zip(block, paths, prompts, found, strict=True):
-            if (item, sample) in store.done:
+        for key, path, prompt, detections in zip(block, paths, prompts, found, strict=True):
+            if key in store.done:
                 continue
-            judged, plain = scorer.judge(prompt, detections), scorer.plain(prompt, detections)
-            scores = {"detections": detections, "counts": judged.counts}
+            judged = _judged(scorer, prompt, detections)
             record = Record(
                 BENCH,
-                item,
-                sample,
-                seed=pictures.seed((item, sample)),
+                *key,
+                seed=pictures.seed(key),
                 inputs=dict(prompt),
                 output_path=str(path),
-                raw_scores=scores | {"plain": plain.correct, "unparsed": plain.guessed},
-                verdict=judged.correct,
-                reason="\n".join(judged.reasons),
                 judge=judge,
+                **judged,
             )
             store.append(record, seconds=seconds)
     return store.finish(lambda records: summarize_records(records) | {"judge": judge})
+
+
+def _judged(scorer: Scorer, prompt: Metadata, detections: list[Detection] | UserError) -> dict[str, Any]:
+    """Return the fields of a record that the rules fill; an image that could not be read or judged shows nothing."""
+    if isinstance(detections, UserError):
+        reason = unreadable(detections)
+        return {"raw_scores": {"plain": False, "unparsed": 0}, "verdict": False, "reason": reason}
+    judged, plain = scorer.judge(prompt, detections), scorer.plain(prompt, detections)
+    scores = {"detections": detections, "counts": judged.counts, "plain": plain.correct, "unparsed": plain.guessed}
+    return {"raw_scores": scores, "verdict": judged.correct, "reason": "\n".join(judged.reasons)}
 
 
 def shapes_track(seed: int, prompts_per_tag: int) -> PromptTrack:

@@ -100,7 +100,7 @@ def official_results(records: Iterable[Record], scorer: Scorer) -> str:
     """The official scorer's lines (filename, tag, prompt, correct, reason, metadata, details), one per picture."""
     lines = []
     for record in records:
-        objects = scorer.objects(record.inputs, record.raw_scores["detections"])
+        objects = scorer.objects(record.inputs, record.raw_scores.get("detections", []))
         details = {
             name: [[*each.box.tolist(), float(each.score)] for each in objects[name]]
             for name in scorer.class_names

@@ -3,6 +3,7 @@
 Its verdicts are records of a run of their own, beside the detector's, and never stand in one column with them.
 """
 
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,14 @@ from typing import Any, Protocol
 from PIL import Image
 from tqdm.auto import tqdm
 
+from unimm.benchmarks.bad_images import each_or_error, judged_or_error
 from unimm.benchmarks.store import Key, Record, RunStore
 from unimm.data.images import load_image
+from unimm.errors import UserError
 from unimm.evaluation.geneval_prompts import Metadata
-from unimm.evaluation.geneval_questions import Agreement, agreement, judge_answers, mean_score, questions
+from unimm.evaluation.geneval_questions import Agreement, Question, agreement, judge_answers, mean_score, questions
 from unimm.evaluation.geneval_summary import summarize_records
+from unimm.evaluation.records import unreadable
 from unimm.provenance import write_atomically
 
 BENCH = "geneval-vqa"
@@ -44,32 +48,45 @@ def question_pictures(
     for block in tqdm(blocks, desc="questions", unit="batch", disable=not blocks):
         start = time.perf_counter()
         asked = [questions(prompts[item]) for item, _ in block]
-        images = [load_image(pictures[key]) for key in block]
-        shown = [image for image, each in zip(images, asked, strict=True) for _ in each]
-        answers = iter(judge.answer(shown, [question.text for each in asked for question in each]))
+        images = each_or_error([pictures[key] for key in block], load_image)
+        pairs = zip(images, asked, strict=True)
+        shown = [image if isinstance(image, UserError) else (image, each) for image, each in pairs]
+        given = judged_or_error(shown, functools.partial(_answers, judge))
         seconds = (time.perf_counter() - start) / len(block)
-        for (item, sample), each in zip(block, asked, strict=True):
-            given = [next(answers) for _ in each]
-            if (item, sample) in store.done:
+        for key, each, answers in zip(block, asked, given, strict=True):
+            if key in store.done:
                 continue
-            answered = judge_answers(each, given)
-            rows = [
-                question._asdict() | {"answer": answer, "read": read}
-                for question, answer, read in zip(each, given, answered.read, strict=True)
-            ]
             record = Record(
                 BENCH,
-                item,
-                sample,
-                inputs=dict(prompts[item]),
-                output_path=str(pictures[item, sample]),
-                raw_scores={"answers": rows, "score": answered.score, "unparsed": answered.read.count(None)},
-                verdict=answered.correct,
-                reason="\n".join(answered.reasons),
+                *key,
+                inputs=dict(prompts[key[0]]),
+                output_path=str(pictures[key]),
                 judge=described,
+                **_judged(each, answers),
             )
             store.append(record, seconds=seconds)
     return store.finish(lambda records: _summary(records) | {"judge": described})
+
+
+def _answers(judge: AnswersQuestions, pairs: Sequence[tuple[Image.Image, list[Question]]]) -> list[list[str]]:
+    """Return the answers to the questions about each image, asked together."""
+    images = [image for image, asked in pairs for _ in asked]
+    answers = iter(judge.answer(images, [question.text for _, asked in pairs for question in asked]))
+    return [[next(answers) for _ in asked] for _, asked in pairs]
+
+
+def _judged(asked: Sequence[Question], answers: list[str] | UserError) -> dict[str, Any]:
+    """Return the fields of a record that the answers fill; about an image that cannot be read there are none."""
+    if isinstance(answers, UserError):
+        reason = unreadable(answers)
+        return {"raw_scores": {"score": 0.0, "unparsed": 0}, "verdict": False, "reason": reason}
+    found = judge_answers(asked, answers)
+    rows = [
+        question._asdict() | {"answer": answer, "read": read}
+        for question, answer, read in zip(asked, answers, found.read, strict=True)
+    ]
+    scores = {"answers": rows, "score": found.score, "unparsed": found.read.count(None)}
+    return {"raw_scores": scores, "verdict": found.correct, "reason": "\n".join(found.reasons)}
 
 
 def compare_judges(first: Sequence[Record], second: Sequence[Record], folder: Path) -> Agreement:

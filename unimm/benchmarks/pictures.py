@@ -1,8 +1,9 @@
-"""The pictures that a benchmark measures on: a named set, cut by a named protocol.
+"""The images that a benchmark measures on: a named set, cut by a named protocol.
 
-Special here: what decides a figure of this field is mostly convention (which crop, which filter, which rounding, which
-reference set), so a convention is a value with a name and stands in every result. A set never repeats a picture, never
-resizes behind the caller's back and never skips one: what cannot be read is an error that names it.
+What decides a figure of this field is mostly convention (which crop, which filter, which rounding, which reference
+set), so a convention is a value with a name and stands in every result. A set never repeats an image, never resizes
+behind the caller's back and never skips one in silence: what cannot be read is an error that names it, or, in a long
+run, goes to the caller's `bad`, who counts and names it.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from unimm.data.resizing import resized_crop
 from unimm.data.shapes.datasets import ShapesPictures
 from unimm.data.sources import open_pictures
 from unimm.errors import UserError, one_line, printable
-from unimm.evaluation.records import content_sha256
+from unimm.evaluation.records import UNREADABLE, content_sha256
 from unimm.weights import file_sha256
 
 FILTERS = {
@@ -96,6 +97,10 @@ PROTOCOLS = {
 }
 
 
+Bad = Callable[[str, UserError], None]
+"""Takes the name of an image that cannot be read, and why."""
+
+
 @dataclass(frozen=True)
 class PictureSet:
     """Pictures that have names: a path inside a folder, or a row's number. `load` takes an index into `names`."""
@@ -107,13 +112,27 @@ class PictureSet:
         return len(self.names)
 
     def batches(
-        self, size: int, wanted: Callable[[Sequence[str]], bool] = bool
+        self, size: int, wanted: Callable[[Sequence[str]], bool] = bool, bad: Bad | None = None
     ) -> Iterator[list[tuple[str, Image.Image]]]:
-        """(name, picture) pairs, `size` at a time, in order; a batch whose names are not `wanted` is not read."""
+        """Yield (name, image) pairs, `size` at a time, in order; a batch whose names are not `wanted` is not read.
+
+        Args:
+            bad: is told of each image that cannot be read, which is left out; without it, the error is raised.
+        """
         for start in range(0, len(self), size):
             names = self.names[start : start + size]
-            if wanted(names):
-                yield [(name, self.load(start + i)) for i, name in enumerate(names)]
+            if not wanted(names):
+                continue
+            batch = []
+            for index, name in enumerate(names, start):
+                try:
+                    batch.append((name, self.load(index)))
+                except UserError as error:
+                    if bad is None:
+                        raise
+                    bad(name, error)
+            if batch:
+                yield batch
 
 
 def picture_set(source: str, count: int | None = None, seed: int | None = None) -> PictureSet:
@@ -160,10 +179,14 @@ def source_sha256(source: str, count: int | None = None, seed: int | None = None
     files = [path / name for name in pictures.names]
     if all(file.is_file() for file in files):
         return content_sha256([name, file_sha256(file)] for name, file in zip(pictures.names, files, strict=True))
-    return content_sha256([name, *_looked_at(pictures.load(i))] for i, name in enumerate(pictures.names))
+    return content_sha256([name, *_looked_at(pictures, i)] for i, name in enumerate(pictures.names))
 
 
-def _looked_at(image: Image.Image) -> tuple[int, int, str]:
+def _looked_at(pictures: PictureSet, index: int) -> tuple[int, int, str]:
+    try:
+        image = pictures.load(index)
+    except UserError:
+        return (0, 0, UNREADABLE)
     return (*image.size, hashlib.sha256(image.tobytes()).hexdigest())
 
 

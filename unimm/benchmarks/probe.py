@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from unimm.benchmarks.lars import LARS
+from unimm.benchmarks.pictures import Bad
 from unimm.data.labelled import labelled_pictures
 from unimm.data.pictures import crop
 from unimm.errors import UserError
@@ -58,8 +59,13 @@ class ProbePlan:
     seed: int = 0
 
 
-def probe_tokenizer(tokenizer: ImageTokenizer, image_processor: Any, plan: ProbePlan) -> dict[str, dict[str, Any]]:
+def probe_tokenizer(
+    tokenizer: ImageTokenizer, image_processor: Any, plan: ProbePlan, bad: Bad | None = None
+) -> dict[str, dict[str, Any]]:
     """{kind: {"linear", "knn": accuracies on the test pictures, "base_rate": the chosen, "sweep": {rate: accuracy}}}.
+
+    Args:
+        bad: is told of each image that cannot be read, which is left out; without it, the error is raised.
 
     Raises:
         UserError: pictures that cannot be read, a level that the encoder does not have, or a kind that is not known.
@@ -68,8 +74,8 @@ def probe_tokenizer(tokenizer: ImageTokenizer, image_processor: Any, plan: Probe
         raise UserError(f"There is no representation {unknown[0]!r}; known are {', '.join(KINDS)}.")
     train = labelled_pictures(plan.source, plan.num_train, seed=2 * plan.seed)
     test = labelled_pictures(plan.test_source, plan.num_test, seed=2 * plan.seed + 1)
-    train_tables, train_labels = embed(tokenizer, image_processor, train, plan, flip=plan.flip)
-    test_tables, test_labels = embed(tokenizer, image_processor, test, plan, flip=False)
+    train_tables, train_labels = embed(tokenizer, image_processor, train, plan, flip=plan.flip, bad=bad)
+    test_tables, test_labels = embed(tokenizer, image_processor, test, plan, flip=False, bad=bad)
     return {
         kind: probe(train_tables[kind], train_labels, test_tables[kind], test_labels, plan, 2 if plan.flip else 1)
         for kind in plan.kinds
@@ -88,12 +94,18 @@ def random_twin(tokenizer: ImageTokenizer, seed: int = 0) -> ImageTokenizer:
 
 
 def embed(
-    tokenizer: ImageTokenizer, image_processor: Any, pictures: Any, plan: ProbePlan, *, flip: bool
+    tokenizer: ImageTokenizer,
+    image_processor: Any,
+    pictures: Any,
+    plan: ProbePlan,
+    *,
+    flip: bool,
+    bad: Bad | None = None,
 ) -> tuple[dict[Kind, Tensor], Tensor]:
     """{kind: [n, width]} and labels [n]; with `flip` each picture's mirror image is the row behind it."""
     tables: dict[Kind, list[Tensor]] = {kind: [] for kind in plan.kinds}
     labels: list[int] = []
-    for images, classes in _batches(pictures, tokenizer.config.image_size, flip):
+    for images, classes in _batches(pictures, tokenizer.config.image_size, flip, bad):
         pixel_values = image_processor(images=images, return_tensors="pt").pixel_values.to(tokenizer.device)
         for kind, vectors in mean_vectors(tokenizer, pixel_values, plan.kinds, plan.level).items():
             tables[kind].append(vectors.cpu())
@@ -129,9 +141,20 @@ def _level(tokenizer: ImageTokenizer, pixel_values: Tensor, level: int) -> Tenso
     return states[level]
 
 
-def _batches(pictures: Any, size: int, flip: bool, batch_size: int = 64) -> Iterator[tuple[list, list[int]]]:
+def _batches(
+    pictures: Any, size: int, flip: bool, bad: Bad | None, batch_size: int = 64
+) -> Iterator[tuple[list, list[int]]]:
     for start in tqdm(range(0, len(pictures), batch_size), desc="pictures", unit="batch"):
-        rows = [pictures[i] for i in range(start, min(start + batch_size, len(pictures)))]
+        rows = []
+        for index in range(start, min(start + batch_size, len(pictures))):
+            try:
+                rows.append(pictures[index])
+            except UserError as error:
+                if bad is None:
+                    raise
+                bad(f"row {index}", error)
+        if not rows:
+            continue
         images, classes = [crop(row["image"], size) for row in rows], [row["label"] for row in rows]
         if flip:
             images = [each for image in images for each in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]

@@ -4,6 +4,8 @@ Special here: the pictures are cut by a named protocol (`unimm.benchmarks.pictur
 8-bit pictures, and each picture has a row of its own: the figures are means over the rows, with their standard errors.
 """
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,18 +17,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from unimm.benchmarks.pictures import PROTOCOLS, PictureSet, Protocol, picture_set, source_sha256
+from unimm.benchmarks.pictures import PROTOCOLS, Bad, PictureSet, Protocol, picture_set, source_sha256
 from unimm.data.pictures import to_array
-from unimm.errors import UserError
+from unimm.errors import UserError, one_line
 from unimm.evaluation.codebook import CodebookUsage
-from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, ssim_llamagen_compat, to_uint8
+from unimm.evaluation.image_metrics import capped_psnr, mean_color_per_patch, ssim, ssim_llamagen_compat, to_uint8
 from unimm.perceptual_networks import LPIPS
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.search import nearest_codes
 
 Row = dict[str, Any]
 KMEANS_IMAGES = 2000
-HIGHEST_PSNR = 100.0  # dB; the mean could not bear the infinite truth of an exact copy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,13 @@ class Compared:
 
 
 class Reconstructions(NamedTuple):
-    """`scores` of the whole set, the `errors` (standard errors) of those that are means, one row per picture."""
+    """`scores` of the whole set, the `errors` (standard errors) of those that are means, one row per image; the images
+    that could not be read, by name, with the reason."""
 
     scores: dict[str, float]
     errors: dict[str, float]
     rows: list[Row]
+    unreadable: dict[str, str]
 
 
 def evaluate_pictures(
@@ -114,33 +119,57 @@ def evaluate_pictures(
     on_batch: Callable[[Compared], None] | None = None,
     lpips: LPIPS | None = None,
 ) -> Reconstructions:
-    """Pictures through their ids and back.
+    """Send images through their ids and back; those that cannot be read are left out, and named.
 
-    Scores are psnr (100 dB at most), exact_copy (share of exact copies), psnr_mean_color, ssim, ssim_llamagen_compat,
-    and of all ids codebook_use, entropy (bits), perplexity and dead_codes; psnr_kmeans where a source for it is given,
-    and feature_cosine, the mean cosine to the features of `reference` (a tokenizer with the original encoder) where one
-    is given; lpips_vgg with the network. `on_batch` sees every batch.
+    Scores are psnr (at most HIGHEST_PSNR, as the next ones), exact_copy (share of exact copies), psnr_mean_color, ssim,
+    ssim_llamagen_compat, and of all ids codebook_use, entropy (bits), perplexity and dead_codes; psnr_kmeans where a
+    source for it is given, and feature_cosine, the mean cosine to the features of `reference` (a tokenizer with the
+    original encoder) where one is given; lpips_vgg with the network. `on_batch` sees every batch.
 
     Raises:
-        UserError: pictures that cannot be read, or too few of them; a tokenizer that draws another size than it reads
-            and no size to compare at.
+        UserError: a source that cannot be read, holds too few images or none that can be read; a tokenizer that draws
+            another size than it reads and no size to compare at.
     """
-    usage, rows = CodebookUsage(tokenizer.config.codebook_size), list[Row]()
-    for batch in compared_pictures(tokenizer, image_processor, plan, reference, lpips):
-        usage.update(batch.ids)
-        rows += batch.rows()
+    usage, rows, unreadable = CodebookUsage(tokenizer.config.codebook_size), list[Row](), dict[str, str]()
+
+    def bad(name: str, error: UserError) -> None:
+        unreadable[name] = one_line(error)
+
+    for batch in compared_pictures(tokenizer, image_processor, plan, reference, lpips, bad=bad):
+        for row, ids in zip(batch.rows(), batch.ids, strict=True):
+            try:
+                check_finite(row)
+            except UserError as error:
+                bad(row["name"], error)
+                continue
+            usage.update(ids)
+            rows.append(row)
         if on_batch is not None:
             on_batch(batch)
-    return summarized(rows, usage)
+    return summarized(rows, usage, unreadable)
 
 
-def summarized(rows: list[Row], usage: CodebookUsage) -> Reconstructions:
-    """The scores of a whole set from the rows of its pictures and the count of all their ids."""
+def check_finite(row: Row) -> None:
+    """Raise UserError if a figure of an image is not finite: no mean could bear it."""
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} is {value}")
+
+
+def summarized(rows: list[Row], usage: CodebookUsage, unreadable: dict[str, str]) -> Reconstructions:
+    """Return the scores of a whole set from the rows of its images and the count of all their ids.
+
+    Raises:
+        UserError: no image could be read.
+    """
+    if not rows:
+        name, reason = next(iter(unreadable.items()), ("", "the set is empty"))
+        raise UserError(f"None of {len(unreadable)} images can be read; the first is {name}: {reason}")
     means = {name: [row[name] for row in rows] for name in rows[0] if name != "name"}
     scores = {name: float(np.mean(values)) for name, values in means.items()}
     errors = {name: float(np.std(values, ddof=1) / len(rows) ** 0.5) for name, values in means.items() if len(rows) > 1}
     use = {"codebook_use": usage.use, "entropy": usage.entropy, "perplexity": usage.perplexity}
-    return Reconstructions(scores | use | {"dead_codes": usage.dead}, errors, rows)
+    return Reconstructions(scores | use | {"dead_codes": usage.dead}, errors, rows, unreadable)
 
 
 @torch.inference_mode()
@@ -151,14 +180,15 @@ def compared_pictures(
     reference: ImageTokenizer | None = None,
     lpips: LPIPS | None = None,
     wanted: Callable[[Sequence[str]], bool] = bool,
+    bad: Bad | None = None,
 ) -> Iterator[Compared]:
-    """Every picture of the plan's set beside its reconstruction, batch by batch; only the batches whose names are
-    `wanted`."""
+    """Yield every image of the plan's set beside its reconstruction, batch by batch; only the batches whose names are
+    `wanted`. `bad` is told of those that cannot be read."""
     size, patch_size = tokenizer.config.image_size, tokenizer.config.patch_size
     pictures = plan.pictures()
     patches = raw_patch_codebook(plan, size, patch_size) if plan.kmeans_source else None
     with tqdm(total=len(pictures), desc="pictures") as bar:
-        for batch in pictures.batches(plan.batch_size, wanted):
+        for batch in pictures.batches(plan.batch_size, wanted, bad):
             bar.update(len(batch))
             images = [plan.rules.cut(image, size) for _, image in batch]
             pixel_values = image_processor(images=images, return_tensors="pt").pixel_values.to(tokenizer.device)
@@ -167,7 +197,7 @@ def compared_pictures(
             originals, drawn = _scored(plan, size, [image for _, image in batch], drawn)
             pixels, copies = pixels_of(originals), pixels_of(drawn)
             values = {
-                "psnr": psnr(copies, pixels).clamp(max=HIGHEST_PSNR),
+                "psnr": capped_psnr(copies, pixels),
                 "exact_copy": (copies == pixels).flatten(1).all(dim=1).double(),
                 "ssim": ssim(copies, pixels),
                 "ssim_llamagen_compat": ssim_llamagen_compat(copies, pixels),
@@ -175,9 +205,9 @@ def compared_pictures(
             if lpips is not None:
                 values["lpips_vgg"] = lpips.distances(copies, pixels).double()
             cut = pixels_of(to_array(images))
-            values["psnr_mean_color"] = psnr(mean_color_per_patch(cut, patch_size), cut)
+            values["psnr_mean_color"] = capped_psnr(mean_color_per_patch(cut, patch_size), cut)
             if patches is not None:
-                values["psnr_kmeans"] = psnr(paint(cut, patches, patch_size), cut)
+                values["psnr_kmeans"] = capped_psnr(paint(cut, patches, patch_size), cut)
             if reference is not None:
                 theirs = reference.features(pixel_values)
                 values["feature_cosine"] = F.cosine_similarity(encoded.features, theirs, dim=-1).mean(dim=1)
@@ -200,7 +230,8 @@ def _scored(
 
 def raw_patch_codebook(plan: ReconstructionPlan, size: int, patch_size: int, iterations: int = 15) -> Tensor:
     """`kmeans_codes` centres [K, 3*p*p] of the raw patches of `kmeans_source`."""
-    batches = plan.kmeans_pictures().batches(plan.batch_size)
+    pictures = plan.kmeans_pictures()
+    batches = pictures.batches(plan.batch_size, bad=lambda _, error: logger.warning("k-means goes without: %s", error))
     cut = (pixels_of(to_array([plan.rules.cut(image, size) for _, image in batch])) for batch in batches)
     flat = torch.cat([to_patches(pixels, patch_size).flatten(0, 1) for pixels in cut])
     generator = torch.Generator().manual_seed(plan.seed)

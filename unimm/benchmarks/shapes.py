@@ -20,7 +20,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from unimm.benchmarks.drawing import draw_prompts
-from unimm.benchmarks.reconstruction import HIGHEST_PSNR
 from unimm.data.shapes import SHAPES, TAGS, Prompt, Scene, render, sample_prompt, sample_questions, sample_scene
 from unimm.data.shapes.detector import detect
 from unimm.data.shapes.strict import read_strictly
@@ -28,7 +27,7 @@ from unimm.errors import UserError
 from unimm.evaluation.answers import same_answer
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.evaluation.geneval import summary, verdict
-from unimm.evaluation.image_metrics import mean_color_per_patch, psnr, ssim, to_uint8
+from unimm.evaluation.image_metrics import capped_psnr, mean_color_per_patch, ssim, to_uint8
 from unimm.evaluation.records import Key
 from unimm.mllm.answering import answer_all
 from unimm.typed import plain
@@ -247,8 +246,8 @@ def _compare(
     reference, decoded = originals.float() / 255, pixels.float() / 255
     painted = to_uint8(mean_color_per_patch(reference, reference.shape[-2] // grid[0])).float() / 255
     metrics = {
-        "psnr": psnr(decoded, reference).clamp(max=HIGHEST_PSNR),
-        "psnr_mean_color": psnr(painted, reference),
+        "psnr": capped_psnr(decoded, reference),
+        "psnr_mean_color": capped_psnr(painted, reference),
         "ssim": ssim(decoded, reference),
     }
     triples = zip(_arrays(originals), _arrays(pixels), scenes, strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from unimm.errors import UserError, reading
 
-SECTIONS = ("reconstruction", "chat", "generation", "probe")
+SECTIONS = ("reconstruction", "chat", "generation", "strict", "probe")
 SETTINGS = ("base_rate", "sweep")  # of a probe, found and not measured
 MISSING = "-"
 

@@ -18,6 +18,7 @@ from unimm.benchmarks.shapes_questions import write_shapes_questions
 from unimm.benchmarks.store import Manifest, Record, RunStore, content_sha256, processes
 from unimm.errors import UserError
 from unimm.evaluation.bootstrap import bootstrap_mean
+from unimm.evaluation.records import UNREADABLE, unreadable_names
 from unimm.evaluation.understanding import RULES
 from unimm.mllm.answering import Answer
 from unimm.provenance import model_fingerprint, package_versions
@@ -99,8 +100,10 @@ class _Books:
         verdict, plain, lost = rule.verdict(row), float(rule.plain(row)), float(rule.unparsed(row))
         said = {"answer": row.pop("answer"), "prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens}
         said |= {"plain": plain, "unparsed": lost}
+        reason = f"{UNREADABLE}: {document[UNREADABLE]}" if UNREADABLE in document else ""
+        inputs = {"prompt": prompt, **row}
         self.stores[task].append(
-            Record(name, f"{doc_id:06d}", inputs={"prompt": prompt, **row}, raw_scores=said, verdict=verdict)
+            Record(name, f"{doc_id:06d}", inputs=inputs, raw_scores=said, verdict=verdict, reason=reason)
         )
         self.known[task, doc_id] = answer
 
@@ -139,7 +142,7 @@ class _Books:
 def summary_of(name: str, records: Sequence[Record]) -> dict[str, Any]:
     """Return the scores of a task; the intervals of the mean verdict of an answer by the benchmark's own reading,
     `verdict`, and by the plain one, `plain_verdict`; how many answers could not be read without guessing, how many
-    there are, and how long they are."""
+    there are, and how long they are; the documents whose image could not be read, which have an empty answer."""
     rows = [{**record.raw_scores, "item": record.item, **record.inputs} for record in records]
     rule = RULES[name]
     clusters = [rule.cluster(row) for row in rows]
@@ -148,7 +151,8 @@ def summary_of(name: str, records: Sequence[Record]) -> dict[str, Any]:
         for key, worth in (("verdict", rule.verdict), ("plain_verdict", rule.plain))
     }
     length, lost = sum(row["new_tokens"] for row in rows) / len(rows), sum(rule.unparsed(row) for row in rows)
-    return {"unparsed": lost, **rule.scores(rows), **intervals, "answers": len(rows), "mean_new_tokens": length}
+    counted = {"answers": len(rows), "mean_new_tokens": length, "unreadable": unreadable_names(records)}
+    return {"unparsed": lost, **rule.scores(rows), **intervals, **counted}
 
 
 def evaluate_understanding(

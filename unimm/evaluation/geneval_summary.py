@@ -12,10 +12,11 @@ from typing import Any
 
 from unimm.evaluation.bootstrap import bootstrap_mean
 from unimm.evaluation.geneval import TAGS, summary
-from unimm.evaluation.records import Record
+from unimm.evaluation.records import UNREADABLE, Record, unreadable_names
 
 # What a line of a verdict's reason begins and goes on with -> the rule that failed.
 _PATTERNS = {
+    UNREADABLE: rf"{UNREADABLE}: ",
     "unparsed": r"unparsed answer to ",
     "no target": r"no target for ",
     "too many": r"expected .+<\d+, found \d+$",
@@ -43,9 +44,10 @@ def failed_rules(reason: str) -> list[str]:
 
 
 def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
-    """The table: `scores` {tags, overall, correct_images, correct_prompts}, `intervals` [low, high] of the same names,
-    `failed` (how often each kind of rule did), `images`, `prompts`, `missing_tags`; `unparsed`, how many colors or
-    answers had to be guessed or could not be read, and, where a detector judged, `plain`, the scores without them."""
+    """Return the table: `scores` {tags, overall, correct_images, correct_prompts}, `intervals` [low, high] of the same
+    names, `failed` (how often each kind of rule did), `images`, `prompts`, `missing_tags`; `unparsed`, how many colors
+    or answers had to be guessed or could not be read; `unreadable`, the items whose image could not be; and, where a
+    detector judged, `plain`, the scores without guesses."""
     rows = [{"tag": record.inputs["tag"], "prompt": record.item, "correct": record.verdict} for record in records]
     readings = [record.raw_scores.get("plain") for record in records]
     plain = [row | {"correct": reading} for row, reading in zip(rows, readings, strict=True) if reading is not None]
@@ -63,6 +65,7 @@ def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
         "images": len(rows),
         "prompts": len({row["prompt"] for row in rows}),
         "missing_tags": missing,
+        "unreadable": unreadable_names(records),
     }
 
 
@@ -75,6 +78,8 @@ def table(summarized: dict[str, Any]) -> str:
         spread = "" if low is None else f"[{low:.3f}, {high:.3f}]"
         beside = f"  {plain[name]:7.3f}" if name in plain else ""
         lines.append(f"  {name:<16} {scores[name]:7.3f}  {spread:<14}{beside}".rstrip())
+    if lost := summarized["unreadable"]:
+        lines.append(f"  {len(lost)} images cannot be read, of {', '.join(dict.fromkeys(lost))}")
     lines.append(f"  {summarized['unparsed']} colors or answers had to be guessed or could not be read")
     if summarized["missing_tags"]:
         lines.append(f"  no overall: no picture of {', '.join(summarized['missing_tags'])}")

@@ -64,8 +64,9 @@ class Run:
 
     @property
     def distances(self) -> dict[str, float]:
-        """How two sets of pictures differ as a whole, where the run compared any; no mean over records."""
-        return self.summary.get("distances") or {}
+        """Return how two sets of images differ as a whole, where the run compared any; no mean over records."""
+        found = self.summary.get("distances") or {}
+        return {name: value for name, value in found.items() if not isinstance(value, list)}
 
     @property
     def space(self) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def _cards(run: Run, other: Run | None) -> Iterable[dict[str, Any]]:
 
 
 def _worth_showing(record: Record) -> bool:
-    return record.verdict is not None or record.output_path is not None
+    return record.verdict is not None or record.output_path is not None or record.is_unreadable
 
 
 def _badness(record: Record) -> tuple[float, float, Key]:
@@ -247,8 +248,8 @@ def _picture(run: Run, path: str | None, label: str, detections: Sequence[Any]) 
     try:
         with Image.open(run.folder / path) as image:
             picture = image.convert("RGB")
-    except OSError:
-        return {"label": f"{label}: {path} is missing", "uri": None, "boxes": []}
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
+        return {"label": f"{label}: {path} is missing or damaged", "uri": None, "boxes": []}
     boxes = [
         {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1, "title": _detection(item), "outline": _outline(item)}
         for item in detections

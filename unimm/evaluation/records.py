@@ -7,18 +7,21 @@ bytes twice.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unimm.errors import UserError
+from unimm.errors import UserError, one_line
 from unimm.provenance import git_commit, hardware, package_versions
 from unimm.typed import build, plain
 
 Key = tuple[str, int]
 
 MANIFEST, RECORDS, SUMMARY = "manifest.json", "records.jsonl", "summary.json"
+UNREADABLE = "unreadable"
+"""What the reason of a record begins with whose image could not be read or measured; the run goes on without it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Record:
     @property
     def key(self) -> Key:
         return self.item, self.sample
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Return whether the sample's image could not be read or measured."""
+        return self.reason.startswith(f"{UNREADABLE}: ")
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,16 @@ class Manifest:
         ]
 
 
+def unreadable(error: BaseException) -> str:
+    """Return the reason of a record whose image could not be read."""
+    return f"{UNREADABLE}: {one_line(error)}"
+
+
+def unreadable_names(records: Iterable[Record]) -> list[str]:
+    """Return the items of such records, for a summary: they are named, and so counted."""
+    return [record.item for record in records if record.is_unreadable]
+
+
 def content_sha256(rows: Iterable[Any]) -> str:
     """sha256 over rows of plain values, in their order."""
     digest = hashlib.sha256()
@@ -102,6 +120,9 @@ def to_line(record: Record) -> str:
     Raises:
         ValueError: a score that is not finite, which JSON does not know. TypeError: one that is no plain value.
     """
+    if infinite := [(name, value) for name, value in leaves(record.raw_scores) if not _is_finite(value)]:
+        name, value = infinite[0]
+        raise ValueError(f"{record.bench} {record.key}: {name} is {value}, and a record holds finite numbers only")
     return json.dumps(vars(record), sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -152,6 +173,10 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} is no summary: it is a {type(tree).__name__}, expected an object.")
     return tree
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ left out and unknown `--model_args` refused; an answer depends neither on its ba
 the response cache, whose key knows the model by its `--model_args` only, is refused unless these name the weights.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +20,12 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from loguru import logger
+from PIL import ImageFile
 from tqdm import tqdm
 
-from unimm.data.images import read_image
-from unimm.errors import UserError
+from unimm.data.images import DECODER_ERRORS, read_image
+from unimm.errors import UserError, one_line
+from unimm.evaluation.records import UNREADABLE
 from unimm.mllm import load
 from unimm.mllm.answering import Answer, Conversation, answer_all
 from unimm.provenance import model_fingerprint
@@ -53,6 +56,10 @@ class Memory(Protocol):
     def recall(self, task: str, doc_id: int) -> Answer | None: ...
 
     def keep(self, task: str, doc_id: int, document: Mapping[str, Any], prompt: str, answer: Answer) -> None: ...
+
+
+class UnreadableImage(UserError):
+    """An image of a document cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -139,18 +146,49 @@ class ChatModel(lmms):
         yield from ((asked, answer) for asked, answer in zip(group, known, strict=True) if answer is not None)
         waiting = iter([asked for asked, answer in zip(group, known, strict=True) if answer is None])
         while batch := list(islice(waiting, self.batch_size)):
-            documents = [self.task_dict[asked.task][asked.split][asked.doc_id] for asked in batch]
-            conversations = [
-                conversation(asked.messages(document), asked.task)
-                for asked, document in zip(batch, documents, strict=True)
-            ]
-            answers = answer_all(*self.subject, conversations, **settings)
-            for asked, document, whole in zip(batch, documents, answers, strict=True):
+            read = [self._conversation(asked) for asked in batch]
+            good = [turns for turns, _ in read if turns is not None]
+            answers = iter(answer_all(*self.subject, good, **settings) if good else [])
+            for asked, (turns, document) in zip(batch, read, strict=True):
+                # about an image that cannot be read nothing is asked: an empty answer, which counts as unparsed
+                whole = Answer("", 0, 0) if turns is None else next(answers)
                 answer = replace(whole, text=cut_at_first(whole.text, until))
                 # the shorter rank asks its last question again until all ranks have asked as many
                 if memory is not None and memory.recall(asked.task, asked.doc_id) is None:
                     memory.keep(asked.task, asked.doc_id, document, asked.prompt, answer)
                 yield asked, answer
+
+    def _conversation(self, asked: _Asked) -> tuple[Conversation | None, Mapping[str, Any]]:
+        """Return what is asked, None if its image cannot be read, and the document, then without its images."""
+        documents = self.task_dict[asked.task][asked.split]
+        try:
+            with cut_off_images_refused():
+                document = documents[asked.doc_id]
+                return conversation(asked.messages(document), asked.task), document
+        except DECODER_ERRORS as error:
+            if isinstance(error, UserError) and not isinstance(error, UnreadableImage):
+                raise  # the task shows what nobody here can read
+            reason = one_line(error)
+        logger.warning("unimm: document {} of {} is answered by nothing: {}", asked.doc_id, asked.task, reason)
+        return None, {UNREADABLE: reason} | without_images(documents, asked.doc_id)
+
+
+@contextlib.contextmanager
+def cut_off_images_refused() -> Iterator[None]:
+    """Undo within what lmms-eval sets for all of Pillow: the missing part of a cut-off file would be read as black."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def without_images(documents: Any, doc_id: int) -> dict[str, Any]:
+    """Return a document of a `datasets.Dataset` without the columns that hold images."""
+    names = [name for name, feature in documents.features.items() if "Image(" in repr(feature)]
+    document: dict[str, Any] = documents.remove_columns(names)[doc_id]
+    return document
 
 
 class UnimmChat(ChatModel):
@@ -215,7 +253,7 @@ def conversation(messages: Sequence[Mapping[str, Any]], task: str) -> Conversati
     """A task's messages in the chat format of transformers.
 
     Raises:
-        UserError: something else than texts and pictures is shown.
+        UserError: something else than texts and images is shown; UnreadableImage, if an image cannot be read.
     """
     from lmms_eval.protocol import ChatMessages
 
@@ -228,7 +266,11 @@ def _part(part: Any, task: str) -> dict[str, Any]:
         return {"type": "text", "text": part.text}
     if part.type != "image":
         raise UserError(f"The task {task} shows {part.type}; unimm reads texts and pictures only.")
-    return {"type": "image", "image": read_image(part.url)}
+    try:
+        image = read_image(part.url)
+    except DECODER_ERRORS as error:
+        raise UnreadableImage(one_line(error)) from error
+    return {"type": "image", "image": image}
 
 
 def _count(name: str, given: Any) -> int:

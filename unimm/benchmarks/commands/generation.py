@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
     if not processes().is_main_process:
         return
     if arguments.write_npz is not None:
-        write_pictures_npz(arguments.samples, arguments.write_npz, arguments.num_images)
+        write_pictures_npz(arguments.samples, arguments.write_npz, arguments.num_images, found.get("unreadable", []))
     for name, value in found.items():
         report.say(f"{name:<24} {value}" if not isinstance(value, float) else f"{name:<24} {value:12.5f}")
     report.say(f"{'features':<24} {space.name}, sha256 {described['sha256']}")

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from unimm.benchmarks.bad_images import each_or_error
 from unimm.benchmarks.drawing import draw_prompts
 from unimm.benchmarks.run_arguments import add_run_arguments, parse_run, recorded_arguments
 from unimm.benchmarks.store import Key, Manifest, Record, RunStore, content_sha256, sample_seed
@@ -26,6 +27,7 @@ from unimm.data.sources import open_pictures
 from unimm.errors import UserError
 from unimm.evaluation.html_report import write_report
 from unimm.evaluation.nearest import nearest_pictures
+from unimm.evaluation.records import UNREADABLE, unreadable, unreadable_names
 from unimm.provenance import git_commit, model_fingerprint
 from unimm.report import Report
 
@@ -42,10 +44,13 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
         subject = load_subject(arguments.model)
         if subject.model is None:
             raise UserError(f"{arguments.model} is an image tokenizer and cannot draw: give a unified model.")
-        names, originals = captioned(arguments.source, arguments.num_images, subject.tokenizer.config.image_size)
+        size = subject.tokenizer.config.image_size
+        names, originals, bad = captioned(arguments.source, arguments.num_images, size)
     keys = [(f"{part} {row}: {name}", 0) for part in PARTS for row, name in enumerate(names)]
     manifest = _manifest(subject, names, originals, arguments)
     with RunStore.open(arguments.output, manifest) as store, report.timed("nearest"):
+        for key in store.split([(f"{UNREADABLE} {row}", 0) for row in bad]):
+            store.append(Record(BENCH, *key, reason=unreadable(bad[int(key[0].split()[1])])))
         for part, wanted in zip(PARTS, (keys[: len(names)], keys[len(names) :]), strict=True):
             _record(store, part, subject, names, originals, wanted, arguments)
         summary = store.finish(_summary)
@@ -55,6 +60,8 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
             f"{part:<15} {found['matches']} of {found['pictures']} are nearest to their own picture "
             f"({found['share']:.1%}; by chance {1 / len(names):.2%}), mean rank {found['mean_rank']:.1f}"
         )
+    if lost := summary["unreadable"]:
+        report.say(f"left out, because they cannot be read: {', '.join(lost)}")
     report.add(**summary, seed=arguments.seed, commit=git_commit())
     if arguments.page is not None:
         write_report(arguments.output, arguments.page)
@@ -62,17 +69,20 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
     report.write()
 
 
-def captioned(source: str, count: int, size: int) -> tuple[list[str], np.ndarray]:
-    """The captions and pictures, uint8 [N, size, size, 3], of a source; `count` 0: all.
+def captioned(source: str, count: int, size: int) -> tuple[list[str], np.ndarray, dict[int, UserError]]:
+    """Return the captions and images, uint8 [N, size, size, 3], of a source, and by row why others cannot be read;
+    `count` 0: all.
 
     Raises:
-        UserError: it cannot be read, or has fewer than two captioned pictures.
+        UserError: it cannot be read, or has fewer than two captioned images.
     """
     pictures = open_pictures(data_path(source))
-    rows = [pictures[i] for i in range(min(count or len(pictures), len(pictures)))]
+    read = each_or_error(range(min(count or len(pictures), len(pictures))), pictures.__getitem__)
+    rows = [row for row in read if not isinstance(row, UserError)]
+    bad = {index: row for index, row in enumerate(read) if isinstance(row, UserError)}
     if len(rows) < 2 or not all(row["text"].strip() for row in rows):
         raise UserError(f"{source} needs at least two pictures, each with a caption (column text).")
-    return [row["text"] for row in rows], to_array([crop(row["image"], size) for row in rows])
+    return [row["text"] for row in rows], to_array([crop(row["image"], size) for row in rows]), bad
 
 
 def _record(
@@ -137,10 +147,10 @@ _DRAW: dict[str, Draw] = {"drawing": _drawn, "reconstruction": _copied}
 
 
 def _summary(records: list[Record]) -> dict[str, Any]:
-    """Of each part: how many are nearest to their own picture."""
-    found = {}
+    """Return, of each part, how many are nearest to their own image; and the rows that cannot be read."""
+    found: dict[str, Any] = {"unreadable": unreadable_names(records)}
     for part in PARTS:
-        own = [record for record in records if record.inputs["part"] == part]
+        own = [record for record in records if record.inputs.get("part") == part]
         matches = sum(bool(record.verdict) for record in own)
         ranks = [record.raw_scores["rank"] for record in own]
         found[part] = {

@@ -15,6 +15,7 @@ from unimm.benchmarks.reconstruction import (
     Compared,
     ReconstructionPlan,
     Reconstructions,
+    check_finite,
     compared_pictures,
     evaluate_pictures,
     summarized,
@@ -27,6 +28,8 @@ from unimm.data.pictures import to_array
 from unimm.errors import UserError
 from unimm.evaluation.codebook import CodebookUsage
 from unimm.evaluation.distributions import PRDC_NEIGHBOURS
+from unimm.evaluation.image_metrics import HIGHEST_PSNR
+from unimm.evaluation.records import unreadable
 from unimm.perceptual_networks import LPIPS, load_lpips
 from unimm.provenance import git_commit, model_fingerprint
 from unimm.report import Report
@@ -66,6 +69,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
                 on_batch=lambda batch: sets.add(batch.originals, batch.drawn),
                 lpips=lpips,
             )
+            compared = compared and _may_compare(len(found.rows), space, asked_for=False)
             distances = sets.figures() if compared else None
         else:
             manifest = _manifest(subject, plan, reference, named, arguments)
@@ -74,8 +78,10 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
             )
     if not processes().is_main_process:
         return
-    if not compared:
+    if distances is None:
         report.say(f"{len(found.rows)} pictures are no distribution: the sets are not compared.")
+    for name, reason in found.unreadable.items():
+        report.say(f"left out, {name}: {reason}")
     for name, value in found.scores.items():
         error = f" ± {found.errors[name]:.4f}" if name in found.errors else ""
         report.say(f"{name:<22} {value:10.4f}{error}")
@@ -93,6 +99,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
         standard_errors=found.errors,
         source=plan.source,
         num_images=len(found.rows),
+        unreadable=found.unreadable,
         protocol=_protocol(plan),
         seed=plan.seed,
         commit=git_commit(),
@@ -115,6 +122,11 @@ def recorded_pictures(
     size = subject.tokenizer.config.codebook_size
     with RunStore.open(folder, manifest) as store:
         todo = set(store.split([(name, 0) for name in plan.pictures().names], together=plan.batch_size))
+
+        def bad(name: str, error: UserError) -> None:
+            if (name, 0) in todo:
+                store.append(Record(BENCH, name, seed=plan.seed, reason=unreadable(error)))
+
         batches = compared_pictures(
             subject.tokenizer,
             subject.image_processor,
@@ -122,6 +134,7 @@ def recorded_pictures(
             reference,
             lpips,
             wanted=lambda names: any((name, 0) in todo for name in names),
+            bad=bad,
         )
         for batch in batches:
             _keep(store, batch, todo, plan.seed, size)
@@ -136,6 +149,11 @@ def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_
     for index, row in enumerate(batch.rows()):
         name = row.pop("name")
         if (name, 0) not in todo:
+            continue
+        try:
+            check_finite(row)
+        except UserError as error:
+            store.append(Record(BENCH, name, seed=seed, reason=unreadable(error)))
             continue
         original, drawn = store.image_path(name, role="original"), store.image_path(name)
         save_image_atomically(Image.fromarray(batch.originals[index]), original)
@@ -168,7 +186,9 @@ def _distances(
     """The two sets on disk compared, for the summary."""
     if space is None:
         return {"distances": None}
-    sets = PairedSets(space)
+    sets, records = PairedSets(space), [record for record in records if not record.is_unreadable]
+    if not _may_compare(len(records), space, asked_for=False):
+        return {"distances": None}
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
         originals = [load_image(store.folder / record.inputs["original_path"]) for record in batch]
@@ -179,12 +199,15 @@ def _distances(
 
 def _reconstructions(records: list[Record], codebook_size: int) -> Reconstructions:
     usage = CodebookUsage(codebook_size)
-    usage.update(torch.tensor([record.raw_scores["ids"] for record in records]))
+    lost = {record.item: record.reason for record in records if record.is_unreadable}
+    records = [record for record in records if record.item not in lost]
+    if records:
+        usage.update(torch.tensor([record.raw_scores["ids"] for record in records]))
     rows = [
         {"name": record.item} | {name: value for name, value in record.raw_scores.items() if name not in _OWN}
         for record in records
     ]
-    return summarized(rows, usage)
+    return summarized(rows, usage, lost)
 
 
 _OWN = ("ids", "entropy_of_picture")  # of one picture, and no mean of the set's
@@ -192,7 +215,8 @@ _OWN = ("ids", "entropy_of_picture")  # of one picture, and no mean of the set's
 
 def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:
     found = _reconstructions(records, codebook_size)
-    return {"reconstruction": found.scores, "standard_errors": found.errors, "num_images": len(records)}
+    counted = {"num_images": len(found.rows), "unreadable": sorted(found.unreadable)}
+    return {"reconstruction": found.scores, "standard_errors": found.errors, **counted}
 
 
 def _manifest(
@@ -231,7 +255,7 @@ def _manifest(
 
 
 def _protocol(plan: ReconstructionPlan) -> dict[str, Any]:
-    return dataclasses.asdict(plan.rules) | {"score_size": plan.score_size}
+    return dataclasses.asdict(plan.rules) | {"score_size": plan.score_size, "highest_psnr": HIGHEST_PSNR}
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append({"part": score.part, "name": score.name, **score.interval._asdict(), "tags": tags})
     distances = read_summary(arguments.folder).get("distances")
     for name, value in (distances or {}).items():
-        report.say(f"{name:<40} {value:10.4f}")
+        report.say(f"{name:<40} {', '.join(value) if isinstance(value, list) else format(value, '10.4f')}")
     report.add(scores=rows, distances=distances, page=arguments.output)
     report.say(arguments.output)
     report.write()

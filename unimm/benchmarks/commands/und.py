@@ -71,5 +71,7 @@ def _lines(scores: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in scores.items():
         if isinstance(value, Mapping):
             yield from _lines(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield f"  {prefix}{name:<40} {', '.join(value) or 'none'}"
         elif value is not None:
             yield f"  {prefix}{name:<40} {value:10.4f}"
