@@ -1,15 +1,16 @@
 """How image ids are chosen: settings, guidance scales, seeds and noise.
 
-Special here: a sample is `argmax(scores + Gumbel noise)`, and the noise of image k is a function of (seed, k) alone, so
-a picture does not depend on who else is in the batch.
+A sample is `argmax(scores + Gumbel noise)`, and the noise of image k is a function of (seed, k) alone, so an image does
+not depend on what else is in the batch.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
@@ -25,6 +26,8 @@ class ImageSampling:
     """How image ids are chosen. A checkpoint stores its own defaults in `generation_config.image_generation`.
 
     `guidance_scale`: None or 0 off, 1 no guidance either, above 1 guided; one number or one per prompt.
+    `guidance_interval`: (start, stop), the image tokens that are guided; None: all. `guidance_schedule` "linear": the
+    scale rises evenly from token to token, from 1 up to `guidance_scale` at the last.
     `temperature` 0 is greedy, as is `do_sample=False`.
     `top_k` 0, `top_p` 1 and `min_p` 0 keep every id; `min_p` drops those less probable than this share of the
     likeliest one's probability.
@@ -36,8 +39,16 @@ class ImageSampling:
     top_p: float = 1.0
     min_p: float = 0.0
     guidance_scale: GuidanceScale = None
+    guidance_interval: tuple[int, int] | None = None
+    guidance_schedule: Literal["constant", "linear"] = "constant"
 
     def __post_init__(self) -> None:
+        if self.guidance_schedule not in ("constant", "linear"):
+            raise UserError(f"guidance_schedule is {self.guidance_schedule!r}; known: constant, linear")
+        if self.guidance_interval is not None:
+            start, stop = self.guidance_interval
+            if not 0 <= start <= stop:
+                raise UserError(f"guidance_interval runs from {start} to {stop}: give 0 <= start <= stop")
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p < 1):
             raise UserError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: "
@@ -53,9 +64,20 @@ class ImageSampling:
         """What the config says of pictures, else what it says at all, overruled by `given`."""
         stored = getattr(generation_config, "image_generation", None)
         if stored is None:
-            said = {name: getattr(generation_config, name) for name in SAMPLING_NAMES}
+            said = {name: getattr(generation_config, name, None) for name in SAMPLING_NAMES}
             stored = {name: value for name, value in said.items() if value is not None}
         return replace(cls(), **{**stored, **given})
+
+    def scales(self, batch_size: int, length: int) -> Tensor:
+        """[length, B] guidance scales of every token of every prompt, 0 where there is no guidance."""
+        scale = per_prompt_scale(self.guidance_scale, batch_size)
+        steps = torch.arange(length)[:, None]
+        start, stop = (0, length) if self.guidance_interval is None else self.guidance_interval
+        inside = (steps >= start) & (steps < stop)
+        if self.guidance_schedule == "linear":
+            rising = 1 + (scale - 1) * (steps + 1) / length
+            return torch.where(inside & (scale > 0), rising, 0.0)
+        return torch.where(inside, scale, 0.0)
 
     def warpers(self) -> LogitsProcessorList:
         """The processors from guided logits to the scores that are sampled; none without sampling."""
@@ -80,17 +102,80 @@ SAMPLING_NAMES = tuple(field.name for field in fields(ImageSampling))
 
 
 class Noise:
-    """Gumbel noise, one generator per image; `argmax(scores + noise)` is a sample of softmax(scores)."""
+    """Gumbel noise by counter: a pure function of (seed, position, code). `argmax(scores + noise)` is a sample of
+    softmax(scores).
 
-    def __init__(self, seeds: list[int], size: int) -> None:
-        # on the CPU, so that every device draws from the same noise
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.size = size
+    The bits are those of Philox4x64-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405), the same on every
+    device; the key is the image's seed, the counter runs over positions and codes. S images, K codes.
+    """
 
-    def next(self) -> Tensor:
-        """[S, K]."""
-        exponential = [torch.empty(self.size).exponential_(generator=generator) for generator in self.generators]
-        return -torch.stack(exponential).clamp_min(torch.finfo(torch.float32).tiny).log()
+    def __init__(self, seeds: Sequence[int], size: int, device: torch.device | str = "cpu") -> None:
+        self.seeds, self.size, self.device = list(seeds), size, torch.device(device)
+        self.blocks = -(-size // _PER_BLOCK)  # of the generator, for one position
+        self.chunk = max(1, _CHUNK // (len(self.seeds) * self.blocks * _PER_BLOCK))
+        self._start, self._kept = 0, torch.empty(len(self.seeds), 0, size)
+
+    def at(self, start: int, stop: int) -> Tensor:
+        """Noise of positions start..stop-1, [S, stop - start, K] in float32."""
+        first, count = start * self.blocks, (stop - start) * self.blocks
+        bits = _philox_numpy if self.device.type == "cpu" else _philox_torch
+        uniform = torch.stack([bits(seed, first, count, self.device) for seed in self.seeds])
+        # u = (bits + 1/2) / 2^32; -log1p(-u) keeps the small exponentials, which are the large noise, apart
+        uniform.mul_(-(2.0**-32)).sub_(2.0**-33).clamp_min_(2.0**-24 - 1).log1p_().neg_().log_().neg_()
+        return uniform.view(len(self.seeds), stop - start, -1)[..., : self.size]
+
+    def step(self, position: int) -> Tensor:
+        """Noise of one position, [S, K], computed for many positions at once."""
+        place = position - self._start
+        if not 0 <= place < self._kept.shape[1]:
+            self._start, place = position, 0
+            self._kept = self.at(position, position + self.chunk)
+        return self._kept[:, place]
+
+
+_PER_BLOCK = 8  # numbers of 32 bits that one counter gives
+_CHUNK = 1 << 21  # numbers computed at once: 8 MB, few enough to stay near the processor
+_LOW = 0xFFFFFFFF
+_FACTORS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+
+
+def _philox_numpy(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """The numbers of `count` counters from `first` on, [8 * count] in float32; numpy counts up before it draws."""
+    generator = np.random.Philox(key=seed, counter=(first - 1) % 2**256)
+    return torch.from_numpy(generator.random_raw(4 * count).view(np.uint32).astype(np.float32))
+
+
+def _philox_torch(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """The same as `_philox_numpy`, where the logits are."""
+    counters = torch.zeros(4, count, dtype=torch.int64, device=device)
+    counters[0] = torch.arange(first, first + count, device=device)
+    words = philox4x64(counters, (seed & (2**64 - 1), seed >> 64)).t().reshape(-1)  # [4 * count]
+    return torch.stack([words & _LOW, (words >> 32) & _LOW], dim=1).view(-1).to(torch.float32)
+
+
+def philox4x64(counters: Tensor, key: tuple[int, int], rounds: int = 10) -> Tensor:
+    """Philox4x64 of counters [4, n] and a key, both of 64-bit words as int64: [4, n]."""
+    a, b, c, d = counters
+    for number in range(rounds):
+        low, high = ((key[n] + number * _WEYL[n]) % 2**64 for n in range(2))
+        (hi_a, lo_a), (hi_c, lo_c) = _product(a, _FACTORS[0]), _product(c, _FACTORS[1])
+        a, b, c, d = hi_c ^ b ^ _signed(low), lo_c, hi_a ^ d ^ _signed(high), lo_a
+    return torch.stack([a, b, c, d])
+
+
+def _product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 64 bits of unsigned words times `factor`; int64 keeps the bits where it wraps."""
+    low, high = words & _LOW, (words >> 32) & _LOW
+    f_low, f_high = factor & _LOW, factor >> 32
+    middle = high * f_low + ((low * f_low >> 32) & _LOW)
+    cross = (middle & _LOW) + low * f_high
+    return high * f_high + ((middle >> 32) & _LOW) + ((cross >> 32) & _LOW), words * _signed(factor)
+
+
+def _signed(word: int) -> int:
+    """An unsigned 64-bit word as the int64 of the same bits."""
+    return word - 2**64 if word >= 2**63 else word
 
 
 def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> Tensor:

@@ -33,7 +33,7 @@ def draw_ids(
     scale = scale[guided, None]
     noise = None
     if not sampling.greedy:
-        noise = Noise([image_seed(seed, first_image + b) for b in range(batch)], config.codebook_size)
+        noise = Noise([image_seed(seed, first_image + b) for b in range(batch)], config.codebook_size, labels.device)
     warpers, chosen = sampling.warpers(), labels.new_empty(batch, 0)
     cache = DynamicCache(config=config)
     embedded = model.class_embedding(torch.cat([labels, labels.new_full((len(guided),), config.num_classes)]))
@@ -44,7 +44,7 @@ def draw_ids(
             pull = unconditional + scale * (given[guided] - unconditional)
             given = given.index_copy(0, guided, pull)
         scores = warpers(chosen, given)
-        ids = (scores if noise is None else scores + noise.next().to(scores)).argmax(-1)  # [B]
+        ids = (scores if noise is None else scores + noise.step(m).to(scores)).argmax(-1)  # [B]
         chosen = torch.cat([chosen, ids[:, None]], dim=1)
         if m + 1 == stop and len(guided):  # the rest needs no row without the class
             cache.batch_select_indices(torch.arange(batch, device=labels.device))

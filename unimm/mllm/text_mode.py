@@ -25,7 +25,8 @@ class TextGenerationMixin(GenerationMixin):
     """Makes transformers' text generation see `config.text_vocab_size` rows where the config has more."""
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(generation_config=generation_config, **kwargs)
+        parent: Any = super()
+        processors = parent._get_logits_processor(generation_config=generation_config, **kwargs)
         marking = generation_config.watermarking_config
         for n, processor in enumerate(processors):
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):

@@ -1,0 +1,104 @@
+"""Noise by counter, held to published vectors, closed forms and softmax; guidance scales token by token."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from unimm.errors import UserError
+from unimm.sampling import ImageSampling, Noise, _philox_numpy, _philox_torch, philox4x64
+
+# counter, key, result: philox4x64-10 in the known-answer file of Random123
+KNOWN = (
+    (
+        (0, 0, 0, 0),
+        (0, 0),
+        (0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B),
+    ),
+    (
+        (2**64 - 1,) * 4,
+        (2**64 - 1,) * 2,
+        (0x87B092C3013FE90B, 0x438C3C67BE8D0224, 0x9CC7D7C69CD777B6, 0xA09CAEBF594F0BA0),
+    ),
+    (
+        (0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E6C89),
+        (0x452821E638D01377, 0xBE5466CF34E90C6C),
+        (0xA528F45403E61D95, 0x38C72DBD566E9788, 0xA5A1610E72FD18B5, 0x57BD43B5E52B7FE6),
+    ),
+)
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
+def test_philox_gives_the_published_answers(counter: tuple, key: tuple, result: tuple) -> None:
+    words = torch.from_numpy(np.array(counter, dtype=np.uint64).view(np.int64))[:, None]
+    found = philox4x64(words, key)[:, 0].numpy().view(np.uint64)
+    assert found.tolist() == list(result)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])
+def test_every_device_has_the_same_bits(seed: int) -> None:
+    for first in (0, 1, 123_456_789):
+        counted = _philox_torch(seed, first, 500, torch.device("cpu"))
+        assert torch.equal(_philox_numpy(seed, first, 500, torch.device("cpu")), counted)
+
+
+def test_noise_is_a_function_of_seed_position_and_code() -> None:
+    whole = Noise([3, 4], 100).at(0, 40)
+    assert torch.equal(Noise([4], 100).at(17, 23)[0], whole[1, 17:23])
+    stepped = Noise([3, 4], 100)
+    for position in (5, 6, 39, 0):
+        assert torch.equal(stepped.step(position), whole[:, position])
+    assert whole.unique().numel() > 0.999 * whole.numel()
+
+
+def test_noise_is_gumbel() -> None:
+    """Uniform after the distribution function, by chi-square over 256 cells; mean and variance of a Gumbel."""
+    noise = Noise(range(4), 4096).at(0, 64).double()
+    uniform = (-(-noise).exp()).exp()
+    counts = torch.histc(uniform, 256, 0, 1)
+    expected = noise.numel() / 256
+    chi = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi - 255) < 5 * math.sqrt(2 * 255)
+    assert abs(float(noise.mean()) - 0.57721566) < 5 * math.pi / math.sqrt(6 * noise.numel())
+    assert abs(float(noise.var()) - math.pi**2 / 6) < 0.02
+
+
+def test_the_tails_are_there() -> None:
+    """The largest of n Gumbels lies near log n: 2^24 draws reach beyond what 24 bits below 1 resolve."""
+    noise = Noise([1], 1 << 14).at(0, 1 << 10)
+    assert torch.isfinite(noise).all()
+    top = noise.flatten().topk(50).values
+    assert math.log(noise.numel()) - 2 < float(top[0]) < math.log(noise.numel()) + 10 and len(top.unique()) == 50
+
+
+def test_noise_is_independent_across_codes_positions_and_images() -> None:
+    noise = Noise(range(8), 512).at(0, 64).double()
+    noise = (noise - noise.mean()) / noise.std()
+    for a, b in (
+        (noise[..., 1:], noise[..., :-1]),
+        (noise[..., 8:], noise[..., :-8]),
+        (noise[:, 1:], noise[:, :-1]),
+        (noise[1:], noise[:-1]),
+        (noise[1:, 1:], noise[:-1, :-1]),
+    ):
+        assert abs(float((a * b).mean())) < 5 / math.sqrt(a.numel())
+
+
+def test_argmax_of_scores_and_noise_is_a_sample_of_softmax() -> None:
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    drawn = (scores + Noise(range(200), 5).at(0, 200)).argmax(-1)
+    counts = torch.bincount(drawn.flatten(), minlength=5).double()
+    expected = scores.double().softmax(-1) * drawn.numel()
+    assert float(((counts - expected) ** 2 / expected).sum()) < 25  # chi-square with 4 degrees: p < 1e-4
+
+
+def test_scales_by_interval_and_schedule() -> None:
+    plain = ImageSampling(guidance_scale=[3.0, 1.0])
+    assert plain.scales(2, 3).tolist() == [[3, 0]] * 3
+    assert ImageSampling(guidance_scale=3.0, guidance_interval=(1, 2)).scales(1, 3).flatten().tolist() == [0, 3, 0]
+    linear = ImageSampling(guidance_scale=[5.0, 0.0], guidance_schedule="linear")
+    assert linear.scales(2, 4).tolist() == [[2, 0], [3, 0], [4, 0], [5, 0]]
+    for wrong in ({"guidance_interval": (3, 1)}, {"guidance_schedule": "cosine"}, {"min_p": 1.0}):
+        with pytest.raises(UserError):
+            ImageSampling(**wrong)
