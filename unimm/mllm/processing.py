@@ -108,13 +108,13 @@ class UnimmProcessor(ProcessorMixin):
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; known: {', '.join(GENERATION_MODES)}")
-        images = self.image_processor.fetch_images(images) or None
+        images = self.image_processor.fetch_images(images)  # a list, be they given as an array or nested
         if generation_mode == "image" and text is not None:
             texts = [text] if isinstance(text, str) else text
             text = [each if each.endswith(self.boi_token) else each + self.boi_token for each in texts]
         self._drawn = tuple(drawn or ())
         try:
-            return super().__call__(images=images, text=text, **kwargs)
+            return super().__call__(images=images or None, text=text, **kwargs)
         finally:
             del self._drawn  # what is left here would be saved with the processor
 
