@@ -4,7 +4,10 @@ import base64
 import io
 import struct
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -118,14 +121,14 @@ def blocks(draw: st.DrawFn) -> bytes:
     )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(blocks(), st.sampled_from(["PNG", "WEBP"]))
 def test_any_metadata_leaves_one_of_eight_images(block: bytes, kind: str) -> None:
     found = np.asarray(decode_image(encoded(kind, block), "a"))
     assert any(np.array_equal(found, turned) for turned in TURNED.values())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(blocks(), st.sampled_from(["JPEG", "MPO", "TIFF"]), st.data())
 def test_damaged_files_are_images_or_one_sentence(block: bytes, kind: str, data: st.DataObject) -> None:
     content = bytearray(encoded(kind) if kind == "TIFF" else encoded(kind, block))
@@ -205,6 +208,23 @@ def test_one_image_from_everything_that_holds_one(tmp_path: Path) -> None:
     nested = [sources[0], [sources[4], [PHOTO]], np.stack([PHOTO, PHOTO]), (torch.from_numpy(np.stack([chw])),)]
     assert [read_image(each).size for each in each_image(nested)] == [(8, 6)] * 6
     assert each_image(None) == [] == each_image([])
+
+
+def test_a_url_is_read_as_a_file_is(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded("PNG", orientation(6)))
+    (tmp_path / "page.png").write_text("<!DOCTYPE html><html></html>")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert np.array_equal(np.asarray(read_image(f"{url}/a.png")), TURNED[6])
+        for name, message in (("page.png", "it is a web page"), ("absent.png", "Cannot fetch the picture .*404")):
+            with pytest.raises(UserError, match=message):
+                read_image(f"{url}/{name}")
+        server.shutdown()
+    for address in (f"{url}/a.png", "http://[", "http://\ud800"):
+        with pytest.raises(UserError, match="Cannot fetch the picture"):
+            read_image(address)
 
 
 def test_transparent_arrays_lie_on_white() -> None:

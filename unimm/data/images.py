@@ -9,9 +9,11 @@ Writing is atomic: an image appears complete or not at all.
 
 import base64
 import contextlib
+import http.client
 import io
 import os
 import struct
+import urllib.request
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,6 +55,7 @@ Check = Callable[[tuple[int, int]], None]
 _PROBES = 16
 NAME_LENGTH = 100
 """Characters of a URL or of base64 text that a message shows."""
+FETCH_SECONDS = 60
 SHORTEST_BASE64 = 80
 """Characters of the smallest image as base64 text; what is shorter can only be a path."""
 
@@ -212,11 +215,10 @@ def _orientation(image: Image.Image) -> Any:
 def _fetched(source: str) -> bytes | None:
     """Return the bytes that a string names by URL or holds as base64 text; None for a path."""
     if source.startswith(("http://", "https://")):
-        import httpx  # needed here alone
-
         try:
-            return httpx.get(source, follow_redirects=True).raise_for_status().content
-        except httpx.HTTPError as error:
+            with urllib.request.urlopen(source, timeout=FETCH_SECONDS) as answer:
+                return bytes(answer.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise UserError(f"Cannot fetch the picture {source}: {error}.") from None
     if source.startswith("data:image/"):
         source = source.partition(",")[2]

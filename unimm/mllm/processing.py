@@ -130,14 +130,14 @@ class UnimmProcessor(ProcessorMixin):
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; known: {', '.join(GENERATION_MODES)}")
-        images = self.image_processor.fetch_images(images) or None
+        images = self.image_processor.fetch_images(images)  # a list, be they given as an array or nested
         if generation_mode == "image" and text is not None:
             texts = [text] if isinstance(text, str) else text
             text = [each if each.endswith(self.boi_token) else each + self.boi_token for each in texts]
         token = _DRAWN.set(tuple(drawn or ()))
         try:
             with TOKENIZING:
-                return self._inputs(images, [text] if isinstance(text, str) else text, **kwargs)
+                return self._inputs(images or None, [text] if isinstance(text, str) else text, **kwargs)
         finally:
             _DRAWN.reset(token)
 
