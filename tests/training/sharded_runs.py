@@ -1,19 +1,18 @@
 """Small runs of a unified model and of a tokenizer, the same for one process and for several with FSDP2.
 
-    torchrun --nproc_per_node 2 tests/training/sharded_runs.py FOLDER
-
-trains both from the start and leaves a sharded checkpoint of each; then it goes on from those that one process has left
-in FOLDER, and saves the results as ordinary folders. Last it trains by `HostTrainer` and accelerate's FSDP2.
+`in_two` trains both from the start and leaves a sharded checkpoint of each; then it goes on from those that one process
+has left in the folder, and saves the results as ordinary folders. Last it trains by `HostTrainer` and accelerate's
+FSDP2.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
@@ -107,9 +106,8 @@ class Run:
 KINDS = ("host", "tokenizer")
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def in_two(folder: Path) -> None:
+    """What each of two processes does."""
     for kind in KINDS:
         run = Run(kind)
         sharded = {name for name, p in run.model.named_parameters() if isinstance(p, DTensor)}
@@ -118,13 +116,13 @@ def main(folder: Path) -> None:
         run.save(folder / f"{kind}-trained-by-two")
         again = Run(kind).resume(folder / f"{kind}-by-one").train(STEPS, STEPS + 1)
         again.save(folder / f"{kind}-went-on-by-two")
+    AcceleratorState._reset_state(reset_partial_state=True)
     let_accelerate_shard_on_the_cpu()
     host_trainer(folder / "trainer-by-two").run()
     stopped = host_trainer(folder / "trainer-stopped-by-two")
     stopped.add_callback(StopAt(2))
     stopped.run()
     host_trainer(folder / "trainer-stopped-by-two").run()
-    dist.destroy_process_group()
 
 
 def host_trainer(folder: Path) -> HostTrainer:
@@ -142,7 +140,3 @@ def let_accelerate_shard_on_the_cpu() -> None:
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     torch.accelerator.is_available = lambda: True
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,17 +1,14 @@
 """FSDP2 in two gloo processes against one process, for a unified model and a tokenizer: training, checkpoints between
 different numbers of processes, and the ordinary folder at the end."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import unimm
-from tests.conftest import ROOT
-from tests.training.sharded_runs import KINDS, STEPS, Run, host_trainer
+from tests.benchmarks.ranks import on_two_ranks
+from tests.training.sharded_runs import KINDS, STEPS, Run, host_trainer, in_two
 from unimm.errors import UserError
 from unimm.training.sharding import check_strategy, load_sharded, refuse_average
 
@@ -29,15 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.checkpoint(folder / f"{kind}-by-one")
         run.train(STEPS, STEPS + 1).save(folder / f"{kind}-went-on-by-one")
     host_trainer(folder / "trainer-by-one").run()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tests/training/sharded_runs.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_two_ranks(in_two, folder)
     return folder
 
 
