@@ -54,11 +54,17 @@ class TokenizerRecipe:
     loss: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
 
-def build(model: TokenizerModelConfig) -> ImageTokenizer:
+def require_model(model: TokenizerModelConfig) -> None:
+    """Raise UserError if the settings name no tokenizer that could be built, or a folder that is not there."""
     if (model.encoder is None) == (model.init_from is None):
         raise UserError("Give either model.encoder (to start a tokenizer) or model.init_from (to go on with one).")
     if model.kind not in TOKENIZERS:
         raise UserError(f"There is no tokenizer {model.kind!r}; model.kind is one of {', '.join(TOKENIZERS)}.")
+    for name in ("encoder", "init_from"):
+        require_place(f"model.{name}", getattr(model, name))
+
+
+def build(model: TokenizerModelConfig) -> ImageTokenizer:
     tokenizer, attention = TOKENIZERS[model.kind], model.attn_implementation
     if model.encoder is not None:
         return tokenizer.from_encoder(
@@ -90,8 +96,7 @@ def require_kind(path: str, found: str, kind: str) -> None:
 def main() -> None:
     recipe, dry_run = parse_training_args(TokenizerRecipe)
     train = recipe.train
-    for name in ("encoder", "init_from"):
-        require_place(f"model.{name}", getattr(recipe.model, name))
+    require_model(recipe.model)
     set_seed(train.seed)
     count = processes().num_processes
     if train.global_batch_size is not None:

@@ -50,8 +50,8 @@ def test_the_host_recipe_says_what_it_would_train(tmp_path: Path, capsys: pytest
 def test_a_dry_run_takes_seconds_whatever_the_step_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a step of 4 micro-batches of 64, compiled: three times a micro-batch of 8, eager; of one that takes too long
-    the first alone."""
+    """Of a step of 4 micro-batches of 64, compiled: two samples to warm up and twice a micro-batch of 8, eager; of one
+    that takes too long the first alone."""
     sizes: list[int] = []
     loss = HostTrainer.compute_loss
 
@@ -67,13 +67,13 @@ def test_a_dry_run_takes_seconds_whatever_the_step_takes(
     command = ["--config", str(ROOT / "configs" / "debug" / "t2i.yaml"), *settings, "--dry-run"]
     assert run("t2i", *command) == 0
     said = capsys.readouterr().out
-    assert sizes == [8, 8, 8]
+    assert sizes == [2, 8, 8]
     label = "reckoned from 0.125 of a micro-batch; 4 micro-batches a step; without compilation, which the run has"
     assert re.search(rf"time    [\d.e+-]+ s a step, 4 steps: .*without evaluations \({label}\)", said)
     sizes.clear()
     monkeypatch.setattr(dry_run, "BUDGET", 0.0)
     assert run("t2i", *command) == 0
-    assert sizes == [8] and "(not warmed up, too long rather than too short; reckoned" in capsys.readouterr().out
+    assert sizes == [2] and "(not warmed up, too long rather than too short; reckoned" in capsys.readouterr().out
 
 
 def test_a_step_is_reckoned_from_its_passes_and_the_rest() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
+from tests.data.conftest import write_folder, write_parquet
 from tests.training.tiny_host import tiny_host
 from unimm.data.collators import IGNORED, FlowCollator
 from unimm.data.conversations import message
@@ -99,6 +100,19 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, flows: dict[
     saved, again = weights_of(tmp_path / "straight"), weights_of(tmp_path / "resumed")
     assert all(torch.equal(saved[name], again[name]) for name in saved)
     assert history(straight) == history(resumed)
+
+
+def test_a_run_on_held_out_files_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """A table and a folder of which a row each is held out, evaluated in the middle and taken up behind it."""
+    table, folder = write_parquet(tmp_path / "a.parquet", range(8)), write_folder(tmp_path / "folder", range(100, 105))
+    flows = {
+        "drawing": FlowConfig("drawing", 0.75, source=str(table)),
+        "conversation": FlowConfig("captioning", 0.25, source=str(folder)),
+    }
+    test_an_interrupted_run_ends_with_the_same_bits(tmp_path, flows)
+    trainer = build(tmp_path / "straight", flows)
+    assert trainer.train_dataset.sizes == {"drawing": 7, "conversation": 4}
+    assert trainer.eval_dataset.sizes == {"drawing": 1, "conversation": 1}
 
 
 def test_a_finished_run_is_only_saved_again(tmp_path: Path) -> None:

@@ -93,8 +93,10 @@ def prepare_ids(
     part: Split = "test" if split == "eval" else "train"
     made_from = config.made_from(part)
     if not path.is_file():
-        how = {"made_from": made_from, "flip": config.flip and part == "train", "batch_size": config.batch_size}
-        extract_ids(tokenizer, image_processor, config.pictures_of(part), path, **how)
+        pictures, flip = config.pictures_of(part), config.flip and part == "train"
+        extract_ids(
+            tokenizer, image_processor, pictures, path, made_from=made_from, flip=flip, batch_size=config.batch_size
+        )
     ids = read_class_ids(path)
     ids.info.require(tokenizer_fingerprint=tokenizer.fingerprint)
     if ids.info.made_from != made_from:

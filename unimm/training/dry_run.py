@@ -1,9 +1,9 @@
 """`--dry-run`: what a run would train, what it would take, and one batch of it, before it begins.
 
 Memory and time are measured on a few real steps of the recipe itself, on this device, within seconds: one micro-batch
-a step, on a CPU of a few samples, without compilation. The whole step is reckoned from the passes of its micro-batches
-and from what a step takes beside them (clipping, optimizer, average). Nothing is saved but one image or page in the
-output folder.
+a step, on a CPU of a few samples (the first, which warms up, of two), without compilation. The whole step is reckoned
+from the passes of its micro-batches and from what a step takes beside them (clipping, optimizer, average). Nothing is
+saved but one image or page in the output folder.
 """
 
 import copy
@@ -33,9 +33,11 @@ from unimm.training.tokenizer_trainer import TokenizerTrainer
 
 STEPS = 3  # of which the first warms up
 BUDGET = 10.0
-"""Seconds after which no further step is begun."""
+"""Seconds after which no third step is begun, and thrice as many after which no second one."""
 CPU_SAMPLES = 8
 """Samples of a micro-batch on a CPU, where the time goes with their number."""
+WARM_SAMPLES = 2
+"""Of the step that warms up, there."""
 SHEET_PICTURES = 16
 
 
@@ -63,7 +65,7 @@ class Measured:
     @property
     def enough(self) -> bool:
         """Whether no further step is to be begun."""
-        return sum(self.seconds) > BUDGET
+        return sum(self.seconds) > (3 * BUDGET if len(self.seconds) < 2 else BUDGET)
 
     @property
     def seconds_per_step(self) -> float:
@@ -104,15 +106,20 @@ def counting_activations(measured: Measured, weights: Iterable[Tensor]) -> Itera
 def short(args: StreamTrainingArguments) -> StreamTrainingArguments:
     """The same settings for a few small steps that leave nothing behind."""
     args = copy.copy(args)
-    args.max_steps, args.disable_tqdm, args.report_to = min(STEPS, args.max_steps), True, []
+    args.max_steps, args.disable_tqdm, args.report_to = STEPS, True, []
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
     args.gradient_accumulation_steps, args.dataloader_num_workers = 1, 0
     args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False  # of workers
     if hasattr(args, "compile_blocks"):
         args.compile_blocks = False
-    if args.device.type == "cpu":
+    if _is_cut(args):
         args.per_device_train_batch_size = min(CPU_SAMPLES, args.per_device_train_batch_size)
     return args
+
+
+def _is_cut(args: StreamTrainingArguments) -> bool:
+    """Whether micro-batches are made smaller; several processes would need every flow in the batch of each."""
+    return args.device.type == "cpu" and args.world_size == 1
 
 
 def _measured(args: StreamTrainingArguments, real: StreamTrainingArguments) -> Measured:
@@ -140,24 +147,29 @@ class _Clock(TrainerCallback):
 def dry_run_stream(trainer: StreamTrainer, real: StreamTrainingArguments, show: Callable[[Any], None]) -> None:
     """Of a trainer that was made with `short` settings; `real` are those of the run, `show` shows one batch."""
     measured, step = _measured(trainer.args, real), trainer.training_step
-    clock = _Clock(measured)
     processes().print(trainer.args.precision.note())
+    collate, cut = trainer.data_collator, _is_cut(trainer.args)
 
     def timed(*arguments: Any, **options: Any) -> Tensor:
-        first = not measured.passes
-        if first and trainer.is_world_process_zero():
-            show(arguments[1])
+        counted = len(measured.passes) == 1
         begun = time.perf_counter()
-        clock.begun = begun if first else clock.begun  # showing is no part of a step
-        with counting_activations(measured, trainer.model.parameters()) if first else nullcontext():
+        with counting_activations(measured, trainer.model.parameters()) if counted else nullcontext():
             loss = step(*arguments, **options)
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize(trainer.args.device)
         measured.passes.append(time.perf_counter() - begun)
         return loss
 
-    trainer.training_step = timed  # type: ignore[method-assign]
-    trainer.add_callback(clock)
+    def fewer_at_first(samples: list[Any]) -> Any:
+        nonlocal cut
+        kept, cut = samples[:WARM_SAMPLES] if cut else samples, False
+        return collate(kept)
+
+    if trainer.is_world_process_zero():
+        samples = [trainer.train_dataset[n] for n in range(trainer.args.train_batch_size)]
+        show(trainer._prepare_inputs(collate(samples)))
+    trainer.training_step, trainer.data_collator = timed, fewer_at_first  # type: ignore[method-assign]
+    trainer.add_callback(_Clock(measured))
     trainer.train()
     if not trainer.is_world_process_zero():
         return
@@ -289,7 +301,9 @@ def say_memory(
         "activations of a micro-batch": round(measured.activations / measured.share),
     }
     listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
-    print(f"memory  {gigabytes(sum(parts.values()))}: {listed}; peak so far {gigabytes(peak_memory(device))}")
+    missing = "" if measured.activations else ", activations not measured"
+    peak = gigabytes(peak_memory(device))
+    print(f"memory  {gigabytes(sum(parts.values()))}: {listed}{missing}; peak so far {peak}")
 
 
 def say_time_and_disk(measured: Measured, steps: int, checkpoint: int, keep: int | None) -> None:
