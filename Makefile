@@ -1,4 +1,4 @@
-# Ten words: demo, test, test-lmms, lint, shapes, compare, emoji, publish, bench, clean. Each installs what it needs into .venv
+# Eleven words: demo, test, test-lmms, lint, shapes, compare, emoji, publish, bench, fuzz, clean. Each installs what it needs into .venv
 # first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the default one must do without.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-lmms lint shapes compare emoji publish bench clean
+.PHONY: demo test test-lmms lint shapes compare emoji publish bench fuzz clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -31,6 +31,9 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	mkdir -p runs/bench
 	$(BIN)/python eval/shapes.py --json runs/bench/shapes.json
+
+fuzz: $(VENV)/.dev
+	PYTHONPATH=. $(BIN)/python eval/fuzz.py $(ARGS)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
