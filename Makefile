@@ -1,5 +1,5 @@
-# Twelve words: demo, test, test-lmms, lint, shapes, compare, emoji, publish, bench, constraints, latest, clean. Each installs
-# what it needs into .venv first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the default one
+# Thirteen words: demo, test, test-lmms, lint, shapes, compare, emoji, publish, bench, fuzz, constraints, latest, clean. Each
+# installs what it needs into .venv first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the default one
 # must do without; latest into .venv-latest.
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-lmms lint shapes compare emoji publish bench constraints latest clean
+.PHONY: demo test test-lmms lint shapes compare emoji publish bench fuzz constraints latest clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -46,6 +46,9 @@ constraints: $(VENV)/.dev
 
 latest: $(VENV)/.dev
 	$(BIN)/python .ci/latest.py $(ARGS)
+
+fuzz: $(VENV)/.dev
+	PYTHONPATH=. $(BIN)/python eval/fuzz.py $(ARGS)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ For the fuzzers: nothing here knows what the product should say, only how inputs
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,13 @@ def broken_tree(rng: random.Random, tree: Any) -> Any:
     return tree
 
 
-def _places(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield tree, key
-            yield from _places(value)
-    elif isinstance(tree, list):
-        for number, value in enumerate(tree[:50]):
-            yield tree, number
-            yield from _places(value)
+def _places(tree: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+    """Every (holder, key) of a tree, down to a depth that no sound one has."""
+    if depth == 20 or not isinstance(tree, dict | list):
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree[:50]):
+        yield tree, key
+        yield from _places(value, depth + 1)
 
 
 def to_json(tree: Any) -> str:

@@ -84,7 +84,7 @@ def _of_drawing(model: Any) -> Iterator[str]:
 
 def _of_text(processor: Any) -> Iterator[str]:
     tokenizer = processor.tokenizer
-    words = len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens))
+    words = len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys())
     if words == 0:
         yield "the vocabulary of its text tokenizer is empty, apart from special tokens"
     if tokenizer.pad_token_id is None:
