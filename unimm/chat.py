@@ -163,13 +163,6 @@ class ChatSession:
             return history
         while kept and self.processor.count_tokens([*system, *kept, question]) > limit:
             kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
-        dropped = len(history) - len(system) - len(kept)
-        if dropped and not self._said_dropped:
-            self._said_dropped = True
-            logger.warning(
-                f"The conversation is longer than the {context} tokens that the model reads: its {dropped} oldest "
-                "turns are forgotten, as further ones will be without a word."
-            )
         return [*system, *kept]
 
     def _room(self, inputs: BatchFeature, needed: int, advice: str) -> int:
@@ -183,6 +176,13 @@ class ChatSession:
         return context - length
 
     def _remember(self, history: Conversation, question: dict[str, Any], answer: list[dict[str, Any]]) -> None:
+        if (dropped := len(self.messages) - len(history)) > 0 and not self._said_dropped:
+            self._said_dropped = True
+            context = self.model.config.get_text_config().max_position_embeddings
+            logger.warning(
+                f"The conversation is longer than the {context} tokens that the model reads: its {dropped} oldest "
+                "turns are forgotten, as further ones will be without a word."
+            )
         self.messages = [*history, question, {"role": "assistant", "content": answer}]
 
     def _stream(

@@ -172,6 +172,7 @@ def test_a_prompt_has_the_same_ids_everywhere(name: str, tmp_path: Path) -> None
         row, labels = batch["input_ids"][0].tolist(), batch["labels"][0]
         learned = int((labels != IGNORED).nonzero()[0])
         assert row[:learned] == ids[:-1][:learned] and learned >= len(ids) - 2  # "[/INST]" and " yes" may merge
+        assert int(labels[labels != IGNORED][-1]) in processor.tokenizer.added_tokens_decoder  # it learns to stop
 
     # in front of the model: chat, evaluation, and the two sides of guidance
     session = ChatSession(model, processor, max_new_tokens=1)
@@ -359,3 +360,43 @@ def test_marks_stand_in_every_string_and_images_stay_as_they_are() -> None:
     assert marked["tool_calls"][0]["name"] == marked["content"][1]["text"] != "<|im_end|>"
     forged = "<|im_\U000f0000end|>"  # the marks themselves cannot be smuggled in
     assert mark_text(forged, control_pattern(tokenizer)) == marked["content"][1]["text"]
+
+
+def test_a_processors_template_survives_another_attachment() -> None:
+    """As after `detach`: the tokenizer then brings a template of ours, which leaves the begin token to it."""
+    for name in ("sentencepiece, vicuna", "sentencepiece, template without begin", "byte-level, begin added, llama3"):
+        before = unified(name)[1]
+        texts = before.tokenizer
+        again = attach(tiny.language_model("llama", rows=len(texts)), tiny.image_tokenizer(), texts)[1]
+        how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        chats = [user("a red circle"), [tiny.user(tiny.picture(), "Hi")]]
+        for chat in chats:
+            ids = [each.apply_chat_template(chat, **how)["input_ids"] for each in (before, again)]
+            assert ids[0] == ids[1]
+        assert again.chat_template == before.chat_template
+
+
+def test_arguments_of_the_text_tokenizer_work_or_are_refused() -> None:
+    processor = unified("embedded")[1]
+    texts, tokenizer = ["a red circle", "two"], unified("embedded")[1].tokenizer
+    for how in (
+        {"padding": True},
+        {"padding": "max_length", "max_length": 9},
+        {"padding": True, "padding_side": "right", "pad_to_multiple_of": 4},
+        {"truncation": True, "max_length": 2},
+        {"padding": True, "return_offsets_mapping": True},
+        {"padding": True, "return_tensors": "pt"},
+        {"return_attention_mask": False},
+    ):
+        ours, theirs = processor(text=texts, **how), tokenizer(texts, **how)
+        assert set(ours) == set(theirs)
+        for key in theirs:
+            values = [each[key].tolist() if torch.is_tensor(each[key]) else each[key] for each in (ours, theirs)]
+            assert values[0] == values[1], (how, key)
+    picture = f"{processor.image_token} is it red?"
+    with pytest.raises(ValueError, match="an image does not fit into max_length 20"):
+        processor(text=picture, images=tiny.picture(), truncation=True, max_length=20)
+    with pytest.raises(ValueError, match="does not know the text arguments return_length, stride"):
+        processor(text="a", stride=2, return_length=True)
+    with pytest.raises(ValueError, match="padding"):
+        processor(text=texts, return_tensors="pt")

@@ -32,7 +32,7 @@ from unimm.field_rules import check_attention
 from unimm.mllm.defaults import generation_defaults
 from unimm.mllm.hosts import HOSTS, M_ROPE, MULTIMODAL_HOSTS, UnimmLlavaConfig, merged_side
 from unimm.mllm.processing import UnimmProcessor
-from unimm.mllm.templates import chat_template, end_of_turn_ids
+from unimm.mllm.templates import chat_template, end_of_turn_ids, is_published
 from unimm.mllm.vocabulary import (
     Markers,
     RowInit,
@@ -129,7 +129,7 @@ def attach(
     vocabulary = VisualVocabulary(visual_base(rows, len(texts)), image_tokenizer.config.codebook_size)
     # A host sees patches and draws image tokens, which need not be as many (VFMTok).
     seen_tokens = image_tokenizer.config.num_patches // _merge(host, image_tokenizer) ** 2
-    own_template = texts.chat_template is not None and chat_template is None
+    own_template = chat_template is None and texts.chat_template is not None and not is_published(texts.chat_template)
     processor = build_processor(image_tokenizer, texts, markers, vocabulary, seen_tokens, chat_template)
     processor.mark_images = markers.begin in vocabulary_before and markers.begin not in _rendered(
         texts, {"type": "image"}

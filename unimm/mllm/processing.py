@@ -212,7 +212,7 @@ class UnimmProcessor(ProcessorMixin):
         for text in texts:
             begin = add_special_tokens and self._begins(text)
             row = encode(tokenizer, text, begin=begin, offsets=return_offsets_mapping)
-            rows.append(self._cut(row, max_length) if truncation and max_length else row)
+            rows.append(self._cut(row, max_length or tokenizer.model_max_length) if truncation else row)
         how = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
         how |= {"padding_side": padding_side, "return_attention_mask": return_attention_mask}
         data = padded(tokenizer, rows, offsets=return_offsets_mapping, **how)

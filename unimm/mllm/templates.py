@@ -152,6 +152,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[
         return "", one_line(error)
 
 
+def is_published(template: Template) -> bool:
+    """Whether a template is one of those written here, which leave the first begin token to the text tokenizer."""
+    return isinstance(template, str) and template.startswith(_CONTENT.partition("\n")[0])
+
+
 def closing_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
     """The token that ends an answer in the format of that name; None where it is no token of its own (plain)."""
     closing = named_format(name).closing.strip()
