@@ -22,7 +22,15 @@ from unimm.mllm.arguments import IMAGE_MODE_IGNORES, IMAGE_MODE_REFUSES, TEXT_MO
 DOCS = Path(__file__).resolve().parents[2] / "docs/attach.md"
 INPUTS = ("attention_mask", "past_key_values", "position_ids", "inputs_embeds", "mm_encoder_outputs", "image_sizes")
 """Arguments of the models that callers of `generate` give, beside its own and the fields of the config."""
-OURS = ("seed", "tokenizer", "assistant_tokenizer", "trust_remote_code")
+OURS = (
+    "seed",
+    "guidance_interval",
+    "guidance_schedule",
+    "compile",
+    "tokenizer",
+    "assistant_tokenizer",
+    "trust_remote_code",
+)
 LATER = ("continuous_batching_config", "transformers_version")  # no settings of one call
 
 
@@ -143,6 +151,9 @@ def samples(name: str, model: Any, processor: Any) -> list[dict[str, Any]]:
         "custom_generate": [{"custom_generate": lambda model, input_ids, **kwargs: input_ids + 1}],
         "trust_remote_code": [{"trust_remote_code": True}],
         "seed": [{"seed": 1}],
+        "guidance_interval": [{"guidance_interval": (2, 9), "guidance_scale": 2.0}],
+        "guidance_schedule": [{"guidance_schedule": "linear", "guidance_scale": 2.0}],
+        "compile": [],  # tried out in test_decoding.py
         "synced_gpus": [{"synced_gpus": False}],
     }
     numbers = {"max_new_tokens": 5, "bos_token_id": 3, "pad_token_id": 3, "max_time": 100.0, "diversity_penalty": 0.5}
@@ -243,6 +254,8 @@ def test_text_mode_refuses_in_one_sentence() -> None:
     _, model, processor = parts("qwen3")
     for options, sentence in (
         ({"assistant_early_exit": 1}, TEXT_MODE_REFUSES["assistant_early_exit"]),
+        ({"guidance_interval": (2, 9)}, TEXT_MODE_REFUSES["guidance_interval"]),
+        ({"compile": True}, TEXT_MODE_REFUSES["compile"]),
         ({"cache_implementation": "paged"}, TEXT_MODE_REFUSES["cache_implementation"]),
         ({"assistant_model": tiny.language_model(rows=100)}, "has 100 text tokens and this model 304"),
     ):

@@ -96,9 +96,13 @@ def test_scale_per_row(model: UnimmLlavaForConditionalGeneration, processor: Uni
 def test_rows_and_cache_of_a_step(
     model: UnimmLlavaForConditionalGeneration, processor: UnimmProcessor, scale: object, rows: int
 ) -> None:
+    """The prompts are read once, with one null prompt for all of them; then a row for each sequence and each side."""
     with Forwards(model) as forwards:
         draw(model, prompts(processor, PROMPTS), guidance_scale=scale)
-    assert forwards.rows == [rows] * 16 and len(forwards.caches) == 1
+    assert forwards.rows == [3 if rows == 3 else 4, *[rows] * 15] and len(forwards.caches) == 1
+    with Forwards(model) as forwards:
+        draw(model, prompts(processor, [*PROMPTS, PROMPTS[0]]), num_return_sequences=2, guidance_scale=None)
+    assert forwards.rows == [3, *[8] * 15]
 
 
 def test_only_image_rows_of_the_head_are_computed(

@@ -56,6 +56,7 @@ IMAGE_MODE_IGNORES = frozenset(
 
 TEXT_MODE_REFUSES = {
     "assistant_early_exit": "early exit needs a model that is a language model and nothing else: give assistant_model",
+    **dict.fromkeys(("guidance_interval", "guidance_schedule", "compile"), "it belongs to drawing"),
     "cache_implementation": 'continuous batching ("paged") would choose among rows that stand for no text',
 }
 
@@ -90,7 +91,7 @@ def check_text_mode(given: GenerationConfig, arguments: dict[str, Any]) -> None:
     """Raise UserError for an argument that a stock model takes and this one in text mode does not."""
     for name, reason in TEXT_MODE_REFUSES.items():
         value = arguments.get(name, getattr(given, name, None))
-        if value is not None and (name != "cache_implementation" or value == "paged"):
+        if value not in (None, False) and (name != "cache_implementation" or value == "paged"):
             raise UserError(f"text mode does not take {name}={value}: {reason}")
 
 

@@ -7,26 +7,21 @@ depend on who else is in the batch. B prompts, R = num_return_sequences, S = B *
 image tokens, K codebook size.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from unimm.errors import UserError
 from unimm.mllm.arguments import IMAGE_MODE_IGNORES, check_text_mode, image_mode_arguments
+from unimm.mllm.decoding import Steps, expand_cache, steps_after
 from unimm.mllm.text_mode import TextGenerationMixin
-from unimm.sampling import (
-    SAMPLING_NAMES,
-    ImageSampling,
-    Noise,
-    per_image_seeds,
-    per_prompt_scale,
-    request_keys,
-)
+from unimm.sampling import SAMPLING_NAMES, ImageSampling, Noise, per_image_seeds, request_keys
 
 
 class ImageGenerationMixin(TextGenerationMixin):
@@ -58,10 +53,12 @@ class ImageGenerationMixin(TextGenerationMixin):
                 prompts of one batch count as further images of the first. None takes a fresh seed from torch's
                 global generator.
             kwargs: text mode: as in transformers. Image mode: `guidance_scale`, `do_sample`, `temperature`, `top_k`,
-                `top_p` (what is not given comes from the checkpoint; `guidance_scale=None` is off),
+                `top_p`, `min_p`, `guidance_interval`, `guidance_schedule` (see `ImageSampling`; what is not given comes
+                from the checkpoint; `guidance_scale=None` is off),
                 `num_return_sequences`, `negative_prompt_ids` and `negative_prompt_attention_mask` [1 or B, L'] in
                 place of the checkpoint's null prompt, `streamer`, `return_dict_in_generate`, `output_scores`,
-                `output_logits`.
+                `output_logits`; `compile=True` compiles a step, for GPUs, where it becomes a CUDA graph: the first
+                drawing takes as long as compiling does.
 
         Returns:
             Text mode: token_ids [B * R, L + new]. Image mode: token_ids [S, M], image ids only; with
@@ -104,6 +101,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         return_dict_in_generate: bool = False,
         output_scores: bool = False,
         output_logits: bool = False,
+        compile: bool = False,
         **ignored: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         if unknown := sorted(name for name in ignored if name not in IMAGE_MODE_IGNORES):
@@ -114,45 +112,52 @@ class ImageGenerationMixin(TextGenerationMixin):
                 "temperature above 0"
             )
         prompts, mask = prompts.to(self.device), attention_mask.to(self.device)
-        scale = per_prompt_scale(sampling.guidance_scale, len(prompts)).to(prompts.device)  # [B]
+        scales = sampling.scales(len(prompts), self.num_image_tokens)  # [M, B]
         counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
-        seeds = per_image_seeds(request_keys(prompts * mask, pixel_values, counts), seed, num_return_sequences)
+        keys = request_keys(prompts * mask, pixel_values, counts)
+        seeds = per_image_seeds(keys, seed, num_return_sequences)
         prompts, mask = _end_with(prompts, mask, self.config.boi_token_id)
-        scale = scale.repeat_interleave(num_return_sequences)  # [S]
-        negative = (negative_prompt_ids, negative_prompt_attention_mask)
-        images = self._encoded_images(pixel_values, counts, num_return_sequences)
-        rows, mask = self._prefill_rows(prompts, mask, num_return_sequences, scale > 0, negative)
-        self._check_room(rows.shape[1])
         if streamer is not None:
             streamer.put(prompts.cpu())
-        steps = _ImageSteps(self, rows, mask, scale, images)
-        noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size)
-        warpers = sampling.warpers()
-        scores, logits = [], []
+        distinct = list({key: n for n, key in reversed(list(enumerate(keys)))}.values())[::-1]  # first rows of each
+        of_prompt = torch.tensor([[keys[n] for n in distinct].index(key) for key in keys], device=self.device)
+        guided = (scales > 0).any(0).to(self.device)  # [B]
+        rows, row_mask = prompts[distinct], mask[distinct]
+        sources = of_prompt.repeat_interleave(num_return_sequences)  # [S], the row that each sequence goes on from
+        if guided.any():
+            negative = self._unconditional_rows(negative_prompt_ids, negative_prompt_attention_mask, len(prompts))
+            of_negative = torch.arange(len(prompts), device=self.device) % len(negative[0]) + len(rows)
+            rows, row_mask = _stacked(rows, row_mask, *negative, self.config.boi_token_id)
+            sources = torch.cat([sources, of_negative[guided].repeat_interleave(num_return_sequences)])  # [S + G]
+        self._check_room(rows.shape[1])
+        images = self._encoded_images(pixel_values, counts, distinct)
+        logits, steps = self._read_prompts(rows, row_mask, sources, images, compile)
+        noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, self.device)
+        drawing = _Drawing(logits, steps, scales.repeat_interleave(num_return_sequences, 1), noise, sampling.warpers())
+        base, scores, raw_logits = self.visual_vocabulary.base, [], []
+        chosen = prompts.new_empty(len(seeds), self.num_image_tokens)
         for step in range(self.num_image_tokens):
-            raw = steps.logits()  # [S, K]
-            warped = warpers(steps.chosen, raw)
-            choice = (warped if noise is None else warped + noise.next().to(warped)).argmax(-1)  # [S]
-            steps.choose(self.visual_vocabulary.token_ids(choice))
+            raw, warped, choice = drawing.choose(step)
+            chosen[:, step] = choice + base
             if streamer is not None:
-                streamer.put(steps.chosen[:, step].cpu())
+                streamer.put(chosen[:, step].cpu())
             if return_dict_in_generate and output_scores:
                 scores.append(warped)
             if return_dict_in_generate and output_logits:
-                logits.append(raw)
+                raw_logits.append(raw)
+            if step + 1 < self.num_image_tokens:
+                drawing.go_on(step, chosen[:, step])
         if streamer is not None:
             streamer.end()
         if not return_dict_in_generate:
-            return steps.chosen
+            return chosen
+        cache = steps.cache
         return GenerateDecoderOnlyOutput(
-            sequences=steps.chosen,
-            scores=tuple(scores) or None,
-            logits=tuple(logits) or None,
-            past_key_values=steps.cache,
+            sequences=chosen, scores=tuple(scores) or None, logits=tuple(raw_logits) or None, past_key_values=cache
         )
 
     def _unconditional_rows(self, ids: Tensor | None, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Token ids and mask [B, L'] of what guidance leads away from, ending with the begin marker."""
+        """Token ids and mask [1 or B, L'] of what guidance leads away from, ending with the begin marker."""
         if ids is None:
             if not self.config.null_prompt:
                 raise ValueError("guidance needs a null prompt, this checkpoint has none: give negative_prompt_ids")
@@ -162,32 +167,36 @@ class ImageGenerationMixin(TextGenerationMixin):
             raise ValueError(f"negative_prompt_ids has {len(ids)} rows, give 1 or one per prompt, {batch_size}")
         if (ids == self.config.image_token_id).any():
             raise ValueError("negative_prompt_ids holds image placeholders; a negative prompt is text")
-        ids, mask = _end_with(ids.to(self.device), mask.to(self.device), self.config.boi_token_id)
-        return ids.expand(batch_size, -1), mask.expand(batch_size, -1)
+        return _end_with(ids.to(self.device), mask.to(self.device), self.config.boi_token_id)
 
-    def _prefill_rows(
-        self, prompts: Tensor, mask: Tensor, repeats: int, guided: Tensor, negative: tuple[Tensor | None, Tensor | None]
-    ) -> tuple[Tensor, Tensor]:
-        """[S + G, L] token ids and mask: the sequences, then the unconditional side of the guided ones."""
-        unconditional = self._unconditional_rows(*negative, len(prompts)) if guided.any() else None
-        prompts, mask = prompts.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
-        if unconditional is None:
-            return prompts, mask
-        other, other_mask = (each.repeat_interleave(repeats, 0)[guided] for each in unconditional)
-        length = max(prompts.shape[1], other.shape[1])
-        pad = self.config.boi_token_id  # masked: any id that is no image placeholder
-        rows = torch.cat([_left_pad(prompts, length, pad), _left_pad(other, length, pad)])
-        return rows, torch.cat([_left_pad(mask, length, 0), _left_pad(other_mask, length, 0)])
+    def _read_prompts(
+        self, rows: Tensor, mask: Tensor, sources: Tensor, images: dict[str, Any], compiled: bool
+    ) -> tuple[Tensor, Steps]:
+        """Read every distinct prompt [P, L] once; logits [S + G, K] of the first image token, and the way on."""
+        cache = DynamicCache(config=self.config.get_text_config())
+        first = rows.new_full((len(rows), self.num_image_tokens), self.visual_vocabulary.base)
+        whole = self.token_positions(torch.cat([rows, first], 1), torch.cat([mask, torch.ones_like(first)], 1))
+        output = self(
+            input_ids=rows,
+            attention_mask=mask,
+            position_ids=whole[..., : rows.shape[1]],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            vocabulary="image",
+            **images,
+        )
+        expand_cache(cache, sources, self.num_image_tokens)
+        positions = whole[..., rows.shape[1] :].index_select(-2, sources)
+        return output.logits[sources, -1], steps_after(self, cache, mask[sources], positions, compiled, _warn)
 
-    def _encoded_images(self, pixel_values: Tensor | None, counts: list[int], repeats: int) -> dict[str, Any]:
-        """The images' projected features, encoded once and listed once for every sequence that sees them."""
+    def _encoded_images(self, pixel_values: Tensor | None, counts: list[int], distinct: list[int]) -> dict[str, Any]:
+        """The projected features of the images of the distinct prompts, in their order."""
         if pixel_values is None:
             return {}
-        features = self.get_image_features(pixel_values.to(self.device, self.dtype), return_dict=True)
         groups = torch.arange(len(pixel_values)).split(counts)
-        projected = [features.pooler_output[i] for group in groups for _ in range(repeats) for i in group]
-        as_tensor = isinstance(features.pooler_output, Tensor)  # hosts differ: one tensor, or one per image
-        features.pooler_output = torch.stack(projected) if as_tensor else projected
+        shown = pixel_values[torch.cat([groups[n] for n in distinct])]
+        features = self.get_image_features(shown.to(self.device, self.dtype), return_dict=True)
         return {"mm_encoder_outputs": {"image": features}}
 
     def _check_room(self, length: int) -> None:
@@ -199,43 +208,64 @@ class ImageGenerationMixin(TextGenerationMixin):
             )
 
 
-class _ImageSteps:
-    """The rows on their way through the model: one cache, one forward per step."""
+class _Drawing:
+    """Chooses id after id: guidance, warpers, noise. No value leaves the device.
 
-    def __init__(self, model: Any, rows: Tensor, mask: Tensor, scale: Tensor, images: dict[str, Any]) -> None:
-        self.model, self.scale, self.guided = model, scale[:, None], scale > 0
-        self.cache = DynamicCache(config=model.config.get_text_config())
-        self.chosen = rows.new_empty(len(scale), 0)
-        self.next_ids, self.mask = rows, mask
-        self.rows = rows
-        self.first = images
+    S sequences, of which the first rows of the logits are; then G unconditional rows, of the guided ones.
+    """
 
-    def logits(self) -> Tensor:
-        """Guided logits of the next image id, [S, K] in float32."""
-        output = self.model(
-            input_ids=self.next_ids,
-            attention_mask=self.mask,
-            position_ids=self.model.token_positions(self.rows, self.mask)[..., -self.next_ids.shape[1] :],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            vocabulary="image",
-            **self.first,
-        )
-        self.first = {}
-        logits = output.logits[:, -1].float()
-        conditional, unconditional = logits[: len(self.scale)], logits[len(self.scale) :]
-        if not len(unconditional):
+    def __init__(
+        self, logits: Tensor, steps: Steps, scales: Tensor, noise: Noise | None, warpers: LogitsProcessorList
+    ) -> None:
+        self.logits, self.steps, self.noise, self.warpers = _precise(logits), steps, noise, warpers
+        self.size = scales.shape[1]
+        guided = (scales > 0).any(0)
+        steps_guided = (scales > 0).any(1).nonzero()
+        self.last = int(steps_guided[-1]) if len(steps_guided) else -1  # the last guided step
+        self.all_guided = [bool(row.all()) for row in scales > 0]
+        self.guided = guided.nonzero()[:, 0].to(logits.device)  # [G]
+        self.scales = scales.to(logits.device)[..., None]  # [M, S, 1]
+
+    def choose(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [S, K] after guidance, scores [S, K], and the chosen ids [S]."""
+        raw = self._guided(step)
+        warped = self.warpers(raw, raw)  # the warpers look at the scores alone
+        noisy = warped if self.noise is None else warped + self.noise.step(step)
+        return raw, warped, noisy.argmax(-1)
+
+    def _guided(self, step: int) -> Tensor:
+        conditional, unconditional = self.logits[: self.size], self.logits[self.size :]
+        if step > self.last:
             return conditional
-        guided = unconditional + self.scale[self.guided] * (conditional[self.guided] - unconditional)
-        return conditional.index_put((self.guided.nonzero()[:, 0],), guided)
+        if self.all_guided[step]:
+            return unconditional + self.scales[step] * (conditional - unconditional)
+        given, scale = conditional[self.guided], self.scales[step][self.guided]
+        pulled = torch.where(scale > 0, unconditional + scale * (given - unconditional), given)
+        return conditional.index_copy(0, self.guided, pulled)
 
-    def choose(self, token_ids: Tensor) -> None:
-        """Append token_ids [S] to the sequences and to the unconditional side of the guided ones."""
-        self.chosen = torch.cat([self.chosen, token_ids[:, None]], dim=1)
-        self.next_ids = torch.cat([token_ids, token_ids[self.guided]])[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        self.rows = torch.cat([self.rows, self.next_ids], dim=1)
+    def go_on(self, step: int, token_ids: Tensor) -> None:
+        """Feed token_ids [S] to the sequences and to the unconditional side of the guided ones."""
+        if step == self.last and len(self.guided):  # the rest needs no unconditional rows
+            self.steps.keep(torch.arange(self.size, device=token_ids.device))
+            self.guided = self.guided[:0]
+        fed = torch.cat([token_ids, token_ids[self.guided]]) if len(self.guided) else token_ids
+        self.logits = _precise(self.steps.logits(fed))
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """Logits in at least float32, in which guidance and noise are computed."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"Drawing goes on without compile, which fails here: {reason}", stacklevel=2)
+
+
+def _stacked(rows: Tensor, mask: Tensor, others: Tensor, other_mask: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """Two batches as one, padded on the left by any id that is no image placeholder, masked."""
+    length = max(rows.shape[1], others.shape[1])
+    whole = torch.cat([_left_pad(rows, length, pad), _left_pad(others, length, pad)])
+    return whole, torch.cat([_left_pad(mask, length, 0), _left_pad(other_mask, length, 0)])
 
 
 def _prompt_mask(prompts: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor:

@@ -1,0 +1,208 @@
+"""Every way through the steps of drawing, held to forwards without cache, batch or padding."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tests.mllm import tiny
+from unimm.benchmarks.hosts import tiny_host
+from unimm.mllm import attach, decoding
+from unimm.mllm.decoding import CompiledSteps, HostSteps, PlainSteps
+
+TEXTS = ["a photo of a red circle", "two", "an image of two green squares"]
+SCALES = [4.0, 0.0, 1.5]
+
+
+def inputs(processor: Any, texts: list[str] = TEXTS) -> dict[str, Tensor]:
+    return dict(processor(text=[processor.drawing_prompt(text) for text in texts], return_tensors="pt", padding=True))
+
+
+def draw(model: Any, processor: Any, texts: list[str] = TEXTS, **options: Any) -> Any:
+    options = {"seed": 3, **options}
+    return model.generate(**inputs(processor, texts), generation_mode="image", **options)
+
+
+@torch.no_grad()
+def slow_logits(model: Any, prompt: Tensor, drawn: Tensor, scales: list[float]) -> Tensor:
+    """Guided logits [M, K] before each of the drawn ids, one forward for each side of each."""
+    null, result = torch.tensor(model.config.null_prompt), []
+    for step, scale in enumerate(scales):
+        given = model(torch.cat([prompt, drawn[:step]])[None], vocabulary="image").logits[0, -1]
+        if scale > 0:
+            other = model(torch.cat([null, drawn[:step]])[None], vocabulary="image").logits[0, -1]
+            given = other + scale * (given - other)
+        result.append(given)
+    return torch.stack(result)
+
+
+def assert_exact(model: Any, processor: Any, scales: Callable[[int], list[float]], **options: Any) -> Tensor:
+    """Hold the logits of a drawing of `TEXTS` to the slow ones; scales(n) are those of prompt n, token by token."""
+    output = draw(model, processor, return_dict_in_generate=True, output_logits=True, **options)
+    batch = inputs(processor)
+    for n, (ids, mask) in enumerate(zip(*batch.values(), strict=True)):
+        expected = slow_logits(model, ids[mask.bool()], output.sequences[n], scales(n))
+        found = torch.stack([step[n] for step in output.logits])
+        torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
+    assert output.past_key_values.get_seq_length() == batch["input_ids"].shape[1] + 15
+    return output.sequences
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """The kinds of steps that were made."""
+    kinds: list[type] = []
+    original = decoding.steps_after
+
+    def spy(*args: Any) -> Any:
+        steps = original(*args)
+        kinds.append(type(steps))
+        return steps
+
+    monkeypatch.setattr("unimm.mllm.generation.steps_after", spy)
+    return kinds
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_plain_steps_are_exact(family: str, tied: bool, used: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny.unified(family, tied=tied)
+    for name, weight in model.named_parameters():  # initialized to 1 and 0, which would hide a forgotten one
+        if "norm" in name or "bias" in name:
+            nn.init.normal_(weight, mean=1.0, std=0.3)
+    plain = assert_exact(model, processor, lambda n: [SCALES[n]] * 16, guidance_scale=SCALES)
+    monkeypatch.setattr(decoding, "_is_plain", lambda model: False)
+    assert torch.equal(assert_exact(model, processor, lambda n: [SCALES[n]] * 16, guidance_scale=SCALES), plain)
+    assert used == [PlainSteps, HostSteps]
+
+
+@pytest.mark.parametrize("mode", ["1d", "2d"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_hosts_with_m_rope_are_exact(family: str, mode: str, used: list[type]) -> None:
+    host, texts = tiny_host(family)
+    model, processor = attach(host, tiny.image_tokenizer(), texts, image_position_mode=mode)
+    assert_exact(model, processor, lambda n: [SCALES[n]] * 16, guidance_scale=SCALES)
+    assert used == [HostSteps]
+
+
+def test_sliding_windows_are_exact(used: list[type]) -> None:
+    torch.manual_seed(0)
+    config = tiny.language_model("qwen2").config.to_dict() | {
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    model, processor = attach(Qwen2ForCausalLM(Qwen2Config(**config)), tiny.image_tokenizer(), tiny.text_tokenizer())
+    assert_exact(model, processor, lambda n: [3.0] * 16, guidance_scale=3.0)
+    assert used == [HostSteps]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_intervals_and_schedules_are_exact(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny.unified()
+    if not plain:
+        monkeypatch.setattr(decoding, "_is_plain", lambda model: False)
+    inside = [0.0] * 3 + [4.0] * 5 + [0.0] * 8
+    assert_exact(model, processor, lambda n: inside, guidance_scale=4.0, guidance_interval=(3, 8))
+    rising = [1 + 3 * (step + 1) / 16 for step in range(16)]
+    assert_exact(model, processor, lambda n: rising, guidance_scale=4.0, guidance_schedule="linear")
+    mixed = [rising[:9] + [0.0] * 7, [0.0] * 16, [0.0] * 16]
+    scales = {"guidance_scale": [4.0, 0, 1], "guidance_schedule": "linear", "guidance_interval": [0, 9]}
+    assert_exact(model, processor, lambda n: mixed[n], **scales)
+
+
+def test_no_row_is_computed_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every step: no unconditional ones at scales up to 1 and behind the interval."""
+    model, processor = tiny.unified()
+    rows: list[int] = []
+    original = PlainSteps.logits
+    monkeypatch.setattr(PlainSteps, "logits", lambda self, ids: (rows.append(len(ids)), original(self, ids))[1])
+    draw(model, processor, guidance_scale=[1.0, 0.0, 1.0])
+    draw(model, processor, guidance_scale=2.0, guidance_interval=(0, 5))
+    assert rows == [3] * 15 + [6] * 4 + [3] * 11
+
+
+class Bent(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).tanh()
+
+
+def changed(model: Any, how: str) -> Any:
+    text = model.model.language_model
+    if how == "hook":
+        text.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
+    elif how == "forward":
+        original = text.layers[0].forward
+        text.layers[0].forward = lambda *args, **kwargs: original(*args, **kwargs) * 1.1
+    elif how == "module":
+        text.layers[0].self_attn.v_proj.__class__ = Bent
+    elif how == "double":
+        model.double()
+    elif how == "rope":
+        text.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        text.rotary_emb = type(text.rotary_emb)(text.config)
+    return model
+
+
+@pytest.mark.parametrize("how", ["hook", "forward", "module", "double", "rope"])
+def test_what_plain_steps_do_not_know_the_model_does_itself(how: str, used: list[type]) -> None:
+    model, processor = tiny.unified()
+    before = draw(model, processor, do_sample=False)
+    model = changed(model, how)
+    after = assert_exact(model, processor, lambda n: [0.0] * 16, do_sample=False)
+    assert used == [PlainSteps, HostSteps]
+    assert how in ("double", "rope") or not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
+def test_neighbours_and_batches_do_not_matter(family: str) -> None:
+    host, texts = tiny_host(family)
+    model, processor = attach(host, tiny.image_tokenizer(), texts)
+    options = {"guidance_scale": 3.0, "temperature": 0.9, "top_k": 20}
+    alone = torch.cat([draw(model, processor, [text], **options) for text in TEXTS])
+    assert torch.equal(draw(model, processor, **options), alone)
+    assert torch.equal(draw(model, processor, TEXTS[::-1], **options), alone.flip(0))
+    others = [*TEXTS, "one", "yes no is there", "blue", "green ring", "a"]
+    assert torch.equal(draw(model, processor, others, **options)[:3], alone)
+    several = draw(model, processor, others, num_return_sequences=3, **options).view(8, 3, 16)
+    assert torch.equal(several[:3, 0], alone) and len(several.flatten(0, 1).unique(dim=0)) == 24
+
+
+def test_weights_that_changed_are_seen() -> None:
+    """Packed weights live for one call."""
+    model, processor = tiny.unified()
+    before = draw(model, processor, do_sample=False)
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.down_proj.weight.mul_(-3)
+    after = assert_exact(model, processor, lambda n: [0.0] * 16, do_sample=False)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
+def test_compiled_steps_give_the_same_ids(
+    family: str, used: list[type], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    host, texts = tiny_host(family)
+    model, processor = attach(host, tiny.image_tokenizer(), texts)
+    options = {"guidance_scale": SCALES, "guidance_interval": (0, 12)}
+    expected = draw(model, processor, **options)
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **kwargs: original(step, backend="eager", dynamic=False))
+    assert torch.equal(draw(model, processor, compile=True, **options), expected)
+    assert used[1:] == [CompiledSteps] and not [w for w in recwarn if "without compile" in str(w.message)]
+
+
+def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny.unified()
+    expected = draw(model, processor, guidance_scale=2.0, guidance_interval=(0, 5))
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda step, **kwargs: fail)
+    with pytest.warns(UserWarning, match="without compile.*RuntimeError: no compiler here"):
+        drawn = draw(model, processor, compile=True, guidance_scale=2.0, guidance_interval=(0, 5))
+    assert torch.equal(drawn, expected)

@@ -1,0 +1,334 @@
+"""The steps of drawing: one forward for all rows, tensors of known size, keys and values written in place.
+
+Two decoders give the same logits: `HostSteps` calls the model itself, any host; `PlainSteps` runs the weights of a
+Llama, Qwen2 or Qwen3 on a CPU in float32, where packed and fused products are two to five times as fast as the model's
+own for the few rows of drawing. What `PlainSteps` does not know exactly, `HostSteps` does. R rows, H query heads, H'
+key heads, d their width, D hidden width, T tokens so far, K codes.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+_PARTS = ("DecoderLayer", "Attention", "MLP", "RMSNorm")
+_KNOWN = {
+    getattr(module, f"{name}Model"): tuple(getattr(module, name + part) for part in _PARTS)
+    for module, name in ((modeling_llama, "Llama"), (modeling_qwen2, "Qwen2"), (modeling_qwen3, "Qwen3"))
+}
+_STILL_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length
+
+
+class Steps(Protocol):
+    """Rows on their way through the model, after the prompt."""
+
+    cache: Cache
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """Logits [R, K] after one more image token of each row, token_ids [R]."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [R'] alone."""
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a cache with room for `room` more tokens: they are written in place, nothing is copied."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.length = keys.shape[2]
+        self.all_keys, self.all_values = (F.pad(each, (0, 0, 0, room)) for each in (keys, values))
+        self.show()
+
+    def show(self) -> None:
+        self.keys, self.values = self.all_keys[:, :, : self.length], self.all_values[:, :, : self.length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [R, H', n, d]."""
+        end = self.length + key_states.shape[2]
+        self.all_keys[:, :, self.length : end] = key_states
+        self.all_values[:, :, self.length : end] = value_states
+        self.length = end
+        self.show()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows."""
+        self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
+        self.show()
+
+
+def expand_cache(cache: DynamicCache, rows: Tensor, room: int) -> None:
+    """Make the cache of prompts one of sequences: row n goes on from prompt `rows[n]`, with room for the image."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = RoomyLayer(layer.keys[rows], layer.values[rows], room)
+        else:  # a sliding window moves along and needs no more room
+            layer.batch_select_indices(rows)
+
+
+def steps_after(
+    model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor, compiled: bool, on_fallback: Callable[[str], None]
+) -> Steps:
+    """The fastest way on from a prompt for this model.
+
+    Args:
+        cache: of the prompts, see `expand_cache`.
+        mask: [R, T] of the prompts.
+        positions: of the image's tokens, [R, M], or [3, R, M] for M-RoPE.
+        compiled: whether a step is to be compiled.
+        on_fallback: called with the reason where it cannot be.
+    """
+    if compiled:
+        if any(type(layer) is not RoomyLayer for layer in cache.layers):
+            on_fallback("this host's cache has layers of another kind than full attention")
+        else:
+            return CompiledSteps(model, cache, mask, positions, on_fallback)
+    if _is_plain(model):
+        return PlainSteps(model, cache, mask, positions)
+    return HostSteps(model, cache, mask, positions)
+
+
+class HostSteps:
+    """Steps by the model's own forward."""
+
+    def __init__(self, model: Any, cache: Cache, mask: Tensor, positions: Tensor) -> None:
+        self.model, self.cache, self.positions = model, cache, positions
+        self.length, self.done = mask.shape[1], 0
+        room = mask.new_ones(len(mask), positions.shape[-1])
+        self.mask = torch.cat([mask, room], dim=1)  # [R, T + M]
+        config = model.config.get_text_config()
+        full = all(type(layer) is RoomyLayer for layer in cache.layers)
+        if full and config._attn_implementation in ("sdpa", "eager"):  # a mask that is not built again for every step
+            lowest = torch.finfo(model.dtype).min
+            hidden = torch.zeros_like(self.mask, dtype=model.dtype).masked_fill(self.mask == 0, lowest)
+            self.mask = hidden[:, None, None]  # [R, 1, 1, T + M]
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """See `Steps`."""
+        self.done += 1
+        output = self.model(
+            input_ids=token_ids[:, None],
+            attention_mask=self.mask[..., : self.length + self.done],
+            position_ids=self.positions[..., self.done - 1 : self.done],
+            past_key_values=self.cache,
+            use_cache=True,
+            vocabulary="image",
+        )
+        return output.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Steps`."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[..., rows, :]
+
+
+class CompiledSteps(HostSteps):
+    """Steps by the model's own forward, compiled once: a static cache, and every tensor written in place."""
+
+    def __init__(
+        self, model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor, on_fallback: Callable[[str], None]
+    ) -> None:
+        super().__init__(model, cache, mask, positions)
+        self.on_fallback: Callable[[str], None] | None = on_fallback
+        self._begin(mask)
+
+    def _begin(self, mask: Tensor) -> None:
+        """Copy the cache so far to a static one, and compile for its size."""
+        total = self.positions.shape[-1] - self.done + self.cache.get_seq_length()
+        static = StaticCache(config=self.model.config.get_text_config(), max_cache_len=total)
+        for number, layer in enumerate(self.cache.layers):
+            static.update(layer.keys, layer.values, number)
+        self.static, self.cuda = static, self.positions.device.type == "cuda"
+        self.hidden = torch.ones(len(mask), total, dtype=torch.bool, device=mask.device)
+        self.hidden[:, : mask.shape[1]] = mask == 0
+        self.hidden[:, mask.shape[1] : self.cache.get_seq_length()] = False
+        self.place = torch.tensor([self.cache.get_seq_length()], device=mask.device)
+        mode = "reduce-overhead" if self.cuda else None
+        self.compiled = torch.compile(self._step, mode=mode, dynamic=False)
+
+    def _step(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
+        self.hidden.index_fill_(1, self.place, False)
+        self.place.add_(1)
+        lowest = torch.finfo(self.model.dtype).min
+        hidden = torch.zeros_like(self.hidden, dtype=self.model.dtype).masked_fill(self.hidden, lowest)
+        output = self.model(
+            input_ids=token_ids[:, None],
+            attention_mask=hidden[:, None, None],
+            position_ids=position_ids,
+            past_key_values=self.static,
+            use_cache=True,
+            vocabulary="image",
+        )
+        return output.logits[:, -1]
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """See `Steps`."""
+        if self.on_fallback is None:
+            return super().logits(token_ids)
+        positions = self.positions[..., self.done : self.done + 1].contiguous()
+        if self.cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            logits = self.compiled(token_ids, positions)
+        except Exception as error:  # whatever a compiler fails with; the plain step is still there for the first one
+            if self.done:
+                raise
+            self.on_fallback(f"{type(error).__name__}: {error}".splitlines()[0])
+            self.on_fallback = None
+            return super().logits(token_ids)
+        self.done += 1
+        return logits.clone() if self.cuda else logits  # the graph writes to the same place again
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Steps`; a step of another size is compiled anew."""
+        if self.on_fallback is None:
+            return super().keep(rows)
+        for layer in self.static.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.hidden, self.positions = self.hidden[rows], self.positions[..., rows, :]
+        self.compiled = torch.compile(self._step, mode="reduce-overhead" if self.cuda else None, dynamic=False)
+        return None
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether `PlainSteps` gives what the model's own forward gives."""
+    text = model.model.language_model
+    if type(text) not in _KNOWN or model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    config, head = text.config, model.get_output_embeddings()
+    layer_class, attention_class, mlp_class, norm_class = _KNOWN[type(text)]
+    parts = [model, model.model, head, *text.modules()]
+    rope = config.rope_parameters or {}
+    return bool(
+        config._attn_implementation in ("sdpa", "eager")
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") in _STILL_ROPES
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and type(text.embed_tokens) is nn.Embedding
+        and type(head) is nn.Linear
+        and head.bias is None
+        and all(type(layer) is layer_class for layer in text.layers)
+        and all(type(layer.self_attn) is attention_class and type(layer.mlp) is mlp_class for layer in text.layers)
+        and all(layer.self_attn.scaling == layer.self_attn.head_dim**-0.5 for layer in text.layers)
+        and all(type(part) in (nn.Linear, norm_class) for layer in text.layers for part in _leaves(layer))
+        and not any(_is_changed(part) for part in parts)
+        and all(p.dtype == torch.float32 and not p.is_meta for p in (*text.parameters(), head.weight))
+    )
+
+
+def _leaves(layer: nn.Module) -> list[nn.Module]:
+    return [part for part in layer.modules() if next(part.parameters(recurse=False), None) is not None]
+
+
+def _is_changed(part: nn.Module) -> bool:
+    """Whether somebody listens to this module, or replaced its forward or its weights."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(part) or hasattr(part, "_hf_hook") or hasattr(part, "parametrizations")
+
+
+class _Product:
+    """x -> x @ weight.T + bias, the weight packed for few rows. A norm's scale may be taken into it."""
+
+    def __init__(self, linears: list[nn.Linear], rows: int, scale: Tensor | None = None) -> None:
+        weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
+        biases = [linear.bias for linear in linears]
+        self.bias = torch.cat(biases) if all(bias is not None for bias in biases) else None
+        if self.bias is None and any(bias is not None for bias in biases):
+            raise AssertionError("some of the products have a bias")
+        self.packed = _packed(weight if scale is None else weight * scale, rows)
+
+    def __call__(self, x: Tensor, then: str = "none") -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, then, [], "")
+
+    def join(self, x: Tensor, other: Tensor, how: str) -> Tensor:
+        """The product added to `other`, or times it."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, how)
+
+
+def _packed(weight: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+
+
+class _PlainLayer:
+    """One decoder layer: attention over the keys and values so far, then the gated feed-forward."""
+
+    def __init__(self, layer: Any, rows: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        before, after = layer.input_layernorm, layer.post_attention_layernorm
+        self.before, self.after = before.variance_epsilon, after.variance_epsilon
+        self.heads = [p.out_features // attention.head_dim for p in (attention.q_proj, attention.k_proj)]
+        self.width = attention.head_dim
+        self.qkv = _Product([attention.q_proj, attention.k_proj, attention.v_proj], rows, before.weight)
+        self.out = _Product([attention.o_proj], rows)
+        self.gate = _Product([mlp.gate_proj], rows, after.weight)
+        self.up = _Product([mlp.up_proj], rows, after.weight)
+        self.down = _Product([mlp.down_proj], rows)
+        self.norm: Tensor | None = None
+        if hasattr(attention, "q_norm"):
+            norms = [attention.q_norm.weight] * self.heads[0] + [attention.k_norm.weight] * self.heads[1]
+            self.norm, self.norm_eps = torch.stack(norms), attention.q_norm.variance_epsilon  # [H + H', d]
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layer: RoomyLayer, mask: Tensor | None) -> Tensor:
+        rows, (heads, key_heads) = len(x), self.heads
+        qkv = self.qkv(_normed(x, self.before)).view(rows, -1, self.width)  # [R, H + 2 H', d]
+        qk = qkv[:, : heads + key_heads]
+        if self.norm is not None:
+            qk = _normed(qk, self.norm_eps) * self.norm
+        qk = torch.addcmul(qk * cos, qk.roll(self.width // 2, -1), sin)
+        keys, values = layer.update(qk[:, heads:, None], qkv[:, heads + key_heads :, None])
+        queries = qk[:, :heads].reshape(rows, key_heads, -1, self.width)  # the heads of a key head, as its queries
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        x = self.out.join(seen.reshape(rows, -1), x, "add")
+        y = _normed(x, self.after)
+        return self.down.join(self.up.join(y, self.gate(y, "swish"), "mul"), x, "add")
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension, without a scale."""
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+
+
+class PlainSteps:
+    """Steps without the model's own modules, see `_is_plain`."""
+
+    def __init__(self, model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor) -> None:
+        text, rows = model.model.language_model, len(mask)
+        self.cache, self.embeddings, self.done = cache, text.embed_tokens.weight, 0
+        self.layers = [_PlainLayer(layer, rows) for layer in text.layers]
+        self.eps = text.norm.variance_epsilon
+        vocabulary = model.visual_vocabulary
+        head = model.get_output_embeddings().weight[vocabulary.base : vocabulary.end]
+        self.head = _packed(head * text.norm.weight, rows)
+        cos, sin = text.rotary_emb(self.embeddings, positions)  # [R, M, d]
+        half = cos.shape[-1] // 2
+        self.cos, self.sin = cos[:, :, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, :, None]
+        self.length = mask.shape[1]
+        self.mask: Tensor | None = None
+        if not mask.all():
+            seen = F.pad(mask.bool(), (0, positions.shape[-1]), value=True)
+            self.mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None]  # [R, 1, 1, T + M]
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """See `Steps`."""
+        x = F.embedding(token_ids, self.embeddings)  # [R, D]
+        cos, sin = self.cos[:, self.done], self.sin[:, self.done]
+        self.done += 1
+        mask = None if self.mask is None else self.mask[..., : self.length + self.done]
+        for layer, kept in zip(self.layers, self.cache.layers, strict=True):
+            x = layer(x, cos, sin, kept, mask)
+        return torch.ops.mkldnn._linear_pointwise(_normed(x, self.eps), self.head, None, "none", [], "")
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Steps`."""
+        self.cache.batch_select_indices(rows)
+        self.cos, self.sin = self.cos[rows], self.sin[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
