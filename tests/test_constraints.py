@@ -57,3 +57,11 @@ def test_every_installed_distribution_is_named_with_its_version() -> None:
         if not CUDA.match(name) and PINS.get(name) != version
     }
     assert not other, f"installed and pinned versions, run `make constraints` and commit the file: {other}"
+
+
+def test_sentencepiece_reads_models_with_the_protobuf_beside_it() -> None:
+    """Hosts of Llama's family with a tokenizer.model are read through these messages."""
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    model = messages.ModelProto(trainer_spec=messages.TrainerSpec(vocab_size=300))
+    assert messages.ModelProto.FromString(model.SerializeToString()).trainer_spec.vocab_size == 300
