@@ -151,7 +151,7 @@ class ChatSession:
         return chat_inputs(self.model, self.processor, [messages])
 
     def _kept(self, history: Conversation, question: dict[str, Any]) -> Conversation:
-        """The history without its oldest exchanges, as many as the context has no place for beside the question and an
+        """Return the history without its oldest exchanges, as many as the context has no place for beside the question and an
         answer. Their images' tokens count."""
         context = self.model.config.get_text_config().max_position_embeddings
         limit = context - min(self.generation["max_new_tokens"], context // 8)
