@@ -186,7 +186,7 @@ class UnimmProcessor(ProcessorMixin):
         return_mm_token_type_ids: bool = False,
         **unknown: Any,
     ) -> BatchFeature:
-        """Return the token ids of prompts, the same ids for the same prompt wherever it is used: `input_ids`, `attention_mask`.
+        """Return `input_ids` and `attention_mask` of prompts, the same for the same prompt wherever it is used.
 
         Args:
             texts: what the chat template wrote, placeholders expanded.
@@ -281,7 +281,7 @@ class UnimmProcessor(ProcessorMixin):
         )
 
     def count_tokens(self, conversation: Sequence[Any]) -> int:
-        """Count the tokens of the prompt that asks for the next answer of a conversation, those of its images among them."""
+        """Count the tokens of the prompt for the next answer of a conversation, those of its images among them."""
         marked = self.mark_control_tokens(conversation)
         text = str(super().apply_chat_template(marked, add_generation_prompt=True))
         length = len(self.encode([text])["input_ids"][0])

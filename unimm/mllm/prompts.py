@@ -92,7 +92,7 @@ def _texts(message: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 
 
 def adds_begin_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer itself puts its begin-of-sequence token in front of a text (Llama's and Vicuna's do)."""
+    """Return whether the tokenizer itself puts its begin-of-sequence token in front of a text, as Llama's does."""
     begin = tokenizer.bos_token_id
     return begin is not None and tokenizer("").input_ids[:1] == [begin]
 

@@ -123,7 +123,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers, name: st
 
 
 def _with_images(tokenizer: PreTrainedTokenizerBase, own: str, markers: Markers) -> str:
-    """Return a tokenizer's own template as it is if it renders the images of both sides, else with what it lacks in front."""
+    """Return a tokenizer's own template as it is if it renders images on both sides, else what it lacks and it."""
     image = markers.begin + markers.image + markers.end
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
     drawn = {"role": "assistant", "content": [{"type": "image"}]}
@@ -153,7 +153,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[
 
 
 def is_published(template: Template) -> bool:
-    """Return whether a template is one of those written here, which leave the first begin token to the text tokenizer."""
+    """Return whether a template was written here: it leaves the first begin token to the text tokenizer."""
     return isinstance(template, str) and template.startswith(_CONTENT.partition("\n")[0])
 
 
