@@ -153,8 +153,8 @@ class ChatSession:
         return chat_inputs(self.model, self.processor, [messages])
 
     def _kept(self, history: Conversation, question: dict[str, Any]) -> Conversation:
-        """The history without its oldest exchanges, as many as the context has no place for beside the question and an
-        answer. Their images' tokens count."""
+        """Return the history without the oldest exchanges that find no place in the context beside the question and an
+        answer, the tokens of images counted."""
         context = self.model.config.get_text_config().max_position_embeddings
         limit = context - min(self.generation["max_new_tokens"], context // 8)
         system = history[:1] if history and history[0]["role"] == "system" else []

@@ -17,7 +17,9 @@ from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
 
 import unimm
+from tests.mllm import host_templates
 from unimm import cli
+from unimm.benchmarks.hosts import tiny_host, tiny_tokenizer
 from unimm.errors import UserError
 from unimm.integrations import lmms_eval as plugin
 from unimm.integrations import lmms_plugin
@@ -29,6 +31,7 @@ from unimm.integrations.lmms_eval import (
     generation_settings,
     short_fingerprint,
 )
+from unimm.mllm import attach
 from unimm.mllm.answering import Answer
 
 GREEDY = {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
@@ -217,3 +220,19 @@ def test_the_command_doctor_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().out.startswith(" 1 ok   lmms-eval: --model unimm")
     monkeypatch.setattr(lmms_plugin, "entry_points", lambda **_: [])
     assert cli.main(["doctor"]) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen2_5_vl"])
+def test_questions_are_asked_in_the_hosts_own_template(family: str) -> None:
+    host, texts = tiny_host(family)
+    texts.bos_token = texts.eos_token
+    texts.chat_template = host_templates.OF_FAMILY[family]
+    model = ChatModel(*attach(host, tiny_tokenizer(host, "siglip_vision_model")[0], texts), batch_size=2)
+    model.task_dict = {"first": {"test": [{"question": "what?"}, {"question": "two  spaces"}]}}
+    answers = model.generate_until([request(n, "first", {"max_new_tokens": 8}, say) for n in range(2)])
+    for document, answer in zip(model.task_dict["first"]["test"], answers, strict=True):
+        asked = [{"role": "user", "content": document["question"]}]
+        ids = texts.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        written = host.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert answer.text == texts.decode(written, skip_special_tokens=True).strip()
+        assert answer.token_counts.input_tokens == ids["input_ids"].shape[1]

@@ -147,7 +147,7 @@ class FlowCollator:
         return _Rows(samples, inputs, _drawings(samples) if self.max_length is None else [], drawn, labelled)
 
     def _marked(self, sample: dict[str, Any]) -> list[Any]:
-        """The sample's messages; control tokens in them are plain characters."""
+        """Mark the control tokens in the sample's messages: they are plain characters."""
         try:
             return self.processor.mark_control_tokens(sample["messages"])
         except UserError as error:

@@ -74,7 +74,7 @@ def answer_all(
 
 
 def _end_tokens(model: Any) -> set[int]:
-    """Tokens that end an answer; behind one its row holds padding only."""
+    """Return the tokens that end an answer; behind one its row holds padding only."""
     ends = model.generation_config.eos_token_id
     return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 

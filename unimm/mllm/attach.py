@@ -173,7 +173,7 @@ def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: st
 
 
 def _rendered(texts: PreTrainedTokenizerBase, part: dict[str, str]) -> str:
-    """A user's turn that holds this part alone, in the tokenizer's chat template."""
+    """Render a user's turn that holds this part alone, in the tokenizer's chat template."""
     return str(texts.apply_chat_template([{"role": "user", "content": [part]}], tokenize=False))
 
 

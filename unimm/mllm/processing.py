@@ -142,7 +142,7 @@ class UnimmProcessor(ProcessorMixin):
             _DRAWN.reset(token)
 
     def _inputs(self, images: Any, texts: Sequence[str] | None, **kwargs: Any) -> BatchFeature:
-        """The images by the image processor, and the texts with their placeholders expanded by `encode`."""
+        """Process the images, and encode the texts with their placeholders expanded."""
         if texts is None:
             return super().__call__(images=images, **kwargs)
         outside = [re.sub(f"{START}{re.escape(self.image_token)}", START, text) for text in texts]
@@ -159,7 +159,7 @@ class UnimmProcessor(ProcessorMixin):
         return BatchFeature({**rows, **inputs})
 
     def _expanded(self, text: str, replacements: Iterator[str]) -> tuple[str, list[dict[str, Any]]]:
-        """The text with the next replacement in the place of every placeholder that no person wrote, and where."""
+        """Put the next replacement in the place of every placeholder that no person wrote, and say where."""
         moved: list[dict[str, Any]] = []
         gained = 0
 
@@ -175,7 +175,7 @@ class UnimmProcessor(ProcessorMixin):
 
     @property
     def _placeholder(self) -> str:
-        """A pattern of the placeholders that no person wrote."""
+        """Return a pattern of the placeholders that no person wrote."""
         return f"(?<!{START}){re.escape(self.image_token)}"
 
     def encode(
@@ -194,7 +194,7 @@ class UnimmProcessor(ProcessorMixin):
         return_mm_token_type_ids: bool = False,
         **unknown: Any,
     ) -> BatchFeature:
-        """Token ids of prompts, the same ids for the same prompt wherever it is used: `input_ids`, `attention_mask`.
+        """Return `input_ids` and `attention_mask` of prompts, the same for the same prompt wherever it is used.
 
         Args:
             texts: what the chat template wrote, placeholders expanded.
@@ -221,7 +221,7 @@ class UnimmProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _begins(self, text: str) -> bool:
-        """Whether the begin token goes in front of a text: once, and only if the text does not bring it."""
+        """Return whether the begin token goes in front of a text: once, and only if the text does not bring it."""
         tokenizer = self.tokenizer
         return self.begin_token and adds_begin_token(tokenizer) and not text.startswith(tokenizer.bos_token)
 
@@ -232,7 +232,7 @@ class UnimmProcessor(ProcessorMixin):
         return Encoded(row.ids[part], row.offsets[part])
 
     def mark_control_tokens(self, conversation: Sequence[Any]) -> list[Any]:
-        """A conversation whose control tokens are plain characters to this processor: they are marked for `encode`."""
+        """Mark the control tokens in a conversation: `encode` takes them for plain characters."""
         return mark_conversation(conversation, control_pattern(self.tokenizer))
 
     def apply_chat_template(
@@ -297,7 +297,7 @@ class UnimmProcessor(ProcessorMixin):
         )
 
     def count_tokens(self, conversation: Sequence[Any]) -> int:
-        """Tokens of the prompt that asks for the next answer of a conversation, those of its images among them."""
+        """Count the tokens of the prompt for the next answer of a conversation, those of its images among them."""
         marked = self.mark_control_tokens(conversation)
         text = str(super().apply_chat_template(marked, add_generation_prompt=True))
         length = len(self.encode([text])["input_ids"][0])

@@ -24,7 +24,7 @@ _NEWLINE = "\n"
 
 @dataclass
 class Encoded:
-    """Token ids [L] and for each its place in the text, start and end in characters; (0, 0) for a begin token."""
+    """Hold token ids [L] and for each its place in the text, start and end in characters; (0, 0) for a begin token."""
 
     ids: list[int] = field(default_factory=list)
     offsets: list[tuple[int, int]] = field(default_factory=list)
@@ -59,7 +59,7 @@ def mark_conversation(messages: Sequence[Any], pattern: re.Pattern[str]) -> list
 
 
 def mark_values(value: Any, pattern: re.Pattern[str]) -> Any:
-    """A copy of `value` with the control tokens in its strings marked."""
+    """Return a copy of `value` with the control tokens in its strings marked."""
     if isinstance(value, str):
         return mark_text(value, pattern)
     if isinstance(value, dict):
@@ -83,7 +83,7 @@ def _part_neighbours(messages: list[dict[str, Any]], marked: list[dict[str, Any]
 
 
 def _texts(message: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """Where the texts of a message stand, in reading order: the dict and the key of each."""
+    """Find where the texts of a message stand, in reading order: the dict and the key of each."""
     content = message.get("content")
     if isinstance(content, str):
         return [(message, "content")]
@@ -92,13 +92,13 @@ def _texts(message: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 
 
 def adds_begin_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts its begin-of-sequence token in front of a text (Llama's and Vicuna's do)."""
+    """Return whether the tokenizer itself puts its begin-of-sequence token in front of a text, as Llama's does."""
     begin = tokenizer.bos_token_id
     return begin is not None and tokenizer("").input_ids[:1] == [begin]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, begin: bool, offsets: bool = False) -> Encoded:
-    """Token ids of a text that a chat template wrote; what is marked in it is spelt.
+    """Return the token ids of a text that a chat template wrote; what is marked in it is spelt.
 
     Args:
         begin: put the begin-of-sequence token in front.
@@ -127,7 +127,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, begin: bool, offset
 def padded(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], *, offsets: bool = False, **how: Any
 ) -> dict[str, Any]:
-    """The rows as a batch, `how` as of the tokenizer's `pad`; `offset_mapping` of padding is (0, 0)."""
+    """Pad the rows to a batch, `how` as of the tokenizer's `pad`; `offset_mapping` of padding is (0, 0)."""
     batch = dict(tokenizer.pad({"input_ids": [row.ids for row in rows]}, verbose=False, **how))
     if offsets:
         left = (how.get("padding_side") or tokenizer.padding_side) == "left"
@@ -163,7 +163,7 @@ def _tokens(
 
 
 def _spelt(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
-    """The ids of a control token's characters, none of them a control token's."""
+    """Return the ids of a control token's characters, none of them a control token's."""
     control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     newline, ids = _spelling(tokenizer, _NEWLINE), _spelling(tokenizer, _NEWLINE + token)
     ids = ids[len(newline) :] if ids[: len(newline)] == newline else _spelling(tokenizer, token)
@@ -175,7 +175,7 @@ def _spelt(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids without a look at the added tokens."""
+    """Return token ids without a look at the added tokens."""
     if not tokenizer.is_fast:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids

@@ -123,7 +123,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers, name: st
 
 
 def _with_images(tokenizer: PreTrainedTokenizerBase, own: str, markers: Markers) -> str:
-    """A tokenizer's own template as it is if it renders the images of both sides, else with what it lacks in front."""
+    """Return a tokenizer's own template as it is if it renders images on both sides, else what it lacks and it."""
     image = markers.begin + markers.image + markers.end
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
     drawn = {"role": "assistant", "content": [{"type": "image"}]}
@@ -145,7 +145,7 @@ def _with_images(tokenizer: PreTrainedTokenizerBase, own: str, markers: Markers)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]]) -> tuple[str, str]:
-    """The conversation in that template, and why there is none."""
+    """Render the conversation in that template, or say why there is none."""
     try:
         return render_guarded(template, messages, add_generation_prompt=False, **tokenizer.special_tokens_map), ""
     except UserError as error:  # templates for text only add a list to a string
@@ -153,7 +153,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[
 
 
 def is_published(template: Template) -> bool:
-    """Whether a template is one of those written here, which leave the first begin token to the text tokenizer."""
+    """Return whether a template was written here: it leaves the first begin token to the text tokenizer."""
     return isinstance(template, str) and template.startswith(_CONTENT.partition("\n")[0])
 
 
