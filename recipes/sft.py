@@ -7,7 +7,7 @@ The output folder loads with `unimm.load`. A run that is started again goes on f
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from unimm.training.host_recipe import train_on_flows
 from unimm.training.language_model import CHAT_TOKENS, new_language_model
 from unimm.training.parameters import train_projector_only
 from unimm.training.text_tokenizer import train_text_tokenizer
+from unimm.typed import used_when
 
 
 @dataclass
@@ -46,8 +47,13 @@ class SFTModelConfig:
     image_tokenizer: str | None = None
     llm: str | dict | None = None
     init_from: str | None = None
-    text_vocab_size: int = 600
-    row_init: RowInit = "random"
+    text_vocab_size: int = field(
+        default=600,
+        metadata=used_when(lambda c: isinstance(c.llm, dict), "model.llm as fields of a new model"),
+    )
+    row_init: RowInit = field(
+        default="random", metadata=used_when(lambda c: c.init_from is None, "model.image_tokenizer and model.llm")
+    )
     chat_template: str | None = None
     pad_to_square: bool = False
     trains: Literal["all", "projector"] = "all"

@@ -29,6 +29,9 @@ from unimm.training.dry_run import dry_run_tokenizer, short_tokenizer
 from unimm.training.objective import ObjectiveConfig
 from unimm.training.run import open_run
 from unimm.training.tokenizer_trainer import TokenizerTrainer
+from unimm.typed import refuse_unused, used_when
+
+BEGINNING = used_when(lambda c: c.encoder is not None, "model.encoder, with which a tokenizer begins")
 
 
 @dataclass
@@ -40,8 +43,8 @@ class TokenizerModelConfig:
     kind: str = "vqrae"
     encoder: str | None = None
     init_from: str | None = None
-    image_size: int | None = None
-    config: dict = field(default_factory=dict)
+    image_size: int | None = field(default=None, metadata=BEGINNING)
+    config: dict = field(default_factory=dict, metadata=BEGINNING)
     attn_implementation: str | None = None
 
 
@@ -51,6 +54,15 @@ class TokenizerRecipe:
     model: TokenizerModelConfig = field(default_factory=TokenizerModelConfig)
     data: PictureConfig = field(default_factory=PictureConfig)
     loss: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def __post_init__(self) -> None:
+        refuse_unused(self.data, ["caption_template"], "a recipe that reads captions", prefix="data.")
+        if self.train.stage != 2:
+            refuse_unused(self.loss, ["distillation_weight"], "train.stage 2", prefix="loss.")
+        for level, kinds in (("deep", ("vfmtok", "ideal")), ("shallow", ("ideal",))):
+            if self.model.kind not in kinds:
+                weights = [f"{level}_cosine_weight", f"{level}_mse_weight"]
+                refuse_unused(self.loss, weights, f"model.kind {' or '.join(kinds)}", prefix="loss.")
 
 
 def build(model: TokenizerModelConfig) -> ImageTokenizer:

@@ -4,7 +4,8 @@ What a run does stands in one dataclass per recipe, with nested dataclasses for 
 
 - every key and type is checked (`unimm.typed`); Hugging Face's dataclasses (`TrainingArguments`, `SFTConfig`) nest like
   any other and are not re-declared;
-- `base: other.yaml` (relative to the file) is read first and the file is laid over it, then the `a.b=c` overrides;
+- `base: other.yaml` (relative to the file) is read first and the file is laid over it, then the `a.b=c` overrides; an
+  empty mapping (`config: {}`) drops what the base has there;
 - YAML is read as version 1.2 means it: `1e-4` is a number, `no` and `off` are words;
 - `save_config` writes the whole configuration back, with the versions and the git commit beside it.
 """
@@ -163,7 +164,8 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        inside = isinstance(below, dict) and isinstance(value, dict) and value  # {} takes the place of what is below
+        merged[key] = _merged(below, value) if inside else value
     return merged
 
 

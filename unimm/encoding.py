@@ -31,6 +31,7 @@ from unimm.data.sources import open_pictures
 from unimm.errors import UserError, reading
 from unimm.provenance import write_atomically
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
+from unimm.typed import used_when
 
 
 @dataclass
@@ -50,16 +51,20 @@ class EncodeConfig:
     """
 
     source: str
-    read: ReadOptions = field(default_factory=ReadOptions)
+    read: ReadOptions = field(
+        default_factory=ReadOptions, metadata=used_when(lambda c: c.source != WORLD, "data.source from outside")
+    )
     count: int | None = None
     columns: list[str] = field(default_factory=lambda: ["text"])
-    label_column: str = "label"
+    label_column: str = field(
+        default="label", metadata=used_when(lambda c: "class_label" in c.columns, "class_label in data.columns")
+    )
     rows_per_shard: int = 4096
     batch_size: int = 64
     num_workers: int = 0
     features: bool = False
     max_bad_share: float = DEFAULT_MAX_BAD_SHARE
-    seed: int = 0
+    seed: int = field(default=0, metadata=used_when(lambda c: c.source == WORLD, "data.source: shapes"))
 
     def __post_init__(self) -> None:
         known = [name for name in COLUMNS if name != "key"]

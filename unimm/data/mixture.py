@@ -25,9 +25,14 @@ from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.sources import open_pictures
 from unimm.data.text_to_image import IdDrawings, PictureDrawings, ShapesDrawings
 from unimm.errors import UserError
+from unimm.typed import used_when
 
 ENDLESS = 2**31 - 1
 """Length of a training stream; `train.max_steps` says when it stops."""
+
+
+_TALK = used_when(lambda c: (c.kind, c.source) == ("conversation", "shapes"), "conversations of the shapes world")
+_OUTSIDE = used_when(lambda c: c.source != "shapes", "a source from outside")
 
 
 @dataclass
@@ -59,15 +64,17 @@ class FlowConfig:
     ratio: float = 1.0
     weight: float = 1.0
     source: str = "shapes"
-    num_turns: tuple[int, int] = (4, 7)
-    kind_shares: dict[str, float] | None = None
-    null_prompt_prob: float = 0.0
+    num_turns: tuple[int, int] = field(default=(4, 7), metadata=_TALK)
+    kind_shares: dict[str, float] | None = field(default=None, metadata=_TALK)
+    null_prompt_prob: float = field(default=0.0, metadata=used_when(lambda c: c.kind == "drawing", "kind: drawing"))
     image_folder: str | None = None
-    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
+    max_bad_share: float = field(default=DEFAULT_MAX_BAD_SHARE, metadata=_OUTSIDE)
     drop_questions: bool = False
     group_by_modality: bool = False
-    read: ReadOptions = field(default_factory=ReadOptions)
-    question: str = "Describe the picture."
+    read: ReadOptions = field(default_factory=ReadOptions, metadata=_OUTSIDE)
+    question: str = field(
+        default="Describe the picture.", metadata=used_when(lambda c: c.kind == "captioning", "kind: captioning")
+    )
 
     def __post_init__(self) -> None:
         llava = self.kind == "conversation" and Path(self.source).suffix in LLAVA_SUFFIXES

@@ -19,6 +19,7 @@ from unimm.data.shapes.datasets import ShapesPictures
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.sources import open_pictures
 from unimm.errors import UserError
+from unimm.typed import used_when
 
 WORLD = "shapes"
 
@@ -52,9 +53,14 @@ class PictureConfig:
     random_crop: bool = False
     flip: bool = False
     caption_template: str = "{}"
-    read: ReadOptions = field(default_factory=ReadOptions)
+    read: ReadOptions = field(
+        default_factory=ReadOptions, metadata=used_when(lambda c: c.source != WORLD, "data.source from outside")
+    )
     mix: list[PictureSource] = field(default_factory=list)
-    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
+    max_bad_share: float = field(
+        default=DEFAULT_MAX_BAD_SHARE,
+        metadata=used_when(lambda c: c.source != WORLD or c.mix, "data.source or data.mix from outside"),
+    )
 
     def __post_init__(self) -> None:
         if any(each.weight <= 0 for each in self.mix):

@@ -1,12 +1,13 @@
 """Settings of training runs: `TrainingArguments` for language models, and those of the tokenizers' own loop."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from unimm.errors import UserError
+from unimm.typed import used_when
 
 
 def _no_gpu() -> bool:
@@ -41,6 +42,17 @@ class StreamTrainingArguments(TrainingArguments):
 
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
     global_batch_size: int | None = field(default=None, metadata={"help": "Samples of one step of all processes."})
+    UNUSED: ClassVar[frozenset[str]] = frozenset({
+        "do_train", "do_eval", "do_predict", "num_train_epochs", "resume_from_checkpoint",  # of scripts, not of Trainer
+        "data_seed", "length_column_name", "ignore_data_skip",  # the stream is addressed by position
+        "auto_find_batch_size",  # the samples of a step are fixed
+        "label_smoothing_factor", "label_names", "average_tokens_across_devices",  # the losses are the trainers' own
+        "prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches",
+        "eval_accumulation_steps", "eval_use_gather_object",  # an evaluation is a loss
+        "load_best_model_at_end", "metric_for_best_model", "greater_is_better",  # the last model is the result
+    })  # fmt: skip
+    """Fields of `TrainingArguments` that change nothing here: a recipe refuses them."""
+
     max_steps: int = field(default=0, metadata={"help": "Optimizer steps; needed, a stream has no end."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples are messages, not columns."})
     train_sampling_strategy: str = field(
@@ -104,6 +116,20 @@ class HostTrainingArguments(StreamTrainingArguments):
 
 
 @dataclass
+class C2ITrainingArguments(StreamTrainingArguments):
+    """Settings of a class-conditional model's training.
+
+    Args:
+        compile_blocks: torch.compile for the model's blocks; evaluation and drawing stay eager.
+    """
+
+    compile_blocks: bool = field(default=False, metadata={"help": "Compile the model's blocks."})
+
+
+_PANEL = used_when(lambda c: c.prompts, "panel.prompts")
+
+
+@dataclass
 class PanelConfig:
     """What is drawn into tensorboard at every evaluation, by the same `generate` that users call.
 
@@ -113,9 +139,13 @@ class PanelConfig:
     """
 
     prompts: list[str] = field(default_factory=list)
-    guidance_scale: float = 3.0
-    temperature: float = 1.0
-    seed: int = 0
+    guidance_scale: float = field(default=3.0, metadata=_PANEL)
+    temperature: float = field(default=1.0, metadata=_PANEL)
+    seed: int = field(default=0, metadata=_PANEL)
+
+
+_FITS = used_when(lambda c: c.codebook_init == "data" or c.refit_rounds, "train.codebook_init data or refit_rounds")
+_RESTARTS = used_when(lambda c: c.revive_steps, "train.revive_steps")
 
 
 @dataclass
@@ -141,9 +171,9 @@ class TokenizerTrainingConfig:
     global_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     learning_rate: float = 4e-4
-    encoder_learning_rate: float = 1e-5
+    encoder_learning_rate: float = field(default=1e-5, metadata=used_when(lambda c: c.stage == 2, "train.stage 2"))
     end_learning_rate: float = 1e-4
-    shared_lr_multiplier: bool = False
+    shared_lr_multiplier: bool = field(default=False, metadata=used_when(lambda c: c.stage == 2, "train.stage 2"))
     warmup_steps: int = 2000
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     adam_epsilon: float = 1e-8
@@ -152,10 +182,10 @@ class TokenizerTrainingConfig:
     ema_decay: float = 0.999
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     codebook_init: Literal["random", "data"] = "random"
-    codebook_init_pictures: int = 2048
+    codebook_init_pictures: int = field(default=2048, metadata=_FITS)
     revive_steps: int | None = None
-    revive_until: float = 0.7
-    revive_redundant: bool = False
+    revive_until: float = field(default=0.7, metadata=_RESTARTS)
+    revive_redundant: bool = field(default=False, metadata=_RESTARTS)
     refit_rounds: int = 0
     seed: int = 0
     num_workers: int = 0
