@@ -22,7 +22,7 @@ from unimm.errors import UserError, reading, run_main
 from unimm.mllm import load
 from unimm.mllm.loading import DEFAULT
 from unimm.processes import processes
-from unimm.saving import weights_fingerprint
+from unimm.provenance import model_fingerprint
 from unimm.tokenizer import TOKENIZERS, ImageTokenizer
 from unimm.training.arguments import TokenizerTrainingConfig, accumulation_steps
 from unimm.training.dry_run import dry_run_tokenizer, short_tokenizer
@@ -113,7 +113,7 @@ def main() -> None:
         trainer = TokenizerTrainer(tokenizer, pictures, short_tokenizer(train), recipe.loss)
         dry_run_tokenizer(trainer, Path(train.output_dir) / "dry_run.png")
         return
-    encoder = weights_fingerprint(tokenizer.encoder)  # the teacher
+    encoder = model_fingerprint(tokenizer.encoder)  # the teacher
     with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=pictures.sizes):
         TokenizerTrainer(tokenizer, pictures, train, recipe.loss).train()
 

@@ -164,8 +164,10 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        inside = isinstance(below, dict) and isinstance(value, dict) and value  # {} takes the place of what is below
-        merged[key] = _merged(below, value) if inside else value
+        if isinstance(below, dict) and isinstance(value, dict) and value:
+            merged[key] = _merged(below, value)
+        else:
+            merged[key] = value  # {} takes the place of what is below
     return merged
 
 

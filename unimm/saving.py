@@ -1,7 +1,6 @@
 """A model, and its processor where it has one, as one folder that is whole or not there; and checkpoints with holes
 refused, which transformers would fill at random."""
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from unimm.errors import UserError
 
@@ -29,15 +27,6 @@ def save_whole(
     for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
         path.replace(folder / path.name)
     staging.rmdir()
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 over the name, type, shape and bytes of every weight: what a result that was stored is a result of."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class WholeCheckpointMixin:

@@ -25,7 +25,7 @@ SECRET_FIELDS = frozenset({"hub_token", "push_to_hub_token"})
 def known_keys(cls: Any) -> list[str]:
     """Names of the fields that a person may set: those of the constructor, without the inherited ones that the class
     does not use and therefore lists in `UNUSED`."""
-    unused = getattr(cls, "UNUSED", frozenset())
+    unused: frozenset[str] = getattr(cls, "UNUSED", frozenset())
     return sorted(field.name for field in dataclasses.fields(cls) if field.init and field.name not in unused)
 
 
