@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from unimm.benchmarks.accumulation import CASES, differences, left_behind, train
 from unimm.errors import run_main
 from unimm.provenance import git_commit
 from unimm.report import Report
+from unimm.training.accumulation import CASES, differences, left_behind, train
 
 ROOT = Path(__file__).resolve().parents[1]
 MICRO_BATCHES = (2, 3, 4)

@@ -25,7 +25,7 @@ from unimm.data.images import save_image_atomically
 from unimm.errors import UserError, require_place, run_main
 from unimm.provenance import write_atomically
 from unimm.tokenizer.loading import load_with_processor
-from unimm.training.arguments import HostTrainingArguments
+from unimm.training.arguments import C2ITrainingArguments
 from unimm.training.class_conditional_trainer import ClassConditionalTrainer
 from unimm.training.dry_run import SHEET_PICTURES, dry_run_stream, short, show_pictures
 from unimm.training.run import open_run
@@ -34,8 +34,8 @@ from unimm.typed import Count
 
 @dataclass
 class C2IModelConfig:
-    """`size` is one of LlamaGen's (B, L, XL, XXL, 3B), `config` are fields of ClassConditionalConfig over it; codebook
-    and grid are the tokenizer's."""
+    """`size` is one of the published ones (B, L, XL, XXL, 2B, 3B), `config` are fields of ClassConditionalConfig over
+    it; codebook and grid are the tokenizer's."""
 
     image_tokenizer: str
     num_classes: Count
@@ -48,13 +48,11 @@ class C2IModelConfig:
 class C2IRecipe:
     model: C2IModelConfig
     data: ClassIdsConfig
-    train: HostTrainingArguments
+    train: C2ITrainingArguments
     sheet: SheetConfig = field(default_factory=SheetConfig)
 
 
 def build(recipe: C2IRecipe, ids: ClassIds, *, compiled: bool = False) -> ClassConditionalGPT:
-    if recipe.train.use_muon:
-        raise UserError("train.use_muon is for the host recipes: c2i trains with AdamW, as LlamaGen does.")
     facts = {
         "codebook_size": ids.info.codebook_size,
         "grid": ids.info.grid,
@@ -97,7 +95,11 @@ def main() -> None:
 
 
 def trainer_of(
-    recipe: C2IRecipe, args: HostTrainingArguments, model: ClassConditionalGPT, ids: ClassIds, held_out: ClassIds
+    recipe: C2IRecipe,
+    args: C2ITrainingArguments,
+    model: ClassConditionalGPT,
+    ids: ClassIds,
+    held_out: ClassIds,
 ) -> ClassConditionalTrainer:
     stream = IdStream(ids, args.max_steps * args.samples_per_step, recipe.data.seed)
     return ClassConditionalTrainer(model, args, train_dataset=stream, eval_dataset=IdRows(held_out))

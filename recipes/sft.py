@@ -7,7 +7,7 @@ The output folder loads with `unimm.load`. A run that is started again goes on f
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from unimm.training.host_recipe import train_on_flows
 from unimm.training.language_model import CHAT_TOKENS, new_language_model
 from unimm.training.parameters import train_projector_only
 from unimm.training.text_tokenizer import train_text_tokenizer
-from unimm.typed import Count
+from unimm.typed import Count, used_when
 
 
 @dataclass
@@ -49,8 +49,13 @@ class SFTModelConfig:
     image_tokenizer: str | None = None
     llm: str | dict | None = None
     init_from: str | None = None
-    text_vocab_size: Count = 600
-    row_init: RowInit = "random"
+    text_vocab_size: Count = field(
+        default=600,
+        metadata=used_when(lambda c: isinstance(c.llm, dict), "model.llm as fields of a new model"),
+    )
+    row_init: RowInit = field(
+        default="random", metadata=used_when(lambda c: c.init_from is None, "model.image_tokenizer and model.llm")
+    )
     chat_template: str | None = None
     pad_to_square: bool = False
     trains: Literal["all", "projector"] = "all"

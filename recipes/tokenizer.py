@@ -22,14 +22,16 @@ from unimm.errors import UserError, reading, require_place, run_main
 from unimm.mllm import load
 from unimm.mllm.loading import DEFAULT
 from unimm.processes import processes
-from unimm.saving import weights_fingerprint
+from unimm.provenance import model_fingerprint
 from unimm.tokenizer import TOKENIZERS, ImageTokenizer
 from unimm.training.arguments import TokenizerTrainingConfig, accumulation_steps
 from unimm.training.dry_run import dry_run_tokenizer, short_tokenizer
 from unimm.training.objective import ObjectiveConfig
 from unimm.training.run import open_run
 from unimm.training.tokenizer_trainer import PANEL_PICTURES, TokenizerTrainer
-from unimm.typed import Count
+from unimm.typed import Count, refuse_unused, used_when
+
+BEGINNING = used_when(lambda c: c.encoder is not None, "model.encoder, with which a tokenizer begins")
 
 
 @dataclass
@@ -41,8 +43,8 @@ class TokenizerModelConfig:
     kind: str = "vqrae"
     encoder: str | None = None
     init_from: str | None = None
-    image_size: Count | None = None
-    config: dict = field(default_factory=dict)
+    image_size: Count | None = field(default=None, metadata=BEGINNING)
+    config: dict = field(default_factory=dict, metadata=BEGINNING)
     attn_implementation: str | None = None
 
 
@@ -52,6 +54,15 @@ class TokenizerRecipe:
     model: TokenizerModelConfig = field(default_factory=TokenizerModelConfig)
     data: PictureConfig = field(default_factory=PictureConfig)
     loss: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def __post_init__(self) -> None:
+        refuse_unused(self.data, ["caption_template"], "a recipe that reads captions", prefix="data.")
+        if self.train.stage != 2:
+            refuse_unused(self.loss, ["distillation_weight"], "train.stage 2", prefix="loss.")
+        for level, kinds in (("deep", ("vfmtok", "ideal")), ("shallow", ("ideal",))):
+            if self.model.kind not in kinds:
+                weights = [f"{level}_cosine_weight", f"{level}_mse_weight"]
+                refuse_unused(self.loss, weights, f"model.kind {' or '.join(kinds)}", prefix="loss.")
 
 
 def require_model(model: TokenizerModelConfig) -> None:
@@ -112,7 +123,7 @@ def main() -> None:
         trainer = TokenizerTrainer(tokenizer, pictures, short_tokenizer(train), recipe.loss)
         dry_run_tokenizer(trainer, train, Path(train.output_dir) / "dry_run.png")
         return
-    encoder = weights_fingerprint(tokenizer.encoder)  # the teacher
+    encoder = model_fingerprint(tokenizer.encoder)  # the teacher
     with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=pictures.sizes):
         TokenizerTrainer(tokenizer, pictures, train, recipe.loss, held_out=held_out).train()
 

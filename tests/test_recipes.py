@@ -15,11 +15,13 @@ from unimm.tokenizer import TOKENIZERS, VQRAEConfig
 from unimm.tokenizer.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAIN = ("vfm", "vfmtok", "ideal", "stage1", "stage2", "stage3", "encode", "c2i", "sft", "t2i", "t2i_ids")
+CHAIN = ("vfm", "vfmtok", "ideal", "stage1", "stage2", "stage3", "encode", "c2i", "llamagen_l_256", "sft", "t2i")
+CHAIN += ("t2i_ids",)
 STAGES = ("stage1", "stage2", "stage3", "vfmtok", "ideal")
 RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
 RECIPES |= {"llava15_pretrain": "sft", "llava15_mix665k": "sft", "t2i_ids": "t2i"}
 RECIPES |= {"llava15_mix665k_lora": "sft", "llava15_mix665k_qlora": "sft", "t2i_qwen3_0.6b": "t2i"}
+RECIPES |= {"llamagen_l_256": "c2i"}
 RECIPES |= {"tokenizer": "tokenizer", "stage3_more": "tokenizer", "questions": "t2i", "positions": "t2i"}  # later legs
 
 
@@ -65,7 +67,7 @@ CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent.
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: "/".join(p.parts[-2:]))
 def test_every_configuration_is_read_by_its_recipe(path):
     folders = {"compare/shapes": "tokenizer", "compare/cifar10": "tokenizer", "tokenizer": "tokenizer"}
-    folders |= {"sft": "sft", "t2i": "t2i"}
+    folders |= {"sft": "sft", "t2i": "t2i", "c2i": "c2i"}
     name = next((r for f, r in folders.items() if path.parent.as_posix().endswith(f"/{f}")), RECIPES.get(path.stem))
     classes = {
         "vfm": "VFMConfig",

@@ -4,7 +4,8 @@ What a run does stands in one dataclass per recipe, with nested dataclasses for 
 
 - every key and type is checked (`unimm.typed`); Hugging Face's dataclasses (`TrainingArguments`, `SFTConfig`) nest like
   any other and are not re-declared;
-- `base: other.yaml` (relative to the file) is read first and the file is laid over it, then the `a.b=c` overrides;
+- `base: other.yaml` (relative to the file) is read first and the file is laid over it, then the `a.b=c` overrides; an
+  empty mapping (`config: {}`) drops what the base has there;
 - YAML is read as version 1.2 means it, within bounds (`unimm.yaml_text`);
 - `save_config` writes the whole configuration back, with the versions and the git commit beside it.
 """
@@ -140,7 +141,10 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        if isinstance(below, dict) and isinstance(value, dict) and value:
+            merged[key] = _merged(below, value)
+        else:
+            merged[key] = value  # {} takes the place of what is below
     return merged
 
 

@@ -31,7 +31,7 @@ from unimm.data.sources import open_pictures
 from unimm.errors import UserError, reading
 from unimm.provenance import appearing, write_atomically
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
-from unimm.typed import Count, Natural, Seed, Share
+from unimm.typed import Count, Natural, Seed, Share, used_when
 
 
 @dataclass
@@ -51,16 +51,20 @@ class EncodeConfig:
     """
 
     source: str
-    read: ReadOptions = field(default_factory=ReadOptions)
+    read: ReadOptions = field(
+        default_factory=ReadOptions, metadata=used_when(lambda c: c.source != WORLD, "data.source from outside")
+    )
     count: Count | None = None
     columns: list[str] = field(default_factory=lambda: ["text"])
-    label_column: str = "label"
+    label_column: str = field(
+        default="label", metadata=used_when(lambda c: "class_label" in c.columns, "class_label in data.columns")
+    )
     rows_per_shard: Count = 4096
     batch_size: Count = 64
     num_workers: Natural = 0
     features: bool = False
     max_bad_share: Share = DEFAULT_MAX_BAD_SHARE
-    seed: Seed = 0
+    seed: Seed = field(default=0, metadata=used_when(lambda c: c.source == WORLD, "data.source: shapes"))
 
     def __post_init__(self) -> None:
         known = [name for name in COLUMNS if name != "key"]

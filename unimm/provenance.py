@@ -156,15 +156,16 @@ def git_commit() -> str | None:
 
 
 def model_fingerprint(model: Any) -> str:
-    """sha256 over all that a transformers model computes with: its settings, its defaults of generation, its weights.
+    """sha256 over all that a model computes with: its settings, its defaults of generation, its weights.
 
     Where the files lie, how they were cut and which library version wrote them does not matter; the dtype does.
     """
     import torch
 
     digest = hashlib.sha256()
-    for config in (model.config, getattr(model, "generation_config", None)):
-        settings = _related(config.to_dict()) if config is not None else None
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        to_dict = getattr(config, "to_dict", None)  # a network of another library has none
+        settings = None if to_dict is None else _related(to_dict())
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

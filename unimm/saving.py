@@ -1,7 +1,6 @@
 """A model, and its processor where it has one, as one folder that is whole or not there; and checkpoints with holes
 refused, which transformers would fill at random."""
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from unimm.checkpoint_files import bounded_by, refuse_excess, refuse_non_finite, stored_bytes
 from unimm.errors import UserError, writing
@@ -56,15 +54,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             with suppress(OSError):
                 each.rmdir()
         raise
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 over the name, type, shape and bytes of every weight: what a result that was stored is a result of."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class WholeCheckpointMixin:

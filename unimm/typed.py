@@ -15,7 +15,7 @@ import enum
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -59,8 +59,36 @@ SECRET_FIELDS = frozenset({"hub_token", "push_to_hub_token"})
 
 
 def known_keys(cls: Any) -> list[str]:
-    """Names of the fields that the dataclass's constructor takes."""
-    return sorted(field.name for field in dataclasses.fields(cls) if field.init)
+    """Names of the fields that a person may set: those of the constructor, without the inherited ones that the class
+    does not use and therefore lists in `UNUSED`."""
+    unused: frozenset[str] = getattr(cls, "UNUSED", frozenset())
+    return sorted(field.name for field in dataclasses.fields(cls) if field.init and field.name not in unused)
+
+
+def used_when(condition: Callable[[Any], Any], needs: str) -> dict[str, Any]:
+    """Metadata of a field that is read only where `condition` holds for its dataclass; `needs` says so in words.
+    `build` refuses another value than the default elsewhere."""
+    return {"used_when": condition, "needs": needs}
+
+
+def refuse_unused(instance: Any, names: Iterable[str], needs: str, *, prefix: str) -> None:
+    """Raise UserError for the first of the fields `names` that has another value than its default, though nothing reads
+    it without what `needs` says."""
+    for field in dataclasses.fields(instance):
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        if field.name in names and (value := getattr(instance, field.name)) != default:
+            raise UserError(
+                f"{prefix}{field.name} is {plain(value)!r}, and nothing reads it without {needs}: set that too, or "
+                f"leave {prefix}{field.name} at {plain(default)!r}."
+            )
+
+
+def _refuse_idle(instance: Any, prefix: str) -> None:
+    for field in dataclasses.fields(instance):
+        condition = field.metadata.get("used_when")
+        if condition is not None and not condition(instance):
+            refuse_unused(instance, [field.name], field.metadata["needs"], prefix=prefix)
 
 
 def build(cls: type[T], tree: Mapping[Any, Any], *, key: str, source: str) -> T:
@@ -88,7 +116,9 @@ def build(cls: type[T], tree: Mapping[Any, Any], *, key: str, source: str) -> T:
         if field.init and required and field.name not in values:
             raise UserError(f"{prefix}{field.name} is missing in {source}.")
     try:
-        return cls(**values)
+        built = cls(**values)
+        _refuse_idle(built, prefix)
+        return built
     except UserError:
         raise
     except (ValueError, TypeError) as error:
@@ -214,7 +244,7 @@ def _describe(hint: Any) -> str:
 def plain(value: Any) -> Any:
     """The value as dict, list, str, number, bool or None, from which `build` makes the same dataclass again."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if field.init]
+        names = [field.name for field in dataclasses.fields(value) if field.name in known_keys(value)]
         return {name: None if name in SECRET_FIELDS else plain(getattr(value, name)) for name in names}
     if isinstance(value, enum.Enum):
         return plain(value.value)

@@ -20,7 +20,7 @@ from transformers import (
 from tests.benchmarks.tiny_judges import ANSWERS, save_blip, save_llava, save_qwen_vl, save_vilt
 from unimm.benchmarks.vqa import MPLUG_ID, load_judge
 from unimm.errors import UserError
-from unimm.saving import weights_fingerprint
+from unimm.provenance import model_fingerprint
 
 QUESTIONS = ["is there a red circle?", "red?", "is a blue circle there?", "a?", "is there a circle?", "blue?"]
 
@@ -75,7 +75,7 @@ def test_answers_are_those_of_one_request_at_a_time(folders, images, kind):
     described = judge.describe()
     assert (described["name"], described["kind"]) == (folders[kind].name, kind)
     assert (described["dtype"], described["device"]) == ("float32", "cpu")
-    assert described["sha256"] == weights_fingerprint(judge.model) and len(described["sha256"]) == 64
+    assert described["sha256"] == model_fingerprint(judge.model) and len(described["sha256"]) == 64
 
 
 def test_requests_of_one_shape_share_a_forward(folders, images, monkeypatch):

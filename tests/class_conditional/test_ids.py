@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.class_conditional.tiny import random_ids
 from tests.tokenizer.conftest import tiny_vqrae
-from unimm.class_conditional.extraction import ClassIdsConfig, extract_ids, prepare_ids
+from unimm.class_conditional.extraction import ClassIdsConfig, extract_ids, prepare_ids, views_of
 from unimm.class_conditional.ids import IdStream, read_class_ids, write_class_ids
 from unimm.data.ids import IdsInfo
 from unimm.data.labelled import labelled_pictures
@@ -93,6 +93,30 @@ def test_extracted_ids_are_those_of_encode(tmp_path):
     assert np.array_equal(found.ids[1::2], expected[5:])
     assert found.class_labels.tolist() == [row["label"] for row in pictures for _ in range(2)]
     assert found.info.tokenizer_fingerprint == tokenizer.fingerprint
+
+
+def test_ten_crop_is_five_places_at_two_scales_and_their_mirror_images(tmp_path):
+    """LlamaGen's extraction: torchvision's TenCrop of the centre crop at 1.1 and 1.05 times the size, by hand."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    views = views_of(image, size=20, scales=[1.1, 1.05], flip=True)
+    assert len(views) == 20 and {view.size for view in views} == {(20, 20)}
+    for scale, side, middle in ((0, 22, 1), (1, 21, 0)):
+        whole = np.asarray(crop(image, side))
+        rest = side - 20
+        places = [(0, 0), (rest, 0), (0, rest), (rest, rest), (middle, middle)]
+        for number, (left, top) in enumerate(places):
+            expected = whole[top : top + 20, left : left + 20]
+            assert np.array_equal(np.asarray(views[10 * scale + 2 * number]), expected)
+            assert np.array_equal(np.asarray(views[10 * scale + 2 * number + 1]), expected[:, ::-1])
+    tokenizer = tiny_vqrae()
+    processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
+    config = ClassIdsConfig("shapes", "shapes", str(tmp_path), 3, 2, crop_scales=[1.1, 1.05], batch_size=2)
+    train, held_out = (prepare_ids(config, split, tokenizer, processor) for split in ("train", "eval"))
+    assert (len(train), len(held_out)) == (60, 2) and "five crops at 1.1, 1.05" in train.info.made_from
+    labels = [row["label"] for row in labelled_pictures("shapes", 3, seed=0)]
+    assert train.class_labels.tolist() == [label for label in labels for _ in range(20)]
+    with pytest.raises(UserError, match=r"at least 1[;:] 0\.9"):
+        ClassIdsConfig("shapes", "shapes", str(tmp_path), crop_scales=[0.9])
 
 
 def test_ids_on_disk_are_taken_up_or_refused(tmp_path):

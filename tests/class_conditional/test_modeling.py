@@ -12,8 +12,9 @@ from unimm.class_conditional.modeling import grid_rotation, rotate
 from unimm.errors import UserError
 from unimm.sampling import ImageSampling
 
-PUBLISHED_MILLIONS = {"B": 111, "L": 343, "XL": 775, "XXL": 1411, "3B": 3097}
-"""LlamaGen's own names of its checkpoints: 111M, 343M, 775M, 1.4B, 3.1B."""
+PUBLISHED_MILLIONS = {"B": 111, "L": 343, "XL": 775, "XXL": 1411, "2B": 2188, "3B": 3097}
+"""LlamaGen's own names of its checkpoints: 111M, 343M, 775M, 1.4B, 3.1B. VFMTok's 2B, by hand: 48 layers of width d =
+1920 and 4 d^2 + 3 d 5120 weights, two tables of 16384 and one of 1001 rows."""
 
 GREEDY = {"do_sample": False}
 

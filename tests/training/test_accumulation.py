@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.conftest import ROOT
 from tests.tokenizer.conftest import tiny_vqrae
 from tests.training.test_tokenizer_trainer import NO_JUDGE, Small
-from unimm.benchmarks.accumulation import CASES, differences, left_behind, train
+from unimm.training.accumulation import CASES, differences, left_behind, train
 from unimm.training.adversary import Adversary
 from unimm.training.arguments import TokenizerTrainingConfig
 from unimm.training.discriminator import DinoHead, LocalBatchNorm

@@ -9,7 +9,7 @@ from tests.class_conditional.tiny import FIELDS, random_ids
 from unimm.class_conditional import ClassConditionalConfig, ClassConditionalGPT
 from unimm.class_conditional.ids import IdRows, IdStream
 from unimm.errors import UserError
-from unimm.training.arguments import HostTrainingArguments
+from unimm.training.arguments import C2ITrainingArguments
 from unimm.training.class_conditional_trainer import ClassConditionalTrainer
 
 
@@ -23,7 +23,7 @@ def trainer_in(folder, *, rows=20, **settings) -> ClassConditionalTrainer:
     torch.manual_seed(0)
     given = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True}
     given |= {"ema_decay": 0.9}
-    args = HostTrainingArguments(output_dir=str(folder), disable_tqdm=True, **given | settings)
+    args = C2ITrainingArguments(output_dir=str(folder), disable_tqdm=True, **given | settings)
     ids = random_ids(rows)
     model = ClassConditionalGPT(ClassConditionalConfig(**FIELDS))
     return ClassConditionalTrainer(

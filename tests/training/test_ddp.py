@@ -1,5 +1,5 @@
-"""Two processes with n samples each against one process with 2 n, for every recipe: all that a run leaves behind is
-equal, weights, averages, optimizer states and LeCAM's statistics alike."""
+"""Two processes, some with two micro-batches, against one process with the whole batch, for every recipe: all that a
+run leaves behind is equal, weights, averages, optimizer states and LeCAM's statistics alike."""
 
 import json
 import os
@@ -7,19 +7,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tests.training.every_recipe import run_recipe
+from tests.training.every_recipe import run as run_recipe
+from unimm.training.accumulation import differences, left_behind
 
 pytestmark = pytest.mark.slow
 
-BATCH = {"tokenizer": 2}  # of each of two processes; 4 elsewhere, where both flows must be in it
+TWICE = ("vfm", "ideal", "stage1", "stage2")
+"""Of these, two processes accumulate two micro-batches of 2; elsewhere a process takes 4, with both flows in them."""
 TOKENIZER = ["train.mixed_precision=no", "train.panel_steps=1", "train.steps=2"]
 HOST = ["train.bf16=false", "train.adam_epsilon=1e-4"]
 # in this order one is what the next begins from
@@ -60,7 +60,8 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 
 def command(run: str, folder: Path, processes: int) -> list[str]:
     recipe, overrides = RUNS[run]
-    batch = BATCH.get(recipe, 4) * 2 // processes
+    k = 2 if run in TWICE and processes == 2 else 1
+    batch = 8 // processes // k
     config = "t2i" if recipe == "t2i" else run
     size = "train.batch_size" if recipe == "tokenizer" else "train.per_device_train_batch_size"
     return [
@@ -69,6 +70,7 @@ def command(run: str, folder: Path, processes: int) -> list[str]:
         str(ROOT / f"configs/debug/{config}.yaml"),
         *overrides,
         f"{size}={batch}",
+        f"train.gradient_accumulation_steps={k}",
         f"train.output_dir={folder / run}",
     ]
 
@@ -110,33 +112,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(state, torch.Tensor):
-        yield name, state
-    elif isinstance(state, dict):
-        for key, value in state.items():
-            yield from tensors(value, f"{name}/{key}")
-    elif isinstance(state, (list, tuple)):
-        yield from tensors(dict(enumerate(state)), name)
-
-
-def left_behind(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint and of the result."""
-    checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    found: dict[str, torch.Tensor] = {}
-    for path in [*checkpoint.iterdir(), *folder.glob("*.safetensors")]:
-        if path.suffix == ".safetensors":
-            found |= dict(tensors(load_file(path), f"{path.parent.name}/{path.name}"))
-        elif path.suffix == ".pt" and "rng" not in path.name:
-            found |= dict(tensors(torch.load(path, weights_only=True), path.name))
-    return {name: tensor.float() for name, tensor in found.items() if "rng" not in name}
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_are_one_with_twice_the_batch(runs: Path, run: str) -> None:
     one, two = left_behind(runs / "debug" / run), left_behind(runs / "two" / run)
     assert one.keys() == two.keys() and len(one) > 50
     assert sum(bool(one[name].any()) for name in one if "exp_avg" in name) > 10  # it did learn
-    far = {name: float((one[name] - two[name]).abs().max()) for name in one if one[name].numel()}
+    far = differences(one, two)
     wrong = {name: value for name, value in far.items() if value > 1e-5}
     assert not wrong, sorted(wrong.items(), key=lambda item: -item[1])[:10]

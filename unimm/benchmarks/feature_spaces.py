@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.benchmarks.inception import FidInception, load_inception
-from unimm.saving import weights_fingerprint
+from unimm.provenance import model_fingerprint
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.encoders import build_encoder, encoder_family, final_norm
 from unimm.tokenizer.pretrained import find_encoder, load_encoder
@@ -77,7 +77,7 @@ class EncoderSpace:
         return {POOL: (tokens[:, 0] if self.family.cls_token else tokens.mean(dim=1)).cpu()}
 
     def describe(self) -> dict[str, Any]:
-        described = {"name": self.name, "sha256": weights_fingerprint(self.encoder), "layer": self.layer}
+        described = {"name": self.name, "sha256": model_fingerprint(self.encoder), "layer": self.layer}
         return described | {"resize": f"bicubic to {self.side}"}
 
 
@@ -100,7 +100,7 @@ class TokenizerSpace:
         return {POOL: self.tokenizer.features(pixel_values).mean(dim=1).float().cpu()}
 
     def describe(self) -> dict[str, Any]:
-        sha256, side = weights_fingerprint(self.tokenizer.encoder), self.tokenizer.config.image_size
+        sha256, side = model_fingerprint(self.tokenizer.encoder), self.tokenizer.config.image_size
         described = {"name": self.name, "sha256": sha256, "layer": "mean", "resize": f"bicubic to {side}"}
         return described | {"note": "biased towards tokenizers that were trained on this encoder"}
 

@@ -38,8 +38,8 @@ QWEN3_0_6B: dict[str, Any] = {
 }
 """https://huggingface.co/Qwen/Qwen3-0.6B/blob/main/config.json"""
 
-LLAMAGEN = {"B": "111M", "L": "343M", "XL": "775M", "XXL": "1.4B", "3B": "3.1B"}
-"""The weights that LlamaGen (arXiv 2406.06525) gives its sizes; no total is published for the tokenizers."""
+LLAMAGEN = {"B": "111M", "L": "343M", "XL": "775M", "XXL": "1.4B", "2B": "2B", "3B": "3.1B"}
+"""The weights that LlamaGen (arXiv 2406.06525), and VFMTok for 2B, give the sizes; tokenizers have no such total."""
 
 
 def tokenizer_config(encoder: PublishedEncoder) -> VQRAEConfig:

@@ -27,7 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from unimm.data.images import to_rgb
 from unimm.errors import UserError, one_line, reading
-from unimm.saving import no_load_report, refuse_holes, weights_fingerprint
+from unimm.provenance import model_fingerprint
+from unimm.saving import no_load_report, refuse_holes
 
 MAX_ANSWER_TOKENS = 16
 MPLUG_ID = "damo/mplug_visual-question-answering_coco_large_en"
@@ -60,7 +61,7 @@ class Judge:
 
     def __init__(self, model: PreTrainedModel, processor: Any, name: str, batch_size: int = 16) -> None:
         self.model, self.processor, self.name, self.batch_size = model, processor, name, batch_size
-        self.fingerprint = weights_fingerprint(model)
+        self.fingerprint = model_fingerprint(model)
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         """The short answer to each question about the picture beside it, stripped.
@@ -217,7 +218,7 @@ class MplugJudge(Judge):
         self.pipeline = pipelines.pipeline(
             tasks.visual_question_answering, model=model_id, device="gpu" if device == "cuda" else device
         )
-        self.fingerprint = weights_fingerprint(self.pipeline.model)
+        self.fingerprint = model_fingerprint(self.pipeline.model)
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         pairs = zip(images, questions, strict=True)

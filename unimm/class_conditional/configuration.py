@@ -14,9 +14,10 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "L": (24, 16, 1024),
     "XL": (36, 20, 1280),
     "XXL": (48, 24, 1536),
+    "2B": (48, 32, 1920),
     "3B": (24, 32, 3200),
 }
-"""LlamaGen's sizes (arXiv 2406.06525, table 2): layers, heads, width."""
+"""LlamaGen's sizes (arXiv 2406.06525, table 2) and VFMTok's 2B (arXiv 2507.08441): layers, heads, width."""
 
 FEED_FORWARD_MULTIPLE = 256
 

@@ -1,7 +1,8 @@
 """Labelled pictures -> the files of ids that a class-conditional model is trained and judged on."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,9 @@ class ClassIdsConfig:
     """`source` and `eval_source` are labelled parquet files (columns image and label) or "shapes", read up to
     `num_pictures` and `num_eval_pictures` (None: all); their ids go into `folder`. Without `eval_source` the share
     `eval_share` of the rows of `source` is held out, before anything is mirrored. `flip` adds the mirror image of every
-    training picture. `seed` is that of the stream of ids, and of the picture world."""
+    training image. With `crop_scales` a training image gives five crops for each of them, the corners and the center
+    training image. With `crop_scales` a training image gives five crops for each of them, the corners and the center of
+    that of the stream of ids, and of the shapes data set."""
 
     source: str
     eval_source: str | None = None
@@ -35,11 +38,16 @@ class ClassIdsConfig:
     num_pictures: Count | None = None
     num_eval_pictures: Count | None = None
     flip: bool = True
+    crop_scales: list[Annotated[float, Range(least=1)]] = field(default_factory=list)
     batch_size: Count = 64
     seed: Annotated[int, Range(least=0, most=2**31 - 1)] = 0
     eval_share: Annotated[float, Range(least=0, most=0.5)] = DEFAULT_SHARE
 
     def __post_init__(self) -> None:
+        if any(scale < 1 for scale in self.crop_scales):
+            raise UserError(
+                f"data.crop_scales are sides of the image over those of a crop, at least 1: {min(self.crop_scales)}."
+            )
         if not self.folder:
             raise UserError("data.folder is missing: the folder that the ids are kept in.")
         check_share(self.eval_share)
@@ -67,7 +75,9 @@ class ClassIdsConfig:
         words = f"{'all' if count is None else count} pictures of {source}"
         if part is not None:
             words += f", {'of' if split == 'test' else 'without'} the held-out share {self.eval_share:g}"
-        words += " and their mirror images" if self.flip and split == "train" else ""
+        if split == "train":
+            words += " and their mirror images" if self.flip else ""
+            words += f", five crops at {', '.join(map(str, self.crop_scales))}" if self.crop_scales else ""
         return words + (f", seed {self._seed(split)}" if source == WORLD else "")
 
     def _reads(self, split: Split) -> tuple[str, int | None, tuple[float, Split] | None]:
@@ -93,9 +103,16 @@ def prepare_ids(
     part: Split = "test" if split == "eval" else "train"
     made_from = config.made_from(part)
     if not path.is_file():
-        pictures, flip = config.pictures_of(part), config.flip and part == "train"
+        training = part == "train"
         extract_ids(
-            tokenizer, image_processor, pictures, path, made_from=made_from, flip=flip, batch_size=config.batch_size
+            tokenizer,
+            image_processor,
+            config.pictures_of(part),
+            path,
+            made_from=made_from,
+            batch_size=config.batch_size,
+            flip=config.flip and training,
+            crop_scales=config.crop_scales if training else (),
         )
     ids = read_class_ids(path)
     ids.info.require(tokenizer_fingerprint=tokenizer.fingerprint)
@@ -114,30 +131,50 @@ def extract_ids(
     *,
     made_from: str,
     flip: bool = False,
+    crop_scales: Sequence[float] = (),
     batch_size: int = 64,
 ) -> None:
-    """Encode labelled pictures (their centre, cut out) into the file `path`; with `flip` each also mirrored, as a row
-    of its own behind it.
+    """Encode labelled images into the file `path`, each of their `views_of` as a row of its own.
 
     Raises:
         UserError: the codebook does not fit 16 bits, or the file cannot be written.
     """
     config = tokenizer.config
+    views = partial(views_of, size=config.image_size, scales=crop_scales, flip=flip)
     info = IdsInfo(tokenizer.fingerprint, config.codebook_size, config.grid, made_from)
-    write_class_ids(path, info, _encoded(tokenizer.eval(), image_processor, pictures, flip, batch_size))
+    write_class_ids(path, info, _encoded(tokenizer.eval(), image_processor, pictures, views, batch_size))
 
 
 @torch.inference_mode()
 def _encoded(
-    tokenizer: ImageTokenizer, image_processor: Any, pictures: Any, flip: bool, batch_size: int
+    tokenizer: ImageTokenizer,
+    image_processor: Any,
+    pictures: Any,
+    views: Callable[[Image.Image], list[Image.Image]],
+    batch_size: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids [b, M], class_labels [b]), batch by batch."""
     for start in tqdm(range(0, len(pictures), batch_size), desc="ids", unit="batch"):
         rows = [pictures[i] for i in range(start, min(start + batch_size, len(pictures)))]
-        images = [crop(row["image"], tokenizer.config.image_size) for row in rows]
-        labels = np.asarray([row["label"] for row in rows])
-        if flip:
-            images = [each for image in images for each in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]
-            labels = labels.repeat(2)
-        pixel_values = image_processor(images=images, return_tensors="pt").pixel_values.to(tokenizer.device)
-        yield tokenizer.encode(pixel_values).ids.cpu().numpy(), labels
+        images = [views(row["image"]) for row in rows]
+        labels = np.asarray([row["label"] for row in rows]).repeat(len(images[0]))
+        flat = [view for each in images for view in each]
+        ids = []
+        for begin in range(0, len(flat), batch_size):
+            batch = image_processor(images=flat[begin : begin + batch_size], return_tensors="pt")
+            ids.append(tokenizer.encode(batch.pixel_values.to(tokenizer.device)).ids.cpu().numpy())
+        yield np.concatenate(ids), labels
+
+
+def views_of(image: Image.Image, *, size: int, scales: Sequence[float] = (), flip: bool = False) -> list[Image.Image]:
+    """What an image is learned as: the centre, cut out at `size` pixels a side, or the corners and the centre of the
+    image at each of the `scales` of that size; with `flip` each with its mirror image behind it."""
+    views = [] if scales else [crop(image, size)]
+    for scale in scales:
+        whole = crop(image, int(size * scale))
+        rest = whole.width - size
+        corners = [(0, 0), (rest, 0), (0, rest), (rest, rest), (round(rest / 2), round(rest / 2))]
+        views += [whole.crop((left, top, left + size, top + size)) for left, top in corners]
+    if not flip:
+        return views
+    return [each for view in views for each in (view, view.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]

@@ -27,10 +27,14 @@ from unimm.data.sources import open_pictures
 from unimm.data.table_conversations import ConversationRows, TableConversations
 from unimm.data.text_to_image import IdDrawings, PictureDrawings, ShapesDrawings
 from unimm.errors import UserError
-from unimm.typed import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share
+from unimm.typed import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share, used_when
 
 ENDLESS = 2**31 - 1
 """Length of a training stream; `train.max_steps` says when it stops."""
+
+
+_TALK = used_when(lambda c: (c.kind, c.source) == ("conversation", "shapes"), "conversations of the shapes world")
+_OUTSIDE = used_when(lambda c: c.source != "shapes", "a source from outside")
 
 
 @dataclass
@@ -65,15 +69,17 @@ class FlowConfig:
     weight: NonNegative = 1.0
     source: str = "shapes"
     eval_source: str | None = None
-    num_turns: tuple[Count, Count] = (4, 7)
-    kind_shares: dict[str, NonNegative] | None = None
-    null_prompt_prob: Decay = 0.0
+    num_turns: tuple[Count, Count] = field(default=(4, 7), metadata=_TALK)
+    kind_shares: dict[str, NonNegative] | None = field(default=None, metadata=_TALK)
+    null_prompt_prob: Decay = field(default=0.0, metadata=used_when(lambda c: c.kind == "drawing", "kind: drawing"))
     image_folder: str | None = None
-    max_bad_share: Share = DEFAULT_MAX_BAD_SHARE
+    max_bad_share: Share = field(default=DEFAULT_MAX_BAD_SHARE, metadata=_OUTSIDE)
     drop_questions: bool = False
     group_by_modality: bool = False
-    read: ReadOptions = field(default_factory=ReadOptions)
-    question: str = "Describe the picture."
+    read: ReadOptions = field(default_factory=ReadOptions, metadata=_OUTSIDE)
+    question: str = field(
+        default="Describe the picture.", metadata=used_when(lambda c: c.kind == "captioning", "kind: captioning")
+    )
 
     def __post_init__(self) -> None:
         llava = self.kind == "conversation" and Path(self.source).suffix in LLAVA_SUFFIXES

@@ -22,7 +22,7 @@ from unimm.data.shapes.prompts import Split
 from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.sources import open_pictures
 from unimm.errors import UserError
-from unimm.typed import Count, Range, Rate, Share
+from unimm.typed import Count, Range, Rate, Share, used_when
 
 WORLD = "shapes"
 
@@ -59,9 +59,14 @@ class PictureConfig:
     random_crop: bool = False
     flip: bool = False
     caption_template: str = "{}"
-    read: ReadOptions = field(default_factory=ReadOptions)
+    read: ReadOptions = field(
+        default_factory=ReadOptions, metadata=used_when(lambda c: c.source != WORLD, "data.source from outside")
+    )
     mix: list[PictureSource] = field(default_factory=list)
-    max_bad_share: Share = DEFAULT_MAX_BAD_SHARE
+    max_bad_share: Share = field(
+        default=DEFAULT_MAX_BAD_SHARE,
+        metadata=used_when(lambda c: c.source != WORLD or c.mix, "data.source or data.mix from outside"),
+    )
     eval_source: str | None = None
     eval_share: Annotated[float, Range(least=0, most=0.5)] = DEFAULT_SHARE
 

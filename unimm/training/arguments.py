@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from unimm.bfloat16 import Precision, automatic_dtype, training_device
 from unimm.errors import UserError
-from unimm.typed import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share
+from unimm.typed import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share, used_when
 
 
 def _no_gpu() -> bool:
@@ -65,6 +65,17 @@ class StreamTrainingArguments(TrainingArguments):
         "ddp_bucket_cap_mb": Range(least=1),
         "ddp_timeout": Range(least=1),
     }
+
+    UNUSED: ClassVar[frozenset[str]] = frozenset({
+        "do_train", "do_eval", "do_predict", "num_train_epochs", "resume_from_checkpoint",  # of scripts, not of Trainer
+        "data_seed", "length_column_name", "ignore_data_skip",  # the stream is addressed by position
+        "auto_find_batch_size",  # the samples of a step are fixed
+        "label_smoothing_factor", "label_names", "average_tokens_across_devices",  # the losses are the trainers' own
+        "prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches",
+        "eval_accumulation_steps", "eval_use_gather_object",  # an evaluation is a loss
+        "load_best_model_at_end", "metric_for_best_model", "greater_is_better",  # the last model is the result
+    })  # fmt: skip
+    """Fields of `TrainingArguments` that change nothing here: a recipe refuses them."""
 
     bf16: bool | Literal["auto"] = field(default="auto", metadata={"help": "bfloat16; auto: where it is fast."})
     ema_decay: Decay | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
@@ -137,6 +148,20 @@ class HostTrainingArguments(StreamTrainingArguments):
 
 
 @dataclass
+class C2ITrainingArguments(StreamTrainingArguments):
+    """Settings of a class-conditional model's training.
+
+    Args:
+        compile_blocks: torch.compile for the model's blocks; evaluation and drawing stay eager.
+    """
+
+    compile_blocks: bool = field(default=False, metadata={"help": "Compile the model's blocks."})
+
+
+_PANEL = used_when(lambda c: c.prompts, "panel.prompts")
+
+
+@dataclass
 class PanelConfig:
     """What is drawn into tensorboard at every evaluation, by the same `generate` that users call.
 
@@ -146,9 +171,13 @@ class PanelConfig:
     """
 
     prompts: list[str] = field(default_factory=list)
-    guidance_scale: NonNegative = 3.0
-    temperature: NonNegative = 1.0
-    seed: Seed = 0
+    guidance_scale: NonNegative = field(default=3.0, metadata=_PANEL)
+    temperature: NonNegative = field(default=1.0, metadata=_PANEL)
+    seed: Seed = field(default=0, metadata=_PANEL)
+
+
+_FITS = used_when(lambda c: c.codebook_init == "data" or c.refit_rounds, "train.codebook_init data or refit_rounds")
+_RESTARTS = used_when(lambda c: c.revive_steps, "train.revive_steps")
 
 
 @dataclass
@@ -174,9 +203,9 @@ class TokenizerTrainingConfig:
     global_batch_size: Count | None = None
     gradient_accumulation_steps: Count = 1
     learning_rate: Rate = 4e-4
-    encoder_learning_rate: Rate = 1e-5
+    encoder_learning_rate: Rate = field(default=1e-5, metadata=used_when(lambda c: c.stage == 2, "train.stage 2"))
     end_learning_rate: NonNegative = 1e-4
-    shared_lr_multiplier: bool = False
+    shared_lr_multiplier: bool = field(default=False, metadata=used_when(lambda c: c.stage == 2, "train.stage 2"))
     warmup_steps: Natural = 2000
     betas: list[Decay] = field(default_factory=lambda: [0.9, 0.999])
     adam_epsilon: Rate = 1e-8
@@ -185,10 +214,10 @@ class TokenizerTrainingConfig:
     ema_decay: Decay = 0.999
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     codebook_init: Literal["random", "data"] = "random"
-    codebook_init_pictures: Count = 2048
+    codebook_init_pictures: Count = field(default=2048, metadata=_FITS)
     revive_steps: Count | None = None
-    revive_until: Share = 0.7
-    revive_redundant: bool = False
+    revive_until: Share = field(default=0.7, metadata=_RESTARTS)
+    revive_redundant: bool = field(default=False, metadata=_RESTARTS)
     refit_rounds: Natural = 0
     seed: Seed = 0
     num_workers: Natural = 0

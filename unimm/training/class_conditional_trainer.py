@@ -4,7 +4,7 @@ from typing import Any
 
 from unimm.class_conditional.ids import IdRows, IdStream
 from unimm.class_conditional.modeling import ClassConditionalGPT
-from unimm.training.arguments import HostTrainingArguments
+from unimm.training.arguments import C2ITrainingArguments
 from unimm.training.stream_trainer import StreamTrainer
 from unimm.training.throughput import TransformerCost, Work
 
@@ -19,7 +19,12 @@ class ClassConditionalTrainer(StreamTrainer):
     """
 
     def __init__(
-        self, model: ClassConditionalGPT, args: HostTrainingArguments, *, train_dataset: IdStream, eval_dataset: IdRows
+        self,
+        model: ClassConditionalGPT,
+        args: C2ITrainingArguments,
+        *,
+        train_dataset: IdStream,
+        eval_dataset: IdRows,
     ) -> None:
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, stream_seed=train_dataset.seed

@@ -241,7 +241,8 @@ class LeCam(nn.Module):
         """The unweighted regularizer (a scalar) of logits of any shape; `means` [2] are those of the global batch."""
         if self.elementwise:
             return lecam_loss(real.float(), fake.float(), self.real_ema, self.fake_ema)
-        return lecam_loss(*as_mean(_means(real, fake), means), self.real_ema, self.fake_ema)
+        real_mean, fake_mean = as_mean(_means(real, fake), means)
+        return lecam_loss(real_mean, fake_mean, self.real_ema, self.fake_ema)
 
     def update(self, means: Tensor) -> None:
         """Move the running means toward the `means` [2] of the global batch, once in a step."""

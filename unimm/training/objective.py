@@ -8,7 +8,7 @@ All means are over all elements and in float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from unimm.tokenizer import ImageTokenizerOutput
 from unimm.training.global_batch import all_rows, global_size, micro_batch_index, own_rows, rows_before
 from unimm.training.perceptual import FeaturePerceptualLoss, PerceptualLoss, build_perceptual
-from unimm.typed import Natural, NonNegative, Rate, Share
+from unimm.typed import Natural, NonNegative, Rate, Share, used_when
+
+
+def _judged_by(name: str) -> dict[str, Any]:
+    return used_when(lambda c: name in c.kind, f"{name} in loss.perceptual.kind")
+
+
+_GAN = used_when(lambda c: c.start is not None, "loss.gan.start")
+_AUGMENTED = used_when(lambda c: c.start is not None and c.augment_probability, "loss.gan.augment_probability")
+_CONSISTENT = used_when(lambda c: c.start is not None and c.consistency_weight, "loss.gan.consistency_weight")
 
 
 @dataclass
@@ -30,10 +39,10 @@ class PerceptualConfig:
     """
 
     kind: str = "lpips+0.1*convnext_s"
-    vgg16: str | None = None
-    lpips_heads: str | None = None
-    convnext_s: str | None = None
-    feature_layers: list[int] = field(default_factory=lambda: [-1])
+    vgg16: str | None = field(default=None, metadata=_judged_by("lpips"))
+    lpips_heads: str | None = field(default=None, metadata=_judged_by("lpips"))
+    convnext_s: str | None = field(default=None, metadata=_judged_by("convnext_s"))
+    feature_layers: list[int] = field(default_factory=lambda: [-1], metadata=_judged_by("features"))
 
 
 @dataclass
@@ -51,20 +60,20 @@ class GANConfig:
     """
 
     start: Natural | None = None
-    weight: NonNegative = 0.1
-    discriminator_weight: NonNegative = 1.0
-    lecam_weight: NonNegative = 0.001
-    lecam: Literal["mean", "elementwise"] = "mean"
-    discriminator: Literal["patchgan", "dino"] = "patchgan"
-    weights: str | None = None
-    generator: Literal["hinge", "softplus"] = "hinge"
-    augment_probability: Share = 0.0
-    consistency_weight: NonNegative = 0.0
-    cutout: Share = 0.2
-    strong_cutout: Share = 0.5
-    learning_rate: Rate = 4e-5
-    warmup_steps: Natural = 2000
-    schedule: Literal["start", "run"] = "start"
+    weight: NonNegative = field(default=0.1, metadata=_GAN)
+    discriminator_weight: NonNegative = field(default=1.0, metadata=_GAN)
+    lecam_weight: NonNegative = field(default=0.001, metadata=_GAN)
+    lecam: Literal["mean", "elementwise"] = field(default="mean", metadata=_GAN)
+    discriminator: Literal["patchgan", "dino"] = field(default="patchgan", metadata=_GAN)
+    weights: str | None = field(default=None, metadata=_GAN)
+    generator: Literal["hinge", "softplus"] = field(default="hinge", metadata=_GAN)
+    augment_probability: Share = field(default=0.0, metadata=_GAN)
+    consistency_weight: NonNegative = field(default=0.0, metadata=_GAN)
+    cutout: Share = field(default=0.2, metadata=_AUGMENTED)
+    strong_cutout: Share = field(default=0.5, metadata=_CONSISTENT)
+    learning_rate: Rate = field(default=4e-5, metadata=_GAN)
+    warmup_steps: Natural = field(default=2000, metadata=_GAN)
+    schedule: Literal["start", "run"] = field(default="start", metadata=_GAN)
 
 
 @dataclass
@@ -79,13 +88,17 @@ class ObjectiveConfig:
 
     pixel_weight: NonNegative = 1.0
     l1_weight: NonNegative = 0.0
-    perceptual_weight: NonNegative = 1.0
+    perceptual_weight: NonNegative = field(
+        default=1.0, metadata=used_when(lambda c: c.perceptual.kind != "none", "judges in loss.perceptual.kind")
+    )
     codebook_weight: NonNegative = 1.0
     commitment_weight: NonNegative = 0.25
     distillation_weight: NonNegative = 1.0
     context_weight: NonNegative = 0.0
     entropy_weight: NonNegative = 0.0
-    entropy_temperature: Rate = 0.01
+    entropy_temperature: Rate = field(
+        default=0.01, metadata=used_when(lambda c: c.entropy_weight, "loss.entropy_weight")
+    )
     deep_cosine_weight: NonNegative = 1.0
     deep_mse_weight: NonNegative = 0.0
     shallow_cosine_weight: NonNegative = 1.0

@@ -1,31 +1,23 @@
-"""FSDP2 (`fully_shard`): what is split over the processes, what stays whole, and checkpoints for any number of them.
+"""FSDP2 through accelerate: what is split over the processes, what stays whole, and whole weights at the end.
 
-Every repeated block that learns is a unit of its own; what is left is the root's. Special here: the image tokenizer of
-a language model, which is frozen, and the quantizer of a tokenizer that learns stay whole in every process. Ids are
-looked up outside of a forward too (drawings, collages, revivals), where the parts of a sharded tensor would be met, and
-a process without pictures need not wait for one that has some. What is whole and learns is reduced by
-`average_whole_gradients`. Tied embeddings are both in the root, so they stay tied.
+Every repeated block that learns is a unit of its own; what is left is the root's. The image tokenizer of a language
+model, which is frozen, stays whole in every process: ids are looked up outside of a forward too (drawings), where the
+parts of a sharded tensor would be met, and a process without images need not wait for one that has some. Tied
+embeddings are both in the root, so they stay tied.
 """
 
 import os
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from unimm.errors import UserError, one_line
+from unimm.errors import UserError
 from unimm.training.parameters import learning_blocks
 
 
@@ -77,36 +69,10 @@ def refuse_average(zero_stage: int) -> None:
         )
 
 
-def shard_host(model: Any, **options: Any) -> None:
-    """Shard a unified model in place; `options` are `fully_shard`'s (mesh, mp_policy, ...)."""
-    _shard(model, learning_blocks(model), whole=model.image_tokenizer.parameters(), **options)
-
-
 def set_up_plugin(plugin: Any, model: Any) -> None:
-    """Let accelerate's FSDP plugin shard a unified model as `shard_host` does."""
+    """Let accelerate's FSDP plugin shard the blocks of a unified model that learn, and leave its tokenizer whole."""
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in learning_blocks(model)})
     plugin.ignored_modules = [model.image_tokenizer]
-
-
-def shard_tokenizer(root: nn.Module, tokenizer: Any, **options: Any) -> None:
-    """Shard an image tokenizer in place, inside the module `root` that is called in training (`Reconstruct`)."""
-    _shard(root, learning_blocks(tokenizer), whole=tokenizer.quantizer.parameters(), **options)
-
-
-def _shard(root: nn.Module, blocks: Iterable[nn.Module], *, whole: Iterable[nn.Parameter], **options: Any) -> None:
-    options["ignored_params"] = set(whole)
-    for block in blocks:
-        fully_shard(block, **options)
-    fully_shard(root, **options)
-
-
-@torch.no_grad()
-def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average over the processes the gradients of what is not sharded; after a backward, before clipping."""
-    for parameter in parameters:
-        if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
-            dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
-            parameter.grad /= dist.get_world_size()
 
 
 def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
@@ -128,24 +94,3 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for tied in getattr(model, "all_tied_weights_keys", {}):  # gathered, they are two copies of one weight
         weights.pop(tied, None)
     return weights
-
-
-def save_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write weights and optimizer, every process its part, so that any number of processes can read them."""
-    weights, state = get_state_dict(model, optimizer)
-    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-
-
-def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Take up what `save_sharded` wrote, with however many processes, into a model that is sharded or not.
-
-    Raises:
-        UserError: it cannot be read, or is of another model.
-    """
-    weights, state = get_state_dict(model, optimizer)
-    found: dict[str, Any] = {"model": weights, "optimizer": state}
-    try:
-        checkpoint.load(found, checkpoint_id=folder)
-    except (checkpoint.CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"The sharded checkpoint {folder} cannot be read: {one_line(error)[:300]}") from error
-    set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])

@@ -25,8 +25,8 @@ from unimm.benchmarks.store import Manifest, RunStore, content_sha256, processes
 from unimm.benchmarks.subject import Subject, load_subject
 from unimm.benchmarks.vqa import Judge, load_judge
 from unimm.errors import UserError
+from unimm.provenance import model_fingerprint
 from unimm.report import Report
-from unimm.saving import weights_fingerprint
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -139,7 +139,7 @@ def _manifest(
     if subject is not None:
         if subject.model is None:
             raise UserError(f"{arguments.model} is an image tokenizer and cannot draw prompts: name a unified model.")
-        weights["model"] = weights_fingerprint(subject.model)
+        weights["model"] = model_fingerprint(subject.model)
         settings |= {"sampling": _sampling(arguments), **subject.runs_on}
     if grids is not None:
         weights["images"] = content_sha256(grids.content())
