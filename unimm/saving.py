@@ -62,7 +62,7 @@ class WholeCheckpointMixin:
     def post_init(self) -> None:
         """As in transformers; here the model is a description still, and no memory is taken for its weights."""
         super().post_init()  # type: ignore[misc]
-        refuse_excess(self)  # type: ignore[arg-type]
+        refuse_excess(self)
 
     @classmethod
     def from_pretrained(

@@ -234,7 +234,12 @@ def test_no_kernel_is_fetched(name: str, checkpoint: Path, host: Path, tmp_path:
 
 def test_a_damaged_image_tokenizer_is_one_sentence(tmp_path: Path) -> None:
     tiny_vqrae().save_pretrained(tmp_path)
-    for name, value in (("codebook_size", 0), ("codebook_dim", "x"), ("encoder_config.num_attention_heads", 0)):
+    for name, value in (
+        ("codebook_size", 0),
+        ("feature_layer", -8),
+        ("codebook_dim", "x"),
+        ("encoder_config.num_attention_heads", 0),
+    ):
         content = (tmp_path / "config.json").read_text()
         setting(name, value)(tmp_path)
         with pytest.raises(UserError, match=name.split(".")[-1] if value else "codebook|num_attention_heads"):

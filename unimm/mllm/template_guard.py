@@ -80,7 +80,9 @@ class _Counting(NodeTransformer):
     @staticmethod
     def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
         call = nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
-        return call.set_lineno(arguments[0].lineno) if arguments else call
+        if arguments:
+            call.set_lineno(arguments[0].lineno)
+        return call
 
 
 class _GuardedEnvironment(ImmutableSandboxedEnvironment):

@@ -59,6 +59,12 @@ class ImageTokenizerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.image_size % self.patch_size:
             raise UserError(f"An image of {self.image_size} pixels is no multiple of the patch size {self.patch_size}.")
+        layers = self.num_hidden_layers
+        if not -layers - 1 <= self.feature_layer <= layers:
+            raise UserError(
+                f"feature_layer is {self.feature_layer}, and an encoder of {layers} layers has the layers {-layers - 1} "
+                f"to {layers}."
+            )
         if min(self.codebook_size, self.codebook_dim) < 1:
             raise UserError(f"A codebook of {self.codebook_size} x {self.codebook_dim} is empty.")
 
