@@ -28,8 +28,8 @@ class ClassIdsConfig:
     """`source` and `eval_source` are labelled parquet files (columns image and label) or "shapes", read up to
     `num_pictures` and `num_eval_pictures` (None: all); their ids go into `folder`. Without `eval_source` the share
     `eval_share` of the rows of `source` is held out, before anything is mirrored. `flip` adds the mirror image of every
-    training image. With `crop_scales` a training image gives five crops for each of them, the corners and the center
     training image. With `crop_scales` a training image gives five crops for each of them, the corners and the center of
+    the image at that scale of the crop; LlamaGen's "ten-crop" is [1.1, 1.05] with `flip`, 20 rows an image. `seed` is
     that of the stream of ids, and of the shapes data set."""
 
     source: str
