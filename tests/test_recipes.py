@@ -192,3 +192,15 @@ def test_a_tokenizer_run_begins_from_a_tokenizer_or_the_model_around_it(begin, t
     assert all(map(torch.equal, begun.state_dict().values(), model.image_tokenizer.state_dict().values()))
     with pytest.raises(UserError, match=r"is a .*vqrae model and model.kind is 'ideal'"):
         recipe["build"](recipe["TokenizerModelConfig"](kind="ideal", init_from=path))
+
+
+def test_the_class_conditional_settings_are_llamagens():
+    recipe = runpy.run_path(str(ROOT / "recipes" / "c2i.py"))["C2IRecipe"]
+    settings = load_config(recipe, ROOT / "configs/c2i/llamagen_l_256.yaml")
+    train, data = settings.train, settings.data
+    assert (settings.model.size, settings.model.num_classes) == ("L", 1000)
+    assert (train.learning_rate, train.lr_scheduler_type, train.warmup_steps) == (1e-4, "constant", 0)
+    assert (train.adam_beta1, train.adam_beta2, train.weight_decay, train.max_grad_norm) == (0.9, 0.95, 0.05, 1.0)
+    assert (train.ema_decay, train.global_batch_size) == (0.9999, 256)
+    assert train.max_steps == 300 * 1_281_167 // 256
+    assert (data.crop_scales, data.flip) == ([1.1, 1.05], True)
