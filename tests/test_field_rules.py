@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from transformers import PreTrainedConfig
+from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unimm.class_conditional.configuration import ClassConditionalConfig
@@ -88,6 +89,58 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], message: str) -> None:
         check_settings(fields, "config.json")
 
 
+PUBLISHED = {
+    "llava": {
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "torch_dtype": "float16",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-05, "torch_dtype": "float16"},
+        "vision_config": {"hidden_size": 1024, "image_size": 336, "patch_size": 14, "projection_dim": 768},
+    },
+    "qwen2.5-vl": {
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "max_window_layers": 70,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "sliding_window": 32768,
+        "vision_config": {"depth": 32, "in_chans": 3, "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112},
+    },
+    "internvl": {
+        "model_type": "internvl_chat",
+        "llm_config": {
+            "attn_implementation": "flash_attention_2",
+            "temperature": 1.0,
+            "top_k": 50,
+            "eos_token_id": [2],
+        },
+        "vision_config": {"drop_path_rate": 0.1, "initializer_factor": 0.1, "norm_type": "layer_norm"},
+    },
+    "llama": {
+        "eos_token_id": [128001, 128008],
+        "pad_token_id": None,
+        "head_dim": None,
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "rope_type": "llama3"},
+        "quantization_config": {"bits": 4, "dtype": "nf4"},
+        "transformers.js_config": {"dtype": "q4f16"},
+    },
+    "processor": {"patch_size": 14, "vision_feature_select_strategy": None, "num_additional_image_tokens": 1},
+    "image processor": {"do_convert_rgb": None, "resample": 3, "size": {"shortest_edge": 336}, "image_mean": [0.5] * 3},
+    "tokenizer": {"model_max_length": 1000000000000000019884624838656, "padding_side": "left", "chat_template": "x"},
+}
+"""Parts of what published checkpoints hold, as they write it."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_pass(name: str) -> None:
+    check_settings(PUBLISHED[name], name)
+
+
 def test_deep_nesting_is_refused() -> None:
     deep: Any = 1
     for _ in range(100):
@@ -107,8 +160,13 @@ def test_settings_in_memory_are_held_against_the_same_table() -> None:
 
 
 @pytest.mark.parametrize("name", ["org/repo", "org/repo@main:layer", "nonsense", 3])
-def test_an_attention_that_is_not_here_is_refused(name: Any) -> None:
+def test_an_attention_that_is_not_here_is_refused(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="^attn_implementation is .*no kernel is fetched from the hub or null.$"):
         check_attention(name)
+    check_attention("flash_attention_2")
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: True)
+    monkeypatch.setitem(FLASH_ATTENTION_COMPATIBILITY_MATRIX[2], "general_availability_check", lambda: False)
+    with pytest.raises(UserError, match="no kernel is fetched from the hub"):
+        check_attention("flash_attention_2")  # which is not installed, and would be fetched
     check_attention("sdpa")
     check_attention(None)

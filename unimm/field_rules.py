@@ -91,11 +91,16 @@ def _dtype(value: Any) -> bool:
 
 
 def _attention(value: Any) -> bool:
-    """A name with a slash names a kernel that transformers would fetch from the hub, and run."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    """A name with a slash names a kernel that transformers would fetch from the hub, and run; with the package
+    `kernels` it does so for a flash attention that is not installed, too."""
+    from transformers import modeling_utils
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, FLASH_ATTENTION_COMPATIBILITY_MATRIX
 
     if isinstance(value, Mapping):
         return all(each is None or _attention(each) for each in value.values())
+    for version, facts in FLASH_ATTENTION_COMPATIBILITY_MATRIX.items():
+        if value == f"flash_attention_{version}" and modeling_utils.is_kernels_available():
+            return bool(facts["general_availability_check"]())
     return isinstance(value, str) and value in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
 
 
@@ -113,7 +118,7 @@ TOKEN = whole(-1, 2**31 - 1, null=True)
 EPSILON, SPREAD = number(0, 1, above=True), number(0, 100)
 SIDE = whole(1, 2**16, items=(2, 2), null=True)
 GRID = whole(1, 4096, items=(2, 2), single=False)
-CHANNELS = number(-1000, 1000, items=(3, 3), single=False)
+CHANNELS = number(-1000, 1000, items=(3, 3), single=False, null=True)
 ACTIVATION = Rule("an activation that transformers knows", _activation)
 ATTENTION = Rule(
     "an attention that is installed (eager, sdpa, flash_attention_2, flex_attention, ...): no kernel is fetched from "
@@ -168,15 +173,15 @@ RULES: dict[str, Rule] = {
     "anchor_grid": whole(1, 4096),
     "image_seq_length": whole(1, 2**24, null=True),
     "image_mean": CHANNELS,
-    "image_std": number(0, 1000, above=True, items=(3, 3), single=False),
-    "rescale_factor": number(0, 1000, above=True),
-    "resample": whole(0, 5),
+    "image_std": number(0, 1000, above=True, items=(3, 3), single=False, null=True),
+    "rescale_factor": number(0, 1000, above=True, null=True),
+    "resample": whole(0, 5, null=True),
     "spatial_merge_size": whole(1, 64),
     "downsample_ratio": number(0, 1, above=True),
     "window_size": whole(1, 2**16),
     "tokens_per_second": whole(1, 2**16),
     "image_position_mode": one_of("1d", "2d"),
-    "vision_feature_select_strategy": one_of("default", "full"),
+    "vision_feature_select_strategy": one_of("default", "full", null=True),
     **_same("pos_embed_shift pos_embed_jitter pos_embed_rescale", number(-1000, 1000, null=True)),
     # which layers
     **_same("feature_layer shallow_level deep_level", LAYER),
@@ -206,16 +211,17 @@ RULES: dict[str, Rule] = {
         """apply_layernorm apply_post_norm attention_bias codebook_bias train_codebook pre_quant_norm key_bias
         mlp_bias multimodal_projector_bias proj_bias qkv_bias query_bias value_bias reshape_hidden_states
         share_mask_token tie_word_embeddings use_absolute_position_embeddings use_gated_mlp use_mask_token
-        use_mean_pooling use_qk_norm use_swiglu_ffn vision_use_head is_encoder_decoder do_resize do_rescale
-        do_normalize do_convert_rgb mark_images""",
+        use_mean_pooling use_qk_norm use_swiglu_ffn vision_use_head is_encoder_decoder mark_images""",
         FLAG,
     ),
+    **_same("do_resize do_rescale do_normalize do_convert_rgb", _null(FLAG)),
     **_same("use_cache use_sliding_window output_hidden_states output_attentions", _null(FLAG)),
     "return_dict": _null(FLAG),
     # text tokenizers, and how tokens are chosen
     "model_max_length": number(1, 1e31, null=True),
     **_same("padding_side truncation_side", one_of("left", "right", null=True)),
-    **_same("temperature repetition_penalty length_penalty guidance_scale", number(0, 1000, null=True)),
+    **_same("temperature repetition_penalty guidance_scale", number(0, 1000, null=True)),
+    "length_penalty": number(-1000, 1000, null=True),
     "top_p": number(0, 1, null=True),
     "top_k": whole(0, 2**31, null=True),
     **_same("max_new_tokens max_length min_new_tokens min_length", whole(0, 2**31, null=True)),
@@ -258,7 +264,9 @@ def _check(fields: Mapping[str, Any], source: object, prefix: str, depth: int) -
 
 
 def _holds_settings(name: str) -> bool:
-    return (name.endswith("_config") and name != "quantization_config") or name in _SETTINGS_BELOW
+    """Not of another program, as in `transformers.js_config`, whose names mean other things."""
+    other = name == "quantization_config" or "." in name
+    return (name.endswith("_config") and not other) or name in _SETTINGS_BELOW
 
 
 def _check_plain(value: Any, source: object, key: str, depth: int) -> None:

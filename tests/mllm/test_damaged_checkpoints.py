@@ -22,7 +22,7 @@ from unimm.errors import UserError
 from unimm.mllm import attach, load
 from unimm.mllm.doctor import examine
 from unimm.tokenizer import VQRAE
-from unimm.tokenizer.loading import load_image_tokenizer
+from unimm.tokenizer.loading import load_image_tokenizer, load_with_processor
 
 Damage = Callable[[Path], Any]
 
@@ -246,6 +246,22 @@ def test_a_damaged_image_tokenizer_is_one_sentence(tmp_path: Path) -> None:
             load_image_tokenizer(tmp_path)
         (tmp_path / "config.json").write_text(content)
     load_image_tokenizer(tmp_path)
+
+
+def test_an_image_processor_of_another_tokenizer_is_one_sentence(tmp_path: Path) -> None:
+    model, processor = tiny.unified()
+    model.image_tokenizer.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    load_with_processor(tmp_path)
+    for name, value, message in (
+        ("size", {"height": 0, "width": 16}, "size of the image processor is .*, and the image tokenizer reads 16"),
+        ("image_mean", [0.1, 0.5, 0.5], r"image_mean is \[0.1, 0.5, 0.5\] in the image processor"),
+    ):
+        content = (tmp_path / "preprocessor_config.json").read_text()
+        setting(name, value, "preprocessor_config.json")(tmp_path)
+        with pytest.raises(UserError, match=message):
+            load_with_processor(tmp_path)
+        (tmp_path / "preprocessor_config.json").write_text(content)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

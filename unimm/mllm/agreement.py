@@ -10,6 +10,7 @@ from typing import Any
 from unimm.errors import UserError, one_line
 from unimm.mllm.template_guard import render_guarded
 from unimm.sampling import SAMPLING_NAMES, ImageSampling
+from unimm.tokenizer.processing import image_disagreements
 
 PROBE = "A word, please?"
 
@@ -34,13 +35,7 @@ def _of_images(model: Any, processor: Any) -> Iterator[str]:
     for name, grid in (("config.json", config.image_grid), ("the processor", processor.image_grid)):
         if list(grid) != drawn:
             yield f"image_grid of {name} is {list(grid)}, and the image tokenizer draws {drawn[0]} x {drawn[1]} tokens"
-    eye = processor.image_processor
-    if (size := dict(eye.size)) != {"height": tower.image_size, "width": tower.image_size}:
-        yield f"size of the image processor is {size}, and the image tokenizer reads {tower.image_size} pixels a side"
-    for name in ("image_mean", "image_std"):
-        ours, theirs = list(getattr(eye, name)), list(getattr(tower, name))
-        if ours != theirs:
-            yield f"{name} is {ours} in the image processor and {theirs} in config.json"
+    yield from image_disagreements(processor.image_processor, tower)
     if config.codebook_size != tower.codebook_size:
         yield f"codebook_size is {config.codebook_size}, and the image tokenizer has {tower.codebook_size} codes"
     if config.image_seq_length != processor.image_seq_length:

@@ -62,7 +62,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
         layers = self.num_hidden_layers
         if not -layers - 1 <= self.feature_layer <= layers:
             raise UserError(
-                f"feature_layer is {self.feature_layer}; an encoder of {layers} layers has {-layers - 1} to {layers}."
+                f"feature_layer is {self.feature_layer}: an encoder of {layers} layers has {-layers - 1} to {layers}."
             )
         if min(self.codebook_size, self.codebook_dim) < 1:
             raise UserError(f"A codebook of {self.codebook_size} x {self.codebook_dim} is empty.")

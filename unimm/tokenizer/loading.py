@@ -7,7 +7,7 @@ from transformers import AutoModel
 from unimm.checkpoint_files import check_settings_files
 from unimm.errors import UserError, reading
 from unimm.tokenizer.modeling import ImageTokenizer
-from unimm.tokenizer.processing import ImageTokenizerProcessor
+from unimm.tokenizer.processing import ImageTokenizerProcessor, image_disagreements
 
 
 def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
@@ -25,7 +25,10 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
 
 
 def load_with_processor(path: str | Path) -> tuple[ImageTokenizer, ImageTokenizerProcessor]:
-    """The same, and the processor that was saved beside it."""
+    """The same, and the processor that was saved beside it, which must prepare what the tokenizer reads."""
     tokenizer = load_image_tokenizer(path)
     with reading("The image tokenizer", path):
-        return tokenizer, ImageTokenizerProcessor.from_pretrained(path)
+        image_processor = ImageTokenizerProcessor.from_pretrained(path)
+    for found in image_disagreements(image_processor, tokenizer.config):
+        raise UserError(f"{path}: {found}.")
+    return tokenizer, image_processor

@@ -1,7 +1,7 @@
 """`ImageTokenizerProcessor`: images to `pixel_values` and back, with PIL alone (no torchvision)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,3 +92,15 @@ def _squared(image: np.ndarray, color: Sequence[float]) -> np.ndarray:
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = image
     return square
+
+
+def image_disagreements(image_processor: Any, config: Any) -> Iterator[str]:
+    """Where an image processor prepares other pixels than the tokenizer of `config` reads, one sentence each without
+    its full stop."""
+    size, wanted = dict(image_processor.size), {"height": config.image_size, "width": config.image_size}
+    if size != wanted:
+        yield f"size of the image processor is {size}, and the image tokenizer reads {config.image_size} pixels a side"
+    for name in ("image_mean", "image_std"):
+        ours, theirs = list(getattr(image_processor, name)), list(getattr(config, name))
+        if ours != theirs:
+            yield f"{name} is {ours} in the image processor and {theirs} in config.json"
