@@ -168,3 +168,13 @@ def test_converse_reads_lines(
     assert Image.open("picture-1.png").size == (16, 16) and "picture-1.png" in printed.out
     assert "no such file" in printed.err and "There is no command /fly" in printed.err
     assert len(session.messages) == 2
+
+
+def test_tokens_guessed_ahead_draw_the_same_image(session: ChatSession) -> None:
+    plain = session.draw("two", num_images=2, seed=4, guidance_scale=2.0)
+    steps: list[int] = []
+    ahead = session.draw("two", 2, 4, 2.0, parallel_tokens="auto", on_token=lambda done, total: steps.append(done))
+    assert [image.tobytes() for image in ahead] == [image.tobytes() for image in plain]
+    assert steps == list(range(1, 17))
+    with pytest.raises(UserError, match="parallel_tokens is 0"):
+        session.draw("two", parallel_tokens=0)
