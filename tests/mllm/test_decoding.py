@@ -253,3 +253,20 @@ def test_what_cannot_be_parallel_is_said() -> None:
             draw(model, processor, parallel_tokens=wrong)
     with pytest.raises(UserError, match="compile=True draws one token at a time"):
         draw(model, processor, parallel_tokens=2, compile=True)
+
+
+def test_a_step_is_compiled_once_for_all_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny.unified()
+    compiled: list[int] = []
+    original = torch.compile
+
+    def backend(graph: Any, examples: Any) -> Any:
+        compiled.append(len(examples))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda step, **kwargs: original(step, backend=backend, dynamic=False))
+    for seed in range(3):
+        draw(model, processor, [TEXTS[seed]], compile=True, seed=seed, guidance_scale=2.0)
+        if not seed:
+            first = len(compiled)
+    assert 0 < first == len(compiled)

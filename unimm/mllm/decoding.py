@@ -23,6 +23,7 @@ _KNOWN = {
     getattr(module, f"{name}Model"): tuple(getattr(module, name + part) for part in _PARTS)
     for module, name in ((modeling_llama, "Llama"), (modeling_qwen2, "Qwen2"), (modeling_qwen3, "Qwen3"))
 }
+_SIZE_STEP = 64  # of a static cache: prompts of about one length share what was compiled
 _STILL_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length
 
 
@@ -70,6 +71,7 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Go on with these rows."""
+        indices = indices.to(self.all_keys.device)  # layers may lie on several
         self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
         self.show()
 
@@ -77,6 +79,7 @@ class RoomyLayer(DynamicLayer):
 def expand_cache(cache: DynamicCache, rows: Tensor, room: int) -> None:
     """Make the cache of prompts one of sequences: row n goes on from prompt `rows[n]`, with room for the image."""
     for number, layer in enumerate(cache.layers):
+        rows = rows.to(layer.keys.device)
         if type(layer) is DynamicLayer:
             cache.layers[number] = RoomyLayer(layer.keys[rows], layer.values[rows], room)
         else:  # a sliding window moves along and needs no more room
@@ -170,6 +173,7 @@ class CompiledSteps(HostSteps):
     def _begin(self, mask: Tensor) -> None:
         """Copy the cache so far to a static one, and compile for its size."""
         total = self.positions.shape[-1] - self.done + self.cache.get_seq_length()
+        total = -(-total // _SIZE_STEP) * _SIZE_STEP
         static = StaticCache(config=self.model.config.get_text_config(), max_cache_len=total)
         for number, layer in enumerate(self.cache.layers):
             static.update(layer.keys, layer.values, number)

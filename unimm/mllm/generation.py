@@ -135,7 +135,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         self._check_room(rows.shape[1])
         images = self._encoded_images(pixel_values, counts, distinct)
         logits, steps = self._read_prompts(rows, row_mask, sources, images, compile)
-        noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, self.device)
+        noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, logits.device)
         base = self.visual_vocabulary.base
         drawing = Drawing(logits, steps, scales.repeat_interleave(num_return_sequences, 1), noise, sampling, base)
         if parallel_tokens != 1 and not drawing.can_forget:
@@ -152,9 +152,9 @@ class ImageGenerationMixin(TextGenerationMixin):
         if streamer is not None:
             streamer.end()
         if not return_dict_in_generate:
-            return drawing.chosen
+            return drawing.chosen.to(prompts)
         return GenerateDecoderOnlyOutput(
-            sequences=drawing.chosen,
+            sequences=drawing.chosen.to(prompts),
             scores=tuple(scores) or None,
             logits=tuple(raw_logits) or None,
             past_key_values=steps.cache,
@@ -192,7 +192,8 @@ class ImageGenerationMixin(TextGenerationMixin):
         )
         expand_cache(cache, sources, self.num_image_tokens)
         positions = whole[..., rows.shape[1] :].index_select(-2, sources)
-        return output.logits[sources, -1], steps_after(self, cache, mask[sources], positions, compiled, warn)
+        steps = steps_after(self, cache, mask[sources], positions, compiled, warn)
+        return output.logits[sources.to(output.logits.device), -1], steps
 
     def _encoded_images(self, pixel_values: Tensor | None, counts: list[int], distinct: list[int]) -> dict[str, Any]:
         """The projected features of the images of the distinct prompts, in their order."""
