@@ -37,12 +37,17 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "sft columns": (
         "sft",
         "sft",
-        ("model.image_tokenizer=default", "data.flows.conversation.source=some/a.parquet"),
+        ("model.image_tokenizer=default", "data.flows.conversation={kind: conversation, source: some/a.parquet}"),
         "no column 'messages' or 'conversations'",
     ),
     "sft part": ("sft", "sft", ("model.image_tokenizer=some/gone",), "model.image_tokenizer: there is no some/gone"),
     "c2i data": ("c2i", "c2i", ("model.image_tokenizer=some", "data.source=gone.parquet"), "gone.parquet"),
-    "encode data": ("encode", "encode", ("model.image_tokenizer=some", "data.source=gone.parquet"), "gone.parquet"),
+    "encode data": (
+        "encode",
+        "encode",
+        ("model.image_tokenizer=some", "data.source=gone.parquet", "data.seed=0"),
+        "gone.parquet",
+    ),
     "tokenizer part": ("tokenizer", "stage2", ("model.init_from=some/gone",), "model.init_from: there is no some/gone"),
     "tokenizer data": ("tokenizer", "stage2", ("model.init_from=default", "data.source=gone.parquet"), "gone.parquet"),
 }

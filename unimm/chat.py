@@ -110,6 +110,7 @@ class ChatSession:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        parallel_tokens: int | Literal["auto"] = 1,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
         """Draw `prompt`, which stands for itself: the model draws from this text alone, not from the history.
@@ -120,6 +121,7 @@ class ChatSession:
                 checkpoint's own.
             temperature: of the choice of image tokens, 0 for the likeliest each time.
             top_k, top_p: choose among the k likeliest, or the likeliest that hold this share of the probability.
+            parallel_tokens: guess so many image tokens ahead, or "auto"; faster for few images, the same image.
             on_token: called with (image tokens done, image tokens of a picture) after each step.
 
         Raises:
@@ -138,6 +140,7 @@ class ChatSession:
                 generation_mode="image",
                 num_return_sequences=num_images,
                 seed=None if seed is None else int(seed),
+                parallel_tokens=parallel_tokens,
                 streamer=None if on_token is None else _Progress(on_token, total),
                 **{name: value for name, value in settings.items() if value is not None},
             )

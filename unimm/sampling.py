@@ -124,13 +124,16 @@ class Noise:
         uniform.mul_(-(2.0**-32)).sub_(2.0**-33).clamp_min_(2.0**-24 - 1).log1p_().neg_().log_().neg_()
         return uniform.view(len(self.seeds), stop - start, -1)[..., : self.size]
 
+    def next(self, start: int, stop: int) -> Tensor:
+        """As `at`, computed for many positions at once, for callers that go on from position to position."""
+        if not self._start <= start <= stop <= self._start + self._kept.shape[1]:
+            self._start = start
+            self._kept = self.at(start, max(stop, start + self.chunk))
+        return self._kept[:, start - self._start : stop - self._start]
+
     def step(self, position: int) -> Tensor:
-        """Noise of one position, [S, K], computed for many positions at once."""
-        place = position - self._start
-        if not 0 <= place < self._kept.shape[1]:
-            self._start, place = position, 0
-            self._kept = self.at(position, position + self.chunk)
-        return self._kept[:, place]
+        """Noise of one position, [S, K], see `next`."""
+        return self.next(position, position + 1)[:, 0]
 
 
 _PER_BLOCK = 8  # numbers of 32 bits that one counter gives

@@ -181,7 +181,7 @@ def test_a_prompt_has_the_same_ids_everywhere(name: str, tmp_path: Path) -> None
     how = {"guidance_scale": 3.0, "seed": 1}
     assert first_forward(model, lambda: session.draw(prompt, **how)) == [expected[prompt], null]
     drawn = first_forward(model, lambda: draw_prompts(model, processor, PROMPTS[:2], [1, 2], guidance_scale=3.0))
-    assert drawn == [expected[PROMPTS[0]], expected[PROMPTS[1]], null, null]
+    assert drawn == [expected[PROMPTS[0]], expected[PROMPTS[1]], null]  # one null prompt for all images
 
 
 def test_a_plain_text_begins_as_a_prompt_does() -> None:

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unimm.data.characters import half_character
 from unimm.data.conversations import Message
 from unimm.data.held_out import HeldOut, require_held_out
 from unimm.data.images import load_image, unreadable_images
@@ -217,8 +216,7 @@ def parse_row(record: Any, reserved: Sequence[str] = ()) -> Row:
     turns = _turns(record)
     images = record.get("image") or []
     images = [images] if isinstance(images, str) else images
-    names = isinstance(images, list) and all(isinstance(name, str) and name for name in images)
-    if not names or any(half_character(name) for name in images):
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
         raise BadRow("wrong image field", f"image is {images!r:.80}")
     for role, text in turns:
         if role != "user" and PLACEHOLDER in text:

@@ -163,7 +163,7 @@ def _add(row: dict[str, Any], kind: str, member: tarfile.TarInfo) -> None:
 def _key_of(name: str) -> tuple[str, str]:
     """(key, kind) of a member: its name is cut at the first dot behind the last slash; ("", "") of a hidden file, and
     without a dot, which are of no row."""
-    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # it may be no UTF-8
+    name = printable(name)  # it may be no UTF-8
     folder, slash, base = name.rpartition("/")
     stem, _, kind = base.partition(".")
     return (folder + slash + stem, kind.lower()) if stem and kind else ("", "")

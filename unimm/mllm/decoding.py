@@ -23,6 +23,7 @@ _KNOWN = {
     getattr(module, f"{name}Model"): tuple(getattr(module, name + part) for part in _PARTS)
     for module, name in ((modeling_llama, "Llama"), (modeling_qwen2, "Qwen2"), (modeling_qwen3, "Qwen3"))
 }
+_SIZE_STEP = 64  # of a static cache: prompts of about one length share what was compiled
 _STILL_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length
 
 
@@ -32,10 +33,13 @@ class Steps(Protocol):
     cache: Cache
 
     def logits(self, token_ids: Tensor) -> Tensor:
-        """Logits [R, K] after one more image token of each row, token_ids [R]."""
+        """Logits [R, n, K] after each of n more image tokens of each row, token_ids [R, n]."""
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows [R'] alone."""
+
+    def forget(self, tokens: int) -> None:
+        """Take back the last `tokens` tokens."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -60,8 +64,14 @@ class RoomyLayer(DynamicLayer):
         self.show()
         return self.keys, self.values
 
+    def forget(self, tokens: int) -> None:
+        """Take back the last `tokens` tokens."""
+        self.length -= tokens
+        self.show()
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Go on with these rows."""
+        indices = indices.to(self.all_keys.device)  # layers may lie on several
         self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
         self.show()
 
@@ -69,6 +79,7 @@ class RoomyLayer(DynamicLayer):
 def expand_cache(cache: DynamicCache, rows: Tensor, room: int) -> None:
     """Make the cache of prompts one of sequences: row n goes on from prompt `rows[n]`, with room for the image."""
     for number, layer in enumerate(cache.layers):
+        rows = rows.to(layer.keys.device)
         if type(layer) is DynamicLayer:
             cache.layers[number] = RoomyLayer(layer.keys[rows], layer.values[rows], room)
         else:  # a sliding window moves along and needs no more room
@@ -89,7 +100,7 @@ def steps_after(
     """
     if compiled:
         if any(type(layer) is not RoomyLayer for layer in cache.layers):
-            on_fallback("this host's cache has layers of another kind than full attention")
+            on_fallback("not compiled, this host's cache has layers of another kind than full attention")
         else:
             return CompiledSteps(model, cache, mask, positions, on_fallback)
     if _is_plain(model):
@@ -114,21 +125,39 @@ class HostSteps:
 
     def logits(self, token_ids: Tensor) -> Tensor:
         """See `Steps`."""
-        self.done += 1
+        begin, self.done = self.done, self.done + token_ids.shape[1]
+        mask = self.mask[..., : self.length + self.done]
+        if mask.ndim == 4:
+            mask = _causal(mask, token_ids.shape[1])
         output = self.model(
-            input_ids=token_ids[:, None],
-            attention_mask=self.mask[..., : self.length + self.done],
-            position_ids=self.positions[..., self.done - 1 : self.done],
+            input_ids=token_ids,
+            attention_mask=mask,
+            position_ids=self.positions[..., begin : self.done],
             past_key_values=self.cache,
             use_cache=True,
             vocabulary="image",
         )
-        return output.logits[:, -1]
+        logits: Tensor = output.logits
+        return logits
 
     def keep(self, rows: Tensor) -> None:
         """See `Steps`."""
         self.cache.batch_select_indices(rows)
         self.mask, self.positions = self.mask[rows], self.positions[..., rows, :]
+
+    def forget(self, tokens: int) -> None:
+        """See `Steps`; for caches of `RoomyLayer` alone."""
+        self.done -= tokens
+        for layer in self.cache.layers:
+            layer.forget(tokens)
+
+
+def _causal(mask: Tensor, tokens: int) -> Tensor:
+    """An additive mask [R, 1, 1, T] for the last `tokens` of T: [R, 1, tokens, T], later ones hidden."""
+    if tokens == 1:
+        return mask
+    later = torch.ones(tokens, mask.shape[-1], dtype=torch.bool, device=mask.device).triu(mask.shape[-1] - tokens + 1)
+    return mask.masked_fill(later, torch.finfo(mask.dtype).min)
 
 
 class CompiledSteps(HostSteps):
@@ -144,6 +173,7 @@ class CompiledSteps(HostSteps):
     def _begin(self, mask: Tensor) -> None:
         """Copy the cache so far to a static one, and compile for its size."""
         total = self.positions.shape[-1] - self.done + self.cache.get_seq_length()
+        total = -(-total // _SIZE_STEP) * _SIZE_STEP
         static = StaticCache(config=self.model.config.get_text_config(), max_cache_len=total)
         for number, layer in enumerate(self.cache.layers):
             static.update(layer.keys, layer.values, number)
@@ -161,17 +191,18 @@ class CompiledSteps(HostSteps):
         lowest = torch.finfo(self.model.dtype).min
         hidden = torch.zeros_like(self.hidden, dtype=self.model.dtype).masked_fill(self.hidden, lowest)
         output = self.model(
-            input_ids=token_ids[:, None],
+            input_ids=token_ids,
             attention_mask=hidden[:, None, None],
             position_ids=position_ids,
             past_key_values=self.static,
             use_cache=True,
             vocabulary="image",
         )
-        return output.logits[:, -1]
+        logits: Tensor = output.logits
+        return logits
 
     def logits(self, token_ids: Tensor) -> Tensor:
-        """See `Steps`."""
+        """See `Steps`; one token at a time."""
         if self.on_fallback is None:
             return super().logits(token_ids)
         positions = self.positions[..., self.done : self.done + 1].contiguous()
@@ -182,7 +213,7 @@ class CompiledSteps(HostSteps):
         except Exception as error:  # whatever a compiler fails with; the plain step is still there for the first one
             if self.done:
                 raise
-            self.on_fallback(f"{type(error).__name__}: {error}".splitlines()[0])
+            self.on_fallback(f"not compiled, {type(error).__name__}: {error}".splitlines()[0])
             self.on_fallback = None
             return super().logits(token_ids)
         self.done += 1
@@ -277,17 +308,21 @@ class _PlainLayer:
             norms = [attention.q_norm.weight] * self.heads[0] + [attention.k_norm.weight] * self.heads[1]
             self.norm, self.norm_eps = torch.stack(norms), attention.q_norm.variance_epsilon  # [H + H', d]
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layer: RoomyLayer, mask: Tensor | None) -> Tensor:
-        rows, (heads, key_heads) = len(x), self.heads
-        qkv = self.qkv(_normed(x, self.before)).view(rows, -1, self.width)  # [R, H + 2 H', d]
+    def __call__(self, x: Tensor, n: int, cos: Tensor, sin: Tensor, layer: RoomyLayer, mask: Tensor | None) -> Tensor:
+        """[R * n, D] for n tokens of each row."""
+        rows, (heads, key_heads), d = len(x) // n, self.heads, self.width
+        qkv = self.qkv(_normed(x, self.before)).view(rows * n, -1, d)  # [R * n, H + 2 H', d]
         qk = qkv[:, : heads + key_heads]
         if self.norm is not None:
             qk = _normed(qk, self.norm_eps) * self.norm
         qk = torch.addcmul(qk * cos, qk.roll(self.width // 2, -1), sin)
-        keys, values = layer.update(qk[:, heads:, None], qkv[:, heads + key_heads :, None])
-        queries = qk[:, :heads].reshape(rows, key_heads, -1, self.width)  # the heads of a key head, as its queries
+        new = (qk[:, heads:], qkv[:, heads + key_heads :])
+        keys, values = layer.update(*(each.view(rows, n, key_heads, d).transpose(1, 2) for each in new))
+        # the heads of a key head and the tokens are its queries: [R, H', H / H' * n, d]
+        queries = qk[:, :heads].view(rows, n, key_heads, -1, d).permute(0, 2, 3, 1, 4).reshape(rows, key_heads, -1, d)
         seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        x = self.out.join(seen.reshape(rows, -1), x, "add")
+        seen = seen.view(rows, key_heads, -1, n, d).permute(0, 3, 1, 2, 4).reshape(rows * n, -1)
+        x = self.out.join(seen, x, "add")
         y = _normed(x, self.after)
         return self.down.join(self.up.join(y, self.gate(y, "swish"), "mul"), x, "add")
 
@@ -304,6 +339,7 @@ class PlainSteps:
         text, rows = model.model.language_model, len(mask)
         self.cache, self.embeddings, self.done = cache, text.embed_tokens.weight, 0
         self.layers = [_PlainLayer(layer, rows) for layer in text.layers]
+        self.queries = text.config.num_attention_heads // text.config.num_key_value_heads
         self.eps = text.norm.variance_epsilon
         vocabulary = model.visual_vocabulary
         head = model.get_output_embeddings().weight[vocabulary.base : vocabulary.end]
@@ -319,13 +355,24 @@ class PlainSteps:
 
     def logits(self, token_ids: Tensor) -> Tensor:
         """See `Steps`."""
-        x = F.embedding(token_ids, self.embeddings)  # [R, D]
-        cos, sin = self.cos[:, self.done], self.sin[:, self.done]
-        self.done += 1
+        rows, n = token_ids.shape
+        x = F.embedding(token_ids.flatten(), self.embeddings)  # [R * n, D]
+        begin, self.done = self.done, self.done + n
+        cos, sin = (each[:, begin : self.done].flatten(0, 1) for each in (self.cos, self.sin))
         mask = None if self.mask is None else self.mask[..., : self.length + self.done]
+        if n > 1:
+            mask = x.new_zeros(1, 1, 1, self.length + self.done) if mask is None else mask
+            mask = _causal(mask, n).repeat(1, 1, self.queries, 1)
         for layer, kept in zip(self.layers, self.cache.layers, strict=True):
-            x = layer(x, cos, sin, kept, mask)
-        return torch.ops.mkldnn._linear_pointwise(_normed(x, self.eps), self.head, None, "none", [], "")
+            x = layer(x, n, cos, sin, kept, mask)
+        logits = torch.ops.mkldnn._linear_pointwise(_normed(x, self.eps), self.head, None, "none", [], "")
+        return logits.view(rows, n, -1)
+
+    def forget(self, tokens: int) -> None:
+        """See `Steps`."""
+        self.done -= tokens
+        for layer in self.cache.layers:
+            layer.forget(tokens)
 
     def keep(self, rows: Tensor) -> None:
         """See `Steps`."""

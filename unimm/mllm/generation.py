@@ -7,19 +7,19 @@ depend on who else is in the batch. B prompts, R = num_return_sequences, S = B *
 image tokens, K codebook size.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from unimm.errors import UserError
 from unimm.mllm.arguments import IMAGE_MODE_IGNORES, check_text_mode, image_mode_arguments
 from unimm.mllm.decoding import Steps, expand_cache, steps_after
+from unimm.mllm.drawing import Drawing, check_parallel_tokens, warn
 from unimm.mllm.text_mode import TextGenerationMixin
 from unimm.sampling import SAMPLING_NAMES, ImageSampling, Noise, per_image_seeds, request_keys
 
@@ -58,7 +58,8 @@ class ImageGenerationMixin(TextGenerationMixin):
                 `num_return_sequences`, `negative_prompt_ids` and `negative_prompt_attention_mask` [1 or B, L'] in
                 place of the checkpoint's null prompt, `streamer`, `return_dict_in_generate`, `output_scores`,
                 `output_logits`; `compile=True` compiles a step, for GPUs, where it becomes a CUDA graph: the first
-                drawing takes as long as compiling does.
+                drawing takes as long as compiling does. `parallel_tokens`: guess so many tokens ahead, or "auto",
+                and keep what a forward over them confirms; the ids are those of 1.
 
         Returns:
             Text mode: token_ids [B * R, L + new]. Image mode: token_ids [S, M], image ids only; with
@@ -102,10 +103,12 @@ class ImageGenerationMixin(TextGenerationMixin):
         output_scores: bool = False,
         output_logits: bool = False,
         compile: bool = False,
+        parallel_tokens: int | Literal["auto"] = 1,
         **ignored: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         if unknown := sorted(name for name in ignored if name not in IMAGE_MODE_IGNORES):
             raise ValueError(f"image mode does not know the arguments {', '.join(unknown)}")
+        check_parallel_tokens(parallel_tokens, compile)
         if num_return_sequences > 1 and sampling.greedy:
             raise ValueError(
                 f"{num_return_sequences} greedy pictures of a prompt would be equal: set do_sample=True and a "
@@ -132,28 +135,29 @@ class ImageGenerationMixin(TextGenerationMixin):
         self._check_room(rows.shape[1])
         images = self._encoded_images(pixel_values, counts, distinct)
         logits, steps = self._read_prompts(rows, row_mask, sources, images, compile)
-        noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, self.device)
-        drawing = _Drawing(logits, steps, scales.repeat_interleave(num_return_sequences, 1), noise, sampling.warpers())
-        base, scores, raw_logits = self.visual_vocabulary.base, [], []
-        chosen = prompts.new_empty(len(seeds), self.num_image_tokens)
-        for step in range(self.num_image_tokens):
-            raw, warped, choice = drawing.choose(step)
-            chosen[:, step] = choice + base
+        noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, logits.device)
+        base = self.visual_vocabulary.base
+        drawing = Drawing(logits, steps, scales.repeat_interleave(num_return_sequences, 1), noise, sampling, base)
+        if parallel_tokens != 1 and not drawing.can_forget:
+            warn("one token at a time: this host's cache cannot take back tokens that were guessed wrong")
+            parallel_tokens = 1
+        scores, raw_logits = [], []
+        for raw, warped, token_ids in drawing.run(parallel_tokens):
             if streamer is not None:
-                streamer.put(chosen[:, step].cpu())
+                streamer.put(token_ids.cpu())
             if return_dict_in_generate and output_scores:
                 scores.append(warped)
             if return_dict_in_generate and output_logits:
                 raw_logits.append(raw)
-            if step + 1 < self.num_image_tokens:
-                drawing.go_on(step, chosen[:, step])
         if streamer is not None:
             streamer.end()
         if not return_dict_in_generate:
-            return chosen
-        cache = steps.cache
+            return drawing.chosen.to(prompts)
         return GenerateDecoderOnlyOutput(
-            sequences=chosen, scores=tuple(scores) or None, logits=tuple(raw_logits) or None, past_key_values=cache
+            sequences=drawing.chosen.to(prompts),
+            scores=tuple(scores) or None,
+            logits=tuple(raw_logits) or None,
+            past_key_values=steps.cache,
         )
 
     def _unconditional_rows(self, ids: Tensor | None, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -188,7 +192,8 @@ class ImageGenerationMixin(TextGenerationMixin):
         )
         expand_cache(cache, sources, self.num_image_tokens)
         positions = whole[..., rows.shape[1] :].index_select(-2, sources)
-        return output.logits[sources, -1], steps_after(self, cache, mask[sources], positions, compiled, _warn)
+        steps = steps_after(self, cache, mask[sources], positions, compiled, warn)
+        return output.logits[sources.to(output.logits.device), -1], steps
 
     def _encoded_images(self, pixel_values: Tensor | None, counts: list[int], distinct: list[int]) -> dict[str, Any]:
         """The projected features of the images of the distinct prompts, in their order."""
@@ -206,59 +211,6 @@ class ImageGenerationMixin(TextGenerationMixin):
                 f"The prompt has {length} tokens and a picture {self.num_image_tokens}, together more than the "
                 f"{context} that the model reads: give a shorter prompt."
             )
-
-
-class _Drawing:
-    """Chooses id after id: guidance, warpers, noise. No value leaves the device.
-
-    S sequences, of which the first rows of the logits are; then G unconditional rows, of the guided ones.
-    """
-
-    def __init__(
-        self, logits: Tensor, steps: Steps, scales: Tensor, noise: Noise | None, warpers: LogitsProcessorList
-    ) -> None:
-        self.logits, self.steps, self.noise, self.warpers = _precise(logits), steps, noise, warpers
-        self.size = scales.shape[1]
-        guided = (scales > 0).any(0)
-        steps_guided = (scales > 0).any(1).nonzero()
-        self.last = int(steps_guided[-1]) if len(steps_guided) else -1  # the last guided step
-        self.all_guided = [bool(row.all()) for row in scales > 0]
-        self.guided = guided.nonzero()[:, 0].to(logits.device)  # [G]
-        self.scales = scales.to(logits.device)[..., None]  # [M, S, 1]
-
-    def choose(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [S, K] after guidance, scores [S, K], and the chosen ids [S]."""
-        raw = self._guided(step)
-        warped = self.warpers(raw, raw)  # the warpers look at the scores alone
-        noisy = warped if self.noise is None else warped + self.noise.step(step)
-        return raw, warped, noisy.argmax(-1)
-
-    def _guided(self, step: int) -> Tensor:
-        conditional, unconditional = self.logits[: self.size], self.logits[self.size :]
-        if step > self.last:
-            return conditional
-        if self.all_guided[step]:
-            return unconditional + self.scales[step] * (conditional - unconditional)
-        given, scale = conditional[self.guided], self.scales[step][self.guided]
-        pulled = torch.where(scale > 0, unconditional + scale * (given - unconditional), given)
-        return conditional.index_copy(0, self.guided, pulled)
-
-    def go_on(self, step: int, token_ids: Tensor) -> None:
-        """Feed token_ids [S] to the sequences and to the unconditional side of the guided ones."""
-        if step == self.last and len(self.guided):  # the rest needs no unconditional rows
-            self.steps.keep(torch.arange(self.size, device=token_ids.device))
-            self.guided = self.guided[:0]
-        fed = torch.cat([token_ids, token_ids[self.guided]]) if len(self.guided) else token_ids
-        self.logits = _precise(self.steps.logits(fed))
-
-
-def _precise(logits: Tensor) -> Tensor:
-    """Logits in at least float32, in which guidance and noise are computed."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _warn(reason: str) -> None:
-    warnings.warn(f"Drawing goes on without compile, which fails here: {reason}", stacklevel=2)
 
 
 def _stacked(rows: Tensor, mask: Tensor, others: Tensor, other_mask: Tensor, pad: int) -> tuple[Tensor, Tensor]:

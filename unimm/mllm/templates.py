@@ -149,7 +149,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[
     try:
         return render_guarded(template, messages, add_generation_prompt=False, **tokenizer.special_tokens_map), ""
     except UserError as error:  # templates for text only add a list to a string
-        return "", one_line(error)
+        return "", one_line(error).removesuffix(".")
 
 
 def is_published(template: Template) -> bool:

@@ -26,11 +26,12 @@ class TextGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
         parent: Any = super()
+        model: Any = self
         processors = parent._get_logits_processor(generation_config=generation_config, **kwargs)
         marking = generation_config.watermarking_config
         for n, processor in enumerate(processors):
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                processor.model = partial(self, vocabulary="answer")  # the unconditional side, as wide as the scores
+                processor.model = partial(model, vocabulary="answer")  # the unconditional side, as wide as the scores
             if marking is not None and isinstance(processor, _WATERMARKS):
                 processors[n] = marking.construct_processor(self.config.text_vocab_size, kwargs.get("device"))
         return processors
