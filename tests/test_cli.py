@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.mllm import tiny
 from unimm.cli import build_parser, main
@@ -294,15 +295,14 @@ def test_doctor_fails_with_code_1(
 ) -> None:
     sick = tmp_path_factory.mktemp("sick") / "model"
     shutil.copytree(model_folder, sick)
-    file = sick / "processor_config.json"
-    settings = json.loads(file.read_text())
-    settings["image_processor"]["image_mean"] = [0.1, 0.1, 0.1]
-    file.write_text(json.dumps(settings))
+    weights = load_file(sick / "model.safetensors")
+    weights |= {name: 1e3 * value for name, value in weights.items() if "projector" in name}
+    save_file(weights, sick / "model.safetensors", metadata={"format": "pt"})
     assert main(["doctor", "--model", str(sick)]) == 1
     capsys.readouterr()
     assert main(["doctor", str(sick)]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
-    assert len(failed) == 1 and "normalization" in failed[0]
+    assert len(failed) == 1 and "times as long as text rows" in failed[0]
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def test_conversations_with_half_a_character_are_bad_rows(tmp_path: Path) -> Non
     assert [(line["row"], line["reason"]) for line in named] == [
         (1, "half a character"),
         (2, "half a character"),
-        (3, "wrong image field"),
+        (3, "missing picture"),
     ]
 
 
