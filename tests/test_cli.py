@@ -302,7 +302,14 @@ def test_doctor_fails_with_code_1(
     capsys.readouterr()
     assert main(["doctor", str(sick)]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
-    assert len(failed) == 1 and "times as long as text rows" in failed[0]
+    assert len(failed) == 2 and "normalization" in failed[0] and "agreement" in failed[1]
+    shutil.copy(model_folder / "processor_config.json", file)
+    file = sick / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_grid": [9, 9]}))
+    assert main(["doctor", str(sick)]) == 1
+    assert "image_grid of config.json is [9, 9]" in capsys.readouterr().out
+    assert main(["chat", "Is there a ring?", "--model", str(sick)]) == 2
+    assert "image_grid of config.json is [9, 9]" in capsys.readouterr().err
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

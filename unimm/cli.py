@@ -232,9 +232,13 @@ def doctor(arguments: argparse.Namespace, report: Report) -> int:
 
     from unimm.integrations.lmms_plugin import lmms_finding
     from unimm.mllm.doctor import examine
+    from unimm.mllm.loading import load_unchecked
 
     findings = []
-    model, processor = _load(arguments.model, report)
+    _quiet_libraries()
+    with report.timed("load"):
+        model, processor = load_unchecked(arguments.model)
+    report.add(model=arguments.model or "default")
     with report.timed("examine"):
         for finding in examine(model, processor):
             report.say(finding.line())

@@ -46,6 +46,18 @@ def load(
     Raises:
         UserError: nothing there, something else than a unified model, or a broken one.
     """
+    model, processor = load_unchecked(path_or_id, device, dtype, **kwargs)
+    check_agreement(model, processor, default_model_path() if path_or_id in (None, DEFAULT) else path_or_id)
+    return model, processor
+
+
+def load_unchecked(
+    path_or_id: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> tuple[Any, UnimmProcessor]:
+    """As `load`, of a model whose parts may disagree with each other: for the doctor, who says where."""
     source = default_model_path() if path_or_id in (None, DEFAULT) else path_or_id
     _check_source(source)
     place = own_device(device)
@@ -55,7 +67,6 @@ def load(
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
     _check_pair(model, processor, source)
-    check_agreement(model, processor, source)
     return model.to(place).eval(), processor
 
 
