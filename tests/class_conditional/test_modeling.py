@@ -75,6 +75,17 @@ def test_an_id_sees_only_what_stands_before_it():
     assert (before - other_class).abs().amax(dim=2).min() > 1e-3
 
 
+def test_interval_and_schedule_of_the_settings_count():
+    model, labels = tiny_gpt(), [0, 1, 2]
+    scales = {"guidance_scale": [3.0, 1.0, 2.0], **GREEDY}
+    by_argument = model.generate(labels, ImageSampling(**scales), guidance_interval=(2, 7))
+    by_settings = model.generate(labels, ImageSampling(**scales, guidance_interval=(2, 7)))
+    assert torch.equal(by_settings, by_argument)
+    linear = model.generate(labels, ImageSampling(**scales, guidance_schedule="linear"))
+    plain = model.generate(labels, ImageSampling(**scales))
+    assert torch.equal(linear[1], plain[1]) and not torch.equal(linear, plain)
+
+
 @pytest.mark.parametrize("interval", [None, (2, 7), (0, 0)])
 def test_guided_greedy_with_a_cache_is_teacher_forcing_without_one(interval):
     model, labels = tiny_gpt(), torch.tensor([0, 3, 4])

@@ -128,6 +128,22 @@ def test_no_row_is_computed_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows == [3] * 15 + [6] * 4 + [3] * 11
 
 
+def test_negative_prompts_of_unguided_prompts_are_not_read() -> None:
+    model, processor = tiny.unified()
+    read: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    ids, mask = inputs(processor).values()
+    negative = {"negative_prompt_ids": ids, "negative_prompt_attention_mask": mask}
+    drawn = draw(model, processor, guidance_scale=[0.0, 3.0, 2.0], **negative)
+    assert read == [5] * 16
+    for n in (1, 2):
+        alone = {name: value[n : n + 1] for name, value in negative.items()}
+        again = draw(model, processor, TEXTS[n : n + 1], guidance_scale=[0.0, 3.0, 2.0][n], **alone)
+        assert torch.equal(again[0], drawn[n])
+
+
 class Bent(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).tanh()

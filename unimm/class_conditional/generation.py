@@ -1,9 +1,10 @@
 """Drawing with a class-conditional GPT: guided, cached, one noise per picture.
 
-Special here: rows with and without the class share one cache and one forward per step (classifier-free guidance,
+Rows with and without the class share one cache and one forward per step (classifier-free guidance,
 https://arxiv.org/abs/2207.12598), and both are fed the id that was drawn. B pictures, G <= B guided ones, K codes.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from unimm.errors import UserError
-from unimm.sampling import ImageSampling, Noise, image_seed, per_prompt_scale
+from unimm.sampling import ImageSampling, Noise, image_seed
 
 if TYPE_CHECKING:
     from unimm.class_conditional.modeling import ClassConditionalGPT
@@ -27,10 +28,12 @@ def draw_ids(
 ) -> Tensor:
     """labels [B] -> ids [B, M]; see `ClassConditionalGPT.generate`."""
     config, batch = model.config, len(labels)
-    start, stop = checked_interval(guidance_interval, config.num_image_tokens)
-    scale = per_prompt_scale(sampling.guidance_scale, batch).to(labels.device)
-    guided = (scale > 0).nonzero().flatten() if start < stop else scale.new_empty(0, dtype=torch.int64)  # [G]
-    scale = scale[guided, None]
+    if guidance_interval is not None:
+        interval = checked_interval(guidance_interval, config.num_image_tokens)
+        sampling = replace(sampling, guidance_interval=interval)
+    scales = sampling.scales(batch, config.num_image_tokens).to(labels.device)  # [M, B]
+    guided = (scales > 0).any(0).nonzero().flatten()  # [G]
+    last = int((scales > 0).any(1).nonzero().max()) if len(guided) else -1  # the last guided step
     noise = None
     if not sampling.greedy:
         noise = Noise([image_seed(seed, first_image + b) for b in range(batch)], config.codebook_size, labels.device)
@@ -40,22 +43,23 @@ def draw_ids(
     for m in range(config.num_image_tokens):
         logits = model.logits(embedded[:, None], cache)[:, -1]  # [B + G, K]
         given, unconditional = logits[:batch], logits[batch:]
-        if start <= m < stop:
-            pull = unconditional + scale * (given[guided] - unconditional)
+        if m <= last:
+            scale = scales[m, guided, None]
+            pull = torch.where(scale > 0, unconditional + scale * (given[guided] - unconditional), given[guided])
             given = given.index_copy(0, guided, pull)
         scores = warpers(chosen, given)
         ids = (scores if noise is None else scores + noise.step(m).to(scores)).argmax(-1)  # [B]
         chosen = torch.cat([chosen, ids[:, None]], dim=1)
-        if m + 1 == stop and len(guided):  # the rest needs no row without the class
+        if m == last:  # the rest needs no row without the class
             cache.batch_select_indices(torch.arange(batch, device=labels.device))
             guided = guided[:0]
         embedded = model.id_embedding(torch.cat([ids, ids[guided]]))
     return chosen
 
 
-def checked_interval(interval: tuple[int, int] | None, length: int) -> tuple[int, int]:
+def checked_interval(interval: tuple[int, int], length: int) -> tuple[int, int]:
     """(start, stop) of the guided ids. Raises UserError unless 0 <= start <= stop."""
-    start, stop = (0, length) if interval is None else interval
+    start, stop = interval
     if not 0 <= start <= stop:
         raise UserError(f"The guidance interval runs from {start} to {stop}; give 0 <= start <= stop <= {length}.")
     return start, stop

@@ -1,10 +1,10 @@
 """`generate(generation_mode="text" | "image")`: one verb for answers and for drawings.
 
-Special here, in image mode: the length comes from the grid and only rows of image ids are computed; conditional and
-unconditional rows share one cache and one forward per step (classifier-free guidance,
-https://arxiv.org/abs/2207.12598); the noise of image k is a function of (seed, k) alone, so a picture does not
-depend on who else is in the batch. B prompts, R = num_return_sequences, S = B * R sequences, G <= S guided ones, M
-image tokens, K codebook size.
+In image mode the length comes from the grid and only rows of image ids are computed; conditional and unconditional rows
+share one cache and one forward per step (classifier-free guidance, https://arxiv.org/abs/2207.12598); what several
+images have in common is read once; the noise of image k is a function of (seed, k) alone, so an image does not depend
+on what else is in the batch. B prompts, P distinct ones, R = num_return_sequences, S = B * R sequences, G <= S guided
+ones, M image tokens, K codebook size.
 """
 
 from collections.abc import Sequence
@@ -123,42 +123,41 @@ class ImageGenerationMixin(TextGenerationMixin):
         if streamer is not None:
             streamer.put(prompts.cpu())
         distinct = list({key: n for n, key in reversed(list(enumerate(keys)))}.values())[::-1]  # first rows of each
-        of_prompt = torch.tensor([[keys[n] for n in distinct].index(key) for key in keys], device=self.device)
-        guided = (scales > 0).any(0).to(self.device)  # [B]
+        places = {keys[n]: place for place, n in enumerate(distinct)}
+        sources = torch.tensor([places[key] for key in keys], device=self.device)  # [B], where each goes on from
         rows, row_mask = prompts[distinct], mask[distinct]
-        sources = of_prompt.repeat_interleave(num_return_sequences)  # [S], the row that each sequence goes on from
-        if guided.any():
+        guided = (scales > 0).any(0).nonzero()[:, 0].to(self.device)
+        if len(guided):
             negative = self._unconditional_rows(negative_prompt_ids, negative_prompt_attention_mask, len(prompts))
-            of_negative = torch.arange(len(prompts), device=self.device) % len(negative[0]) + len(rows)
+            if len(negative[0]) > 1:
+                negative = negative[0][guided], negative[1][guided]
+            others = torch.arange(len(guided), device=self.device) % len(negative[0]) + len(rows)
             rows, row_mask = _stacked(rows, row_mask, *negative, self.config.boi_token_id)
-            sources = torch.cat([sources, of_negative[guided].repeat_interleave(num_return_sequences)])  # [S + G]
+            sources = torch.cat([sources, others])
+        sources = sources.repeat_interleave(num_return_sequences)  # [S + G]
         self._check_room(rows.shape[1])
         images = self._encoded_images(pixel_values, counts, distinct)
         logits, steps = self._read_prompts(rows, row_mask, sources, images, compile)
         noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, logits.device)
-        base = self.visual_vocabulary.base
-        drawing = Drawing(logits, steps, scales.repeat_interleave(num_return_sequences, 1), noise, sampling, base)
+        scales = scales.repeat_interleave(num_return_sequences, 1)  # [M, S]
+        drawing = Drawing(logits, steps, scales, noise, sampling, self.visual_vocabulary.base)
         if parallel_tokens != 1 and not drawing.can_forget:
             warn("one token at a time: this host's cache cannot take back tokens that were guessed wrong")
             parallel_tokens = 1
-        scores, raw_logits = [], []
+        kept: dict[str, list[Tensor]] = {"logits": [], "scores": []}
         for raw, warped, token_ids in drawing.run(parallel_tokens):
             if streamer is not None:
                 streamer.put(token_ids.cpu())
-            if return_dict_in_generate and output_scores:
-                scores.append(warped)
-            if return_dict_in_generate and output_logits:
-                raw_logits.append(raw)
+            if return_dict_in_generate:
+                kept["logits"] += [raw] if output_logits else []
+                kept["scores"] += [warped] if output_scores else []
         if streamer is not None:
             streamer.end()
+        chosen = drawing.chosen.to(prompts)
         if not return_dict_in_generate:
-            return drawing.chosen.to(prompts)
-        return GenerateDecoderOnlyOutput(
-            sequences=drawing.chosen.to(prompts),
-            scores=tuple(scores) or None,
-            logits=tuple(raw_logits) or None,
-            past_key_values=steps.cache,
-        )
+            return chosen
+        outputs = {name: tuple(values) or None for name, values in kept.items()}
+        return GenerateDecoderOnlyOutput(sequences=chosen, past_key_values=steps.cache, **outputs)
 
     def _unconditional_rows(self, ids: Tensor | None, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
         """Token ids and mask [1 or B, L'] of what guidance leads away from, ending with the begin marker."""
