@@ -158,6 +158,10 @@ def changed(model: Any, how: str) -> Any:
         text.layers[0].forward = lambda *args, **kwargs: original(*args, **kwargs) * 1.1
     elif how == "module":
         text.layers[0].self_attn.v_proj.__class__ = Bent
+    elif how == "adapter":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, text)
     elif how == "double":
         model.double()
     elif how == "rope":
@@ -166,7 +170,7 @@ def changed(model: Any, how: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("how", ["hook", "forward", "module", "double", "rope"])
+@pytest.mark.parametrize("how", ["hook", "forward", "module", "adapter", "double", "rope"])
 def test_what_plain_steps_do_not_know_the_model_does_itself(how: str, used: list[type]) -> None:
     model, processor = tiny.unified()
     before = draw(model, processor, do_sample=False)

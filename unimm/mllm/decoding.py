@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
@@ -236,7 +237,8 @@ def _is_plain(model: Any) -> bool:
     if type(text) not in _KNOWN or model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     config, head = text.config, model.get_output_embeddings()
-    layer_class, attention_class, mlp_class, norm_class = _KNOWN[type(text)]
+    norm_class = _KNOWN[type(text)][-1]
+    known = {*_KNOWN[type(text)], nn.Linear, type(ACT2FN["silu"])}  # an adapter's parts have types of their own
     parts = [model, model.model, head, *text.modules()]
     rope = config.rope_parameters or {}
     return bool(
@@ -247,17 +249,12 @@ def _is_plain(model: Any) -> bool:
         and type(text.embed_tokens) is nn.Embedding
         and type(head) is nn.Linear
         and head.bias is None
-        and all(type(layer) is layer_class for layer in text.layers)
-        and all(type(layer.self_attn) is attention_class and type(layer.mlp) is mlp_class for layer in text.layers)
+        and type(text.norm) is norm_class
+        and all({type(part) for part in layer.modules()} <= known for layer in text.layers)
         and all(layer.self_attn.scaling == layer.self_attn.head_dim**-0.5 for layer in text.layers)
-        and all(type(part) in (nn.Linear, norm_class) for layer in text.layers for part in _leaves(layer))
         and not any(_is_changed(part) for part in parts)
         and all(p.dtype == torch.float32 and not p.is_meta for p in (*text.parameters(), head.weight))
     )
-
-
-def _leaves(layer: nn.Module) -> list[nn.Module]:
-    return [part for part in layer.modules() if next(part.parameters(recurse=False), None) is not None]
 
 
 def _is_changed(part: nn.Module) -> bool:
