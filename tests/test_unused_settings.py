@@ -121,7 +121,7 @@ def test_every_field_is_read_or_refused(tmp_path: Path, monkeypatch: pytest.Monk
         return reads.watch(settings)
 
     monkeypatch.setattr(configuration, "load_config", watched)
-    for step in ("vfm", "ideal", "stage1", "stage2", "encode", "c2i", "sft", "t2i"):
+    for step in ("vfm", "ideal", "stage1", "stage2", "stage3", "encode", "c2i", "sft", "t2i"):
         reads.recipe = RECIPES[step]
         assert run(RECIPES[step], "--config", str(ROOT / f"configs/debug/{step}.yaml")) == 0
     wrong = []
@@ -138,7 +138,7 @@ def test_every_stock_field_is_read_by_trainer_or_refused() -> None:
     """By name, in the source of transformers' Trainer and ours: what is read nowhere may not be accepted."""
     library = Path(transformers.__file__).parent
     files = [*library.glob("trainer*.py"), *library.glob("integrations/*.py"), library / "training_args.py"]
-    files += [*ROOT.glob("unimm/training/*.py"), *ROOT.glob("unimm/processes.py")]
+    files += [*ROOT.glob("unimm/training/**/*.py"), *ROOT.glob("unimm/processes.py")]
     read = {
         node.attr
         for file in files

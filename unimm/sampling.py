@@ -46,9 +46,10 @@ class ImageSampling:
         if self.guidance_schedule not in ("constant", "linear"):
             raise UserError(f"guidance_schedule is {self.guidance_schedule!r}; known: constant, linear")
         if self.guidance_interval is not None:
-            start, stop = self.guidance_interval
-            if not 0 <= start <= stop:
-                raise UserError(f"guidance_interval runs from {start} to {stop}: give 0 <= start <= stop")
+            ends = self.guidance_interval
+            pair = isinstance(ends, list | tuple) and len(ends) == 2 and all(isinstance(end, int) for end in ends)
+            if not (pair and 0 <= ends[0] <= ends[1]):
+                raise UserError(f"guidance_interval is {ends!r}: give [start, stop] with 0 <= start <= stop")
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p < 1):
             raise UserError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: "

@@ -27,7 +27,10 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "vfm": ("vfm", ["train.adam_epsilon=1e-4", "train.save_steps=3", "train.bf16=false"]),
     "ideal": ("tokenizer", [*TOKENIZER, "model.config.dropout=0.0"]),
     "stage1": ("tokenizer", TOKENIZER),
-    "stage2": ("tokenizer", TOKENIZER),
+    "stage2": (
+        "tokenizer",
+        [*TOKENIZER, "train.adam_epsilon=1e-4"],
+    ),  # a bias without a true gradient is noise over eps
     "c2i": (
         "c2i",
         [*HOST, *(f"model.config.{part}_dropout=0.0" for part in ("token", "residual", "feed_forward", "class"))],
