@@ -4,20 +4,134 @@
 
 Every recipe runs by its debug configuration with one batch of 12, and with 2, 3 and 4 micro-batches of 6, 4 and 3;
 compared are weights, averaged weights, optimizer states and GAN statistics.
+
+Gradient accumulation against the whole batch: every recipe, once with a batch of k x n and once with k micro-batches
+of n, and the largest difference between all that the two leave behind.
+
+Compared are the weights of the result, and of the newest checkpoint the weights, averages, optimizer states and GAN
+statistics of every part. Dropout is off, because a mask is drawn for a micro-batch; everything else is on.
 """
 
 import argparse
+import contextlib
+import io
 import os
+import runpy
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
 
 from unimm.errors import run_main
-from unimm.provenance import git_commit
-from unimm.report import Report
-from unimm.training.accumulation import CASES, differences, left_behind, train
+from unimm.runs.provenance import git_commit
+from unimm.runs.report import Report
+from unimm.training.loop.checkpoint import checkpoints
+
+BATCH = 12  # of which 1, 2, 3 and 4 micro-batches are whole
+TOKENIZER = ("train.mixed_precision=no", "train.panel_steps=10", "train.steps=4", "train.adam_epsilon=1e-4")
+GAN = (
+    "loss.gan={start: 1, warmup_steps: 1, augment_probability: 0.8, consistency_weight: 4.0, weight: 0.5, "
+    "lecam_weight: 0.01}"
+)
+HOST = ("train.bf16=false", "train.adam_epsilon=1e-4", "train.max_steps=3", "train.save_steps=3", "train.eval_steps=10")
+LANGUAGE = (*HOST, "train.use_muon=false", "train.ema_decay=0.9", "train.lr_scheduler_type=cosine")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe, its debug configuration and what is changed in it."""
+
+    recipe: str
+    config: str
+    changes: Sequence[str]
+
+    @property
+    def batch(self) -> str:
+        """The settings of the batch and of the micro-batches."""
+        return "train.batch_size" if self.recipe == "tokenizer" else "train.per_device_train_batch_size"
+
+
+CASES: Mapping[str, Case] = {  # in this order one is what the next begins from
+    "vfm": Case("vfm", "vfm", ["train.adam_epsilon=1e-4", "train.save_steps=3", "train.bf16=false"]),
+    "vfmtok": Case("tokenizer", "vfmtok", [*TOKENIZER, GAN]),
+    "ideal": Case("tokenizer", "ideal", [*TOKENIZER, GAN, "loss.gan.lecam=elementwise", "model.config.dropout=0.0"]),
+    "stage1": Case("tokenizer", "stage1", [*TOKENIZER, GAN]),
+    "stage2": Case("tokenizer", "stage2", [*TOKENIZER, GAN]),
+    "stage3": Case("tokenizer", "stage3", [*TOKENIZER, GAN]),
+    "c2i": Case(
+        "c2i",
+        "c2i",
+        [*HOST, *(f"model.config.{part}_dropout=0.0" for part in ("token", "residual", "feed_forward", "class"))],
+    ),
+    "sft": Case("sft", "sft", LANGUAGE),
+    "t2i": Case("t2i", "t2i", LANGUAGE),
+}
+
+
+def run_recipe(path: Path, *arguments: str) -> int:
+    """Run a recipe in this process; its exit code."""
+    AcceleratorState._reset_state()  # the precision of the run before; the processes stay connected
+    argv, sys.argv = sys.argv, [path.name, *arguments]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def train(case: str, k: int, root: Path, output: Path) -> None:
+    """Run a case with `k` micro-batches, from the checkout `root` into `output`; the current folder is where its
+    configuration looks for what it begins from. Raises RuntimeError where the recipe fails."""
+    c, said = CASES[case], io.StringIO()
+    sizes = [f"{c.batch}={BATCH // k}", f"train.gradient_accumulation_steps={k}", f"train.output_dir={output}"]
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = run_recipe(
+            root / "recipes" / f"{c.recipe}.py",
+            "--config",
+            str(root / f"configs/debug/{c.config}.yaml"),
+            *c.changes,
+            *sizes,
+        )
+    if code:
+        raise RuntimeError(f"{case} with {k} micro-batches ended with {code}:\n{said.getvalue()[-3000:]}")
+
+
+def left_behind(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a run's newest checkpoint and of its result, random states aside."""
+    found: dict[str, Tensor] = {}
+    for path in [*checkpoints(folder)[-1].iterdir(), *folder.glob("*.safetensors")]:
+        if path.suffix == ".safetensors":
+            found |= dict(_tensors(load_file(path), f"{path.parent.name}/{path.name}"))
+        elif path.suffix == ".pt" and "rng" not in path.name:
+            found |= dict(_tensors(torch.load(path, weights_only=True), path.name))
+    return {name: tensor.float() for name, tensor in found.items() if "rng" not in name}
+
+
+def differences(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
+    """{name: largest difference} of two `left_behind`. Raises ValueError where they do not hold the same tensors."""
+    if one.keys() != other.keys():
+        raise ValueError(f"Only one of the runs left {sorted(one.keys() ^ other.keys())[:5]}.")
+    return {name: float((one[name] - other[name]).abs().max()) for name in one if one[name].numel()}
+
+
+def _tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from _tensors(value, f"{name}/{key}")
+    elif isinstance(state, list | tuple):
+        yield from _tensors(dict(enumerate(state)), name)
+
 
 ROOT = Path(__file__).resolve().parents[1]
 MICRO_BATCHES = (2, 3, 4)

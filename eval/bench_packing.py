@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unimm.data.collators import FlowCollator
-from unimm.data.places import data_path
-from unimm.data.tables import parquet_pictures
+from unimm.data.sources.storage import data_path
+from unimm.data.sources.tables import parquet_pictures
+from unimm.data.text.collators import FlowCollator
 from unimm.data.text_to_image import drawing
 from unimm.errors import UserError, run_main
 from unimm.mllm import attach
-from unimm.report import Report
+from unimm.runs.report import Report
 from unimm.tokenizer import VQRAE, VQRAEConfig
-from unimm.training.arguments import HostTrainingArguments
-from unimm.training.host_trainer import HostTrainer
-from unimm.training.language_model import CHAT_TOKENS, new_language_model
-from unimm.training.text_tokenizer import train_text_tokenizer
+from unimm.training.language_model.small_model import CHAT_TOKENS, new_language_model
+from unimm.training.language_model.text_tokenizer import train_text_tokenizer
+from unimm.training.language_model.trainer import HostTrainer
+from unimm.training.loop.arguments import HostTrainingArguments
 
 FLOW = "drawing"
 

@@ -22,26 +22,26 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from unimm.benchmarks.real_size import QWEN3_0_6B, tokenizer_config
-from unimm.data.collators import FlowCollator
+from eval.bench_real_size import QWEN3_0_6B, tokenizer_config
+from eval.step_clock import WARM, Split, split_host_step, split_tokenizer_step
 from unimm.data.conversations import shapes_corpus
+from unimm.data.text.collators import FlowCollator
 from unimm.data.text_to_image import drawing
 from unimm.errors import UserError, run_main
 from unimm.mllm import attach
-from unimm.perceptual_networks import LPIPS, ConvNeXt
-from unimm.provenance import git_commit
-from unimm.report import Report
+from unimm.networks.perceptual import LPIPS, ConvNeXt
+from unimm.runs.provenance import git_commit
+from unimm.runs.report import Report
 from unimm.tokenizer import VQRAE, VQRAEConfig
 from unimm.tokenizer.published import PUBLISHED
-from unimm.training.arguments import HostTrainingArguments, TokenizerTrainingConfig
-from unimm.training.host_trainer import HostTrainer, learning_blocks
-from unimm.training.language_model import CHAT_TOKENS, new_language_model
-from unimm.training.objective import GANConfig, ObjectiveConfig, PerceptualConfig
-from unimm.training.perceptual import PerceptualLoss
-from unimm.training.step_clock import WARM, Split, split_host_step, split_tokenizer_step
-from unimm.training.text_tokenizer import train_text_tokenizer
-from unimm.training.throughput import peak_flops
-from unimm.training.tokenizer_trainer import TokenizerTrainer
+from unimm.training.language_model.small_model import CHAT_TOKENS, new_language_model
+from unimm.training.language_model.text_tokenizer import train_text_tokenizer
+from unimm.training.language_model.trainer import HostTrainer, learning_blocks
+from unimm.training.loop.arguments import HostTrainingArguments, TokenizerTrainingConfig
+from unimm.training.loop.throughput import peak_flops
+from unimm.training.tokenizer.objective import GANConfig, ObjectiveConfig, PerceptualConfig
+from unimm.training.tokenizer.perceptual import PerceptualLoss
+from unimm.training.tokenizer.trainer import TokenizerTrainer
 
 WAYS = ("plain", "checkpointed", "compiled")
 FLOW = "drawing"

@@ -10,11 +10,11 @@ import argparse
 import dataclasses
 import sys
 
-from unimm.benchmarks.class_samples import SamplesPlan, write_samples
 from unimm.class_conditional.drawing import load_drawer
 from unimm.errors import run_main
-from unimm.provenance import git_commit
-from unimm.report import Report
+from unimm.evaluation.generation.class_samples import SamplesPlan, write_samples
+from unimm.runs.provenance import git_commit
+from unimm.runs.report import Report
 from unimm.sampling import ImageSampling
 
 

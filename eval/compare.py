@@ -4,13 +4,65 @@
 
 The files are those that eval/shapes.py, eval/reconstruction.py and eval/probe.py write with --json. `make compare`
 trains the three tokenizers under one budget, measures them and ends with these tables.
+
+Reports of several models beside each other: a row for each number, a column for each model.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from unimm.benchmarks.side_by_side import read_reports, side_by_side
-from unimm.errors import UserError, run_main
+from unimm.errors import UserError, reading, run_main
+
+SECTIONS = ("reconstruction", "chat", "generation", "strict", "probe")
+SETTINGS = ("base_rate", "sweep")  # of a probe, found and not measured
+MISSING = "-"
+
+
+def read_reports(paths: Sequence[str | Path]) -> dict[str, float]:
+    """The measured numbers of reports that belong to one model, `section/name` each.
+
+    Raises:
+        UserError: a file that is no report, or two that give one number different values.
+    """
+    found: dict[str, float] = {}
+    for path in paths:
+        with reading("The report", path):
+            report = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(report, dict) or not set(SECTIONS) & set(report):
+            raise UserError(f"{path} is no report: it has none of {', '.join(SECTIONS)}.")
+        for name, value in _numbers({section: report[section] for section in SECTIONS if section in report}):
+            if found.setdefault(name, value) != value:
+                raise UserError(
+                    f"{path} says {name} is {value:g}, a report before it {found[name]:g}: give one of them."
+                )
+    return found
+
+
+def side_by_side(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """A Markdown table: the numbers in the order of their first appearance, the models in theirs."""
+    names = list(dict.fromkeys(name for numbers in columns.values() for name in numbers))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for name in names:
+        lines.append([name, *(_shown(numbers.get(name)) for numbers in columns.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and key not in SETTINGS:
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key not in SETTINGS:
+            yield f"{prefix}{key}", float(value)
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def main(argv: list[str] | None = None) -> None:

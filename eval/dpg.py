@@ -13,8 +13,8 @@ published ones.
 
 import sys
 
-from unimm.benchmarks.commands.dpg import main
 from unimm.errors import run_main
+from unimm.evaluation.dpg.command import main
 
 if __name__ == "__main__":
     sys.exit(run_main(lambda: main(description=__doc__), name="dpg"))

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from tests.fuzz_surfaces import SURFACES, Surface, cleared
 from unimm.errors import UserError, one_line, run_main
-from unimm.report import Report
+from unimm.runs.report import Report
 
 OUTCOMES = ("clean", "refused", "traceback", "leftover files")
 MEMORY = 16 * 2**30

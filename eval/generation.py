@@ -12,8 +12,8 @@ inception score need FID's Inception weights, whose file you name; every other s
 import sys
 from collections.abc import Sequence
 
-from unimm.benchmarks.commands import generation
 from unimm.errors import run_main
+from unimm.evaluation.generation import command as generation
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,8 +13,8 @@ geneval_results.jsonl, which the official summary_scores.py reads.
 
 import sys
 
-from unimm.benchmarks.commands.geneval import main
 from unimm.errors import run_main
+from unimm.evaluation.geneval.command import main
 
 if __name__ == "__main__":
     sys.exit(run_main(lambda: main(description=__doc__), name="geneval"))

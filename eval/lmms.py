@@ -13,8 +13,8 @@ own figures stand beside them.
 
 import sys
 
-from unimm.benchmarks.commands.und import main
 from unimm.errors import run_main
+from unimm.evaluation.understanding.command import main
 
 if __name__ == "__main__":
     sys.exit(run_main(lambda: main(description=__doc__), name="lmms"))

@@ -11,8 +11,8 @@ drawings and originals, the wrong ones first.
 import sys
 from collections.abc import Sequence
 
-from unimm.benchmarks.commands import nearest
 from unimm.errors import run_main
+from unimm.evaluation.nearest import command as nearest
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@
         --test-source '$UNIMM_DATA/data/cifar10/test.parquet' --json probe.json
     python eval/probe.py --model runs/cifar10/stage2 ... --random
 
-MAE's protocol on frozen mean-pooled vectors (see unimm/benchmarks/probe.py) and a nearest-neighbour vote. `--random`
+MAE's protocol on frozen mean-pooled vectors (see unimm/evaluation/probe/run.py) and a nearest-neighbour vote. `--random`
 probes the same architecture with random weights: the floor.
 """
 
@@ -12,11 +12,11 @@ import argparse
 import dataclasses
 import sys
 
-from unimm.benchmarks.probe import KINDS, ProbePlan, probe_tokenizer, random_twin
-from unimm.benchmarks.subject import load_subject
 from unimm.errors import one_line, run_main
-from unimm.provenance import git_commit, hardware, package_versions
-from unimm.report import Report
+from unimm.evaluation.probe.run import KINDS, ProbePlan, probe_tokenizer, random_twin
+from unimm.evaluation.runs.evaluated_model import load_subject
+from unimm.runs.provenance import git_commit, hardware, package_versions
+from unimm.runs.report import Report
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,8 +16,8 @@ tokenizer's own encoder, which flatters it.
 import sys
 from collections.abc import Sequence
 
-from unimm.benchmarks.commands import reconstruction
 from unimm.errors import run_main
+from unimm.evaluation.reconstruction import command as reconstruction
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,17 +6,241 @@ command, and compare what they end with, bit for bit, with runs that nobody dist
 
 Both stages of the tokenizer (the second with its GAN), conversations and drawings, in the debug configurations. One
 thread: the last bits depend on their number.
+
+Whether a killed run, started again by the same command, ends with the bits of one that nobody disturbed.
+
+Special here: the processes are real and SIGKILL takes their whole group. They are forks of this one, because importing
+torch and transformers takes longer than the tiny runs do; `accelerate` starts them by `accelerate launch` instead.
 """
 
 import argparse
+import contextlib
+import os
+import random
+import re
+import runpy
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from unimm.benchmarks.resume import Case, Launcher, debug_cases, finish, run_case
+import numpy as np
+import torch
+from safetensors import safe_open
+
 from unimm.errors import UserError, run_main
-from unimm.report import Report
+from unimm.runs.report import Report
+
+WEIGHTS = "model.safetensors"
+_STEP = re.compile(rb"step \d+: |\{'loss'")  # what a loop says of a step, the hand-written one or Trainer
+_POLL = 0.001
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe: its script, its configuration and what is changed in it; `steps` is how many it takes."""
+
+    name: str
+    recipe: str
+    steps: int
+    overrides: tuple[str, ...] = ()
+
+
+def debug_cases() -> list[Case]:
+    """All that a checkpoint may hold: codebook upkeep, both sides of the GAN, EMA, Muon, data workers, two flows."""
+    tokenizer = ("train.steps=8", "train.save_steps=2", "train.num_workers=1", "train.panel_steps=8")
+    host = (
+        "train.max_steps=8", "train.save_steps=2", "train.eval_steps=8", "train.ema_decay=0.9",
+        "train.dataloader_num_workers=1",
+    )  # fmt: skip
+    return [
+        Case("stage1", "tokenizer", 8, tokenizer),
+        Case("stage2", "tokenizer", 8, (*tokenizer, "loss.gan.start=2")),
+        Case("sft", "sft", 8, host),
+        Case("t2i", "t2i", 8, (*host, "panel.prompts=[]")),
+    ]
+
+
+@dataclass
+class Trial:
+    """What happened to the killed run of a case: where it was killed, and which checkpoints it had left."""
+
+    case: Case
+    killed_at: list[str] = field(default_factory=list)
+    found: list[list[int]] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def equal(self) -> bool:
+        return not self.differing
+
+
+class Launcher:
+    """Starts recipes of the repository at `root`, with `folder` as their working directory."""
+
+    def __init__(self, root: Path, folder: Path, *, accelerate: bool = False) -> None:
+        self.root, self.folder, self.accelerate = root, folder, accelerate
+        torch.set_num_threads(1)  # a forked process waits for ever for the threads that its parent had
+
+    def command(self, case: Case, output: str) -> list[str]:
+        config = self.root / "configs" / "debug" / f"{case.name}.yaml"
+        return ["--config", str(config), f"train.output_dir={output}", *case.overrides]
+
+    def start(self, case: Case, output: str, log: Path) -> int:
+        """The process id, which is the group's too."""
+        script, arguments = self.root / "recipes" / f"{case.recipe}.py", self.command(case, output)
+        if self.accelerate:
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+            environment = os.environ | {"PYTHONPATH": str(self.root), "PYTHONUNBUFFERED": "1"}
+            with log.open("wb") as out:
+                return subprocess.Popen(
+                    [*launch, str(script), *arguments],
+                    stdout=out, stderr=subprocess.STDOUT, cwd=self.folder, env=environment, start_new_session=True,
+                ).pid  # fmt: skip
+        runpy.run_path(str(script), run_name="preloaded")  # imports once, here
+        return fork(lambda: run_script(script, arguments), log, self.folder)
+
+
+def run_script(script: Path, arguments: Sequence[str]) -> None:
+    """As the command line would, in this process, whose random numbers begin as anywhere, not as its parent's."""
+    random.seed()
+    np.random.seed()
+    torch.seed()
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def fork(body: Callable[[], None], log: Path, folder: Path) -> int:
+    """Run `body` in a child with its own group, its output in `log`; its process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log.write_bytes(b"")
+    child = os.fork()
+    if child:
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # the child may have done it, or be over
+            os.setpgid(child, child)
+        return child
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        out = os.open(log, os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(out, stream)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+        os.chdir(folder)
+        body()
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def exit_code(process: int, *, wait: bool = True) -> int | None:
+    """Of a started process, None while it runs; a negative one is the signal that ended it."""
+    found, status = os.waitpid(process, 0 if wait else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def finish(process: int, log: Path) -> None:
+    """Wait for a run to end well."""
+    if (code := exit_code(process)) != 0:
+        said = log.read_text(errors="replace").strip().splitlines()[-5:]
+        raise UserError(f"The run of {log} ended with {code}: {' '.join(said)}")
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Of the checkpoints in a run's folder."""
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+def kill_at(process: int, log: Path, folder: Path, *, steps: int | None) -> str | None:
+    """SIGKILL the process' group after so many more steps, or (None) while it writes a checkpoint; None if it ended."""
+    begun = (steps_of(folder) or [0])[-1]
+    while exit_code(process, wait=False) is None:
+        said = len(_STEP.findall(log.read_bytes()))
+        writing = sorted(path.name for path in folder.glob(".checkpoint-*.tmp"))
+        if said and writing if steps is None else said >= steps:  # before the first step it is what the last kill left
+            os.killpg(process, signal.SIGKILL)
+            exit_code(process)
+            left = sorted(path.name for path in folder.glob(".checkpoint-*.tmp"))
+            return f"{begun + said}{' (writing)' if left else ''}"
+        time.sleep(_POLL)
+    return None
+
+
+def unreadable(folder: Path) -> list[str]:
+    """Files of the checkpoints that are not whole: archives with a wrong checksum, weights whose header lies."""
+    broken = []
+    for path in sorted(folder.glob("checkpoint-*/*")):
+        try:
+            if path.suffix in (".pt", ".pth", ".bin") and zipfile.ZipFile(path).testzip():
+                broken.append(str(path))
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as weights:
+                    for name in weights.keys():  # noqa: SIM118  (it is no mapping)
+                        weights.get_tensor(name)
+        except Exception as error:
+            broken.append(f"{path} ({type(error).__name__})")
+    return broken
+
+
+def _tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+    elif isinstance(tree, dict | list | tuple):
+        for name, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _tensors(item, f"{path}/{name}")
+
+
+def differences(whole: Path, cut: Path) -> list[str]:
+    """What differs between two finished runs: the bytes of their weights, the tensors of their last checkpoints."""
+    differing = [] if (whole / WEIGHTS).read_bytes() == (cut / WEIGHTS).read_bytes() else [WEIGHTS]
+    last = f"checkpoint-{steps_of(whole)[-1]}"
+    for path in sorted((whole / last).glob("*.pt")):
+        states = (torch.load(folder / last / path.name, weights_only=True) for folder in (whole, cut))
+        ours, theirs = (dict(_tensors(state)) for state in states)
+        names = ours.keys() ^ theirs.keys() | {n for n in ours.keys() & theirs.keys() if not ours[n].equal(theirs[n])}
+        differing += [f"{path.name}{name}" for name in sorted(names)]
+    return differing
+
+
+def run_case(launcher: Launcher, case: Case, *, kills: int, seed: int) -> Trial:
+    """Run `case` undisturbed and disturbed: kills at random steps, every second one while a checkpoint is written."""
+    trial, chance, started = Trial(case), random.Random(f"{seed} {case.name}"), time.perf_counter()
+    folder, whole, cut = launcher.folder, f"runs/debug/{case.name}", f"runs/killed/{case.name}"
+    log = folder / f"{case.name}.log"
+    finish(launcher.start(case, whole, log), log)
+    shutil.rmtree(folder / cut, ignore_errors=True)
+    for number in range(kills):
+        left = case.steps - (steps_of(folder / cut) or [0])[-1]
+        if left < 2:
+            break
+        steps = None if number % 2 else chance.randrange(1, left)
+        killed = kill_at(launcher.start(case, cut, log), log, folder / cut, steps=steps)
+        if killed is None:
+            break
+        trial.killed_at.append(killed)
+        trial.found.append(steps_of(folder / cut))
+        if broken := unreadable(folder / cut):
+            raise UserError(f"The killed run left {len(broken)} files that cannot be read: {', '.join(broken)}.")
+    finish(launcher.start(case, cut, log), log)
+    trial.differing = differences(folder / whole, folder / cut)
+    trial.seconds = time.perf_counter() - started
+    return trial
+
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,8 +14,8 @@ single verdict. `--output DIR` keeps every picture and answer: an interrupted ru
 import sys
 from collections.abc import Sequence
 
-from unimm.benchmarks.commands import shapes
 from unimm.errors import run_main
+from unimm.evaluation.shapes import command as shapes
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,15 +4,90 @@
 
 Prints, for edges that are displaced at random, the median displacement in pixels and the share of images that the first
 detector and the strict one read rightly, and the displacement at which each falls below one half.
+
+How ragged an edge may be for each of the two detectors of the shapes data set.
+
+Scenes are rendered with edges that are displaced at random: a smooth field of displacements is added to the signed
+distance of each object, so that its outline runs in and out while color, place and size stay.
 """
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from unimm.benchmarks.wobble import SMOOTHNESS, measure, refused_from
+import numpy as np
+
+from unimm.data.shapes import COLORS, Scene, sample_scene
+from unimm.data.shapes.detector import detect
+from unimm.data.shapes.strict import read_strictly
+from unimm.data.shapes.world import BACKGROUNDS, DISTANCES
 from unimm.errors import UserError, run_main
-from unimm.provenance import git_commit
-from unimm.report import Report
+from unimm.runs.provenance import git_commit
+from unimm.runs.report import Report
+
+SMOOTHNESS = 1.5  # pixels: sigma of the Gaussian that makes neighboring displacements alike
+AMPLITUDES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)  # standard deviations of the displacement, in pixels
+
+
+class Accepted(NamedTuple):
+    """Median displacement of the edges in pixels, and the share of images that each detector reads rightly."""
+
+    wobble: float
+    first: float
+    strict: float
+
+
+def wobbling_image(scene: Scene, rng: np.random.Generator, amplitude: float) -> tuple[np.ndarray, list[float]]:
+    """Return the scene as uint8 [H, W, 3] with wobbling edges, and the displacement of every edge pixel."""
+    size = scene.image_size
+    canvas = np.empty((size, size, 3))
+    canvas[:] = BACKGROUNDS[scene.background]
+    centres, displaced = np.arange(size) + 0.5, list[float]()
+    for item in scene.objects:
+        distance = DISTANCES[item.shape](centres[None, :] - item.x, centres[:, None] - item.y, item.radius)
+        field = amplitude * _smooth_noise(rng, size)
+        near = distance < 4  # far outside the field may not paint anything
+        alpha = (np.clip(0.5 - distance - field, 0, 1) * near)[..., None]
+        canvas += alpha * (np.array(COLORS[item.color]) - canvas)
+        displaced += np.abs(field[np.abs(distance) < 0.5]).tolist()
+    return np.rint(canvas).astype(np.uint8), displaced
+
+
+def _smooth_noise(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Return a smooth random field [size, size] of mean 0 and standard deviation 1."""
+    offsets = np.arange(size)[:, None] - np.arange(size)
+    kernel = np.exp(-0.5 * (offsets / SMOOTHNESS) ** 2)
+    field = kernel @ rng.standard_normal((size, size)) @ kernel
+    normalized: np.ndarray = (field - field.mean()) / field.std()
+    return normalized
+
+
+def measure(amplitudes: Sequence[float] = AMPLITUDES, scenes: int = 200, seed: int = 0) -> list[Accepted]:
+    """Return, per amplitude, how often the two detectors read the objects of `scenes` wobbling images."""
+    found = []
+    for amplitude in amplitudes:
+        rng, first, strict, displaced = np.random.default_rng(seed), 0, 0, list[float]()
+        for _ in range(scenes):
+            scene = sample_scene(rng, allow_withheld=True)
+            expected = Counter((item.color, item.shape) for item in scene.objects)
+            image, moved = wobbling_image(scene, rng, amplitude)
+            first += Counter((item.color, item.shape) for item in detect(image)) == expected
+            strict += read_strictly(image).shows(expected)
+            displaced += moved
+        found.append(Accepted(float(np.median(displaced)), first / scenes, strict / scenes))
+    return found
+
+
+def refused_from(measured: Sequence[Accepted], detector: str) -> float | None:
+    """Return the wobble at which a detector (`first` or `strict`) accepts half of the images, on the line between two
+    measured ones; None where it accepts more throughout."""
+    for below, above in zip(measured, measured[1:], strict=False):
+        high, low = getattr(below, detector), getattr(above, detector)
+        if high >= 0.5 > low:
+            return below.wobble + (above.wobble - below.wobble) * (high - 0.5) / (high - low)
+    return None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,17 +19,17 @@ from unimm.class_conditional import ClassConditionalConfig, ClassConditionalGPT
 from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet
 from unimm.class_conditional.extraction import ClassIdsConfig, prepare_ids
 from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
-from unimm.config import parse_training_args
-from unimm.data.ids import entropy_line
+from unimm.config.loading import parse_training_args
+from unimm.config.schema import Count
 from unimm.data.images import save_image_atomically
+from unimm.data.sources.ids import entropy_line
 from unimm.errors import UserError, require_place, run_main
-from unimm.provenance import write_atomically
+from unimm.runs.provenance import write_atomically
 from unimm.tokenizer.loading import load_with_processor
-from unimm.training.arguments import C2ITrainingArguments
-from unimm.training.class_conditional_trainer import ClassConditionalTrainer
 from unimm.training.dry_run import SHEET_PICTURES, dry_run_stream, short, show_pictures
-from unimm.training.run import open_run
-from unimm.typed import Count
+from unimm.training.language_model.class_conditional_trainer import ClassConditionalTrainer
+from unimm.training.loop.arguments import C2ITrainingArguments
+from unimm.training.loop.run import open_run
 
 
 @dataclass

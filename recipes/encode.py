@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from unimm.config import parse_recipe_args, save_config
+from unimm.config.loading import parse_recipe_args, save_config
 from unimm.encoding import EncodeConfig, Encoder
 from unimm.errors import require_place, run_main
 from unimm.tokenizer.loading import load_with_processor

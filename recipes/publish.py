@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from unimm.config import parse_recipe_args
+from unimm.config.loading import parse_recipe_args
+from unimm.config.schema import Rate
 from unimm.errors import UserError, run_main
 from unimm.mllm import UnifiedModelMixin, load
 from unimm.saving import save_whole
 from unimm.tokenizer.loading import load_image_tokenizer
-from unimm.typed import Rate
 
 CARD = "README.md"
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.trainer_utils import set_seed
 
 from unimm.checkpoint_files import examining, refuse_excess_of
-from unimm.config import parse_training_args
+from unimm.config.loading import parse_training_args
+from unimm.config.schema import Count, used_when
 from unimm.data.conversations import shapes_corpus
 from unimm.data.mixture import MixtureConfig
 from unimm.data.presence import require_sources
@@ -23,13 +24,12 @@ from unimm.errors import UserError, require_place, run_main
 from unimm.mllm import UnimmProcessor, attach, load
 from unimm.mllm.templates import set_chat_template
 from unimm.mllm.vocabulary import RowInit
-from unimm.training.adapters import LoraSettings, add_lora
-from unimm.training.arguments import HostTrainingArguments
-from unimm.training.host_recipe import train_on_flows
-from unimm.training.language_model import CHAT_TOKENS, new_language_model
-from unimm.training.parameters import train_projector_only
-from unimm.training.text_tokenizer import train_text_tokenizer
-from unimm.typed import Count, used_when
+from unimm.training.language_model.adapters import LoraSettings, add_lora
+from unimm.training.language_model.recipe import train_on_flows
+from unimm.training.language_model.small_model import CHAT_TOKENS, new_language_model
+from unimm.training.language_model.text_tokenizer import train_text_tokenizer
+from unimm.training.loop.arguments import HostTrainingArguments
+from unimm.training.tokenizer.parameters import train_projector_only
 
 
 @dataclass

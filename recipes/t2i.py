@@ -14,16 +14,16 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_training_args
+from unimm.config.loading import parse_training_args
 from unimm.data.mixture import MixtureConfig
 from unimm.data.presence import require_sources
 from unimm.errors import UserError, require_place, run_main
 from unimm.mllm import UnifiedModelMixin, UnimmProcessor, load
-from unimm.mllm.exchange import exchange_image_tokenizer
-from unimm.training.adapters import LoraSettings, add_lora
-from unimm.training.arguments import HostTrainingArguments, PanelConfig
-from unimm.training.host_callbacks import Panel
-from unimm.training.host_recipe import train_on_flows
+from unimm.mllm.swap_tokenizer import exchange_image_tokenizer
+from unimm.training.language_model.adapters import LoraSettings, add_lora
+from unimm.training.language_model.callbacks import Panel
+from unimm.training.language_model.recipe import train_on_flows
+from unimm.training.loop.arguments import HostTrainingArguments, PanelConfig
 
 
 @dataclass

@@ -16,20 +16,20 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_training_args
-from unimm.data.pictures import PictureConfig, held_out_lines, held_out_pictures, picture_stream
+from unimm.config.loading import parse_training_args
+from unimm.config.schema import Count, refuse_unused, used_when
+from unimm.data.image_streams import PictureConfig, held_out_lines, held_out_pictures, picture_stream
 from unimm.errors import UserError, reading, require_place, run_main
 from unimm.mllm import load
 from unimm.mllm.loading import DEFAULT
-from unimm.processes import processes
-from unimm.provenance import model_fingerprint
+from unimm.runs.processes import processes
+from unimm.runs.provenance import model_fingerprint
 from unimm.tokenizer import TOKENIZERS, ImageTokenizer
-from unimm.training.arguments import TokenizerTrainingConfig, accumulation_steps
 from unimm.training.dry_run import dry_run_tokenizer, short_tokenizer
-from unimm.training.objective import ObjectiveConfig
-from unimm.training.run import open_run
-from unimm.training.tokenizer_trainer import PANEL_PICTURES, TokenizerTrainer
-from unimm.typed import Count, refuse_unused, used_when
+from unimm.training.loop.arguments import TokenizerTrainingConfig, accumulation_steps
+from unimm.training.loop.run import open_run
+from unimm.training.tokenizer.objective import ObjectiveConfig
+from unimm.training.tokenizer.trainer import PANEL_PICTURES, TokenizerTrainer
 
 BEGINNING = used_when(lambda c: c.encoder is not None, "model.encoder, with which a tokenizer begins")
 

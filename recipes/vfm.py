@@ -14,17 +14,17 @@ import torch
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil
 from transformers.trainer_utils import set_seed
 
-from unimm.config import parse_training_args
-from unimm.data.pictures import PictureConfig, held_out_lines, held_out_pictures, picture_stream, to_array
+from unimm.config.loading import parse_training_args
+from unimm.config.schema import Count
+from unimm.data.image_streams import PictureConfig, held_out_lines, held_out_pictures, picture_stream, to_array
 from unimm.errors import run_main
-from unimm.processes import processes
+from unimm.runs.processes import processes
 from unimm.saving import whole_folder
-from unimm.training.arguments import StreamTrainingArguments
 from unimm.training.dry_run import dry_run_stream, short, show_pictures
-from unimm.training.run import open_run
-from unimm.training.text_tokenizer import train_text_tokenizer
+from unimm.training.language_model.text_tokenizer import train_text_tokenizer
+from unimm.training.loop.arguments import StreamTrainingArguments
+from unimm.training.loop.run import open_run
 from unimm.training.vision_pretraining import VisionPretraining, VisionPretrainingConfig, VisionPretrainingTrainer
-from unimm.typed import Count
 
 
 @dataclass

@@ -18,11 +18,11 @@ from tests.conftest import ROOT
 from tests.data.conftest import png, rows_as_members, tar_bytes
 from tests.mllm import tiny
 from unimm.chat import ChatSession
-from unimm.config import load_config
+from unimm.config.loading import load_config
+from unimm.data.bad_rows import UsableRows
 from unimm.data.images import load_image
-from unimm.data.llava import LlavaOptions, open_llava
-from unimm.data.skipping import UsableRows
-from unimm.data.sources import open_pictures
+from unimm.data.sources.llava import LlavaOptions, open_llava
+from unimm.data.sources.registry import open_pictures
 from unimm.mllm import attach, load
 from unimm.tokenizer.loading import load_with_processor
 

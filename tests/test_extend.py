@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.mllm import tiny
 from unimm.mllm import attach
 from unimm.tokenizer import TOKENIZERS
-from unimm.training.objective import ObjectiveConfig, PerceptualConfig, TokenizerObjective
+from unimm.training.tokenizer.objective import ObjectiveConfig, PerceptualConfig, TokenizerObjective
 
 TEXT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ from unimm.class_conditional.configuration import ClassConditionalConfig
 from unimm.errors import UserError
 from unimm.field_rules import RULES, check_attention, check_settings
 from unimm.mllm.attach import SUPPORTED
-from unimm.mllm.hosts import HOSTS
+from unimm.mllm.hosts.registry import HOSTS
 from unimm.tokenizer import TOKENIZERS, VQRAEConfig
 from unimm.tokenizer.encoders import FAMILIES
 

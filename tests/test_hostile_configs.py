@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from unimm.config import load_config
+from unimm.config.loading import load_config
+from unimm.config.schema import Count, Range, Rate, Seed, hints_of
+from unimm.config.yaml_text import MAX_DEPTH, dump_yaml, load_yaml
 from unimm.errors import UserError
-from unimm.training.arguments import HostTrainingArguments, StreamTrainingArguments
-from unimm.typed import Count, Range, Rate, Seed, hints_of
-from unimm.yaml_text import MAX_DEPTH, dump_yaml, load_yaml
+from unimm.training.loop.arguments import HostTrainingArguments, StreamTrainingArguments
 
 
 @dataclass

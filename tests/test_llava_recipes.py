@@ -13,18 +13,18 @@ from transformers import LlamaConfig, Qwen3Config
 
 import unimm
 from tests.test_recipes import ROOT, run
-from tests.training.tiny_host import tiny_image_tokenizer
+from tests.training.language_model.tiny_host import tiny_image_tokenizer
 from unimm import bfloat16
 from unimm.cli import main
-from unimm.config import load_config
+from unimm.config.loading import load_config
 from unimm.errors import UserError
-from unimm.mllm.hosts import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
+from unimm.mllm.hosts.registry import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
 from unimm.mllm.vocabulary import visual_base
 from unimm.tokenizer import VQRAEConfig
 from unimm.tokenizer.published import PUBLISHED
-from unimm.training import adapters
-from unimm.training.adapters import lora_config
-from unimm.training.parameters import train_projector_only
+from unimm.training.language_model import adapters
+from unimm.training.language_model.adapters import lora_config
+from unimm.training.tokenizer.parameters import train_projector_only
 
 CONFIGS = sorted(ROOT.glob("configs/sft/*.yaml"))
 

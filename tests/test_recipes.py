@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import unimm
-from unimm.config import load_config
+from unimm.config.loading import load_config
 from unimm.errors import UserError
 from unimm.tokenizer import TOKENIZERS, VQRAEConfig
 from unimm.tokenizer.published import PUBLISHED

@@ -14,11 +14,11 @@ from transformers import TrainingArguments
 
 from tests.conftest import ROOT
 from tests.test_recipes import RECIPES, run
-from unimm import config as configuration
-from unimm.config import load_config
+from unimm.config import loading as configuration
+from unimm.config.loading import load_config
+from unimm.config.schema import known_keys
 from unimm.errors import UserError
-from unimm.training.arguments import StreamTrainingArguments
-from unimm.typed import known_keys
+from unimm.training.loop.arguments import StreamTrainingArguments
 
 SILENT = {"__post_init__", "__repr__", "__eq__", "_refuse_idle", "refuse_unused", "plain", "build"}
 """Functions of a dataclass or of its reading, whose look at a field is no use of it."""
@@ -138,7 +138,7 @@ def test_every_stock_field_is_read_by_trainer_or_refused() -> None:
     """By name, in the source of transformers' Trainer and ours: what is read nowhere may not be accepted."""
     library = Path(transformers.__file__).parent
     files = [*library.glob("trainer*.py"), *library.glob("integrations/*.py"), library / "training_args.py"]
-    files += [*ROOT.glob("unimm/training/**/*.py"), *ROOT.glob("unimm/processes.py")]
+    files += [*ROOT.glob("unimm/training/**/*.py"), *ROOT.glob("unimm/runs/processes.py")]
     read = {
         node.attr
         for file in files

@@ -17,19 +17,19 @@ from PIL import Image
 from tests.data.conftest import write_folder
 from tests.mllm import tiny
 from tests.tokenizer.conftest import tiny_vqrae
-from tests.training.test_tokenizer_trainer import trainer
-from unimm.benchmarks.class_samples import write_npz
+from tests.training.tokenizer.test_trainer import trainer
 from unimm.cli import main
-from unimm.config import save_config
+from unimm.config.loading import save_config
 from unimm.data.images import save_image_atomically
 from unimm.encoding import EncodeConfig, Encoder
 from unimm.errors import UserError, run_main
+from unimm.evaluation.generation.class_samples import write_npz
 from unimm.mllm.export import save_generation
-from unimm.provenance import write_atomically
-from unimm.report import Report
+from unimm.runs.provenance import write_atomically
+from unimm.runs.report import Report
 from unimm.saving import save_whole
 from unimm.tokenizer import ImageTokenizerProcessor
-from unimm.training.checkpoint import save_checkpoint
+from unimm.training.loop.checkpoint import save_checkpoint
 
 NOISE = Image.effect_noise((64, 64), 90).convert("RGB")
 

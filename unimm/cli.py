@@ -18,8 +18,8 @@ from tqdm import tqdm
 from unimm import __version__
 from unimm.data.images import check_image_output, load_image, save_images, save_numbered
 from unimm.errors import UserError, one_line, run_main
-from unimm.provenance import check_output
-from unimm.report import Report
+from unimm.runs.provenance import check_output
+from unimm.runs.report import Report
 
 FAILED_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
@@ -51,7 +51,7 @@ def demo(arguments: argparse.Namespace, report: Report) -> None:
     """Show reconstruction, chat and drawing on one page; its path is the last thing printed."""
     folder = Path(arguments.output)
     check_output(folder / "index.html", "page")
-    from unimm.benchmarks.demo import DemoPlan, run_demo, write_page
+    from unimm.demo import DemoPlan, run_demo, write_page
 
     plan = DemoPlan.sample(arguments.seed)
     model, processor = _load(arguments.model, report)
@@ -102,8 +102,8 @@ def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
     check_image_output(arguments.output or RECONSTRUCTION)
     import torch
 
-    from unimm.benchmarks.subject import load_subject
-    from unimm.evaluation.image_metrics import capped_psnr
+    from unimm.evaluation.metrics.image_metrics import capped_psnr
+    from unimm.evaluation.runs.evaluated_model import load_subject
 
     _quiet_libraries()
     with report.timed("load"):
@@ -193,7 +193,7 @@ def merge(arguments: argparse.Namespace, report: Report) -> None:
     from unimm.errors import reading
     from unimm.mllm import load
     from unimm.saving import save_whole
-    from unimm.training.adapters import about_base, read_adapter
+    from unimm.training.language_model.adapters import about_base, read_adapter
 
     _quiet_libraries()
     base = arguments.base or about_base(arguments.adapter)["base"]
@@ -230,7 +230,7 @@ def doctor(arguments: argparse.Namespace, report: Report) -> int:
     """Try out what a model must meet: its tower, its parts, an answer, a drawing; exit code 1 when a point fails."""
     from dataclasses import asdict
 
-    from unimm.integrations.lmms_plugin import lmms_finding
+    from unimm.evaluation.understanding.lmms_plugin import lmms_finding
     from unimm.mllm.doctor import examine
     from unimm.mllm.loading import load_unchecked
 
@@ -254,7 +254,7 @@ def doctor(arguments: argparse.Namespace, report: Report) -> int:
 
 def evaluate(arguments: argparse.Namespace, report: Report) -> None:
     """Run a suite of measurements on a model, or write the page of a finished run."""
-    from unimm.benchmarks.suites import REPORT, run_suite
+    from unimm.evaluation.suites import REPORT, run_suite
 
     if arguments.suite != REPORT:  # a page needs no model, and not the seconds that importing transformers takes
         _quiet_libraries()
@@ -330,7 +330,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; `parse_args` gives the chosen function as `command`."""
-    from unimm.benchmarks.suites import ALL, SUITES
+    from unimm.evaluation.suites import ALL, SUITES
 
     parser = _Parser(prog="unimm", description="One model that understands pictures and draws them.")
     parser.add_argument("--version", action="version", version=f"unimm {__version__}")

@@ -1,4 +1,4 @@
-"""A whole data set through an image tokenizer once: pictures from anywhere -> a folder of ids (`unimm.data.ids`).
+"""A whole data set through an image tokenizer once: pictures from anywhere -> a folder of ids (`unimm.data.sources.ids`).
 
 Special here: processes share nothing but the folder. Shard k of the output is a fixed range of the source's rows and
 belongs to process k modulo their number; it is written under another name and renamed, so a run that is started again
@@ -21,17 +21,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from unimm.data.ids import COLUMNS, MANIFEST, IdsInfo, IdsManifest, info_of, read_ids, unigram_entropy, write_ids
-from unimm.data.order import Rows
-from unimm.data.pictures import WORLD, crop
-from unimm.data.reading import ReadOptions
+from unimm.config.schema import Count, Natural, Seed, Share, used_when
+from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, UsableRows, too_many
+from unimm.data.image_streams import WORLD, crop
 from unimm.data.shapes.datasets import ShapesPictures
-from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, UsableRows, too_many
-from unimm.data.sources import open_pictures
+from unimm.data.shuffling import Rows
+from unimm.data.sources.ids import (
+    COLUMNS,
+    MANIFEST,
+    IdsInfo,
+    IdsManifest,
+    info_of,
+    read_ids,
+    unigram_entropy,
+    write_ids,
+)
+from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.rows import ReadOptions
 from unimm.errors import UserError, reading
-from unimm.provenance import appearing, write_atomically
+from unimm.runs.provenance import appearing, write_atomically
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
-from unimm.typed import Count, Natural, Seed, Share, used_when
 
 
 @dataclass
@@ -39,7 +48,7 @@ class EncodeConfig:
     """What is encoded, and into what shards.
 
     Args:
-        source, read: pictures, as everywhere (`unimm.data.sources`), or "shapes" with a `count`; the centre is cut out.
+        source, read: pictures, as everywhere (`unimm.data.sources.registry`), or "shapes" with a `count`; the centre is cut out.
         count: the first rows only; None takes all.
         columns: what stands beside the ids and keys: text (a row without a caption counts as a bad one), class_label.
         label_column: where class_label is read.

@@ -13,7 +13,7 @@ import torch
 from unimm.checkpoint_files import bounded_by, refuse_excess, refuse_non_finite, stored_bytes
 from unimm.errors import UserError, writing
 from unimm.field_rules import check_attention
-from unimm.provenance import flush, make_folders
+from unimm.runs.provenance import flush, make_folders
 
 
 def save_whole(

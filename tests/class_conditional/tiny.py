@@ -9,7 +9,7 @@ from tests.tokenizer.conftest import tiny_vqrae
 from unimm.class_conditional import ClassConditionalConfig, ClassConditionalGPT
 from unimm.class_conditional.drawing import ClassDrawer
 from unimm.class_conditional.ids import ClassIds
-from unimm.data.ids import IdsInfo
+from unimm.data.sources.ids import IdsInfo
 from unimm.tokenizer import ImageTokenizerProcessor
 
 FIELDS = {

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from unimm.data.bad_rows import UsableRows
 from unimm.data.characters import check_characters, half_character
-from unimm.data.llava import LlavaConversations, LlavaOptions
-from unimm.data.pictures import ReadOptions, open_pictures
-from unimm.data.skipping import UsableRows
+from unimm.data.image_streams import ReadOptions, open_pictures
+from unimm.data.sources.llava import LlavaConversations, LlavaOptions
 from unimm.errors import UserError
 
 HALF = "\ud83d"

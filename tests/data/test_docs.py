@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from unimm.config.schema import build
+from unimm.data.image_streams import PictureConfig
 from unimm.data.mixture import MixtureConfig
-from unimm.data.pictures import PictureConfig
 from unimm.encoding import EncodeConfig
-from unimm.typed import build
 
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)

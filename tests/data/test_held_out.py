@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from tests.data.conftest import png, tar_bytes, value_of, write_folder, write_parquet, write_shards
 from unimm.class_conditional.extraction import ClassIdsConfig
 from unimm.data.held_out import HeldOut
-from unimm.data.ids import MANIFEST, IdsInfo, IdsManifest, write_ids
+from unimm.data.image_streams import PictureConfig, PictureSource, held_out_pictures, picture_stream
+from unimm.data.image_streams import held_out_lines as picture_lines
 from unimm.data.mixture import FlowConfig, Mixture, MixtureConfig, held_out_lines, training_streams
-from unimm.data.order import OwnBatches
-from unimm.data.pictures import PictureConfig, PictureSource, held_out_pictures, picture_stream
-from unimm.data.pictures import held_out_lines as picture_lines
+from unimm.data.shuffling import OwnBatches
+from unimm.data.sources.ids import MANIFEST, IdsInfo, IdsManifest, write_ids
 from unimm.errors import UserError
 
 ROWS = 12
@@ -62,7 +62,7 @@ def write_folder_of_ids(folder: Path) -> FlowConfig:
 
 
 def streamed(folder: Path) -> FlowConfig:
-    from unimm.data.reading import ReadOptions
+    from unimm.data.sources.rows import ReadOptions
 
     read = ReadOptions(streaming=True)
     return FlowConfig("drawing", source=str(write_parquet(folder / "a.parquet", range(ROWS)).parent), read=read)

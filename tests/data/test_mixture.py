@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from unimm.data.mixture import FlowConfig, Mixture, MixtureConfig
-from unimm.data.order import interleave
+from unimm.data.shuffling import interleave
 from unimm.data.text_to_image import ShapesDrawings, drawing
 from unimm.errors import UserError
 

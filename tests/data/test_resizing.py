@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimm.benchmarks.color_votes import prepare_view
-from unimm.benchmarks.pictures import adm_crop, torchvision_crop
 from unimm.data import resizing
-from unimm.data.pictures import crop
+from unimm.data.image_streams import crop
+from unimm.evaluation.geneval.color_votes import prepare_view
+from unimm.evaluation.runs.image_sets import adm_crop, torchvision_crop
 from unimm.tokenizer import ImageTokenizerProcessor
 
 BICUBIC = Image.Resampling.BICUBIC

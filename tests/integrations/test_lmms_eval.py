@@ -19,11 +19,10 @@ from PIL import Image
 import unimm
 from tests.mllm import host_templates
 from unimm import cli
-from unimm.benchmarks.hosts import tiny_host, tiny_tokenizer
 from unimm.errors import UserError
-from unimm.integrations import lmms_eval as plugin
-from unimm.integrations import lmms_plugin
-from unimm.integrations.lmms_eval import (
+from unimm.evaluation.understanding import lmms_model as plugin
+from unimm.evaluation.understanding import lmms_plugin
+from unimm.evaluation.understanding.lmms_model import (
     ChatModel,
     UnimmChat,
     conversation,
@@ -33,6 +32,7 @@ from unimm.integrations.lmms_eval import (
 )
 from unimm.mllm import attach
 from unimm.mllm.answering import Answer
+from unimm.testing.hosts import tiny_host, tiny_tokenizer
 
 GREEDY = {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
 
@@ -203,7 +203,7 @@ def test_lmms_eval_finds_the_class_by_its_entry_point() -> None:
 def test_the_doctor_loads_the_plug_in(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = lmms_plugin.lmms_finding(11)
     assert finding is not None and finding.ok and finding.number == 11
-    assert finding.found == "--model unimm is unimm.integrations.lmms_eval.UnimmChat"
+    assert finding.found == "--model unimm is unimm.evaluation.understanding.lmms_model.UnimmChat"
     monkeypatch.setattr(lmms_plugin, "entry_points", lambda **_: [])
     finding = lmms_plugin.lmms_finding(11)
     assert finding is not None and not finding.ok and "no entry point unimm in lmms_eval.models" in finding.line()

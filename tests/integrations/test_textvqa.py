@@ -12,8 +12,8 @@ import pytest
 from lmms_eval.tasks.textvqa.utils import textvqa_process_results
 
 from tests.conftest import ROOT
-from unimm.evaluation.textvqa import soft_accuracy
-from unimm.integrations.lmms_tasks import BENCHMARKS
+from unimm.evaluation.understanding.lmms_tasks import BENCHMARKS
+from unimm.evaluation.understanding.textvqa import soft_accuracy
 
 CASES = json.loads((ROOT / "tests/fixtures/answer_parsing_cases.json").read_text())["textvqa"]
 PIECES = [

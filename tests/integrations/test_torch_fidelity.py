@@ -20,12 +20,12 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-from tests.benchmarks.random_inception import random_inception
 from tests.conftest import ROOT
-from unimm.benchmarks.commands.generation import main
-from unimm.benchmarks.inception import load_inception
-from unimm.evaluation.distributions import inception_score, kernel_distance, manifolds
-from unimm.evaluation.frechet import frechet_distance, moments_of
+from tests.evaluation.random_inception import random_inception
+from unimm.evaluation.generation.command import main
+from unimm.evaluation.metrics.distributions import inception_score, kernel_distance, manifolds
+from unimm.evaluation.metrics.frechet import frechet_distance, moments_of
+from unimm.networks.inception import load_inception
 
 COUNT, SUBSET = 12, 9
 

@@ -29,13 +29,13 @@ from PIL import Image
 import unimm
 from tests.conftest import ROOT
 from tests.integrations import local_data
-from unimm.benchmarks.commands.und import main
-from unimm.benchmarks.understanding import HUB_TASKS, UnderstandingPlan, evaluate_understanding
 from unimm.errors import UserError
-from unimm.evaluation.html_report import write_report
-from unimm.evaluation.records import Record, read_records
-from unimm.integrations import lmms_eval as plugin
-from unimm.integrations.lmms_tasks import write_overlays
+from unimm.evaluation.runs.html_report import write_report
+from unimm.evaluation.runs.records import Record, read_records
+from unimm.evaluation.understanding import lmms_model as plugin
+from unimm.evaluation.understanding.command import main
+from unimm.evaluation.understanding.lmms_tasks import write_overlays
+from unimm.evaluation.understanding.run import HUB_TASKS, UnderstandingPlan, evaluate_understanding
 from unimm.mllm.answering import Answer
 
 WORDS = ("yes", "No.", "Yes, there is one", "no", "red", "two", "", "not so", "yes", "no", "NO")

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from unimm.mllm.chat_formats import CHAT_FORMATS
-from unimm.training.text_tokenizer import train_text_tokenizer
+from unimm.training.language_model.text_tokenizer import train_text_tokenizer
 
 SENTENCEPIECE = ("plain", "vicuna_v1", "llama2", "mistral", "zephyr")
 """Formats of models with such a tokenizer; the others have byte-level BPE."""

@@ -14,10 +14,10 @@ from transformers.generation import CompileConfig, GenerationMixin, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from tests.mllm import tiny
-from unimm.benchmarks.hosts import tiny_host
 from unimm.errors import UserError
 from unimm.mllm import attach
 from unimm.mllm.arguments import IMAGE_MODE_IGNORES, IMAGE_MODE_REFUSES, TEXT_MODE_REFUSES
+from unimm.testing.hosts import tiny_host
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/attach.md"
 INPUTS = ("attention_mask", "past_key_values", "position_ids", "inputs_embeds", "mm_encoder_outputs", "image_sizes")

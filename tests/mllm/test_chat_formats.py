@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.mllm import tiny
 from tests.mllm.chat_tokenizers import byte_level, tokenizer_for
-from unimm.data.collators import IGNORED, FlowCollator
+from unimm.data.text.collators import IGNORED, FlowCollator
 from unimm.errors import UserError
 from unimm.mllm import UnimmProcessor, attach
 from unimm.mllm.attach import build_processor

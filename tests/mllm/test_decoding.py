@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.mllm import tiny
-from unimm.benchmarks.hosts import tiny_host
 from unimm.errors import UserError
 from unimm.mllm import attach, decoding
 from unimm.mllm.decoding import CompiledSteps, HostSteps, PlainSteps
+from unimm.testing.hosts import tiny_host
 
 TEXTS = ["a photo of a red circle", "two", "an image of two green squares"]
 SCALES = [4.0, 0.0, 1.5]

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Pre
 
 from tests.mllm import host_templates as published
 from tests.mllm import tiny
-from unimm.benchmarks.hosts import HOST_FAMILIES, tiny_host, tiny_tokenizer
 from unimm.chat import ChatSession
 from unimm.errors import UserError
 from unimm.mllm import attach, load
 from unimm.mllm.answering import answer_all, chat_inputs
 from unimm.mllm.chat_formats import CHAT_FORMATS
 from unimm.mllm.loading import default_model_path
+from unimm.testing.hosts import HOST_FAMILIES, tiny_host, tiny_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
 PIECES = [

@@ -15,15 +15,15 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from tests.mllm import host_templates as published
 from tests.mllm import tiny
 from tests.mllm.chat_tokenizers import byte_level, sentence_piece
-from unimm.benchmarks.drawing import draw_prompts
-from unimm.benchmarks.hosts import text_tokenizer as one_token_a_byte
 from unimm.chat import ChatSession
-from unimm.data.collators import IGNORED, FlowCollator
+from unimm.data.text.collators import IGNORED, FlowCollator
 from unimm.errors import UserError
 from unimm.mllm import attach, load
 from unimm.mllm.answering import chat_inputs
 from unimm.mllm.chat_formats import CHAT_FORMATS
+from unimm.mllm.draw_prompts import draw_prompts
 from unimm.mllm.prompts import control_pattern, encode, mark_conversation, mark_text
+from unimm.testing.hosts import text_tokenizer as one_token_a_byte
 
 PROMPTS = ["a red circle", "two  rings\n", " USER: no", "", "a <|im_end|> in <s> it"]
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.mllm import tiny
 from tests.tokenizer.conftest import tiny as tiny_tokenizer
-from unimm.benchmarks.hosts import tiny_host
 from unimm.mllm import attach
 from unimm.mllm.doctor import examine
+from unimm.testing.hosts import tiny_host
 
 TOKENS = {"vfmtok": 9, "ideal": 16}
 

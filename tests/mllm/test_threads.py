@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoProcessor
 
 from tests.mllm import tiny
-from unimm.benchmarks.hosts import tiny_host
 from unimm.chat import ChatSession
 from unimm.mllm import attach
+from unimm.testing.hosts import tiny_host
 
 
 def in_threads(calls: list[Any], times: int) -> None:

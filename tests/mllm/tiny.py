@@ -16,7 +16,7 @@ from transformers import (
 
 from unimm.mllm import UnimmLlavaForConditionalGeneration, UnimmProcessor, attach
 from unimm.tokenizer import VQRAE, VQRAEConfig
-from unimm.training.text_tokenizer import train_text_tokenizer
+from unimm.training.language_model.text_tokenizer import train_text_tokenizer
 
 TEXTS = ["a photo of a red circle", "is there a blue ring? yes no", "an image of two green squares", "one two three"]
 FAMILIES = {

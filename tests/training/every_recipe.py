@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from unimm.training.accumulation import run_recipe
+from eval.bench_accumulation import run_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

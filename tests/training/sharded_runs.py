@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 from torch import distributed as dist
 
 from tests.conftest import ROOT
-from tests.training.test_host_trainer import BOTH, StopAt, build
-from unimm.training.global_batch import process_count
-from unimm.training.host_trainer import HostTrainer
+from tests.training.language_model.test_trainer import BOTH, StopAt, build
+from unimm.training.language_model.trainer import HostTrainer
+from unimm.training.loop.global_batch import process_count
 
 
 def in_two(folder: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from eval.bench_accumulation import differences, left_behind
 from tests.conftest import ROOT
 from tests.training.every_recipe import run as run_recipe
-from unimm.training.accumulation import differences, left_behind
 
 pytestmark = pytest.mark.slow
 

@@ -12,14 +12,14 @@ from torch import nn
 
 from tests.test_recipes import ROOT, run
 from tests.tokenizer.conftest import tiny_vqrae
-from tests.training.test_host_trainer import BOTH, TALK, build
-from tests.training.tiny_host import save_tiny_host
-from unimm.data.collators import IGNORED
+from tests.training.language_model.test_trainer import BOTH, TALK, build
+from tests.training.language_model.tiny_host import save_tiny_host
+from unimm.data.text.collators import IGNORED
 from unimm.mllm import load
 from unimm.training import dry_run
 from unimm.training.dry_run import Measured, counting_activations, say_groups
-from unimm.training.host_trainer import HostTrainer
-from unimm.training.label_mask import in_terminal, pieces, rows_of, write_page
+from unimm.training.language_model.label_mask import in_terminal, pieces, rows_of, write_page
+from unimm.training.language_model.trainer import HostTrainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

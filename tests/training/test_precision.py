@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from tests.conftest import ROOT
-from tests.training.test_host_trainer import build
-from tests.training.test_run import recipe
-from tests.training.test_tokenizer_trainer import trainer as tokenizer_trainer
+from tests.training.language_model.test_trainer import build
+from tests.training.loop.test_run import recipe
+from tests.training.tokenizer.test_trainer import trainer as tokenizer_trainer
 from unimm import bfloat16
 from unimm.bfloat16 import automatic_dtype, slowdown, training_device
-from unimm.config import load_config
+from unimm.config.loading import load_config
 from unimm.data.mixture import FlowConfig
-from unimm.training.adapters import LoraSettings
-from unimm.training.arguments import HostTrainingArguments, TokenizerTrainingConfig
-from unimm.training.run import open_run
+from unimm.training.language_model.adapters import LoraSettings
+from unimm.training.loop.arguments import HostTrainingArguments, TokenizerTrainingConfig
+from unimm.training.loop.run import open_run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 CPU = torch.device("cpu")

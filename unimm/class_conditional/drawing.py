@@ -15,12 +15,12 @@ from transformers import AutoModel
 
 from unimm.checkpoint_files import check_settings_files
 from unimm.class_conditional.modeling import ClassConditionalGPT
+from unimm.config.schema import Count, Natural, NonNegative, Range, Seed
 from unimm.errors import UserError, reading
 from unimm.sampling import SAMPLED, ImageSampling
 from unimm.saving import save_whole
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.loading import load_with_processor
-from unimm.typed import Count, Natural, NonNegative, Range, Seed
 
 TOKENIZER_FOLDER = "image_tokenizer"
 

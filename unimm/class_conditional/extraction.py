@@ -13,14 +13,14 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from unimm.class_conditional.ids import ClassIds, read_class_ids, write_class_ids
+from unimm.config.schema import Count, Range
 from unimm.data.held_out import DEFAULT_SHARE, check_share, refuse_overlaps
-from unimm.data.ids import IdsInfo
-from unimm.data.labelled import LabelledPictures, LabelledShapes, labelled_pictures
-from unimm.data.pictures import WORLD, crop
+from unimm.data.image_streams import WORLD, crop
 from unimm.data.shapes.prompts import Split
+from unimm.data.sources.ids import IdsInfo
+from unimm.data.sources.labelled import LabelledPictures, LabelledShapes, labelled_pictures
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer
-from unimm.typed import Count, Range
 
 
 @dataclass

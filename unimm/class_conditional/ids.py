@@ -1,4 +1,4 @@
-"""Ids with a class, in memory: what a class-conditional model is trained and judged on (`unimm.data.ids` on disk)."""
+"""Ids with a class, in memory: what a class-conditional model is trained and judged on (`unimm.data.sources.ids` on disk)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from unimm.data.ids import IdsInfo, read_ids, unigram_entropy, write_ids
-from unimm.data.order import EpochOrder
+from unimm.data.shuffling import EpochOrder
+from unimm.data.sources.ids import IdsInfo, read_ids, unigram_entropy, write_ids
 from unimm.errors import UserError
 
 LABEL = "class_label"

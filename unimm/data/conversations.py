@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unimm.data.order import Rows
 from unimm.data.shapes import render, sample_captioned_scene, sample_conversation
+from unimm.data.shuffling import Rows
 from unimm.errors import UserError
 
 Message = dict[str, Any]

@@ -9,7 +9,7 @@ endless stream.
 
 import numpy as np
 
-from unimm.data.order import EpochOrder
+from unimm.data.shuffling import EpochOrder
 from unimm.errors import UserError
 
 POOL = 16

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from unimm.data.order import Rows
-from unimm.data.places import filled, is_pattern, is_url, listed
 from unimm.data.shapes.prompts import Split
+from unimm.data.shuffling import Rows
+from unimm.data.sources.storage import filled, is_pattern, is_url, listed
 from unimm.errors import UserError
 
 DEFAULT_SHARE = 0.01

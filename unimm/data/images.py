@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from unimm.data.arrays import eight_bits, is_array, rgb_array, to_numpy
 from unimm.errors import UserError
-from unimm.provenance import check_output, write_atomically
+from unimm.runs.provenance import check_output, write_atomically
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels are refused before they are unpacked (192 MB as RGB)."""

@@ -2,7 +2,7 @@
 
 Special here: which flow gives sample n, and which of its samples that is, follows from n alone, so a run resumes at any
 position; and the shares hold in every batch, not only on average, because the flows are interleaved by largest deficit
-instead of being drawn (`unimm.data.order`).
+instead of being drawn (`unimm.data.shuffling`).
 """
 
 from collections.abc import Sequence, Sized
@@ -13,21 +13,21 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
+from unimm.config.schema import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share, used_when
+from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.conversations import CaptionedPictures, Message, ShapesConversations
 from unimm.data.grouping import GroupedOrder
 from unimm.data.held_out import DEFAULT_SHARE, PartOfRows, check_share, refuse_overlaps
-from unimm.data.ids import IdsFolder, holds_ids
-from unimm.data.llava import LLAVA_SUFFIXES, LlavaOptions, open_llava
-from unimm.data.order import Interleaving, Order, order_of
-from unimm.data.places import data_path, filled
-from unimm.data.reading import ReadOptions
 from unimm.data.shapes.prompts import Split
-from unimm.data.skipping import DEFAULT_MAX_BAD_SHARE, UsableRows
-from unimm.data.sources import open_pictures
-from unimm.data.table_conversations import ConversationRows, TableConversations
+from unimm.data.shuffling import Interleaving, Order, order_of
+from unimm.data.sources.ids import IdsFolder, holds_ids
+from unimm.data.sources.llava import LLAVA_SUFFIXES, LlavaOptions, open_llava
+from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.rows import ReadOptions
+from unimm.data.sources.storage import data_path, filled
+from unimm.data.sources.table_conversations import ConversationRows, TableConversations
 from unimm.data.text_to_image import IdDrawings, PictureDrawings, ShapesDrawings
 from unimm.errors import UserError
-from unimm.typed import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share, used_when
 
 ENDLESS = 2**31 - 1
 """Length of a training stream; `train.max_steps` says when it stops."""
@@ -47,9 +47,9 @@ class FlowConfig:
         ratio: share of the samples, relative to the other flows.
         weight: factor of this flow's mean loss in the sum.
         source: "shapes", or from outside, for a
-            conversation: a table with the columns image and messages (`unimm.data.table_conversations`), or a .json or
+            conversation: a table with the columns image and messages (`unimm.data.sources.table_conversations`), or a .json or
             .jsonl file in LLaVA's format, whose pictures are in `image_folder`;
-            captioning: pictures with captions, as `unimm.data.sources` reads them;
+            captioning: pictures with captions, as `unimm.data.sources.registry` reads them;
             drawing: such pictures, or a folder of ids that `recipes/encode.py` wrote.
         read: how pictures from outside are read and filtered.
         question: what is asked about the pictures to describe.
@@ -59,7 +59,7 @@ class FlowConfig:
         max_bad_share: share of the rows from outside that may be damaged before the run stops.
         eval_source: what is evaluated on, of the same kind and read alike; None holds out a share of `source`
             (`MixtureConfig.eval_share`).
-        image_folder, drop_questions: of LLaVA's format, see `unimm.data.llava.LlavaOptions`.
+        image_folder, drop_questions: of LLaVA's format, see `unimm.data.sources.llava.LlavaOptions`.
         group_by_modality: every step takes rows with a picture only, or without, of similar length (LLaVA's format, the
             only flow).
     """
@@ -175,7 +175,7 @@ class Mixture(Dataset):
             split: "test" gives `num_eval_samples` samples of held-out rows, or of another seed, without null prompts.
             samples_per_step: of all processes together; needed by `group_by_modality`.
             reserved: strings that stand for pictures in the model's text: rows from outside that write one are skipped.
-            log_folder: where the rows that had to be skipped are named, see `unimm.data.llava`.
+            log_folder: where the rows that had to be skipped are named, see `unimm.data.sources.llava`.
         """
         config.refuse_overlaps()
         self.config = config

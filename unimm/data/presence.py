@@ -1,11 +1,11 @@
 """Whether what a run reads is there: looked at before a model is built, so that a wrong path costs seconds."""
 
-from unimm.data.ids import IdsManifest, holds_ids
-from unimm.data.llava import require_files
 from unimm.data.mixture import FlowConfig, MixtureConfig
-from unimm.data.places import data_path, filled
-from unimm.data.sources import open_pictures
-from unimm.data.table_conversations import require_conversations
+from unimm.data.sources.ids import IdsManifest, holds_ids
+from unimm.data.sources.llava import require_files
+from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.storage import data_path, filled
+from unimm.data.sources.table_conversations import require_conversations
 from unimm.errors import UserError
 
 

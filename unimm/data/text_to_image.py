@@ -9,11 +9,11 @@ from PIL import Image
 
 from unimm.data.conversations import Message, RowsFlow, message
 from unimm.data.held_out import PartOfRows
-from unimm.data.ids import IdsFolder
-from unimm.data.order import Rows
-from unimm.data.pictures import crop
+from unimm.data.image_streams import crop
 from unimm.data.shapes import render, sample_captioned_scene
 from unimm.data.shapes.prompts import Split
+from unimm.data.shuffling import Rows
+from unimm.data.sources.ids import IdsFolder
 from unimm.errors import UserError
 
 NULL_PROMPT = ""

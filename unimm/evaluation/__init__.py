@@ -1,1 +1,1 @@
-"""Pure scorers: answers, GenEval rules, image metrics, codebook statistics. No model is loaded here."""
+"""Measure models: one folder a benchmark (rules without a model, run, command) over `metrics` and `runs`."""

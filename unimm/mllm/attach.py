@@ -30,7 +30,7 @@ from unimm.checkpoint_files import examining, refuse_excess_of, refuse_non_finit
 from unimm.errors import UserError, reading
 from unimm.field_rules import check_attention
 from unimm.mllm.defaults import generation_defaults
-from unimm.mllm.hosts import HOSTS, M_ROPE, MULTIMODAL_HOSTS, UnimmLlavaConfig, merged_side
+from unimm.mllm.hosts.registry import HOSTS, M_ROPE, MULTIMODAL_HOSTS, UnimmLlavaConfig, merged_side
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.templates import chat_template, end_of_turn_ids, is_published
 from unimm.mllm.vocabulary import (

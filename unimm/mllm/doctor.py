@@ -20,7 +20,7 @@ from unimm.checkpoint_files import refuse_non_finite
 from unimm.errors import UserError, one_line
 from unimm.mllm.agreement import disagreements
 from unimm.mllm.answering import answer_all, chat_inputs
-from unimm.mllm.hosts import merged_side
+from unimm.mllm.hosts.registry import merged_side
 from unimm.mllm.processing import UnimmProcessor
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.quantizers import SimVQ

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from unimm.checkpoint_files import check_settings_files, read_settings
 from unimm.errors import UserError, reading
 from unimm.mllm.agreement import check_agreement
-from unimm.mllm.hosts import HOSTS
+from unimm.mllm.hosts.registry import HOSTS
 from unimm.mllm.processing import UnimmProcessor
 
 DEFAULT = "default"

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from unimm.data.images import save_image_atomically
-from unimm.processes import processes
-from unimm.training.arguments import StreamTrainingArguments, TokenizerTrainingConfig
-from unimm.training.checkpoint import bytes_of, gigabytes, model_bytes, optimizer_bytes
-from unimm.training.label_mask import in_terminal, rows_of, write_page
-from unimm.training.parameters import part_of
-from unimm.training.stream_trainer import StreamTrainer
-from unimm.training.throughput import peak_memory
-from unimm.training.tokenizer_trainer import TokenizerTrainer
+from unimm.runs.processes import processes
+from unimm.training.language_model.label_mask import in_terminal, rows_of, write_page
+from unimm.training.loop.arguments import StreamTrainingArguments, TokenizerTrainingConfig
+from unimm.training.loop.checkpoint import bytes_of, gigabytes, model_bytes, optimizer_bytes
+from unimm.training.loop.stream_trainer import StreamTrainer
+from unimm.training.loop.throughput import peak_memory
+from unimm.training.tokenizer.parameters import part_of
+from unimm.training.tokenizer.trainer import TokenizerTrainer
 
 STEPS = 3  # of which the first warms up
 BUDGET = 10.0

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel
 
-from unimm.training.global_batch import (
+from unimm.config.schema import Decay, NonNegative
+from unimm.training.loop.global_batch import (
     all_rows,
     as_summand,
     global_size,
@@ -26,9 +27,8 @@ from unimm.training.global_batch import (
     process_count,
     process_index,
 )
-from unimm.training.rng import undisturbed
-from unimm.training.stream_trainer import StreamTrainer
-from unimm.typed import Decay, NonNegative
+from unimm.training.loop.rng import undisturbed
+from unimm.training.loop.stream_trainer import StreamTrainer
 
 
 @dataclass

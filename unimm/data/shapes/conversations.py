@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from unimm.data.relations import relative_position
 from unimm.data.shapes.world import COLORS, SHAPES, Scene, SceneObject, allowed_pairs, compose, sample_scene
+from unimm.english import NUMBERS, enumeration, plural, with_article
 from unimm.errors import UserError
-from unimm.evaluation.geneval import relative_position
-from unimm.evaluation.words import NUMBERS, enumeration, plural, with_article
 
 PLACES = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
 

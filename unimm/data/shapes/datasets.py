@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from unimm.data.order import Rows
 from unimm.data.shapes.conversations import describe
 from unimm.data.shapes.world import render, sample_scene
+from unimm.data.shuffling import Rows
 
 
 class ShapesPictures(Rows):

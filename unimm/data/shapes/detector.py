@@ -40,7 +40,7 @@ class Detection:
     score: float
 
     def as_rule_input(self) -> dict[str, Any]:
-        """The mapping that `unimm.evaluation.geneval.verdict` reads: label, color, box, score."""
+        """The mapping that `unimm.evaluation.geneval.rules.verdict` reads: label, color, box, score."""
         fields = asdict(self)
         return {"label": fields.pop("shape"), **fields}
 

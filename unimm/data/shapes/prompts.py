@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from unimm.data.relations import RELATIONS, relative_position
 from unimm.data.shapes.world import (
     BACKGROUNDS,
     COLORS,
@@ -22,10 +23,11 @@ from unimm.data.shapes.world import (
     compose,
     sample_scene,
 )
+from unimm.english import NUMBERS, enumeration, plural, with_article
 from unimm.errors import UserError
-from unimm.evaluation.geneval import RELATIONS, TAGS, relative_position
-from unimm.evaluation.words import NUMBERS, enumeration, plural, with_article
 
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+"""GenEval's six tags, which the rules of `unimm.evaluation.geneval` score."""
 Split = Literal["train", "test"]
 Rules = tuple[dict[str, Any], ...]
 

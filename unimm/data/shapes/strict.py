@@ -50,7 +50,7 @@ class StrictObject:
     score: float
 
     def as_rule_input(self) -> dict[str, Any]:
-        """Return the mapping that `unimm.evaluation.geneval.verdict` reads: label, color, box, score."""
+        """Return the mapping that `unimm.evaluation.geneval.rules.verdict` reads: label, color, box, score."""
         fields = asdict(self)
         return {"label": fields.pop("shape"), **fields}
 

@@ -1,0 +1,207 @@
+"""Where the time of a training step goes: real steps of the real loops, their parts on a clock.
+
+Special here: parts are timed where they are called, from outside, so the loops know nothing of it. A part's time is its
+own, without that of the parts within it, and on a GPU the device is waited for at every edge: the sum is a little more
+than a step takes without the clock, which is measured too.
+"""
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from unimm.training.language_model.trainer import HostTrainer
+from unimm.training.loop.throughput import TokenizerCost, Work, peak_memory
+from unimm.training.tokenizer.trainer import TokenizerTrainer
+
+WARM = 3
+"""Steps before anything is timed: compiled blocks meet a second length, and data workers fill what they fetch ahead."""
+
+
+class StepClock:
+    """Seconds by part; `device` is waited for where it is a GPU. What is called within a part of `whole` is its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._within: list[float] = []  # of the parts that are running: seconds of what they called
+        self._closed = False
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = self.now()
+        self._within.append(0.0)
+        try:
+            yield
+        finally:
+            spent = self.now() - start
+            self.seconds[name] += spent - self._within.pop()
+            if self._within:
+                self._within[-1] += spent
+
+    def watch(self, owner: Any, method: str, name: str, *, whole: bool = False) -> None:
+        """Time every call of `owner.method` as a part."""
+        called = getattr(owner, method)
+
+        @functools.wraps(called)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            if self._closed:
+                return called(*arguments, **options)
+            self._closed = whole
+            try:
+                with self.part(name):
+                    return called(*arguments, **options)
+            finally:
+                self._closed = False
+
+        setattr(owner, method, timed)
+
+
+@dataclass
+class Split:
+    """Of `steps` steps: seconds of each part a step, of a step without the clock, and what it did."""
+
+    steps: int
+    parts: dict[str, float] = field(default_factory=dict)
+    step_seconds: float = 0.0
+    work: Work = field(default_factory=Work)
+    data_seconds: float = 0.0
+    peak_memory_gib: float = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        return self.work.pictures / self.step_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return float(self.work.tokens) / self.step_seconds
+
+    def mfu(self, peak: float | None) -> float | None:
+        """Share of the peak, None where it is not known."""
+        return None if peak is None else float(self.work.flops) / self.step_seconds / peak
+
+    @property
+    def data_ratio(self) -> float:
+        """How many times faster the data come than the steps consume them."""
+        return self.step_seconds / self.data_seconds
+
+
+def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
+    """Of a tokenizer's trainer, its GAN at work where it has one. Three passes: warm, without a clock, with it."""
+    config, tokenizer = trainer.config, trainer.tokenizer
+    clock = StepClock(trainer.accelerator.device)
+    if trainer.adversary is not None:
+        trainer.adversary.start = 0
+    tokenizer.train()
+    batches = trainer._batches(trainer._remaining())
+    for _ in range(WARM):
+        trainer._optimizer_step(batches)
+    split = Split(steps, step_seconds=_seconds(clock, steps, lambda: trainer._optimizer_step(batches)))
+    pictures = config.batch_size * config.gradient_accumulation_steps
+    cost = TokenizerCost.of(tokenizer, config.stage).training(config.batch_size) * config.gradient_accumulation_steps
+    tokenizer.train()
+    split.work = Work(pictures, pictures * tokenizer.config.num_image_tokens, cost)
+    for owner, method, name in (
+        (tokenizer, "hidden_states", "encoder"),
+        (tokenizer, "_quantized", "quantizer"),
+        (tokenizer, "draw", "decoder"),
+        *([(trainer.teacher, "forward", "teacher")] if trainer.teacher is not None else []),
+        (trainer.objective.perceptual, "forward", "perceptual"),
+        (trainer.accelerator, "backward", "backward"),
+        (trainer.accelerator, "clip_grad_norm_", "optimiser"),
+        (trainer.optimizer, "step", "optimiser"),
+        (trainer.ema, "update", "optimiser"),
+    ):
+        clock.watch(owner, method, name)
+    for method in ("generator_loss", "step") if trainer.adversary is not None else ():
+        clock.watch(trainer.adversary, method, "GAN", whole=True)
+    for _ in range(steps):
+        with clock.part("rest"):
+            trainer._optimizer_step(_timed(batches, clock))
+    split.parts = {name: seconds / steps for name, seconds in clock.seconds.items()}
+    split.data_seconds = _data_seconds(iter(trainer._batches(trainer._remaining())), steps)
+    split.data_seconds *= config.gradient_accumulation_steps
+    split.peak_memory_gib = peak_memory(clock.device) / 2**30
+    return split
+
+
+class _Watch(TrainerCallback):
+    """Of Trainer's own loop: warm, then `steps` without the clock and `steps` with it."""
+
+    def __init__(self, trainer: HostTrainer, split: Split, clock: StepClock) -> None:
+        self.trainer, self.split, self.clock = trainer, split, clock
+        self.begun = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = self.split.steps
+        if state.global_step == WARM:
+            self.begun = self.clock.now()
+            self.trainer.meter.restart()
+        elif state.global_step == WARM + steps:
+            self.split.step_seconds = (self.clock.now() - self.begun) / steps
+            self.split.work = self.trainer.meter.total * (1 / steps)
+            self._watch_parts()
+            self.begun = self.clock.now()
+        elif state.global_step == WARM + 2 * steps:
+            spent = (self.clock.now() - self.begun) / steps
+            self.split.parts = {name: seconds / steps for name, seconds in self.clock.seconds.items()}
+            self.split.parts["rest"] = spent - sum(self.split.parts.values())
+
+    def _watch_parts(self) -> None:
+        trainer, model = self.trainer, self.trainer.model
+        for owner, method, name in (
+            (trainer, "get_batch_samples", "data"),
+            (trainer, "_image_tokens", "tower and ids"),
+            (model.model, "get_image_features", "tower and ids"),
+            (trainer, "compute_loss", "forward"),
+            (trainer.accelerator, "backward", "backward"),
+            (trainer, "_clip_grad_norm", "optimiser"),
+            (trainer.optimizer, "step", "optimiser"),
+            *([(trainer.ema, "update", "optimiser")] if trainer.ema is not None else []),
+        ):
+            self.clock.watch(owner, method, name)
+
+
+def split_host_step(trainer: HostTrainer, steps: int) -> Split:
+    """Of a language model's trainer, whose `max_steps` must be WARM + 2 * steps."""
+    split, clock = Split(steps), StepClock(trainer.args.device)
+    trainer.add_callback(_Watch(trainer, split, clock))
+    trainer.train()
+    split.data_seconds = _data_seconds(iter(trainer.get_train_dataloader()), steps)
+    split.data_seconds *= trainer.args.gradient_accumulation_steps
+    split.peak_memory_gib = peak_memory(clock.device) / 2**30
+    return split
+
+
+def _seconds(clock: StepClock, steps: int, step: Callable[[], Any]) -> float:
+    start = clock.now()
+    for _ in range(steps):
+        step()
+    return (clock.now() - start) / steps
+
+
+def _timed(batches: Iterator[Any], clock: StepClock) -> Iterator[Any]:
+    while True:
+        with clock.part("data"):
+            batch = next(batches)
+        yield batch
+
+
+def _data_seconds(batches: Iterator[Any], count: int) -> float:
+    """Of a batch, when nothing else is done; workers fill what they fetch ahead during the first one."""
+    next(batches)
+    start = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return (time.perf_counter() - start) / count

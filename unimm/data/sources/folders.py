@@ -1,0 +1,76 @@
+"""Pictures in a folder, captions beside them: `name.txt` beside `name.jpg`, or `metadata.jsonl` as Hugging Face's
+imagefolder has it ({"file_name": "name.jpg", "text": ...}, in the folder or in folders below)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unimm.data.bad_rows import BadRow
+from unimm.data.shuffling import Rows
+from unimm.data.sources.rows import ReadOptions
+from unimm.errors import UserError, printable
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+METADATA = "metadata.jsonl"
+
+
+class FolderPictures(Rows):
+    """Every picture below a folder, in the order of its path; rows are `{"image", "text", "key"}`.
+
+    Raises:
+        UserError: no picture, or a metadata.jsonl that cannot be read.
+    """
+
+    def __init__(self, folder: Path, options: ReadOptions | None = None) -> None:
+        self.folder, self.options = folder, options or ReadOptions()
+        files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+        self.paths = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+        if not self.paths:
+            raise UserError(f"{folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}).")
+        self.captions: dict[Path, Any] = {}
+        for path in files:
+            if path.name == METADATA:
+                self.captions |= _metadata(path, self.options.text_column)
+        if not self.captions and not any(path.suffix == ".txt" for path in files):
+            self.caption_gap = f"no picture of it has a .txt beside it, and there is no {METADATA}"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        image = self.options.picture(path, str(path))
+        return {"image": image, "text": self._caption(path), "key": printable(path.relative_to(self.folder).as_posix())}
+
+    def _caption(self, path: Path) -> str:
+        if path in self.captions:
+            return self.options.caption(self.captions[path], str(path))
+        if self.caption_gap is not None:
+            return ""
+        try:
+            return path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadRow("wrong caption", f"{path.with_suffix('.txt')} cannot be read: {error}") from None
+
+
+def _metadata(path: Path, column: str) -> dict[Path, Any]:
+    """{picture: caption} of one metadata.jsonl."""
+    captions: dict[Path, Any] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error.msg} in column {error.colno}.") from None
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise UserError(f"{path}, line {number} has no file_name: {line[:60]!r}.")
+        if column in row:
+            captions[path.parent / row["file_name"]] = row[column]
+    return captions

@@ -1,0 +1,327 @@
+"""Conversations in LLaVA's format: a JSON list or JSON lines, beside a folder of pictures.
+
+    {"image": "1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}]}
+
+Special here: the whole file is looked through before the first step. Rows that cannot be used (`BadRow`) are skipped,
+counted by reason and named in a log file, and a share of them above a limit stops the run. A picture that turns out to
+be cut off only when it is read counts too; the next row stands in for it, so sample n stays a function of n. Rows are
+kept as one block of bytes, which worker processes share.
+
+Reads the files of LLaVA-1.5 (https://github.com/haotian-liu/LLaVA): 558K and 595K captions, mix665k. `image` may be a
+list; a turn's only `<image>` moves in front of its text with one line break between, as LLaVA trains; several stay
+where they are. A first turn of the assistant is dropped, as LLaVA drops it.
+"""
+
+import copy
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unimm.data.bad_rows import (
+    DEFAULT_MAX_BAD_SHARE,
+    BadRow,
+    Skipped,
+    counted,
+    refuse_half_characters,
+    too_many,
+)
+from unimm.data.conversations import Message
+from unimm.data.held_out import HeldOut, require_held_out
+from unimm.data.images import load_image, unreadable_images
+from unimm.data.shapes.prompts import Split
+from unimm.errors import UserError, one_line
+from unimm.runs.provenance import write_atomically
+
+LLAVA_SUFFIXES = (".json", ".jsonl")
+PLACEHOLDER = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+IMAGE_LENGTH = 128
+"""Words that a picture counts for where rows are grouped by length, as in LLaVA's `lengths`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is kept of a row: names of pictures, turns of (role, text with placeholders)."""
+
+    images: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]
+
+    @property
+    def length(self) -> int:
+        """Words and pictures, as LLaVA's sampler counts them; below zero without a picture."""
+        words = sum(len(text.split()) for _, text in self.turns)
+        return words + IMAGE_LENGTH if self.images else -words
+
+
+@dataclass(frozen=True)
+class LlavaOptions:
+    """How a file is read.
+
+    Args:
+        image_folder: what the names of the pictures are relative to.
+        max_bad_share: share of the rows that may be skipped before the run stops.
+        drop_questions: the user's turns are their pictures alone, as in LLaVA's pretraining.
+        reserved: strings that stand for pictures in the model's text; a row that writes one cannot be used.
+        log: file that the skipped rows are named in, one JSON object a line; its name with .report.json gets the
+            counts. None writes nothing.
+    """
+
+    image_folder: Path
+    max_bad_share: float = DEFAULT_MAX_BAD_SHARE
+    drop_questions: bool = False
+    reserved: tuple[str, ...] = ()
+    log: Path | None = None
+
+
+class LlavaConversations:
+    """The usable rows of a file, in its order.
+
+    Raises:
+        UserError: the file cannot be read, holds no usable row, or more than `max_bad_share` of its rows are bad.
+    """
+
+    blocks: None = None
+    pool = 1
+
+    def __init__(self, path: Path, options: LlavaOptions) -> None:
+        self.path, self.options = path, options
+        records = list(_records(path))
+        self.total = len(records)
+        parsed = list(_parsed(records, options.reserved))
+        rows = [(n, row) for n, row in enumerate(parsed) if isinstance(row, Row)]
+        missing = _unreadable({name for _, row in rows for name in row.images}, options.image_folder)
+        bad = {n: row for n, row in enumerate(parsed) if isinstance(row, BadRow)}
+        bad |= {n: missing[name] for n, row in rows for name in reversed(row.images) if name in missing}
+        self.skipped = [Skipped(n, why.reason, why.detail) for n, why in sorted(bad.items())]
+        kept = [(n, row) for n, row in rows if n not in bad]
+        self.numbers = np.array([n for n, _ in kept], dtype=np.int64)
+        self.modality_lengths = np.array([row.length for _, row in kept], dtype=np.int64)
+        self._rows = np.arange(len(kept))  # of them, those of this part
+        pieces = [json.dumps([row.images, row.turns]).encode() for _, row in kept]
+        self._bytes, self._ends = b"".join(pieces), np.cumsum([0, *map(len, pieces)])
+        self._damaged: set[int] = set()
+        self._write_log()
+        self._stop_if_too_many(self.skipped)
+        if not kept:
+            raise UserError(f"{path} holds no row that can be used: {counted(self.skipped)}.")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def part(self, share: float, split: Split) -> "LlavaConversations":
+        """Return the rows that are trained on, or the held-out `share` of them (`unimm.data.held_out`).
+
+        Raises:
+            UserError: nothing can be held out.
+        """
+        rule = HeldOut(len(self), share)
+        require_held_out(rule, split, str(self.path))
+        if rule.count(split) == len(self):
+            return self
+        chosen, part = rule.numbers(split), copy.copy(self)
+        part.numbers, part.modality_lengths = self.numbers[chosen], self.modality_lengths[chosen]
+        part._rows = self._rows[chosen]
+        return part
+
+    def row(self, index: int) -> Row:
+        """The usable row `index`."""
+        place = self._rows[index]
+        images, turns = json.loads(self._bytes[self._ends[place] : self._ends[place + 1]])
+        return Row(tuple(images), tuple((role, text) for role, text in turns))
+
+    def messages(self, index: int) -> list[Message]:
+        """Row `index` modulo their number; where a picture of it is damaged, the next row with whole pictures."""
+        for step in range(len(self)):
+            place = (index + step) % len(self)
+            row = self.row(place)
+            try:
+                images = [load_image(self.options.image_folder / name) for name in row.images]
+            except UserError as error:
+                self._skip_damaged(int(self.numbers[place]), str(error))
+                continue
+            return list(messages_of(row, images, self.options.drop_questions))
+        raise UserError(f"No row of {self.path} is left whose pictures can be read.")
+
+    def _skip_damaged(self, number: int, detail: str) -> None:
+        """Name a row whose picture broke while it was read, once; worker processes meet in the log."""
+        if number in self._damaged:
+            return
+        self._damaged.add(number)
+        found = [Skipped(n, "damaged picture", detail) for n in sorted(self._damaged)]
+        if self.options.log is not None:
+            with self.options.log.open("a", encoding="utf-8") as log:
+                log.write(Skipped(number, "damaged picture", detail).line)
+            lines = self.options.log.read_text(encoding="utf-8").splitlines()
+            named = {line["row"]: Skipped(**line) for line in map(json.loads, lines)}
+            found = [line for n, line in named.items() if line.reason == "damaged picture"]
+        self._stop_if_too_many([*self.skipped, *found])
+
+    def _write_log(self) -> None:
+        log = self.options.log
+        if log is None:
+            return
+        log.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(log, "".join(line.line for line in self.skipped))
+        report = {
+            "source": str(self.path),
+            "rows": self.total,
+            "usable": len(self),
+            "with pictures": int((self.modality_lengths > 0).sum()),
+            "skipped": dict(Counter(line.reason for line in self.skipped)),
+            "max_bad_share": self.options.max_bad_share,
+        }
+        write_atomically(log.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
+
+    def _stop_if_too_many(self, skipped: Sequence[Skipped]) -> None:
+        if len(skipped) <= self.options.max_bad_share * self.total:
+            return
+        raise too_many(str(self.path), skipped, self.total, self.options.max_bad_share, self.options.log)
+
+
+def open_llava(path: Path, options: LlavaOptions) -> LlavaConversations:
+    """As `LlavaConversations`, but a file that did not change is looked through once, however many streams read it."""
+    require_files(path, options.image_folder)
+    return _opened(path, options, os.stat(path).st_mtime_ns)
+
+
+def require_files(path: Path, image_folder: Path) -> None:
+    """Raise UserError if the file or the folder of its images is missing."""
+    if not path.is_file():
+        raise UserError(
+            f"There is no file {path} with conversations; set $UNIMM_DATA to the folder that holds the data."
+        )
+    if not image_folder.is_dir():
+        raise UserError(f"The folder of the pictures of {path}, image_folder, is {image_folder}: no such folder.")
+
+
+@lru_cache(maxsize=4)
+def _opened(path: Path, options: LlavaOptions, changed: int) -> LlavaConversations:
+    return LlavaConversations(path, options)
+
+
+def parse_row(record: Any, reserved: Sequence[str] = ()) -> Row:
+    """A record of the file, checked: turns in order, an answer, as many placeholders as pictures.
+
+    Raises:
+        BadRow: with the reason.
+    """
+    turns = _turns(record)
+    images = record.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise BadRow("wrong image field", f"image is {images!r:.80}")
+    for role, text in turns:
+        if role != "user" and PLACEHOLDER in text:
+            raise BadRow("picture outside a question", f"the {role}'s turn {text!r:.80} holds {PLACEHOLDER}")
+        for marker in reserved:
+            if marker in text:
+                raise BadRow("marker in the text", f"the {role}'s turn {text!r:.80} holds {marker}")
+    placeholders = sum(text.count(PLACEHOLDER) for _, text in turns)
+    if images and not placeholders:  # some files leave it out: the pictures come first
+        first = next(n for n, (role, _) in enumerate(turns) if role == "user")
+        turns[first] = ("user", PLACEHOLDER * len(images) + turns[first][1])
+    elif placeholders != len(images):
+        raise BadRow("pictures do not match", f"{len(images)} pictures and {placeholders} {PLACEHOLDER}")
+    return Row(tuple(images), tuple(turns))
+
+
+def _turns(record: Any) -> list[tuple[str, str]]:
+    given = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(given, list) or not given:
+        raise BadRow("no conversation", f"{record!r:.80} has no list `conversations`")
+    turns = []
+    for turn in given:
+        role = ROLES.get(str(turn.get("from")).lower()) if isinstance(turn, dict) else None
+        if role is None or not isinstance(turn.get("value"), str):
+            raise BadRow("wrong turn", f"{turn!r:.80} is no turn with `from` (human, gpt, system) and `value`")
+        refuse_half_characters(turn["value"], f"the {role}'s turn")
+        turns.append((role, turn["value"]))
+    system = turns[:1] if turns[0][0] == "system" else []
+    said = turns[len(system) :]
+    said = said[1:] if said and said[0][0] == "assistant" else said
+    check_order([role for role, _ in system + said])
+    return system + said
+
+
+def check_order(roles: Sequence[str]) -> None:
+    """Raise BadRow unless user and assistant take turns, behind at most one turn of the system, with an answer."""
+    talk = roles[1:] if roles and roles[0] == "system" else roles
+    named = ", ".join(roles) or "nobody"
+    if list(talk) != [("user", "assistant")[n % 2] for n in range(len(talk))]:
+        raise BadRow("turns out of order", f"the turns are by {named:.200}")
+    if len(talk) < 2:
+        raise BadRow("no answer", f"the turns are by {named}")
+
+
+def messages_of(row: Row, images: Sequence[Image.Image], drop_questions: bool = False) -> Iterator[Message]:
+    """Yield the turns of a row with its images in the place of their names."""
+    remaining = iter(images)
+    for role, text in row.turns:
+        pictures = text.count(PLACEHOLDER)
+        if pictures == 1:
+            rest = text.replace(PLACEHOLDER, "").strip()
+            pieces = ["", f"\n{rest}" if rest else ""]
+        else:
+            pieces = text.split(PLACEHOLDER)
+        content: list[dict[str, Any]] = []
+        for n, piece in enumerate(pieces):
+            if n:
+                content.append({"type": "image", "image": next(remaining)})
+            if piece and not (drop_questions and role == "user"):
+                content.append({"type": "text", "text": piece})
+        yield {"role": role, "content": content or [{"type": "text", "text": ""}]}
+
+
+def _records(path: Path) -> Iterable[Any]:
+    """The file's records; a line that is no JSON is given as its `BadRow`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
+    if path.suffix == ".jsonl":
+        return [_json_line(line) for line in text.split("\n") if line.strip()]
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not whole JSON: {error.msg} in line {error.lineno}, column {error.colno}."
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}.") from None
+    if not isinstance(records, list):
+        raise UserError(f"{path} holds a {type(records).__name__}, not a list of conversations.")
+    return records
+
+
+def _json_line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return BadRow("not JSON", f"{error.msg} in column {error.colno}: {line[:60]!r}")
+    except (ValueError, RecursionError) as error:
+        return BadRow("not JSON", f"{one_line(error)}: {line[:60]!r}")
+
+
+def _parsed(records: Iterable[Any], reserved: Sequence[str]) -> Iterator[Row | BadRow]:
+    for record in records:
+        try:
+            yield record if isinstance(record, BadRow) else parse_row(record, reserved)
+        except BadRow as bad:
+            yield bad
+
+
+def _unreadable(names: Iterable[str], folder: Path) -> dict[str, BadRow]:
+    """Those of the pictures whose file is missing or does not begin like a picture."""
+    paths = {folder / name: name for name in names}
+    return {
+        paths[path]: BadRow("unreadable picture" if os.path.exists(path) else "missing picture", str(error))
+        for path, error in unreadable_images(paths).items()
+    }

@@ -1,0 +1,77 @@
+"""Pictures and their captions from wherever they lie: one function decides by what the source looks like.
+
+| source | is read as |
+|---|---|
+| `hub:owner/name` | a data set of the Hugging Face hub (or a local folder of one) |
+| `FILE.parquet`, `FILE.tar`, a folder that holds such files | one or many shards |
+| `DIR/{000..009}.tar`, `DIR/*.parquet` | the shards that the pattern names |
+| a URL of any of these (`hf://`, `s3://`, `https://`, ...) | the same, read in place |
+| any other folder | its pictures, captions beside them |
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from unimm.data.shuffling import Rows
+from unimm.data.sources.folders import FolderPictures
+from unimm.data.sources.rows import ReadOptions
+from unimm.data.sources.storage import filled, is_pattern, is_url, listed
+from unimm.data.sources.tables import ParquetShards, TablePictures, parquet_pictures
+from unimm.data.sources.tars import TarPictures
+from unimm.errors import UserError, reading
+
+HUB = "hub:"
+SHARDS = (".parquet", ".tar")
+
+
+def open_pictures(source: str | Path, options: ReadOptions | None = None) -> Rows:
+    """The rows of `source`, each `{"image": PIL RGB, "text": str, "key": str}` with what else it holds.
+
+    Raises:
+        UserError: the source cannot be found or read, or is empty.
+    """
+    place, options = filled(str(source)), options or ReadOptions()
+    if place.startswith(HUB):
+        return hub_pictures(place.removeprefix(HUB), options)
+    if is_pattern(place):
+        return _shards(listed(place), place, options)
+    if is_url(place):
+        return _shards([place], place, options)
+    path = Path(place)
+    if not path.is_dir():
+        return _shards([place], place, options)
+    for suffix in SHARDS:
+        if found := sorted(str(each) for each in path.rglob(f"*{suffix}")):
+            return _shards(found, place, options)
+    return FolderPictures(path, options)
+
+
+def hub_pictures(name: str, options: ReadOptions) -> Rows:
+    """A data set of the hub: copied to the cache, or with `streaming` its parquet or tar files read in place."""
+    from datasets import load_dataset, load_dataset_builder
+
+    with reading("The hub data set", name):
+        if not options.streaming:
+            table = load_dataset(name, options.subset, split=options.split, cache_dir=os.environ.get("UNIMM_CACHE"))
+            return TablePictures(table, name, options)
+        files = load_dataset_builder(name, options.subset).config.data_files or {}
+    if options.split not in files:
+        raise UserError(
+            f"{name} has no files for the split {options.split!r}; it has {', '.join(map(str, files)) or 'none'}."
+        )
+    return _shards([str(file) for file in files[options.split]], name, options)
+
+
+def _shards(places: Sequence[str], source: str, options: ReadOptions) -> Rows:
+    suffixes = {Path(place).suffix for place in places}
+    if suffixes == {".tar"}:
+        return TarPictures(places, source, options)
+    if suffixes == {".parquet"}:
+        if options.streaming or any(map(is_url, places)):
+            return ParquetShards(places, source, options)
+        return parquet_pictures([Path(place) for place in places], options, source)
+    if all(Path(place).exists() or is_url(place) for place in places):
+        known = " or ".join(SHARDS)
+        raise UserError(f"{source} names files that end in {', '.join(sorted(suffixes))}: shards end in {known}.")
+    raise UserError(f"There is no {source}: no folder, no {' or '.join(SHARDS)} file; set $UNIMM_DATA to the data.")

@@ -1,0 +1,85 @@
+"""How rows of a source from outside become {"image", "text", "key", ...}: the settings, and the checks of each row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from PIL import Image
+
+from unimm.config.schema import Natural, Range
+from unimm.data.bad_rows import BadRow, Filtered, refuse_half_characters
+from unimm.data.images import decode_image, load_image
+from unimm.errors import UserError
+
+
+@dataclass
+class ReadOptions:
+    """How a source of pictures is read.
+
+    Args:
+        split, subset: of a hub data set.
+        streaming: read the parquet or tar files in place, shard by shard, instead of copying tables to the cache first.
+        image_column, text_column: of tables; `text_column` also of the .json and metadata.jsonl beside pictures.
+        max_aspect_ratio: pictures whose longer side is more times the shorter are left out.
+        min_side: pictures whose shorter side has fewer pixels are left out.
+    """
+
+    split: str = "train"
+    subset: str | None = None
+    streaming: bool = False
+    image_column: str = "image"
+    text_column: str = "text"
+    max_aspect_ratio: Annotated[float, Range(least=1)] | None = None
+    min_side: Natural = 0
+
+    def __post_init__(self) -> None:
+        if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
+            raise UserError(
+                f"max_aspect_ratio is longer side / shorter side, at least 1, and is {self.max_aspect_ratio}."
+            )
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Raise `Filtered` for (width, height) that are not wanted."""
+        short, long = sorted(size)
+        if short < self.min_side:
+            raise Filtered("too small", f"{size[0]} x {size[1]} pixels, min_side {self.min_side}")
+        if self.max_aspect_ratio is not None and long > self.max_aspect_ratio * short:
+            raise Filtered("too long", f"{size[0]} x {size[1]} pixels, max_aspect_ratio {self.max_aspect_ratio}")
+
+    def named(self, source: str) -> str:
+        """Return the source with the part of a hub data set that is read of it."""
+        return f"{source}#{self.subset or ''}#{self.split}" if source.startswith("hub:") else source
+
+    @property
+    def filters(self) -> str:
+        """What is left out, in words; empty where nothing is."""
+        parts = [f"min_side {self.min_side}"] if self.min_side else []
+        parts += [f"max_aspect_ratio {self.max_aspect_ratio}"] if self.max_aspect_ratio is not None else []
+        return ", ".join(parts)
+
+    def picture(self, value: Any, name: str) -> Image.Image:
+        """The picture of a file's bytes, a path, or a table's {"bytes", "path"}. Raises `BadRow`."""
+        if isinstance(value, Mapping):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        try:
+            if isinstance(value, bytes):
+                return decode_image(value, name, self.check)
+            if isinstance(value, str | Path):
+                return load_image(value, self.check)
+        except BadRow:
+            raise
+        except UserError as error:
+            raise BadRow("damaged picture", str(error)) from None
+        raise BadRow("no picture", f"{name} holds {type(value).__name__} where its picture should be")
+
+    def caption(self, value: Any, name: str) -> str:
+        """The caption that a row holds, of several the first, empty for none. Raises `BadRow`."""
+        if isinstance(value, list) and value:
+            value = value[0]
+        if value is None or value == []:
+            return ""
+        if not isinstance(value, str):
+            raise BadRow("wrong caption", f"the caption of {name} is {value!r:.80}, no text")
+        refuse_half_characters(value, f"the caption of {name}")
+        return value

@@ -1,0 +1,251 @@
+"""Samples of messages -> padded tensors with exact label masks, one batch for each flow.
+
+Special here: labels come from the chat template's own `{% generation %}` spans (`unimm.data.text.label_spans`), never from
+tokenizing pieces again, and a sample whose spans and turns do not match is an error, not a silently empty row. Rows are
+padded within their flow only, on the right, and cut behind the last label, so that short drawings do not pay for long
+conversations; or several share a row (`unimm.data.text.packing`).
+The processor is given; any of the usual contract will do. B rows, L tokens, I pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from unimm.data.text.label_spans import check_every_turn_has_tokens, parts_of, rendered, turn_tokens
+from unimm.data.text.packing import IGNORED, even_rows, pack
+from unimm.data.text.truncation import fitting
+from unimm.errors import UserError
+
+logger = logging.get_logger(__name__)
+
+
+class ChatProcessor(Protocol):
+    """What is needed of a processor: a chat template with generation marks, placeholders expanded to image tokens."""
+
+    tokenizer: Any
+    chat_template: str | dict[str, str]
+    image_token: str
+    image_token_id: int
+    boi_token: str
+    num_image_tokens: int
+    image_seq_length: int
+
+    def __call__(self, **kwargs: Any) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+    def encode(self, texts: Sequence[str], **kwargs: Any) -> Any: ...
+
+    def mark_control_tokens(self, conversation: Sequence[Any]) -> list[Any]: ...
+
+
+@dataclass
+class _Rows:
+    """Samples as padded rows: what the processor made of them, and which of its tokens are drawn and learned [B, L]."""
+
+    samples: list[dict[str, Any]]
+    inputs: Any
+    drawings: list[bool]
+    drawn: Tensor
+    labelled: Tensor
+
+
+class FlowCollator:
+    """Collate samples {"flow", "kind", "index", "messages"} into {flow: batch}.
+
+    A batch holds
+        input_ids, attention_mask [B, L]: placeholders stand for seen and for drawn image tokens alike;
+        labels [B, L]: conversations: what the assistant says, its closing token included; drawings: the placeholders of
+            the drawn image tokens only (to be replaced by their ids); -100 elsewhere;
+        drawn [B, L] bool: those placeholders;
+        pixel_values [I, 3, H, W]: pictures in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
+            absent without any;
+        drawn_ids [I, M]: in the place of drawn_pixel_values where drawings are ids already.
+
+    With `max_length` a conversation ends after so many tokens, and one that has nothing left to learn is left out of
+    its batch with a warning (`unimm.data.text.truncation`). With `pack_length` the samples of a flow share rows of at most that
+    many tokens; `position_ids` [R, P] stand in the place of the attention mask (`unimm.data.text.packing`).
+
+    A drawing's text is the very prompt that generation starts from, so it needs nothing of the template for it.
+
+    Raises:
+        UserError: a sample without an assistant turn, or whose label spans do not match its assistant turns, or that
+        holds half a character; a drawing that does not end with one drawn picture. With `pack_length`: a sample that is
+        longer, or that holds a picture to look at. With `max_length`: a batch of which nothing is left.
+    """
+
+    def __init__(
+        self, processor: ChatProcessor, *, max_length: int | None = None, pack_length: int | None = None
+    ) -> None:
+        self.processor = processor
+        self.max_length = max_length
+        self.pack_length = pack_length
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        ordered = sorted(samples, key=lambda sample: sample["flow"])
+        return {flow: self._batch(list(rows)) for flow, rows in groupby(ordered, key=lambda sample: sample["flow"])}
+
+    def _batch(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = self._drawn(samples) if samples[0]["kind"] == "drawing" else self._said(samples)
+        labelled = rows.labelled
+        input_ids = torch.as_tensor(rows.inputs["input_ids"])
+        attention_mask = torch.as_tensor(rows.inputs["attention_mask"])
+        length = int((labelled | (input_ids == self.processor.image_token_id)).any(0).nonzero()[-1]) + 1
+        batch = {
+            "input_ids": input_ids[:, :length],
+            "attention_mask": attention_mask[:, :length],
+            "labels": input_ids.masked_fill(~labelled, IGNORED)[:, :length],
+            "drawn": rows.drawn[:, :length],
+        }
+        batch |= _pictures(rows.inputs.get("pixel_values"), rows.drawings) | _ids(rows.samples)
+        return batch if self.pack_length is None else self._packed(rows.samples, batch, self.pack_length)
+
+    def _packed(self, samples: list[dict[str, Any]], batch: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
+        flow = samples[0]["flow"]
+        if "pixel_values" in batch:
+            raise UserError(f"The flow {flow!r} has pictures to look at; only drawings and texts are packed.")
+        lengths = batch["attention_mask"].sum(1)
+        if (longest := int(lengths.max())) > capacity:
+            raise UserError(
+                f"Sample {samples[int(lengths.argmax())]['index']} of the flow {flow!r} has {longest} tokens and a "
+                f"packed row {capacity}: raise train.pack_length."
+            )
+        return pack(batch, even_rows(lengths.tolist(), capacity), self.processor.tokenizer.pad_token_id)
+
+    def _said(self, samples: list[dict[str, Any]]) -> _Rows:
+        """Conversations: all of the assistant's turns are learned."""
+        processor, tokens = self.processor, self.processor.tokenizer.special_tokens_map
+        marked = [{**sample, "messages": self._marked(sample)} for sample in samples]
+        conversations = [rendered(sample, processor.chat_template, tokens) for sample in marked]
+        inputs = processor(
+            text=[text for text, _ in conversations],
+            images=[part["image"] for sample in samples for part in _images(sample)],
+            drawn=_drawings(samples),
+            padding=True,
+            padding_side="right",
+            return_tensors="np",
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        offsets = inputs.pop("offset_mapping")
+        replacements = inputs.pop("text_replacement_offsets", None) or [[]] * len(samples)
+        said = np.zeros(offsets.shape[:2], dtype=bool)
+        for row, (sample, (_, spans)) in enumerate(zip(samples, conversations, strict=True)):
+            turns = turn_tokens(spans, offsets[row], replacements[row])
+            check_every_turn_has_tokens(sample, turns)
+            said[row] = turns.any(0)
+        if self.max_length is not None:
+            samples, said = self._cut(samples, inputs, said, self.max_length)
+        labelled = torch.from_numpy(said)
+        drawn = labelled & (torch.as_tensor(inputs["input_ids"]) == processor.image_token_id)
+        return _Rows(samples, inputs, _drawings(samples) if self.max_length is None else [], drawn, labelled)
+
+    def _marked(self, sample: dict[str, Any]) -> list[Any]:
+        """Mark the control tokens in the sample's messages: they are plain characters."""
+        try:
+            return self.processor.mark_control_tokens(sample["messages"])
+        except UserError as error:
+            raise UserError(f"Sample {sample['index']} of the flow {sample['flow']!r}: {error}") from None
+
+    def _cut(
+        self, samples: list[dict[str, Any]], inputs: Any, said: np.ndarray, capacity: int
+    ) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Rows of at most `capacity` tokens: the samples that still learn something, and what [B', L]; `inputs` is
+        changed in place."""
+        processor, flow = self.processor, samples[0]["flow"]
+        if any(_drawings(samples)):
+            raise UserError(
+                f"The flow {flow!r} has drawings inside conversations; they are not cut: no train.max_length."
+            )
+        mask = inputs["attention_mask"].astype(bool)
+        learns, kept_pictures = [], []
+        for row, sample in enumerate(samples):
+            ids = inputs["input_ids"][row, : mask[row].sum()]
+            tokens, whole = fitting(ids, capacity, processor.image_token_id, processor.image_seq_length)
+            mask[row, tokens:] = said[row, tokens:] = False
+            learns.append(bool(said[row].any()))
+            kept_pictures += [learns[-1] and picture < whole for picture in range(len(_images(sample)))]
+            if not learns[-1]:
+                logger.warning(
+                    f"Sample {sample['index']} of the flow {flow!r} is left out: nothing is learned in its first "
+                    f"{capacity} of {len(ids)} tokens."
+                )
+        if not any(learns):
+            raise UserError(
+                f"No sample of a batch of the flow {flow!r} learns anything in its first {capacity} tokens."
+            )
+        ids = np.where(mask, inputs["input_ids"], processor.tokenizer.pad_token_id)
+        inputs["input_ids"], inputs["attention_mask"] = ids[learns], mask[learns].astype(np.int64)
+        if kept_pictures:
+            inputs["pixel_values"] = inputs["pixel_values"][kept_pictures]
+        return [sample for sample, each in zip(samples, learns, strict=True) if each], said[learns]
+
+    def _drawn(self, samples: list[dict[str, Any]]) -> _Rows:
+        """Drawings: their placeholders are all that is learned."""
+        for sample in samples:
+            _check_drawing(sample)
+        processor = self.processor
+        asked = [self._marked(sample)[:-1] for sample in samples]
+        prompts = processor.apply_chat_template(asked, add_generation_prompt=True)
+        how = {"padding": True, "padding_side": "right", "return_tensors": "np"}
+        if _ids(samples):  # no picture from which the processor would know where to put placeholders
+            drawing = processor.boi_token + processor.image_token * processor.num_image_tokens
+            inputs = processor.encode([prompt + drawing for prompt in prompts], **how)
+        else:
+            inputs = processor(
+                text=[prompt + processor.boi_token + processor.image_token for prompt in prompts],
+                images=[part["image"] for sample in samples for part in _images(sample)],
+                drawn=_drawings(samples),
+                **how,
+            )
+        image_tokens = torch.as_tensor(inputs["input_ids"]) == processor.image_token_id
+        from_the_end = image_tokens.flip(1).cumsum(1).flip(1)  # a picture to look at may come before the drawing
+        drawn = image_tokens & (from_the_end <= processor.num_image_tokens)
+        return _Rows(samples, inputs, _drawings(samples), drawn, drawn)
+
+
+def _images(sample: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for turn in sample["messages"] for part in parts_of(turn) if part["type"] == "image"]
+
+
+def _check_drawing(sample: dict[str, Any]) -> None:
+    last = sample["messages"][-1]
+    if last["role"] != "assistant" or [part["type"] for part in parts_of(last)] != ["image"]:
+        raise UserError(
+            f"Sample {sample['index']} of the flow {sample['flow']!r} has nothing to learn: no drawn picture, which "
+            "must be all of the assistant's last turn."
+        )
+
+
+def _drawings(samples: Sequence[dict[str, Any]]) -> list[bool]:
+    """For each picture, in reading order, whether the assistant drew it."""
+    return [
+        turn["role"] == "assistant"
+        for sample in samples
+        for turn in sample["messages"]
+        for part in parts_of(turn)
+        if part["type"] == "image"
+    ]
+
+
+def _ids(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The drawings that are ids already, as a batch [I, M]."""
+    ids = [part["ids"] for sample in samples for part in _images(sample) if "ids" in part]
+    return {"drawn_ids": torch.from_numpy(np.stack(ids))} if ids else {}
+
+
+def _pictures(pixel_values: Any, drawings: Sequence[bool]) -> dict[str, Tensor]:
+    """Split the pictures [I, 3, H, W], which come in reading order, by who shows them; the flags of cut rows are left
+    out, where nothing is drawn."""
+    if pixel_values is None:
+        return {}
+    drawings = drawings or [False] * len(pixel_values)
+    pixel_values, drawn = torch.as_tensor(pixel_values), torch.tensor(drawings)
+    pictures = {"pixel_values": pixel_values[~drawn], "drawn_pixel_values": pixel_values[drawn]}
+    return {name: values for name, values in pictures.items() if len(values)}

@@ -1,0 +1,151 @@
+"""The demo page: what the model does, on scenes that it has never seen, in one HTML file that needs nothing else.
+
+Three parts from one seed: originals beside what their ids give back, questions beside answers, prompts beside pictures.
+The prompts are of the picture world's test split. Pictures are data URIs, so the page can be moved or mailed.
+"""
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from unimm.chat import ChatSession
+from unimm.data.shapes import TAGS, Prompt, Scene, Turn, render, sample_conversation, sample_prompt, sample_scene
+from unimm.evaluation.metrics.answers import same_answer
+from unimm.evaluation.runs.html import base_style, data_uri
+from unimm.runs.provenance import write_atomically
+from unimm.runs.report import timed
+
+PAGE_NAME = "index.html"
+LONGEST_ANSWER = 64  # tokens
+QUESTION_KINDS = frozenset({"existence", "color", "count", "position"})
+"""Kinds with one right answer, which the page marks; a description has many."""
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """What the page shows, all of it a function of the seed."""
+
+    reconstructions: list[Scene]
+    conversations: list[tuple[Scene, list[Turn]]]
+    prompts: list[Prompt]
+    seed: int
+
+    @classmethod
+    def sample(cls, seed: int, *, scenes: int = 8, talks: int = 4, turns: int = 3, per_tag: int = 2) -> "DemoPlan":
+        """Draw the scenes, the conversations and held-out prompts (one tag after the other)."""
+        rng = np.random.default_rng(seed)
+        return cls(
+            reconstructions=[sample_scene(rng) for _ in range(scenes)],
+            conversations=[sample_conversation(rng, num_turns=turns) for _ in range(talks)],
+            prompts=[sample_prompt(rng, tag, split="test") for tag in TAGS for _ in range(per_tag)],
+            seed=seed,
+        )
+
+
+@dataclass
+class DemoResult:
+    """What the model made of the plan."""
+
+    pairs: list[tuple[Image.Image, Image.Image]] = field(default_factory=list)
+    talks: list[tuple[Image.Image, list[tuple[Turn, str]]]] = field(default_factory=list)
+    drawings: list[tuple[str, Image.Image]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def score(self) -> dict[str, int]:
+        """Among the questions with one right answer: how many were asked, how many answered exactly so."""
+        marked = [(turn, answer) for _, talk in self.talks for turn, answer in talk if turn.kind in QUESTION_KINDS]
+        return {"asked": len(marked), "right": sum(same_answer(answer, turn.answer) for turn, answer in marked)}
+
+
+def run_demo(model: Any, processor: Any, plan: DemoPlan) -> DemoResult:
+    """Let the model reconstruct, answer and draw. Shows one progress bar on standard error."""
+    result = DemoResult()
+    steps = 1 + sum(len(turns) for _, turns in plan.conversations) + len(plan.prompts)
+    with tqdm(total=steps, desc="demo", leave=False) as bar:
+        with timed(result.seconds, "reconstruct"):
+            originals = [render(scene) for scene in plan.reconstructions]
+            result.pairs = list(zip(originals, reconstruct(model, processor, originals), strict=True))
+            bar.update()
+        with timed(result.seconds, "answer", share=steps - 1 - len(plan.prompts)):
+            for scene, turns in plan.conversations:
+                image = render(scene)
+                result.talks.append((image, list(_talk(model, processor, image, turns, bar))))
+        with timed(result.seconds, "per_image", share=len(plan.prompts)):
+            for number, prompt in enumerate(plan.prompts):
+                (picture,) = ChatSession(model, processor).draw(prompt.prompt, num_images=1, seed=plan.seed + number)
+                result.drawings.append((prompt.prompt, picture))
+                bar.update()
+    return result
+
+
+@torch.inference_mode()
+def reconstruct(model: Any, processor: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The images after the way through their ids, at the tokenizer's own size."""
+    image_processor, tokenizer = processor.image_processor, model.image_tokenizer
+    pixel_values = image_processor(list(images), return_tensors="pt")["pixel_values"].to(tokenizer.device)
+    return image_processor.postprocess(tokenizer.decode(tokenizer.encode(pixel_values).ids))
+
+
+def write_page(result: DemoResult, folder: str | Path, *, title: str, seed: int) -> Path:
+    """Write the page into `folder`, complete or not at all; returns its path."""
+    folder = Path(folder)
+    score = result.score()
+    page = Template(resources.files("unimm").joinpath("demo.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(title),
+        style=base_style(),
+        seed=seed,
+        pairs="\n".join(_pair(original, copy) for original, copy in result.pairs),
+        talks="\n".join(_conversation(image, talk) for image, talk in result.talks),
+        drawings="\n".join(_drawing(prompt, picture) for prompt, picture in result.drawings),
+        score=f"{score['right']} of {score['asked']} right",
+        seconds=", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in result.seconds.items()),
+    )
+    path = folder / PAGE_NAME
+    write_atomically(path, page)
+    return path
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+
+
+def _talk(
+    model: Any, processor: Any, image: Image.Image, turns: Sequence[Turn], bar: Any
+) -> Iterator[tuple[Turn, str]]:
+    """One conversation: the picture comes with the first question, the later ones speak of it."""
+    session = ChatSession(model, processor, max_new_tokens=LONGEST_ANSWER)
+    for number, turn in enumerate(turns):
+        yield turn, session.ask(turn.question, images=[image] if number == 0 else None)
+        bar.update()
+
+
+def _picture(image: Image.Image, alt: str) -> str:
+    return f'<img src="{data_uri(image)}" alt="{html.escape(alt, quote=True)}">'
+
+
+def _pair(original: Image.Image, copy: Image.Image) -> str:
+    return f'<figure class="pair">{_picture(original, "original")}{_picture(copy, "reconstruction")}</figure>'
+
+
+def _conversation(image: Image.Image, talk: Sequence[tuple[Turn, str]]) -> str:
+    lines = []
+    for turn, answer in talk:
+        mark = ""
+        if turn.kind in QUESTION_KINDS:
+            right = same_answer(answer, turn.answer)
+            note = "right" if right else f"it is: {turn.answer}"
+            mark = f' <span class="{"right" if right else "wrong"}">{html.escape(note)}</span>'
+        lines.append(f"<dt>{html.escape(turn.question)}</dt><dd>{html.escape(answer) or '(no answer)'}{mark}</dd>")
+    return f'<article class="talk">{_picture(image, "the picture asked about")}<dl>{"".join(lines)}</dl></article>'
+
+
+def _drawing(prompt: str, picture: Image.Image) -> str:
+    return f'<figure class="drawing">{_picture(picture, prompt)}<figcaption>{html.escape(prompt)}</figcaption></figure>'

@@ -1,0 +1,136 @@
+"""The command that compares drawn pictures with real ones: `unimm eval generation`, eval/generation.py."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from unimm.errors import UserError
+from unimm.evaluation.generation.feature_spaces import FeatureSpace, load_space, space_settings
+from unimm.evaluation.generation.run import (
+    Collected,
+    collect,
+    compare,
+    read_reference,
+    write_pictures_npz,
+    write_statistics,
+)
+from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
+from unimm.evaluation.runs.image_sets import picture_set, source_sha256
+from unimm.evaluation.runs.store import Manifest, Record, RunStore, content_sha256, processes
+from unimm.runs.provenance import git_commit
+from unimm.runs.report import Report
+
+BENCH = "generation"
+KEY = ("sets", 0)  # a run has one record: figures belong to a set, not to a picture
+
+Figures = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    """Parse, load, compare, report.
+
+    Raises:
+        UserError: what a person got wrong.
+    """
+    arguments = parse_run(_parser(description), argv, bench=BENCH)
+    _check(arguments)
+    report = Report(arguments.json if processes().is_main_process else None)
+    with report.timed("load"):
+        space = load_space(arguments.inception, arguments.encoder, arguments.device)
+        assert space is not None
+    described = space.describe()
+    with report.timed("figures"):
+        if arguments.output is None:
+            found = _compared(arguments, space)
+        else:
+            found = _recorded(arguments, space, described)
+    if not processes().is_main_process:
+        return
+    if arguments.write_npz is not None:
+        write_pictures_npz(arguments.samples, arguments.write_npz, arguments.num_images, found.get("unreadable", []))
+    for name, value in found.items():
+        report.say(f"{name:<24} {value}" if not isinstance(value, float) else f"{name:<24} {value:12.5f}")
+    report.say(f"{'features':<24} {space.name}, sha256 {described['sha256']}")
+    report.add(generation=found, space=described, samples=arguments.samples, reference=arguments.reference)
+    report.add(commit=git_commit())
+    report.write()
+
+
+def _compared(arguments: argparse.Namespace, space: FeatureSpace) -> Figures:
+    """The figures, by all processes together; the samples' statistics are written where they are asked for."""
+    reference = read_reference(arguments.reference, space, arguments.num_images, arguments.batch_size)
+    generated = _collected(arguments, space)
+    found = compare(generated, reference, space=space, kernel_size=arguments.kernel_size)
+    if arguments.write_statistics is not None and processes().is_main_process:
+        write_statistics(arguments.write_statistics, generated, space)
+    return found
+
+
+def _collected(arguments: argparse.Namespace, space: FeatureSpace) -> Collected:
+    return collect(space, picture_set(arguments.samples, arguments.num_images), arguments.batch_size)
+
+
+def _recorded(arguments: argparse.Namespace, space: FeatureSpace, described: dict[str, Any]) -> Figures:
+    """The figures, kept in the run's folder and taken from there when it holds them already."""
+    with RunStore.open(arguments.output, _manifest(arguments, described)) as store:
+        mine = store.split([KEY])
+        if KEY not in store.done or arguments.write_statistics is not None:
+            found = _compared(arguments, space)
+            if mine:
+                item, sample = KEY
+                inputs = {"samples": arguments.samples, "reference": arguments.reference}
+                store.append(Record(BENCH, item, sample, inputs=inputs, raw_scores={"distances": found}))
+        summary = store.finish(lambda records: {**records[0].raw_scores, "space": described})
+    figures: Figures = summary["distances"]
+    return figures
+
+
+def _manifest(arguments: argparse.Namespace, described: dict[str, Any]) -> Manifest:
+    count = arguments.num_images
+    return Manifest(
+        BENCH,
+        content_sha256([source_sha256(source, count) for source in (arguments.samples, arguments.reference)]),
+        seed=0,
+        settings={
+            "space": space_settings(described),
+            "num_images": count,
+            "kernel_size": arguments.kernel_size,
+            "batch_size": arguments.batch_size,
+            "device": torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")).type,
+        },
+        weights={described["name"]: described["sha256"]},
+        arguments=recorded_arguments(arguments),
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.samples is None or arguments.reference is None:
+        raise UserError("Name two sets: --samples, the drawn pictures, and --reference, the real ones.")
+    if (arguments.inception is None) == (arguments.encoder is None):
+        raise UserError("Name the network that compares: either --inception FILE or --encoder PATH.")
+    for name in ("num_images", "kernel_size", "batch_size"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog=None if description else "unimm eval generation",
+        description=description or __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--samples", metavar="SET", help="the drawn pictures: a folder, a parquet file or an npz")
+    made.add_argument("--reference", metavar="SET", help="the real ones, or their statistics")
+    made.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
+    made.add_argument("--encoder", metavar="PATH", help="a vision encoder instead: SigLIP, CLIP, DINOv2, ...")
+    made.add_argument("--num-images", type=int, help="take the first N of each set; all unless given")
+    made.add_argument("--kernel-size", type=int, help="pictures in one subset of KID; 1000, or all of fewer")
+    made.add_argument("--batch-size", type=int, default=50)
+    made.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
+    made.add_argument("--write-npz", metavar="FILE", help="write the samples as arr_0")
+    made.add_argument("--write-statistics", metavar="FILE", help="write the samples' mu, sigma (mu_s, sigma_s)")
+    made.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
+    add_run_arguments(made)
+    return made

@@ -1,0 +1,137 @@
+"""Networks in whose features sets of pictures are compared: Inception from a user's file, any vision encoder, or an
+image tokenizer's own encoder.
+
+Special here: a space has a name, and figures carry it (`fid` is Inception's alone, `fd_dinov2_cls_224` another scale);
+its description holds the weights' sha256, the layer and the preprocessing. Every space takes the same 8-bit pictures.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unimm.networks.inception import FidInception, load_inception
+from unimm.networks.weight_files import file_sha256
+from unimm.runs.provenance import model_fingerprint
+from unimm.tokenizer import ImageTokenizer
+from unimm.tokenizer.encoders import build_encoder, encoder_family, final_norm
+from unimm.tokenizer.pretrained import find_encoder, load_encoder
+
+POOL, SPATIAL, PROBABILITIES = "pool", "spatial", "probabilities"
+
+
+class FeatureSpace(Protocol):
+    """`features` of pictures uint8 [B, H, W, 3]: always `pool` [B, D]; Inception's also `spatial` and
+    `probabilities`."""
+
+    name: str
+
+    def features(self, pictures: np.ndarray) -> dict[str, Tensor]: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+class InceptionSpace:
+    """FID's own network."""
+
+    name = "inception"
+
+    def __init__(self, network: FidInception, sha256: str) -> None:
+        self.network, self.sha256 = network, sha256
+
+    @torch.inference_mode()
+    def features(self, pictures: np.ndarray) -> dict[str, Tensor]:
+        device = self.network.fc.weight.device
+        found = self.network(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device))
+        return {name: value.cpu() for name, value in found._asdict().items()}
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": self.sha256, "layer": "pool3", "resize": "tensorflow1 bilinear to 299"}
+
+
+class EncoderSpace:
+    """A pretrained vision encoder: its CLS token behind the final norm, or the mean of the patches where it has none.
+
+    Pictures are resized to the encoder's own size (bicubic, no crop), as dgm-eval does for DINOv2.
+    """
+
+    def __init__(self, path: str | Path, device: torch.device) -> None:
+        source = find_encoder(str(path))
+        self.encoder = build_encoder(source.config)
+        load_encoder(self.encoder, source)
+        self.encoder.to(device).eval()
+        self.side, self.mean, self.std = source.covered_size, source.image_mean, source.image_std
+        self.family = encoder_family(self.encoder.config)
+        self.layer = "cls" if self.family.cls_token else "mean"
+        self.name = f"{self.encoder.config.model_type}_{self.layer}_{self.side}"
+
+    @torch.inference_mode()
+    def features(self, pictures: np.ndarray) -> dict[str, Tensor]:
+        size = {"interpolate_pos_encoding": True} if self.family.asks_to_interpolate else {}
+        pixel_values = _normalised(_resized(pictures, self.side), self.mean, self.std, self.encoder.device)
+        states = self.encoder(pixel_values, output_hidden_states=True, **size).hidden_states[-1]
+        tokens = final_norm(self.encoder)(states)
+        return {POOL: (tokens[:, 0] if self.family.cls_token else tokens.mean(dim=1)).cpu()}
+
+    def describe(self) -> dict[str, Any]:
+        described = {"name": self.name, "sha256": model_fingerprint(self.encoder), "layer": self.layer}
+        return described | {"resize": f"bicubic to {self.side}"}
+
+
+class TokenizerSpace:
+    """The mean patch feature of an image tokenizer's encoder.
+
+    It flatters the tokenizer: a decoder that was trained towards these features makes them right before the picture
+    is. `original` says that the encoder is the one that the tokenizer began with.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer, *, original: bool) -> None:
+        self.tokenizer = tokenizer
+        self.name = "original_encoder" if original else "own_encoder"
+
+    @torch.inference_mode()
+    def features(self, pictures: np.ndarray) -> dict[str, Tensor]:
+        config = self.tokenizer.config
+        resized = _resized(pictures, config.image_size)
+        pixel_values = _normalised(resized, config.image_mean, config.image_std, self.tokenizer.device)
+        return {POOL: self.tokenizer.features(pixel_values).mean(dim=1).float().cpu()}
+
+    def describe(self) -> dict[str, Any]:
+        sha256, side = model_fingerprint(self.tokenizer.encoder), self.tokenizer.config.image_size
+        described = {"name": self.name, "sha256": sha256, "layer": "mean", "resize": f"bicubic to {side}"}
+        return described | {"note": "biased towards tokenizers that were trained on this encoder"}
+
+
+def load_space(
+    inception: str | Path | None, encoder: str | Path | None, device: str | torch.device | None = None
+) -> FeatureSpace | None:
+    """The space of an Inception file or of an encoder's folder; None where neither is named.
+
+    Raises:
+        UserError: the file or folder cannot be read, or holds another network.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if inception is not None:
+        return InceptionSpace(load_inception(inception).to(place), file_sha256(inception))
+    return None if encoder is None else EncoderSpace(encoder, place)
+
+
+def space_settings(described: dict[str, Any]) -> dict[str, Any]:
+    """What `FeatureSpace.describe` says beside the sha256 of the weights, which a manifest keeps among its weights."""
+    return {name: value for name, value in described.items() if name != "sha256"}
+
+
+def _resized(pictures: np.ndarray, side: int) -> np.ndarray:
+    if pictures.shape[1:3] == (side, side):
+        return pictures
+    resized = [Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
+    return np.stack([np.asarray(image) for image in resized])
+
+
+def _normalised(pictures: np.ndarray, mean: Any, std: Any, device: torch.device) -> Tensor:
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device).float() / 255
+    channels = [torch.tensor(values, device=device, dtype=torch.float32).view(1, 3, 1, 1) for values in (mean, std)]
+    return (pixels - channels[0]) / channels[1]

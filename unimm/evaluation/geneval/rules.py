@@ -1,0 +1,208 @@
+"""GenEval's rules: does a picture, given what a detector found in it, show what its prompt asked for?
+
+Pure numpy: no detector, no colour classifier, no files. Special about these rules (Ghosh et al. 2023,
+https://arxiv.org/abs/2310.11513):
+
+- objects of a class are ordered by confidence and only the `count` most confident ones are judged, so extra objects
+  are harmless unless the metadata excludes them (only the counting prompts do);
+- counting prompts use a confidence threshold of their own, 0.9 instead of 0.3;
+- the direction of an offset is normalised by the offset *before* the dead zone was subtracted, so that a diagonal
+  neighbour may stand in two relations, one, or none.
+
+Scores and boxes are compared in float32, as the detectors give them. x points right, y down; a box is (x1, y1, x2,
+y2) in pixels.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unimm.data.relations import Box, relative_position
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# The 80 COCO classes in COCO's order; the benchmark renames three (computer mouse, tv remote, computer keyboard).
+_COCO_NAMES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,"
+    "tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,"
+    "tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,"
+    "scissors,teddy bear,hair drier,toothbrush"
+)
+COCO_CLASSES = tuple(_COCO_NAMES.split(","))
+
+
+class Verdict(NamedTuple):
+    """What the rules say about one picture: `counts` are the kept detections per class."""
+
+    correct: bool
+    reasons: list[str]
+    counts: dict[str, int]
+
+
+class FoundObject(NamedTuple):
+    """A detection that counts: `box` is [4] in float32."""
+
+    box: np.ndarray
+    color: str | None
+    score: np.float32
+
+
+def box_iou(box_a: Box, box_b: Box) -> float:
+    """Intersection over union of two boxes in the inclusive-pixel convention (a side is x2 - x1 + 1 pixels)."""
+    a, b = np.asarray(box_a, dtype=np.float32)[:4], np.asarray(box_b, dtype=np.float32)[:4]
+    shared = _inclusive_area(np.concatenate([np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])]))
+    union = _inclusive_area(a) + _inclusive_area(b) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def verdict(
+    metadata: Mapping[str, Any],
+    detections: Iterable[Mapping[str, Any]],
+    *,
+    class_names: Sequence[str] = COCO_CLASSES,
+    threshold: float = 0.3,
+    counting_threshold: float = 0.9,
+    max_objects: int = 16,
+    max_overlap: float = 1.0,
+    position_threshold: float = 0.1,
+) -> Verdict:
+    """Judge one picture by its prompt's metadata.
+
+    Args:
+        metadata: one line of GenEval's metadata: `tag`, `include` (class, count, optional color and position) and
+            optional `exclude` (class, count).
+        detections: mappings with `label` (index into `class_names`, or the class name itself), `box` (xyxy), `score`
+            and, where a prompt asks for a colour, `color`.
+        threshold, counting_threshold: confidence that a detection must exceed; the second holds for the counting tag.
+        max_objects: per class, the most confident ones are kept.
+        max_overlap: a detection that overlaps a better one of its class by this IoU or more is dropped; 1 is off.
+        position_threshold: dead zone of `relative_position`.
+
+    Raises:
+        ValueError: a label is neither an index into `class_names` nor one of them.
+    """
+    limit = counting_threshold if metadata["tag"] == "counting" else threshold
+    objects = select_objects(detections, class_names, limit=limit, max_objects=max_objects, max_overlap=max_overlap)
+    reasons: list[str] = []
+    groups: list[list[FoundObject] | None] = []  # per include entry its objects, None where it failed
+    for wanted in metadata["include"]:
+        found = objects.get(wanted["class"], [])[: wanted["count"]]
+        reason = _first_failure(wanted, found, groups, position_threshold)
+        groups.append(None if reason else found)
+        if reason:
+            reasons.append(reason)
+    for unwanted in metadata.get("exclude", ()):
+        name, count = unwanted["class"], unwanted["count"]
+        if len(objects.get(name, [])) >= count:
+            reasons.append(f"expected {name}<{count}, found {len(objects[name])}")
+    return Verdict(not reasons, reasons, {name: len(group) for name, group in objects.items()})
+
+
+def failed_rule(reason: str) -> str | None:
+    """Which rule a reason of `verdict` speaks of: too few, too many, color or position; None for another text."""
+    if reason.startswith("no target for ") or (reason.startswith("expected ") and " target, found" in reason):
+        return "position"
+    if not (reason.startswith("expected ") and ", found " in reason):
+        return None
+    if "; and " in reason:
+        return "color"
+    return "too few" if ">=" in reason else "too many"
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Scores of many judged pictures, each a mapping with `tag`, `prompt` and `correct`.
+
+    Returns the mean per tag; `overall`, the unweighted mean of the six tags; `correct_images`, the mean over all
+    pictures; and `correct_prompts`, the share of prompts with at least one right picture.
+
+    Raises:
+        ValueError: a tag is unknown, or one of the six has no picture.
+    """
+    by_tag: dict[str, list[bool]] = {tag: [] for tag in TAGS}
+    by_prompt: dict[tuple[str, str], bool] = defaultdict(bool)
+    for row in rows:
+        if row["tag"] not in by_tag:
+            raise ValueError(f"unknown tag {row['tag']!r}: GenEval has {', '.join(TAGS)}")
+        by_tag[row["tag"]].append(bool(row["correct"]))
+        by_prompt[row["tag"], row["prompt"]] |= bool(row["correct"])
+    if missing := [tag for tag, correct in by_tag.items() if not correct]:
+        raise ValueError(f"no picture of {', '.join(missing)}: overall is the mean of all {len(TAGS)} tags")
+    scores = {tag: float(np.mean(correct)) for tag, correct in by_tag.items()}
+    overall = float(np.mean(list(scores.values())))
+    images = float(np.mean([verdict for correct in by_tag.values() for verdict in correct]))
+    prompts = float(np.mean(list(by_prompt.values())))
+    return scores | {"overall": overall, "correct_images": images, "correct_prompts": prompts}
+
+
+def select_objects(
+    detections: Iterable[Mapping[str, Any]],
+    class_names: Sequence[str],
+    *,
+    limit: float,
+    max_objects: int,
+    max_overlap: float,
+) -> dict[str, list[FoundObject]]:
+    """Detections above the confidence `limit` per class, the most confident first (equal scores keep their order)."""
+    names = set(class_names)
+    by_class: dict[str, list[FoundObject]] = defaultdict(list)
+    for detection in detections:
+        name, score = _class_name(detection["label"], class_names, names), np.float32(detection["score"])
+        if score > np.float32(limit):
+            box = np.asarray(detection["box"], dtype=np.float32)
+            by_class[name].append(FoundObject(box, detection.get("color"), score))
+    selected = {}
+    for name, scored in by_class.items():
+        scored.sort(key=lambda found: -found.score)
+        kept: list[FoundObject] = []
+        for candidate in scored[:max_objects]:
+            if max_overlap == 1 or all(box_iou(candidate.box, other.box) < max_overlap for other in kept):
+                kept.append(candidate)
+        selected[name] = kept
+    return selected
+
+
+def _class_name(label: int | str, class_names: Sequence[str], names: set[str]) -> str:
+    if isinstance(label, str):
+        if label not in names:
+            raise ValueError(f"label {label!r} is none of the {len(class_names)} class names")
+        return label
+    if not 0 <= label < len(class_names):
+        raise ValueError(f"label {label} is outside 0..{len(class_names) - 1}, the range of the class names")
+    return class_names[label]
+
+
+def _first_failure(
+    wanted: Mapping[str, Any],
+    found: list[FoundObject],
+    groups: list[list[FoundObject] | None],
+    position_threshold: float,
+) -> str | None:
+    """Why `found` does not fulfil one include entry, in GenEval's words; None when it does."""
+    name, count = wanted["class"], wanted["count"]
+    if len(found) < count:
+        return f"expected {name}>={count}, found {len(found)}"
+    if color := wanted.get("color"):
+        seen = [item.color for item in found]
+        if seen.count(color) < count:
+            tally = " and ".join(f"{seen.count(c)} {c}" for c in COLORS if c in seen)
+            return f"expected {color} {name}>={count}, found {seen.count(color)} {color}; and {tally}"
+    if position := wanted.get("position"):
+        relation, target = position
+        anchors = groups[target]
+        if anchors is None:
+            return f"no target for {name} to be {relation}"
+        for item in found:
+            for anchor in anchors:
+                relations = relative_position(item.box, anchor.box, position_threshold)
+                if relation not in relations:
+                    return f"expected {name} {relation} target, found {' and '.join(sorted(relations))} target"
+    return None
+
+
+def _inclusive_area(box: np.ndarray) -> float:
+    return float(max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0))

@@ -1,0 +1,164 @@
+"""GenEval (https://arxiv.org/abs/2310.11513): prompts drawn, or a folder of pictures read, then detected and judged.
+
+Special here: picture (item, sample) depends on the run's seed and its own number only, and batches are always the same
+neighbours, so one process or several, at once or after interruptions, give the same bytes. What is judged is the file
+on disk. Every record holds all detections, from which the table can be made again under other thresholds.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm.auto import tqdm
+
+from unimm.data.images import load_image, save_image_atomically
+from unimm.data.shapes import TAGS
+from unimm.errors import UserError
+from unimm.evaluation.geneval.files import PictureFolder, item_name
+from unimm.evaluation.geneval.prompts import Metadata, PromptTrack
+from unimm.evaluation.geneval.scorers import Detection, Scorer
+from unimm.evaluation.geneval.summary import summarize_records
+from unimm.evaluation.runs.bad_images import each_or_error, judged_or_error
+from unimm.evaluation.runs.records import unreadable
+from unimm.evaluation.runs.store import Key, Record, RunStore, sample_seed
+from unimm.evaluation.shapes.run import ShapesPlan, held_out_prompts
+from unimm.mllm.draw_prompts import draw_prompts
+
+BENCH = "geneval"
+SHAPES_TRACK = "geneval-shapes"
+
+
+@dataclass(frozen=True)
+class GenevalPlan:
+    """How much is drawn, and how.
+
+    Args:
+        num_images: pictures of each prompt; the benchmark draws four.
+        limit: prompts of each tag, None for all.
+        batch_size: pictures in one forward; the last bits of a result may depend on it, so it is part of the run.
+        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p` in place of the checkpoint's own.
+    """
+
+    num_images: int = 4
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    sampling: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1.")
+
+    def choose(self, track: PromptTrack) -> dict[str, Metadata]:
+        """The prompts that are drawn, by item: their number in the track, whatever was left out before them."""
+        chosen, taken = {}, dict[str, int]()
+        for index, prompt in enumerate(track.prompts):
+            taken[prompt["tag"]] = taken.get(prompt["tag"], 0) + 1
+            if self.limit is None or taken[prompt["tag"]] <= self.limit:
+                chosen[item_name(index)] = prompt
+        return chosen
+
+    def keys(self, prompts: Mapping[str, Metadata]) -> list[Key]:
+        return [(item, sample) for item in prompts for sample in range(self.num_images)]
+
+
+class Pictures(Protocol):
+    """Where pictures come from."""
+
+    keys: list[Key]
+
+    @property
+    def prompts(self) -> Mapping[str, Metadata]: ...
+
+    def paths(self, block: Sequence[Key]) -> list[Path]:
+        """The files of these pictures, which exist afterwards."""
+        ...
+
+    def seed(self, key: Key) -> int:
+        """What the picture was drawn with, 0 where nobody knows."""
+        ...
+
+
+class DrawnPictures:
+    """Pictures that a unified model draws, each once: a file that is there is not drawn again."""
+
+    def __init__(
+        self, model: Any, processor: Any, prompts: Mapping[str, Metadata], plan: GenevalPlan, store: RunStore
+    ) -> None:
+        self.model, self.processor, self.plan, self.store = model, processor, plan, store
+        self.prompts, self.keys = prompts, plan.keys(prompts)
+
+    def paths(self, block: Sequence[Key]) -> list[Path]:
+        paths = [self.store.image_path(*key) for key in block]
+        if not all(path.exists() for path in paths):
+            texts, seeds = [self.prompts[item]["prompt"] for item, _ in block], [self.seed(key) for key in block]
+            images = draw_prompts(self.model, self.processor, texts, seeds, **self.plan.sampling)
+            for image, path in zip(images, paths, strict=True):
+                if not path.exists():
+                    save_image_atomically(image, path)
+        return paths
+
+    def seed(self, key: Key) -> int:
+        return sample_seed(self.plan.seed, BENCH, *key)
+
+
+class GivenPictures:
+    """Pictures of a folder in the official layout."""
+
+    def __init__(self, folder: PictureFolder) -> None:
+        self.prompts, self.pictures, self.keys = folder.prompts, folder.pictures, sorted(folder.pictures)
+
+    def paths(self, block: Sequence[Key]) -> list[Path]:
+        return [self.pictures[key] for key in block]
+
+    def seed(self, key: Key) -> int:
+        return 0
+
+
+def score_pictures(store: RunStore, pictures: Pictures, scorer: Scorer, batch_size: int) -> dict[str, Any]:
+    """Judge every picture that the run has no record of, and finish it; gives its summary."""
+    judge = scorer.describe()
+    blocks = store.split_blocks(pictures.keys, batch_size)
+    for block in tqdm(blocks, desc="GenEval", unit="batch", disable=not blocks):
+        start = time.perf_counter()
+        paths, prompts = pictures.paths(block), [pictures.prompts[item] for item, _ in block]
+        images = each_or_error(paths, load_image)
+        pairs = zip(images, prompts, strict=True)
+        shown = [image if isinstance(image, UserError) else (image, prompt) for image, prompt in pairs]
+        found = judged_or_error(shown, lambda pairs: scorer.detections(*map(list, zip(*pairs, strict=True))))
+        seconds = (time.perf_counter() - start) / len(block)
+        for key, path, prompt, detections in zip(block, paths, prompts, found, strict=True):
+            if key in store.done:
+                continue
+            judged = _judged(scorer, prompt, detections)
+            record = Record(
+                BENCH,
+                *key,
+                seed=pictures.seed(key),
+                inputs=dict(prompt),
+                output_path=str(path),
+                judge=judge,
+                **judged,
+            )
+            store.append(record, seconds=seconds)
+    return store.finish(lambda records: summarize_records(records) | {"judge": judge})
+
+
+def _judged(scorer: Scorer, prompt: Metadata, detections: list[Detection] | UserError) -> dict[str, Any]:
+    """Return the fields of a record that the rules fill; an image that could not be read or judged shows nothing."""
+    if isinstance(detections, UserError):
+        reason = unreadable(detections)
+        return {"raw_scores": {"plain": False, "unparsed": 0}, "verdict": False, "reason": reason}
+    judged, plain = scorer.judge(prompt, detections), scorer.plain(prompt, detections)
+    scores = {"detections": detections, "counts": judged.counts, "plain": plain.correct, "unparsed": plain.guessed}
+    return {"raw_scores": scores, "verdict": judged.correct, "reason": "\n".join(judged.reasons)}
+
+
+def shapes_track(seed: int, prompts_per_tag: int) -> PromptTrack:
+    """Held-out prompts of the picture world, `prompts_per_tag` of each tag."""
+    plan = ShapesPlan(prompts=prompts_per_tag, seed=seed)
+    return PromptTrack(SHAPES_TRACK, [prompt.metadata() for tag in TAGS for prompt in held_out_prompts(plan, tag)])

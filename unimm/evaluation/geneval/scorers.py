@@ -1,0 +1,245 @@
+"""What finds the objects that GenEval's rules judge: a detector with a colour classifier, or the picture world's own.
+
+Special here: no scorer scores before it has judged known pictures rightly. A detector on the wrong device or with the
+wrong configuration gives numbers, too, and nothing else would show that they are bad.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from unimm.data.shapes import SHAPES, TAGS, Scene, render, sample_prompt
+from unimm.data.shapes.detector import detect
+from unimm.data.shapes.prompts import scene_for
+from unimm.english import with_article
+from unimm.errors import UserError
+from unimm.evaluation.geneval.color_votes import ColorVoter
+from unimm.evaluation.geneval.detector import InstanceDetector, Segment
+from unimm.evaluation.geneval.outlines import outlines
+from unimm.evaluation.geneval.prompts import Metadata
+from unimm.evaluation.geneval.rules import COCO_CLASSES, FoundObject, Verdict, select_objects, verdict
+from unimm.evaluation.runs.sanity_checks import ABSENT, photographs
+
+Detection = dict[str, Any]
+
+PLAIN_COLORS = {"red": (230, 20, 20), "green": (20, 160, 40), "blue": (25, 50, 220)}
+CANARY_SIZE = 224
+MAJORITY = 0.5  # the share of the vote above which a color is no guess
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The official scorer's options, under their own names; see `unimm.evaluation.geneval.rules.verdict`."""
+
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    max_objects: int = 16
+    max_overlap: float = 1.0
+    position_threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.max_objects < 1 or min(self.threshold, self.counting_threshold, self.position_threshold) < 0:
+            raise UserError(f"{self} means nothing: thresholds are at least 0, and max_objects is at least 1.")
+
+    def limit(self, metadata: Mapping[str, Any]) -> float:
+        return self.counting_threshold if metadata["tag"] == "counting" else self.threshold
+
+
+class Canary(NamedTuple):
+    """A known picture: its name, what is asked of it, and the only right verdict."""
+
+    name: str
+    image: Image.Image
+    metadata: Metadata
+    expected: bool
+
+
+class PlainVerdict(NamedTuple):
+    """Whether an image shows its prompt without guessed colors, and how many objects' colors had to be guessed."""
+
+    correct: bool
+    guessed: int
+
+
+def color_is_known(detection: Mapping[str, Any]) -> bool:
+    """Return whether the color of a detection has more than half of the vote, where there was one."""
+    votes = detection.get("color_votes")
+    return not votes or votes.get(detection.get("color"), 0.0) > MAJORITY
+
+
+class Scorer:
+    """Detections of pictures, and the rules' verdicts on them."""
+
+    name: str
+    class_names: Sequence[str]
+    thresholds: Thresholds
+
+    def detections(self, images: Sequence[Image.Image], prompts: Sequence[Metadata]) -> list[list[Detection]]:
+        """Per upright RGB picture what the rules read: label (a class name), box, score, and color where asked for; for
+        the page also `outline` and `color_votes`, where the scorer has them."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What stands beside every number: the scorer's name, its models, its thresholds."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, str]:
+        """The fingerprints of its models, by their role."""
+        return {}
+
+    def canaries(self) -> list[Canary]:
+        """Known pictures that come with the scorer."""
+        raise NotImplementedError
+
+    def judge(self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> Verdict:
+        return verdict(metadata, detections, class_names=self.class_names, **asdict(self.thresholds))
+
+    def plain(self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> PlainVerdict:
+        """Judge without colors that had to be guessed: the official rule takes the best of ten, however close they are;
+        here a color is known if it has more than half of the vote."""
+        known = [each if color_is_known(each) else {**each, "color": None} for each in detections]
+        found = self.objects(metadata, known)
+        colored = [rule for rule in metadata["include"] if rule.get("color")]
+        judged = [each for rule in colored for each in found.get(rule["class"], [])[: rule["count"]]]
+        return PlainVerdict(self.judge(metadata, known).correct, sum(each.color is None for each in judged))
+
+    def objects(
+        self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]
+    ) -> dict[str, list[FoundObject]]:
+        """The detections that count for this prompt, per class."""
+        options, limit = self.thresholds, self.thresholds.limit(metadata)
+        return select_objects(
+            detections, self.class_names, limit=limit, max_objects=options.max_objects, max_overlap=options.max_overlap
+        )
+
+    def check(self, canaries: Sequence[Canary]) -> int:
+        """Judge known pictures; gives their number.
+
+        Raises:
+            UserError: there is none, a score is not finite, or a verdict is wrong.
+        """
+        if not canaries:
+            raise UserError(f"{self.name} has no known picture to judge first: give --canary FOLDER.")
+        found = self.detections([each.image for each in canaries], [each.metadata for each in canaries])
+        for canary, detections in zip(canaries, found, strict=True):
+            if not all(np.isfinite([each["score"], *each["box"]]).all() for each in detections):
+                raise UserError(f"{self.name} gives scores that are not finite for {canary.name}: nothing is scored.")
+            judged = self.judge(canary.metadata, detections)
+            if judged.correct != canary.expected:
+                said = "; ".join(judged.reasons) or "right"
+                raise UserError(
+                    f"{self.name} fails on a picture that is known: of {canary.name} it says of "
+                    f"{canary.metadata['prompt']!r}: {said}. Nothing is scored with it; check its weights and --device."
+                )
+        return len(canaries)
+
+
+class ShapesScorer(Scorer):
+    """The picture world's analytic detector. Its score is a geometric overlap, no confidence: what it accepts
+    counts."""
+
+    name = "shapes"
+    class_names = SHAPES
+
+    def __init__(self) -> None:
+        self.thresholds = Thresholds(threshold=0.0, counting_threshold=0.0)
+
+    def detections(self, images: Sequence[Image.Image], prompts: Sequence[Metadata]) -> list[list[Detection]]:
+        return [[_plain(found.as_rule_input()) for found in detect(image)] for image in images]
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "thresholds": asdict(self.thresholds)}
+
+    def canaries(self) -> list[Canary]:
+        """Of every tag a picture that shows its prompt and an empty one; of positions also the mirrored one."""
+        rng, known = np.random.default_rng(0), list[Canary]()
+        for tag in TAGS:
+            prompt = sample_prompt(rng, tag, split="test")
+            scene = scene_for(rng, prompt)
+            picture, rules = render(scene), prompt.metadata()
+            known.append(Canary(f"a scene of {tag}", picture, rules, True))
+            empty = render(Scene(background=scene.background, objects=()))
+            known.append(Canary("an empty picture", empty, rules, False))
+            if tag == "position":
+                known.append(Canary("a scene turned round", ImageOps.flip(ImageOps.mirror(picture)), rules, False))
+        return known
+
+
+class DetectorScorer(Scorer):
+    """`geneval-hf`: a Mask2Former finds objects, a CLIP names the colours that a prompt asks about."""
+
+    name = "geneval-hf"
+    class_names = COCO_CLASSES
+
+    def __init__(self, detector: InstanceDetector, voter: ColorVoter, thresholds: Thresholds | None = None) -> None:
+        self.detector, self.voter, self.thresholds = detector, voter, thresholds or Thresholds()
+        lowest = min(self.thresholds.threshold, self.thresholds.counting_threshold)
+        if detector.min_score > lowest:
+            raise ValueError(f"the detector drops scores below {detector.min_score}, the rules ask from {lowest}")
+
+    def detections(self, images: Sequence[Image.Image], prompts: Sequence[Metadata]) -> list[list[Detection]]:
+        found = self.detector.detect(images)
+        return [self._described(*each) for each in zip(images, found, prompts, strict=True)]
+
+    def describe(self) -> dict[str, Any]:
+        colors = self.voter.describe() | {"background": self.voter.background, "crop": self.voter.crop}
+        models = {"detector": self.detector.describe(), "colors": colors}
+        return {"name": self.name, "thresholds": asdict(self.thresholds), **models}
+
+    def weights(self) -> dict[str, str]:
+        return {"detector": self.detector.fingerprint, "clip": self.voter.fingerprint}
+
+    def canaries(self) -> list[Canary]:
+        """Three photographs that scikit-image brings: a cat, a person, a cup, and none of them a zebra.
+
+        Raises:
+            UserError: scikit-image is not installed, or the colour classifier fails on plain colours already.
+        """
+        pictures = photographs()
+        self._check_plain_colors()
+        known = []
+        for name, image in pictures.items():
+            for asked in (name, ABSENT):
+                rules = {
+                    "tag": "single_object",
+                    "include": [{"class": asked, "count": 1}],
+                    "prompt": f"a photo of {with_article(asked)}",
+                }
+                known.append(Canary(f"the photograph of a {name}", image, rules, asked == name))
+        return known
+
+    def _check_plain_colors(self) -> None:
+        """Plain red, green and blue must be called so."""
+        whole = Segment(0, (0.0, 0.0, CANARY_SIZE, CANARY_SIZE), 1.0, np.ones((CANARY_SIZE, CANARY_SIZE), bool))
+        for color, value in PLAIN_COLORS.items():
+            (vote,) = self.voter.vote(Image.new("RGB", (CANARY_SIZE, CANARY_SIZE), value), [whole], "apple")
+            if vote.color != color:
+                raise UserError(
+                    f"{self.voter.name} calls a picture of plain {color} {vote.color}: no colour is named with it."
+                )
+
+    def _described(self, image: Image.Image, segments: Sequence[Segment], prompt: Metadata) -> list[Detection]:
+        """Detections, those above the threshold with the outline of their mask, and those of them that may be asked for
+        their colour with the vote on it."""
+        limit = np.float32(self.thresholds.limit(prompt))
+        above = [index for index, each in enumerate(segments) if np.float32(each.score) > limit]
+        rows: list[Detection] = [  # the best first
+            {"label": COCO_CLASSES[each.label], "box": list(each.box), "score": each.score} for each in segments
+        ]
+        for index in above:
+            rows[index]["outline"] = outlines(segments[index].mask)
+        for name in dict.fromkeys(rule["class"] for rule in prompt["include"] if "color" in rule):
+            asked = [index for index in above if rows[index]["label"] == name][: self.thresholds.max_objects]
+            votes = self.voter.vote(image, [segments[index] for index in asked], name)
+            for index, vote in zip(asked, votes, strict=True):
+                shares = {color: round(share, 4) for color, share in vote.shares.items()}
+                rows[index] |= {"color": vote.color, "color_votes": shares}
+        return rows
+
+
+def _plain(found: Mapping[str, Any]) -> Detection:
+    """Plain numbers in place of numpy's, as JSON wants them."""
+    return {**found, "box": [float(side) for side in found["box"]], "score": float(found["score"])}

@@ -1,0 +1,287 @@
+"""The command that measures an image tokenizer on real pictures: `unimm eval tok`, eval/reconstruction.py."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unimm.data.image_streams import to_array
+from unimm.data.images import load_image, save_image_atomically
+from unimm.errors import UserError
+from unimm.evaluation.generation.feature_spaces import (
+    FeatureSpace,
+    InceptionSpace,
+    TokenizerSpace,
+    load_space,
+    space_settings,
+)
+from unimm.evaluation.generation.run import SCORE_SPLITS, PairedSets
+from unimm.evaluation.metrics.distributions import PRDC_NEIGHBOURS
+from unimm.evaluation.metrics.image_metrics import HIGHEST_PSNR
+from unimm.evaluation.reconstruction.run import (
+    Compared,
+    ReconstructionPlan,
+    Reconstructions,
+    check_finite,
+    compared_pictures,
+    evaluate_pictures,
+    summarized,
+)
+from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
+from unimm.evaluation.runs.evaluated_model import Subject, load_subject
+from unimm.evaluation.runs.image_sets import PROTOCOLS
+from unimm.evaluation.runs.records import unreadable
+from unimm.evaluation.runs.store import Key, Manifest, Record, RunStore, processes
+from unimm.networks.perceptual import LPIPS, load_lpips
+from unimm.networks.weight_files import file_sha256
+from unimm.runs.provenance import git_commit, model_fingerprint
+from unimm.runs.report import Report
+from unimm.tokenizer import ImageTokenizer
+from unimm.tokenizer.codebook_usage import CodebookUsage
+
+BENCH = "reconstruction"
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    """Parse, load, measure, report."""
+    arguments = parse_run(_parser(description), argv, bench=BENCH)
+    report = Report(arguments.json if processes().is_main_process else None)
+    plan = ReconstructionPlan(
+        arguments.source,
+        arguments.num_images or None,
+        arguments.kmeans_source,
+        seed=arguments.seed,
+        protocol=arguments.protocol,
+        score_size=arguments.score_size,
+    )
+    with report.timed("load"):
+        subject = load_subject(arguments.model)
+        reference = load_subject(arguments.reference).tokenizer if arguments.reference else None
+        lpips = load_lpips(arguments.lpips_trunk, arguments.lpips_heads) if arguments.lpips_trunk else None
+        named = load_space(arguments.inception, arguments.fd_encoder)
+    space = named or TokenizerSpace(reference or subject.tokenizer, original=reference is not None)
+    compared = _may_compare(len(plan.pictures()), space, asked_for=named is not None)
+    with report.timed("reconstruction"):
+        if arguments.output is None:
+            sets = PairedSets(space)
+            found = evaluate_pictures(
+                subject.tokenizer,
+                subject.image_processor,
+                plan,
+                reference,
+                on_batch=lambda batch: sets.add(batch.originals, batch.drawn),
+                lpips=lpips,
+            )
+            compared = compared and _may_compare(len(found.rows), space, asked_for=False)
+            distances = sets.figures() if compared else None
+        else:
+            manifest = _manifest(subject, plan, reference, named, arguments)
+            found, distances = recorded_pictures(
+                subject, plan, reference, arguments.output, manifest, space=space if compared else None, lpips=lpips
+            )
+    if not processes().is_main_process:
+        return
+    if distances is None:
+        report.say(f"{len(found.rows)} pictures are no distribution: the sets are not compared.")
+    for name, reason in found.unreadable.items():
+        report.say(f"left out, {name}: {reason}")
+    for name, value in found.scores.items():
+        error = f" ± {found.errors[name]:.4f}" if name in found.errors else ""
+        report.say(f"{name:<22} {value:10.4f}{error}")
+    for name, value in (distances or {}).items():
+        report.say(f"{name:<22} {value:10.4f}")
+    report.say(f"{space.name}: sha256 {space.describe()['sha256']}")
+    if lpips is not None:
+        trunk = file_sha256(arguments.lpips_trunk)
+        report.say(f"lpips_vgg: sha256 of the trunk {trunk}")
+        report.add(lpips={"network": "vgg16", "trunk_sha256": trunk})
+    report.add(
+        distances=distances,
+        space=space.describe(),
+        reconstruction=found.scores,
+        standard_errors=found.errors,
+        source=plan.source,
+        num_images=len(found.rows),
+        unreadable=found.unreadable,
+        protocol=_protocol(plan),
+        seed=plan.seed,
+        commit=git_commit(),
+    )
+    report.write()
+
+
+def recorded_pictures(
+    subject: Subject,
+    plan: ReconstructionPlan,
+    reference: ImageTokenizer | None,
+    folder: str,
+    manifest: Manifest,
+    *,
+    space: FeatureSpace | None = None,
+    lpips: LPIPS | None = None,
+) -> tuple[Reconstructions, dict[str, Any] | None]:
+    """As `evaluate_pictures`, with every picture recorded in `folder`, and how the sets differ in `space`, as they were
+    kept. An interrupted run goes on."""
+    size = subject.tokenizer.config.codebook_size
+    with RunStore.open(folder, manifest) as store:
+        todo = set(store.split([(name, 0) for name in plan.pictures().names], together=plan.batch_size))
+
+        def bad(name: str, error: UserError) -> None:
+            if (name, 0) in todo:
+                store.append(Record(BENCH, name, seed=plan.seed, reason=unreadable(error)))
+
+        batches = compared_pictures(
+            subject.tokenizer,
+            subject.image_processor,
+            plan,
+            reference,
+            lpips,
+            wanted=lambda names: any((name, 0) in todo for name in names),
+            bad=bad,
+        )
+        for batch in batches:
+            _keep(store, batch, todo, plan.seed, size)
+        summary = store.finish(
+            lambda records: _summary(records, size) | _distances(store, records, space, plan.batch_size)
+        )
+        return _reconstructions(store.records(), size), summary["distances"]
+
+
+def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_size: int) -> None:
+    """Both pictures of every missing row, and its record."""
+    for index, row in enumerate(batch.rows()):
+        name = row.pop("name")
+        if (name, 0) not in todo:
+            continue
+        try:
+            check_finite(row)
+        except UserError as error:
+            store.append(Record(BENCH, name, seed=seed, reason=unreadable(error)))
+            continue
+        original, drawn = store.image_path(name, role="original"), store.image_path(name)
+        save_image_atomically(Image.fromarray(batch.originals[index]), original)
+        save_image_atomically(Image.fromarray(batch.drawn[index]), drawn)
+        own = CodebookUsage(codebook_size)
+        own.update(batch.ids[index])
+        store.append(
+            Record(
+                BENCH,
+                name,
+                seed=seed,
+                inputs={"original_path": store.inside(original)},
+                output_path=str(drawn),
+                raw_scores=row | {"entropy_of_picture": own.entropy, "ids": batch.ids[index].tolist()},
+            )
+        )
+
+
+def _may_compare(count: int, space: FeatureSpace, *, asked_for: bool) -> bool:
+    """Whether so many pictures are a distribution. Raises UserError for too few where a network was named."""
+    least = max(PRDC_NEIGHBOURS + 1, SCORE_SPLITS if isinstance(space, InceptionSpace) else 0)
+    if count < least and asked_for:
+        raise UserError(f"{count} pictures are no distribution: {space.name} compares sets of at least {least}.")
+    return count >= least
+
+
+def _distances(
+    store: RunStore, records: Sequence[Record], space: FeatureSpace | None, batch_size: int
+) -> dict[str, Any]:
+    """The two sets on disk compared, for the summary."""
+    if space is None:
+        return {"distances": None}
+    sets, records = PairedSets(space), [record for record in records if not record.is_unreadable]
+    if not _may_compare(len(records), space, asked_for=False):
+        return {"distances": None}
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        originals = [load_image(store.folder / record.inputs["original_path"]) for record in batch]
+        drawn = [load_image(store.folder / str(record.output_path)) for record in batch]
+        sets.add(to_array(originals), to_array(drawn))
+    return {"distances": sets.figures(), "space": space.describe()}
+
+
+def _reconstructions(records: list[Record], codebook_size: int) -> Reconstructions:
+    usage = CodebookUsage(codebook_size)
+    lost = {record.item: record.reason for record in records if record.is_unreadable}
+    records = [record for record in records if record.item not in lost]
+    if records:
+        usage.update(torch.tensor([record.raw_scores["ids"] for record in records]))
+    rows = [
+        {"name": record.item} | {name: value for name, value in record.raw_scores.items() if name not in _OWN}
+        for record in records
+    ]
+    return summarized(rows, usage, lost)
+
+
+_OWN = ("ids", "entropy_of_picture")  # of one picture, and no mean of the set's
+
+
+def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:
+    found = _reconstructions(records, codebook_size)
+    counted = {"num_images": len(found.rows), "unreadable": sorted(found.unreadable)}
+    return {"reconstruction": found.scores, "standard_errors": found.errors, **counted}
+
+
+def _manifest(
+    subject: Subject,
+    plan: ReconstructionPlan,
+    reference: ImageTokenizer | None,
+    named: FeatureSpace | None,
+    arguments: argparse.Namespace,
+) -> Manifest:
+    tokenizer, space = subject.tokenizer, {}
+    weights = {"tokenizer": model_fingerprint(tokenizer)}
+    if named is not None:
+        space = named.describe()
+        weights["inception" if arguments.inception else "fd_encoder"] = space["sha256"]
+    if plan.kmeans_source:
+        weights["kmeans_source"] = plan.kmeans_sha256()
+    for name in ("lpips_trunk", "lpips_heads"):
+        if path := getattr(arguments, name):
+            weights[name] = file_sha256(path)
+    return Manifest(
+        BENCH,
+        plan.pictures_sha256(),
+        plan.seed,
+        settings={
+            "protocol": _protocol(plan) | {"image_size": tokenizer.config.image_size},
+            "space": space_settings(space),
+            "kmeans_codes": plan.kmeans_codes,
+            "mean": list(subject.image_processor.image_mean),
+            "std": list(subject.image_processor.image_std),
+            "device": tokenizer.device.type,
+            "dtype": str(tokenizer.dtype),
+        },
+        weights=weights if reference is None else weights | {"reference": model_fingerprint(reference)},
+        arguments=recorded_arguments(arguments),
+    )
+
+
+def _protocol(plan: ReconstructionPlan) -> dict[str, Any]:
+    return dataclasses.asdict(plan.rules) | {"score_size": plan.score_size, "highest_psnr": HIGHEST_PSNR}
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=None if description else "unimm eval tok",
+        description=description or __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="an image tokenizer or a unified model; the default comes with the library")
+    parser.add_argument("--source", required=True, help="a parquet file or a folder of pictures")
+    parser.add_argument("--kmeans-source", help="pictures that the k-means baseline learns from")
+    parser.add_argument("--reference", help="a tokenizer with the original encoder")
+    parser.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
+    parser.add_argument("--fd-encoder", metavar="PATH", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
+    parser.add_argument("--lpips-trunk", metavar="FILE", help="torchvision's vgg16 weights: LPIPS is measured too")
+    parser.add_argument("--lpips-heads", metavar="FILE", help="LPIPS v0.1 for VGG; those of an installed lpips")
+    parser.add_argument("--num-images", type=int, default=1000, help="0: all, in the order of their names")
+    parser.add_argument("--protocol", default="adm", help=f"how pictures are cut: {', '.join(PROTOCOLS)}")
+    parser.add_argument("--score-size", type=int, help="pixels a side at which pictures are compared; as drawn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
+    add_run_arguments(parser)
+    return parser

@@ -1,0 +1,63 @@
+"""What every measuring command takes to keep its run: `--output DIR`, and `--from MANIFEST` to repeat one.
+
+Light: read before anything is loaded.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from unimm.config.schema import plain
+from unimm.errors import UserError
+from unimm.evaluation.runs.records import read_manifest
+
+ABOUT_THE_PLACE = frozenset({"output", "repeated", "json", "rows", "page"})
+"""What says where a run goes and not what it does: a repetition chooses anew."""
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--output` and `--from`; parse with `parse_run`."""
+    parser.add_argument("--output", metavar="DIR", help="keep every sample there; an interrupted run goes on")
+    parser.add_argument(
+        "--from",
+        dest="repeated",
+        metavar="MANIFEST",
+        help="repeat the run of this manifest.json; what else is given replaces its arguments",
+    )
+
+
+def parse_run(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, bench: str | Sequence[str]
+) -> argparse.Namespace:
+    """The arguments, those of the repeated run filled in where the command line says nothing.
+
+    Args:
+        bench: what the command measures; several, where it leaves a run of each and any of them says how it was
+            started.
+
+    Raises:
+        UserError: the manifest cannot be read, is of another benchmark, or names arguments that this command lacks.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--from", dest="repeated")
+    source = first.parse_known_args(argv)[0].repeated
+    if source is not None:
+        manifest = read_manifest(source)
+        measured = (bench,) if isinstance(bench, str) else bench
+        if manifest.bench not in measured:
+            known = ", ".join(measured)
+            raise UserError(f"{source} is of a run of {manifest.bench}, this command measures {known}.")
+        actions = {action.dest: action for action in parser._actions}
+        if unknown := sorted(set(manifest.arguments) - set(actions)):
+            raise UserError(f"{source} has arguments that this version does not know: {', '.join(unknown)}.")
+        for name in manifest.arguments:
+            actions[name].required = False
+        parser.set_defaults(**manifest.arguments)
+    return parser.parse_args(argv)
+
+
+def recorded_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a manifest keeps of the arguments, as plain values."""
+    kept = {name: value for name, value in vars(arguments).items() if name not in ABOUT_THE_PLACE}
+    recorded: dict[str, Any] = plain(kept)
+    return recorded

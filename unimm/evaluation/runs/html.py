@@ -1,0 +1,27 @@
+"""What our pages share: one look, and pictures inside the file, so that a page can be moved or mailed."""
+
+import base64
+import io
+from importlib import resources
+
+from PIL import Image
+
+LOSSLESS_SIDE = 128
+"""Pictures up to this many pixels a side are PNG, larger ones JPEG."""
+
+
+def base_style() -> str:
+    """The CSS of colours, light and dark, and of text."""
+    return resources.files("unimm.evaluation.runs").joinpath("page.css").read_text(encoding="utf-8")
+
+
+def data_uri(image: Image.Image, *, longest_side: int | None = None) -> str:
+    """The picture as a data URI, made smaller where a side is longer than `longest_side`."""
+    if longest_side is not None and max(image.size) > longest_side:
+        image = image.copy()
+        image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small = max(image.size) <= LOSSLESS_SIDE
+    image.save(buffer, format="PNG", optimize=True) if small else image.save(buffer, format="JPEG", quality=85)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

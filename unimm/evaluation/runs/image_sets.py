@@ -1,0 +1,226 @@
+"""The images that a benchmark measures on: a named set, cut by a named protocol.
+
+What decides a figure of this field is mostly convention (which crop, which filter, which rounding, which reference
+set), so a convention is a value with a name and stands in every result. A set never repeats an image, never resizes
+behind the caller's back and never skips one in silence: what cannot be read is an error that names it, or, in a long
+run, goes to the caller's `bad`, who counts and names it.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unimm.data.image_streams import crop
+from unimm.data.resizing import resized_crop
+from unimm.data.shapes.datasets import ShapesPictures
+from unimm.data.shuffling import EpochOrder
+from unimm.data.sources.folders import FolderPictures
+from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.storage import data_path
+from unimm.errors import UserError, one_line, printable
+from unimm.evaluation.runs.records import UNREADABLE, content_sha256
+from unimm.networks.weight_files import file_sha256
+
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def adm_crop(image: Image.Image, size: int, filter_name: str = "bicubic") -> Image.Image:
+    """The centre as ADM's and LlamaGen's data loaders cut it: halved with a box filter while the short side is twice
+    `size` or more, then resized (the short side to `size`), then cut."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    corner = (width - size) // 2, (height - size) // 2
+    return resized_crop(image, (width, height), corner, size, FILTERS[filter_name])
+
+
+def torchvision_crop(image: Image.Image, size: int, filter_name: str = "bilinear") -> Image.Image:
+    """The centre as torchvision's Resize(size) and CenterCrop(size) cut it; the long side is truncated, not rounded."""
+    scale = size / min(image.size)
+    width, height = (size if side == min(image.size) else int(side * scale) for side in image.size)
+    corner = round((width - size) / 2), round((height - size) / 2)
+    return resized_crop(image, (width, height), corner, size, FILTERS[filter_name])
+
+
+CROPS: dict[str, Callable[[Image.Image, int, str], Image.Image]] = {
+    "adm": adm_crop,
+    "torchvision": torchvision_crop,
+    "short_side": lambda image, size, _: crop(image, size),  # what training cuts
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a reconstruction is measured; every field stands in the result.
+
+    Args:
+        crop: a key of `CROPS`.
+        resize_filter: of the crop, and of a drawn picture that is scored at another size; a key of `FILTERS`.
+        rounding: of drawn pixels to 8 bits, before any metric sees them.
+        reference: what the drawn pictures are compared with.
+    """
+
+    name: str
+    crop: str
+    resize_filter: str = "bicubic"
+    rounding: str = "nearest, half to even"
+    reference: str = "the same pictures, cut alike"
+
+    def cut(self, image: Image.Image, size: int) -> Image.Image:
+        """The picture as it is measured, `size` pixels a side."""
+        return CROPS[self.crop](image, size, self.resize_filter)
+
+    def resized(self, picture: np.ndarray, size: int) -> np.ndarray:
+        """A drawn picture, uint8 [H, W, 3], at the size that is scored."""
+        if picture.shape[:2] == (size, size):
+            return picture
+        return np.asarray(Image.fromarray(picture).resize((size, size), FILTERS[self.resize_filter]))
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("adm", "adm"),
+        Protocol("torchvision", "torchvision", "bilinear"),
+        Protocol("short_side", "short_side"),
+    )
+}
+
+
+Bad = Callable[[str, UserError], None]
+"""Takes the name of an image that cannot be read, and why."""
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures that have names: a path inside a folder, or a row's number. `load` takes an index into `names`."""
+
+    load: Callable[[int], Image.Image]
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(
+        self, size: int, wanted: Callable[[Sequence[str]], bool] = bool, bad: Bad | None = None
+    ) -> Iterator[list[tuple[str, Image.Image]]]:
+        """Yield (name, image) pairs, `size` at a time, in order; a batch whose names are not `wanted` is not read.
+
+        Args:
+            bad: is told of each image that cannot be read, which is left out; without it, the error is raised.
+        """
+        for start in range(0, len(self), size):
+            names = self.names[start : start + size]
+            if not wanted(names):
+                continue
+            batch = []
+            for index, name in enumerate(names, start):
+                try:
+                    batch.append((name, self.load(index)))
+                except UserError as error:
+                    if bad is None:
+                        raise
+                    bad(name, error)
+            if batch:
+                yield batch
+
+
+def picture_set(source: str, count: int | None = None, seed: int | None = None) -> PictureSet:
+    """Pictures of "shapes", a parquet file, a folder, or the ADM evaluator's npz; none of them twice.
+
+    Args:
+        source: as in the recipes' `data.source`, or a file that ends in .npz.
+        count: how many; None is all of them.
+        seed: they are drawn at random; None takes the first ones, by name.
+
+    Raises:
+        UserError: the source cannot be read, or holds fewer.
+    """
+    if source == "shapes":
+        if count is None:
+            raise UserError("The picture world has no end: say how many pictures.")
+        world = ShapesPictures(count, seed or 0, allow_withheld=True)
+        return PictureSet(lambda i: world[i]["image"], [_row_name(i) for i in range(count)])
+    load, names = _opened(data_path(source))
+    if len(names) < (count or 1):
+        raise UserError(f"{source} holds {len(names)} pictures and {count or 1} are asked for.")
+    order = None if seed is None else EpochOrder(len(names), seed)
+    rows = [i if order is None else order.row(i) for i in range(len(names) if count is None else count)]
+    return PictureSet(lambda i: load(rows[i]), [names[row] for row in rows])
+
+
+def source_sha256(source: str, count: int | None = None, seed: int | None = None) -> str:
+    """sha256 over all that `picture_set` with these arguments would read: the names, and what they stand for.
+
+    Files are streamed, not decoded; of shards in a folder or on the hub every picture is looked at. Statistics in an
+    npz count as the pictures that they are of.
+
+    Raises:
+        UserError: as `picture_set`.
+    """
+    path = data_path(source)
+    if path.suffix == ".npz" and path.is_file():
+        return content_sha256([file_sha256(path), count, seed])
+    pictures = picture_set(source, count, seed)
+    if source == "shapes":
+        return content_sha256([seed, *pictures.names])
+    if path.is_file():
+        return content_sha256([file_sha256(path), *pictures.names])
+    files = [path / name for name in pictures.names]
+    if all(file.is_file() for file in files):
+        return content_sha256([name, file_sha256(file)] for name, file in zip(pictures.names, files, strict=True))
+    return content_sha256([name, *_looked_at(pictures, i)] for i, name in enumerate(pictures.names))
+
+
+def _looked_at(pictures: PictureSet, index: int) -> tuple[int, int, str]:
+    try:
+        image = pictures.load(index)
+    except UserError:
+        return (0, 0, UNREADABLE)
+    return (*image.size, hashlib.sha256(image.tobytes()).hexdigest())
+
+
+def read_pictures_npz(path: Path) -> np.ndarray:
+    """`arr_0` of the ADM evaluator's file, uint8 [N, H, W, 3]. Raises UserError for anything else."""
+    array = read_npz(path).get("arr_0")
+    if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+        found = "no arr_0" if array is None else f"arr_0 of {array.dtype} {list(array.shape)}"
+        raise UserError(f"{path} holds {found}; pictures stand in arr_0, uint8 [N, H, W, 3].")
+    return array
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file, read without unpickling. Raises UserError where it is none."""
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as an npz file: {one_line(error)[:200]}.") from error
+
+
+def _opened(path: Path) -> tuple[Callable[[int], Image.Image], list[str]]:
+    if path.suffix == ".npz":
+        array = read_pictures_npz(path)
+        return lambda i: Image.fromarray(array[i]), [_row_name(i) for i in range(len(array))]
+    pictures = open_pictures(path)
+    if isinstance(pictures, FolderPictures):
+        names = [printable(found.relative_to(path).as_posix()) for found in pictures.paths]
+    else:
+        names = [_row_name(i) for i in range(len(pictures))]
+    return lambda i: pictures[i]["image"], names
+
+
+def _row_name(row: int) -> str:
+    return f"{row:06d}"

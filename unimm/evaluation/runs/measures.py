@@ -1,0 +1,157 @@
+"""What the records of a run amount to: every score with its interval, and the differences of two runs.
+
+Pure functions of records. A score is a mean, over clusters that are drawn again whole: samples of one item, or of one
+`cluster` that the inputs name. Verdicts are averaged within tags and then over them, as GenEval's overall score is;
+what was measured without a verdict is averaged over all samples.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from unimm.evaluation.metrics.bootstrap import Difference, Interval, bootstrap_mean, paired_bootstrap
+from unimm.evaluation.runs.records import Record
+
+VERDICT = "correct"
+SHARES = (VERDICT, "plain", "strict")
+"""Verdicts and the readings beside them, which are averaged alike: within tags, then over them."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One score of one part of a run.
+
+    Args:
+        samples: how many records it is a mean of.
+        judge: who gave the verdicts; empty for what was only measured.
+        by_tag: the score of each tag, where there are several.
+    """
+
+    part: str
+    name: str
+    interval: Interval
+    samples: int
+    judge: str = ""
+    by_tag: dict[str, Interval] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score of two runs on the samples that both hold; `difference` is None where their judges differ."""
+
+    part: str
+    name: str
+    first: float
+    second: float
+    samples: int
+    judges: tuple[str, str]
+    difference: Difference | None
+
+
+def part_of(record: Record) -> str:
+    return str(record.inputs.get("part", ""))
+
+
+def tag_of(record: Record) -> str:
+    return str(record.inputs.get("tag", ""))
+
+
+def described(judge: Mapping[str, Any]) -> str:
+    """A judge in a few words, those that it consists of in brackets; hashes shortened."""
+    words = [str(judge[name]) for name in ("name", "version") if judge.get(name)]
+    for name, value in judge.items():
+        if name not in ("name", "version", "sha256"):
+            words.append(f"{name} ({described(value)})" if isinstance(value, Mapping) else f"{name} {value}")
+    return ", ".join([*words, *([f"sha256 {judge['sha256'][:12]}"] if judge.get("sha256") else [])])
+
+
+def measures(records: Sequence[Record]) -> list[Measure]:
+    """Every score of a run: per part the verdicts, then what was measured, in the order of the records."""
+    return [
+        _measure(part, name, rows) for part, members in _by_part(records).items() for name, rows in _scores_of(members)
+    ]
+
+
+def compare(first: Sequence[Record], second: Sequence[Record]) -> list[Comparison]:
+    """Second minus first, score by score, on the samples that both have judged or measured."""
+    others = _by_part(second)
+    found = []
+    for part, members in _by_part(first).items():
+        theirs = dict(_scores_of(others.get(part, [])))
+        for name, rows in _scores_of(members):
+            if name in theirs and (comparison := _compared(part, name, rows, theirs[name])) is not None:
+                found.append(comparison)
+    return found
+
+
+def value_of(record: Record, name: str) -> float:
+    return float(record.raw_scores[name]) if record.verdict is None or name != VERDICT else float(record.verdict)
+
+
+def _by_part(records: Iterable[Record]) -> dict[str, list[Record]]:
+    parts: dict[str, list[Record]] = {}
+    for record in records:
+        parts.setdefault(part_of(record), []).append(record)
+    return parts
+
+
+def _scores_of(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """The names of what can be averaged, each with the records that have it."""
+    names = dict.fromkeys(
+        name
+        for record in records
+        for name, value in record.raw_scores.items()
+        if _is_number(name, value) and name != VERDICT
+    )
+    judged = [record for record in records if record.verdict is not None]
+    found = [(VERDICT, judged)] if judged else []
+    return found + [(name, [r for r in records if _is_number(name, r.raw_scores.get(name))]) for name in names]
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """Whether the value can be averaged: a number, or what a reading says."""
+    return isinstance(value, int | float) and (name in SHARES or not isinstance(value, bool))
+
+
+def _measure(part: str, name: str, records: list[Record]) -> Measure:
+    values = [value_of(record, name) for record in records]
+    clusters, strata = _clusters(records), _strata(name, records)
+    by_tag = {}
+    for tag in dict.fromkeys(strata or []):
+        rows = [record for record in records if tag_of(record) == tag]
+        by_tag[tag] = bootstrap_mean([value_of(record, name) for record in rows], _clusters(rows))
+    overall = bootstrap_mean(values, clusters, strata)
+    return Measure(part, name, overall, len(records), _judge(name, records), by_tag)
+
+
+def _compared(part: str, name: str, first: list[Record], second: list[Record]) -> Comparison | None:
+    theirs = {record.key: record for record in second}
+    ours = [record for record in first if record.key in theirs]
+    if not ours:
+        return None
+    others = [theirs[record.key] for record in ours]
+    judges = (_judge(name, ours), _judge(name, others))
+    difference = None
+    if judges[0] == judges[1]:
+        values = [[value_of(record, name) for record in rows] for rows in (ours, others)]
+        difference = paired_bootstrap(values[0], values[1], _clusters(ours), _strata(name, ours))
+    means = [_measure(part, name, rows).interval.value for rows in (ours, others)]
+    return Comparison(part, name, means[0], means[1], len(ours), judges, difference)
+
+
+def _clusters(records: Iterable[Record]) -> list[str]:
+    """A cluster lies in one tag: questions of two tags about one picture are drawn for each tag by itself."""
+    return [json.dumps([tag_of(record), record.inputs.get("cluster", record.item)]) for record in records]
+
+
+def _strata(name: str, records: Sequence[Record]) -> list[str] | None:
+    tags = [tag_of(record) for record in records]
+    return tags if name in SHARES and len(set(tags)) > 1 else None
+
+
+def _judge(name: str, records: Iterable[Record]) -> str:
+    """Who judged; several are all named, for they were mixed."""
+    if name != VERDICT:
+        return ""
+    return " and ".join(dict.fromkeys(described(record.judge) for record in records if record.judge))

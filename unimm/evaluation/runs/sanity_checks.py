@@ -1,0 +1,99 @@
+"""Pictures whose content is known, for judges: one that fails on them is not asked about others.
+
+Special here: a judge on the wrong device, with the wrong weights or the wrong preparation gives numbers, too, and
+nothing else would show that they are bad.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from unimm.data.images import load_image
+from unimm.english import with_article
+from unimm.errors import UserError
+from unimm.evaluation.metrics.answers import same_answer
+from unimm.evaluation.vqa import Judge
+
+ABSENT = "zebra"
+"""What none of the photographs shows."""
+CANARIES = "canaries.jsonl"
+
+
+class KnownAnswer(NamedTuple):
+    """A question about a picture, and the only right answer."""
+
+    name: str
+    image: Image.Image
+    question: str
+    expected: str
+
+
+def photographs() -> dict[str, Image.Image]:
+    """The photographs of a cat, a person and a cup that scikit-image brings, by what they show.
+
+    Raises:
+        UserError: scikit-image is not installed.
+    """
+    try:
+        from skimage import data
+    except ImportError:
+        raise UserError(
+            "The known pictures come with scikit-image, which is not installed: install unimm[eval], or give pictures "
+            "of your own with --canary FOLDER."
+        ) from None
+    shown = {"cat": data.chelsea, "person": data.astronaut, "cup": data.coffee}
+    return {name: Image.fromarray(pixels()) for name, pixels in shown.items()}
+
+
+def known_answers(folder: str | Path | None = None) -> list[KnownAnswer]:
+    """Questions about the photographs: whether they show what they do, and whether they show a zebra.
+
+    Args:
+        folder: a person's own instead: pictures, and canaries.jsonl with a line {"image": a file of the folder,
+            "question": ..., "answer": ...} for each question.
+
+    Raises:
+        UserError: the folder holds something else, or there is neither a folder nor scikit-image.
+    """
+    if folder is not None:
+        return _own(Path(folder))
+    return [
+        KnownAnswer(f"the photograph of a {name}", image, f"Is there {with_article(asked)}?", answer)
+        for name, image in photographs().items()
+        for asked, answer in ((name, "yes"), (ABSENT, "no"))
+    ]
+
+
+def check_judge(judge: Judge, known: Sequence[KnownAnswer]) -> int:
+    """Ask a judge what is known; gives the number of questions.
+
+    Raises:
+        UserError: there is none, a score is not finite, or an answer is wrong.
+    """
+    if not known:
+        raise UserError(f"{judge.name} has no known picture to be asked about first: give --canary FOLDER.")
+    said = judge.answer_yes_no([each.image for each in known], [each.question for each in known])
+    for each, given in zip(known, said, strict=True):
+        if given.probability is not None and not math.isfinite(given.probability):
+            raise UserError(f"{judge.name} gives scores that are not finite for {each.name}: it judges nothing.")
+        if not same_answer(given.answer, each.expected):
+            raise UserError(
+                f"{judge.name} fails on a picture that is known: of {each.name} it answers {each.question!r} with "
+                f"{given.answer!r}, expected {each.expected!r}. It judges nothing; check its weights and --device, or "
+                "go on with --no-canary, which the result will say."
+            )
+    return len(known)
+
+
+def _own(folder: Path) -> list[KnownAnswer]:
+    path = folder / CANARIES
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        asked = [(str(row["image"]), str(row["question"]), str(row["answer"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as lines of image, question and answer: {error!r}.") from error
+    return [KnownAnswer(name, load_image(folder / name), question, answer) for name, question, answer in asked]

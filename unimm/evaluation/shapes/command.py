@@ -1,0 +1,269 @@
+"""The command that measures a model on the picture world: `unimm eval shapes`, eval/shapes.py."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unimm.data.images import save_image_atomically
+from unimm.data.shapes import TAGS
+from unimm.errors import UserError
+from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
+from unimm.evaluation.runs.evaluated_model import Subject, load_subject
+from unimm.evaluation.runs.store import Key, Manifest, Record, RunStore, content_sha256
+from unimm.evaluation.shapes.run import (
+    PARTS,
+    QUESTION_KINDS,
+    WITHHELD,
+    Row,
+    ShapesPlan,
+    Shown,
+    Wanted,
+    answers,
+    chat_scores,
+    drawings,
+    evaluate_chat,
+    evaluate_generation,
+    evaluate_reconstruction,
+    generation_scores,
+    held_out_prompts,
+    reconstruction_scores,
+    reconstructions,
+    strict_scores,
+)
+from unimm.runs.provenance import check_output, git_commit, model_fingerprint, write_atomically
+from unimm.runs.report import Report
+
+BENCH = "shapes"
+JUDGES = {
+    "reconstruction": {"name": "the world's analytic detector", "rule": "same colours and shapes on both sides"},
+    "chat": {"name": "the one right answer", "rule": "equal after normalisation"},
+    "generation": {"name": "the world's analytic detector", "rule": "GenEval's, every detection counts"},
+}
+ASKED = ("kind", "group", "question", "expected", "prompt")  # of a row: what was asked; the rest came out
+
+STRICT = "strict"
+
+Scores = dict[str, dict[str, Any]]
+"""Part -> its figures; STRICT -> part -> those of them that the strict detector judges, too."""
+
+
+class Part(NamedTuple):
+    """How one part is measured at once, measured batch by batch, and summed up from its rows."""
+
+    evaluate: Callable[[Subject, ShapesPlan], tuple[dict[str, float], list[Row]]]
+    batches: Callable[[Subject, ShapesPlan, Wanted], Iterator[list[Shown]]]
+    scores: Callable[[list[Row], int], dict[str, float]]
+
+
+MEASURES = {
+    "reconstruction": Part(
+        lambda subject, plan: evaluate_reconstruction(subject.tokenizer, subject.image_processor, plan),
+        lambda subject, plan, wanted: reconstructions(subject.tokenizer, subject.image_processor, plan, wanted),
+        reconstruction_scores,
+    ),
+    "chat": Part(
+        lambda subject, plan: evaluate_chat(subject.model, subject.processor, plan),
+        lambda subject, plan, wanted: answers(subject.model, subject.processor, plan, wanted),
+        lambda rows, _: chat_scores(rows),
+    ),
+    "generation": Part(
+        lambda subject, plan: evaluate_generation(subject.model, subject.processor, plan),
+        lambda subject, plan, wanted: drawings(subject.model, subject.processor, plan, wanted),
+        lambda rows, _: generation_scores(rows),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    """Parse, load, measure, report."""
+    arguments = _parse(argv, description)
+    plan, report = _plan_of(arguments), Report(arguments.json)
+    with report.timed("load"):
+        subject = load_subject(arguments.model)
+    if subject.model is None and arguments.parts != ["reconstruction"]:
+        raise UserError(
+            f"{arguments.model} is an image tokenizer and cannot answer or draw: add --parts reconstruction."
+        )
+    if arguments.output is None:
+        scores, rows = _measured(subject, plan, arguments.parts, report)
+    else:
+        scores, rows = _recorded(subject, plan, arguments, report)
+    report.add(**scores, seed=plan.seed, commit=git_commit())
+    if arguments.rows is not None:
+        write_atomically(arguments.rows, "".join(json.dumps(row) + "\n" for row in rows))
+    report.write()
+
+
+def _measured(subject: Subject, plan: ShapesPlan, parts: list[str], report: Report) -> tuple[Scores, list[Row]]:
+    scores, strict, rows = Scores(), Scores(), list[Row]()
+    for part in parts:
+        with report.timed(part):
+            scores[part], judged = MEASURES[part].evaluate(subject, plan)
+        strict[part] = strict_scores(part, judged)
+        rows += [{"part": part, **row} for row in judged]
+        report.say(_table({part: scores[part], STRICT: strict}))
+    return scores | {STRICT: _present(strict)}, rows
+
+
+def _present(strict: Scores) -> Scores:
+    return {part: values for part, values in strict.items() if values}
+
+
+# ---- a run that is kept ----------------------------------------------------------------------------------------------
+
+
+def _recorded(
+    subject: Subject, plan: ShapesPlan, arguments: argparse.Namespace, report: Report
+) -> tuple[Scores, list[Row]]:
+    """As `_measured`, with every picture and answer recorded in `--output`."""
+    size = subject.tokenizer.config.codebook_size
+    with RunStore.open(arguments.output, _manifest(subject, plan, arguments)) as store:
+        for part in arguments.parts:
+            with report.timed(part):
+                _record_part(store, subject, plan, part)
+        scores: Scores = store.finish(lambda records: _scores(records, arguments.parts, size))
+        rows = [{"part": _part(record), **_row_of(record)} for record in store.records()]
+    report.say(_table(scores))
+    return scores, rows
+
+
+def _record_part(store: RunStore, subject: Subject, plan: ShapesPlan, part: str) -> None:
+    keys, together = part_keys(part, plan)
+    todo = set(store.split(keys, together=together))
+    for batch in MEASURES[part].batches(subject, plan, lambda keys: any(key in todo for key in keys)):
+        for row, pictures in batch:
+            if (row["item"], row["sample"]) in todo:
+                store.append(_record_of(store, plan, part, dict(row), pictures))
+
+
+def part_keys(part: str, plan: ShapesPlan) -> tuple[list[Key], int]:
+    """The keys of a part in the order in which it is measured, and how many make a batch."""
+    if part == "reconstruction":
+        count = max(plan.num_scenes, plan.codebook_scenes)
+        return [(f"{part}/{index:05}", 0) for index in range(count)], plan.batch_size
+    if part == "chat":
+        return [(f"{part}/{kind}/{i:04}", 0) for kind in QUESTION_KINDS for i in range(plan.questions)], plan.batch_size
+    keys = [
+        (f"{part}/{group}/{index:03}", k)
+        for group in (*TAGS, WITHHELD)
+        for index in range(plan.prompts)
+        for k in range(plan.images_per_prompt)
+    ]
+    return keys, plan.prompts_at_once * plan.images_per_prompt
+
+
+def _record_of(store: RunStore, plan: ShapesPlan, part: str, row: Row, pictures: Mapping[str, Any]) -> Record:
+    item, sample = row.pop("item"), row.pop("sample")
+    paths = {
+        "drawn": store.image_path(item, sample),
+        "original": store.image_path(item, sample, role="original"),
+    }
+    for role, picture in pictures.items():
+        save_image_atomically(picture, paths[role])
+    inputs: dict[str, Any] = {"part": WITHHELD if row.get("group") == WITHHELD else part}
+    if tag := row.pop("tag", row.get("kind")):
+        inputs["tag"] = tag
+    inputs |= {name: row.pop(name) for name in ASKED if name in row}
+    if "original" in pictures:
+        inputs["original_path"] = store.inside(paths["original"])
+    verdict, reasons = row.pop("correct", None), row.pop("reasons", [])
+    return Record(
+        BENCH,
+        item,
+        sample,
+        seed=row.pop("seed", plan.seed),
+        inputs=inputs,
+        output_path=str(paths["drawn"]) if "drawn" in pictures else None,
+        raw_scores=row,
+        verdict=verdict,
+        reason="\n".join(reasons),
+        judge={} if verdict is None else JUDGES[part],
+    )
+
+
+def _part(record: Record) -> str:
+    return record.item.partition("/")[0]
+
+
+def _row_of(record: Record) -> Row:
+    """The row that a record was made of, as far as scores and `--rows` need it."""
+    row = {"item": record.item, "sample": record.sample, **record.raw_scores}
+    row |= {name: value for name, value in record.inputs.items() if name in (*ASKED, "tag")}
+    if record.verdict is not None:
+        row |= {"correct": record.verdict, "reasons": record.reason.splitlines()}
+    return row
+
+
+def _scores(records: Iterable[Record], parts: Sequence[str], codebook_size: int) -> Scores:
+    records = list(records)
+    rows = {part: [_row_of(record) for record in records if _part(record) == part] for part in parts}
+    scores: Scores = {part: MEASURES[part].scores(own, codebook_size) for part, own in rows.items()}
+    return scores | {STRICT: _present({part: strict_scores(part, own) for part, own in rows.items()})}
+
+
+def _manifest(subject: Subject, plan: ShapesPlan, arguments: argparse.Namespace) -> Manifest:
+    asked = [prompt.metadata() for tag in (*TAGS, None) for prompt in held_out_prompts(plan, tag)]
+    amounts = ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt")
+    return Manifest(
+        BENCH,
+        content_sha256(asked),
+        plan.seed,
+        settings={
+            "protocol": "the picture world, held-out prompts, greedy answers",
+            "parts": sorted(arguments.parts),
+            **{name: getattr(plan, name) for name in amounts},
+            "sampling": plan.sampling or "the checkpoint's own",
+            "device": subject.tokenizer.device.type,
+            "dtype": str(subject.tokenizer.dtype),
+        },
+        weights={"model": model_fingerprint(subject.model or subject.tokenizer)},
+        arguments=recorded_arguments(arguments) | {"parts": ",".join(arguments.parts)},
+    )
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def _parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=None if description else "unimm eval shapes",
+        description=description or __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="a unified model or an image tokenizer; the default comes with the library")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(PARTS)}")
+    parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
+    parser.add_argument("--rows", metavar="FILE", help="write one JSON line per picture and question")
+    for name in ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt", "batch_size", "seed"):
+        default = getattr(ShapesPlan, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
+    for name in ("guidance_scale", "temperature"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="of drawing; default: the checkpoint's own")
+    add_run_arguments(parser)
+    arguments = parse_run(parser, argv, bench=BENCH)
+    arguments.parts = [part.strip() for part in arguments.parts.split(",")]
+    if unknown := [part for part in arguments.parts if part not in PARTS]:
+        raise UserError(f"--parts names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
+    if arguments.rows is not None and not Path(arguments.rows).absolute().parent.is_dir():
+        raise UserError(f"--rows {arguments.rows}: its folder does not exist.")
+    if arguments.rows is not None:
+        check_output(arguments.rows, "rows")
+    return arguments
+
+
+def _plan_of(arguments: argparse.Namespace) -> ShapesPlan:
+    given = vars(arguments)
+    sampling = {name: given[name] for name in ("guidance_scale", "temperature") if given[name] is not None}
+    sizes = {name: given[name] for name in ShapesPlan.__dataclass_fields__ if name in given}
+    return ShapesPlan(**sizes, sampling=sampling)
+
+
+def _table(scores: Scores) -> str:
+    lines, parts = [f"{'':<18} {'':>8} {STRICT:>8}"], [part for part in scores if part != STRICT]
+    for part in parts:
+        strict = scores[STRICT].get(part, {})
+        rows = ((f"  {name:<16} {value:8.3f}", strict.get(name)) for name, value in scores[part].items())
+        lines += [part, *(row if beside is None else f"{row} {beside:8.3f}" for row, beside in rows)]
+    return "\n".join(lines)

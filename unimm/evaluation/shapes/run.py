@@ -1,0 +1,310 @@
+"""How well a model reconstructs, answers and draws in the picture world, on scenes and prompts that it never saw.
+
+Special here: nothing is judged by a model. The world's analytic detector reads pictures back into objects;
+reconstructions are compared with their originals by what it reads, drawings with their prompts by GenEval's rules
+(https://arxiv.org/abs/2310.11513), and questions have one right answer. The detector's score is a geometric overlap,
+not a confidence: whatever it accepts counts for the rules, in counting prompts too. A strict detector reads the same
+images beside it (`strict_scores`): crisp shapes, nothing else on the canvas.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from unimm.config.schema import plain
+from unimm.data.shapes import SHAPES, TAGS, Prompt, Scene, render, sample_prompt, sample_questions, sample_scene
+from unimm.data.shapes.detector import detect
+from unimm.data.shapes.strict import read_strictly
+from unimm.errors import UserError
+from unimm.evaluation.geneval.rules import summary, verdict
+from unimm.evaluation.metrics.answers import same_answer
+from unimm.evaluation.metrics.image_metrics import capped_psnr, mean_color_per_patch, ssim, to_uint8
+from unimm.evaluation.runs.records import Key
+from unimm.mllm.answering import answer_all
+from unimm.mllm.draw_prompts import draw_prompts
+from unimm.tokenizer.codebook_usage import CodebookUsage
+
+PARTS = ("reconstruction", "chat", "generation")
+QUESTION_KINDS = ("existence", "color", "count", "position")
+WITHHELD = "withheld"  # the prompts that name a pair of colour and shape which training never shows
+MAX_ANSWER_TOKENS = 16
+DRAWS_PER_PROMPT = 200  # tries for each new distinct prompt before one may repeat
+
+Row = dict[str, Any]
+Shown = tuple[Row, dict[str, Image.Image]]
+"""A row and its pictures: `original`, `drawn`."""
+Wanted = Callable[[Sequence[Key]], bool]
+"""Whether a batch of these keys is to be done."""
+Scored = tuple[dict[str, float], list[Row]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ShapesPlan:
+    """How much is measured; everything that is asked, shown and drawn is a function of `seed`.
+
+    Args:
+        num_scenes: pictures that are reconstructed and compared.
+        codebook_scenes: pictures whose ids are counted, the compared ones among them.
+        questions: questions of each kind.
+        prompts: prompts of each tag, and as many that name a withheld pair.
+        images_per_prompt: drawings of each prompt.
+        batch_size: pictures, questions or drawings in one forward; the drawings do not depend on it.
+        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p` in place of the checkpoint's own.
+    """
+
+    num_scenes: int = 500
+    codebook_scenes: int = 2000
+    questions: int = 300
+    prompts: int = 50
+    images_per_prompt: int = 4
+    seed: int = 0
+    batch_size: int = 64
+    sampling: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt", "batch_size")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+    @property
+    def prompts_at_once(self) -> int:
+        return max(1, self.batch_size // self.images_per_prompt)
+
+    def rng(self, *names: str) -> np.random.Generator:
+        """Random numbers of one part; training seeds its scenes by small numbers and never meets them."""
+        return np.random.default_rng([self.seed, self.number(*names)])
+
+    def number(self, *names: str) -> int:
+        """A 62-bit number that stands for (seed, names)."""
+        text = "/".join(("shapes evaluation", str(self.seed), *names))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2
+
+
+def evaluate_reconstruction(tokenizer: Any, image_processor: Any, plan: ShapesPlan) -> Scored:
+    """Pictures through their ids and back: `reconstruction_scores`, and one row per compared picture."""
+    rows = _rows(reconstructions(tokenizer, image_processor, plan))
+    scores = reconstruction_scores(rows, tokenizer.config.codebook_size)
+    return scores, [{name: row[name] for name in row if name != "ids"} for row in rows if "correct" in row]
+
+
+@torch.inference_mode()
+def reconstructions(
+    tokenizer: Any, image_processor: Any, plan: ShapesPlan, wanted: Wanted = bool
+) -> Iterator[list[Shown]]:
+    """Rows with the `ids` of every picture; those that are compared say what the detector reads on both sides."""
+    rng = plan.rng("reconstruction")
+    keys = [(f"reconstruction/{index:05}", 0) for index in range(max(plan.num_scenes, plan.codebook_scenes))]
+    both_sides = set(keys[: plan.num_scenes])
+    scenes = ((key, sample_scene(rng)) for key in keys)
+    for batch in _progress(scenes, plan.batch_size, "reconstruction", len(keys)):
+        if not wanted([key for key, _ in batch]):
+            continue
+        images = [render(scene) for _, scene in batch]
+        pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].to(tokenizer.device)
+        ids = tokenizer.encode(pixel_values).ids
+        shown: list[Shown] = [(_row(key, ids=codes), {}) for (key, _), codes in zip(batch, ids.tolist(), strict=True)]
+        if compared := sum(key in both_sides for key, _ in batch):
+            originals = tokenizer.denormalize(pixel_values[:compared].float())
+            scenes_compared = [scene for _, scene in batch[:compared]]
+            pairs = _compare(originals, tokenizer.decode(ids[:compared]), tokenizer.config.grid, scenes_compared)
+            shown[:compared] = [(row | found, pair) for (row, _), (found, pair) in zip(shown, pairs, strict=False)]
+        yield shown
+
+
+def reconstruction_scores(rows: Iterable[Row], codebook_size: int) -> dict[str, float]:
+    """agreement, the share of scenes from whose reconstruction the detector reads the same colours and shapes as from
+    the original; psnr and psnr_mean_color in dB; ssim; codebook_use and perplexity of all ids."""
+    rows, usage = list(rows), CodebookUsage(codebook_size)
+    usage.update(torch.tensor([row["ids"] for row in rows]))
+    compared = [row for row in rows if "correct" in row]
+    scores = {"agreement": _mean(row["correct"] for row in compared)}
+    scores |= {name: _mean(row[name] for row in compared) for name in ("psnr", "psnr_mean_color", "ssim")}
+    return scores | {"codebook_use": usage.use, "perplexity": usage.perplexity}
+
+
+def evaluate_chat(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
+    """Questions about fresh scenes, answered greedily: accuracy per kind, and one row per question."""
+    rows = _rows(answers(model, processor, plan))
+    return chat_scores(rows), rows
+
+
+@torch.inference_mode()
+def answers(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -> Iterator[list[Shown]]:
+    """A row per question."""
+    asked = []
+    for kind in QUESTION_KINDS:
+        rng = plan.rng("chat", kind)
+        asked += [((f"chat/{kind}/{i:04}", 0), sample_questions(rng, kind)) for i in range(plan.questions)]
+    for batch in _progress(asked, plan.batch_size, "chat"):
+        if not wanted([key for key, _ in batch]):
+            continue
+        pictures = [render(scene) for _, (scene, _) in batch]
+        questions = [(picture, turn.question) for picture, (_, (_, turn)) in zip(pictures, batch, strict=True)]
+        shown: list[Shown] = []
+        for (key, (_, turn)), (picture, _), answer in zip(
+            batch, questions, _answer(model, processor, questions), strict=True
+        ):
+            row = _row(key, kind=turn.kind, question=turn.question, answer=answer, expected=turn.answer)
+            shown.append((row | {"correct": same_answer(answer, turn.answer)}, {"original": picture}))
+        yield shown
+
+
+def chat_scores(rows: Iterable[Row]) -> dict[str, float]:
+    """Accuracy per kind of question."""
+    rows = list(rows)
+    return {kind: _mean(row["correct"] for row in rows if row["kind"] == kind) for kind in QUESTION_KINDS}
+
+
+def evaluate_generation(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
+    """Held-out prompts drawn and judged by GenEval's rules: `generation_scores`, and one row per picture."""
+    rows = _rows(drawings(model, processor, plan))
+    return generation_scores(rows), rows
+
+
+@torch.inference_mode()
+def drawings(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -> Iterator[list[Shown]]:
+    """A row per picture."""
+    groups = {tag: held_out_prompts(plan, tag) for tag in TAGS} | {WITHHELD: held_out_prompts(plan, None)}
+    jobs = [
+        (group, index, prompt, plan.number("generation", group, str(index)))
+        for group, prompts in groups.items()
+        for index, prompt in enumerate(prompts)
+    ]
+    for batch in _progress(jobs, plan.prompts_at_once, "generation"):
+        keys = [
+            (f"generation/{group}/{index:03}", k) for group, index, *_ in batch for k in range(plan.images_per_prompt)
+        ]
+        if not wanted(keys):
+            continue
+        texts, seeds = [prompt.prompt for *_, prompt, _ in batch], [seed for *_, seed in batch]
+        pictures = draw_prompts(model, processor, texts, seeds, plan.images_per_prompt, **plan.sampling)
+        shown: list[Shown] = []
+        for index, (key, image) in enumerate(zip(keys, pictures, strict=True)):
+            group, _, prompt, seed = batch[index // plan.images_per_prompt]
+            shown.append((_row(key, seed=seed, group=group) | _judge(prompt, image), {"drawn": image}))
+        yield shown
+
+
+def generation_scores(rows: Iterable[Row]) -> dict[str, float]:
+    """The mean per tag, `overall` (the mean of the six) and `withheld`."""
+    rows = list(rows)
+    by_tag = summary([row for row in rows if row["group"] != WITHHELD])
+    withheld = _mean(row["correct"] for row in rows if row["group"] == WITHHELD)
+    return {name: by_tag[name] for name in (*TAGS, "overall")} | {WITHHELD: withheld}
+
+
+def strict_scores(part: str, rows: Iterable[Row]) -> dict[str, float]:
+    """Return the figures that the detectors judge, by the strict one: agreement, or those of `generation_scores`."""
+    rows = [row | {"correct": row["strict"]} for row in rows if "strict" in row]
+    if part == "reconstruction":
+        return {"agreement": _mean(row["correct"] for row in rows)}
+    return generation_scores(rows) if part == "generation" else {}
+
+
+def held_out_prompts(plan: ShapesPlan, tag: str | None) -> list[Prompt]:
+    """Held-out prompts, distinct as long as the tag has new ones; `tag` None: those that name a withheld pair."""
+    rng = plan.rng("prompts", tag or WITHHELD)
+    prompts: dict[str, Prompt] = {}
+    for _ in range(DRAWS_PER_PROMPT * plan.prompts):
+        prompt = sample_prompt(rng, tag, split="test", withheld=tag is None)
+        prompts.setdefault(prompt.prompt, prompt)
+        if len(prompts) == plan.prompts:
+            break
+    found = list(prompts.values())
+    return [found[index % len(found)] for index in range(plan.prompts)]
+
+
+def read_objects(image: Image.Image | np.ndarray) -> Counter[tuple[str, str]]:
+    """What the detector sees: how often each (colour, shape) occurs."""
+    return Counter((item.color, item.shape) for item in detect(image))
+
+
+def _rows(batches: Iterable[list[Shown]]) -> list[Row]:
+    return [row for batch in batches for row, _ in batch]
+
+
+def _row(key: Key, **fields: Any) -> Row:
+    item, sample = key
+    return {"item": item, "sample": sample, **fields}
+
+
+def _compare(
+    originals: torch.Tensor, pixels: torch.Tensor, grid: tuple[int, int], scenes: Sequence[Scene]
+) -> Iterator[Shown]:
+    """Yield one row per pair of images [B, 3, H, W] of a scene; both are rounded to 8 bits, as files would be."""
+    originals, pixels = to_uint8(originals), to_uint8(pixels)
+    reference, decoded = originals.float() / 255, pixels.float() / 255
+    painted = to_uint8(mean_color_per_patch(reference, reference.shape[-2] // grid[0])).float() / 255
+    metrics = {
+        "psnr": capped_psnr(decoded, reference),
+        "psnr_mean_color": capped_psnr(painted, reference),
+        "ssim": ssim(decoded, reference),
+    }
+    triples = zip(_arrays(originals), _arrays(pixels), scenes, strict=True)
+    for index, (before, after, scene) in enumerate(triples):
+        expected, found = read_objects(before), read_objects(after)
+        row: Row = {"correct": found == expected, "expected": _names(expected), "found": _names(found)}
+        strictly = read_strictly(after)
+        there = Counter((item.color, item.shape) for item in scene.objects)
+        row |= {"strict": strictly.shows(there), "refusals": list(strictly.refusals)}
+        pair = {"original": Image.fromarray(before), "drawn": Image.fromarray(after)}
+        yield row | {name: float(values[index]) for name, values in metrics.items()}, pair
+
+
+def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, str]]) -> list[str]:
+    """Greedy answers to (picture, question) pairs, one batch padded on the left."""
+    messages = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        for image, question in questions
+    ]
+    return [each.text for each in answer_all(model, processor, messages, max_new_tokens=MAX_ANSWER_TOKENS)]
+
+
+def _judge(prompt: Prompt, image: Image.Image) -> Row:
+    detections = [item.as_rule_input() for item in detect(image)]
+    judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
+    found = _names(Counter((item["color"], item["label"]) for item in detections))
+    row = {"tag": prompt.tag, "prompt": prompt.prompt, "correct": judged.correct}
+    row |= {"reasons": judged.reasons, "found": found, "detections": plain(detections)}
+    refusals = _refusals(prompt, image)
+    return row | {"strict": not refusals, "refusals": refusals}
+
+
+def _refusals(prompt: Prompt, image: Image.Image) -> list[str]:
+    """Return why an image does not show its prompt and nothing else, strictly read."""
+    read, asked = read_strictly(image), sum(rule["count"] for rule in prompt.include)
+    detections = [item.as_rule_input() for item in read.objects]
+    judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
+    surplus = [f"{len(detections)} objects, {asked} were asked for"] if len(detections) > asked else []
+    return [*read.refusals, *judged.reasons, *surplus]
+
+
+def _arrays(pictures: torch.Tensor) -> np.ndarray:
+    """uint8 [B, 3, H, W] -> [B, H, W, 3]."""
+    return pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _names(objects: Counter[tuple[str, str]]) -> list[str]:
+    return sorted(f"{color} {shape}" for color, shape in objects.elements())
+
+
+def _mean(values: Iterable[Any]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _progress(items: Iterable[T], size: int, name: str, total: int | None = None) -> Iterator[list[T]]:
+    """Batches of `size`, with a progress bar that counts items."""
+    with tqdm(items, total=total, desc=name, leave=False) as bar:
+        iterator = iter(bar)
+        while batch := list(islice(iterator, size)):
+            yield batch

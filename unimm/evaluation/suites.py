@@ -1,0 +1,102 @@
+"""What `unimm eval` runs: a suite is one row, its command is imported when it is asked for.
+
+A command takes its own arguments (`unimm eval SUITE --help` shows them) and reports by itself; the driver of the same
+benchmark under eval/ is the same code by path.
+"""
+
+import argparse
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from unimm.errors import UserError, one_line
+from unimm.evaluation.runs.records import MANIFEST
+
+REPORT, ALL = "report", "all"
+
+
+class Suite(NamedTuple):
+    """One row.
+
+    Args:
+        place: of its command, `module:function`.
+        options: what `all` hands over to it, where given.
+    """
+
+    place: str
+    options: tuple[str, ...] = ()
+
+
+SUITES = {
+    "tok": Suite("unimm.evaluation.reconstruction.command:main", ("model", "source", "num_images")),
+    "shapes": Suite("unimm.evaluation.shapes.command:main", ("model",)),
+    "gen": Suite("unimm.evaluation.geneval.command:main", ("model", "detector", "clip")),
+    "dpg": Suite("unimm.evaluation.dpg.command:main", ("model", "dpg_csv", "judge")),
+    "generation": Suite(
+        "unimm.evaluation.generation.command:main", ("samples", "reference", "inception", "encoder", "kernel_size")
+    ),
+    "und": Suite("unimm.evaluation.understanding.command:main", ("model", "data", "tasks")),
+    REPORT: Suite("unimm.evaluation.runs.command:main"),
+}
+MEASURING = tuple(name for name in SUITES if name != REPORT)
+
+
+def run_suite(name: str, argv: Sequence[str]) -> None:
+    """Run one suite with its arguments, or `all` with what its suites need.
+
+    Raises:
+        UserError: no such suite, or what the suite refuses.
+    """
+    if name == ALL:
+        _run_all(argv)
+        return
+    if name not in SUITES:
+        raise UserError(f"There is no suite {name!r}; there are {', '.join([*SUITES, ALL])}.")
+    module, _, function = SUITES[name].place.partition(":")
+    getattr(importlib.import_module(module), function)(list(argv))
+
+
+def _run_all(argv: Sequence[str]) -> None:
+    """Every suite in turn, each into a folder of its own with its pages. A suite that lacks something (weights, data,
+    a package) does not stop the others: what it lacks is said at the end, and the command fails."""
+    arguments = _parser().parse_args(argv)
+    refused = []
+    for name in MEASURING:
+        folder = Path(arguments.output) / name
+        given = {option: getattr(arguments, option) for option in SUITES[name].options}
+        options = [f"--{option.replace('_', '-')}={value}" for option, value in given.items() if value is not None]
+        try:
+            run_suite(name, [*options, "--output", str(folder)])
+            for run in _runs_in(folder):
+                run_suite(REPORT, [str(run), "--output", str(run / "report.html")])
+        except UserError as error:
+            refused.append(f"{name}: {one_line(error)}")
+    if refused:
+        raise UserError(f"{len(refused)} of {len(MEASURING)} suites did not run: {' '.join(refused)}")
+
+
+def _runs_in(folder: Path) -> Iterator[Path]:
+    """The folder of a suite, or, of one that leaves several runs, theirs."""
+    own = folder / MANIFEST
+    yield from [folder] if own.exists() else (path.parent for path in sorted(folder.glob(f"*/{MANIFEST}")))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unimm eval all", description=_run_all.__doc__)
+    parser.add_argument("--output", required=True, metavar="DIR", help="one folder per suite is made in it")
+    parser.add_argument("--model", help="a unified model; the default comes with the library")
+    parser.add_argument("--source", required=True, help="pictures that tok reconstructs: a folder or a parquet file")
+    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="of those pictures; 0: all of them")
+    parser.add_argument("--detector", metavar="DIR", help="of gen: a Mask2Former for COCO's instances")
+    parser.add_argument("--clip", metavar="DIR", help="of gen: a CLIP that names colours")
+    parser.add_argument("--dpg-csv", metavar="FILE", help="of dpg: the question file")
+    parser.add_argument("--judge", metavar="PATH", help="of dpg: who answers the questions")
+    parser.add_argument("--samples", metavar="SET", help="of generation: drawn pictures")
+    parser.add_argument("--reference", metavar="SET", help="of generation: real ones")
+    parser.add_argument("--inception", metavar="FILE", help="of generation: FID's Inception weights, or")
+    parser.add_argument("--encoder", metavar="PATH", help="of generation: a vision encoder")
+    parser.add_argument("--kernel-size", type=int, metavar="N", help="of generation: pictures in a subset of KID")
+    parser.add_argument("--data", metavar="DIR", help="of und: local copies of the benchmarks; the hub unless given")
+    parser.add_argument("--tasks", help="of und: which benchmarks; all unless given")
+    return parser

@@ -1,0 +1,293 @@
+"""Models that answer questions about pictures, as judges of drawn ones: BLIP-VQA, ViLT, any chat model, mPLUG.
+
+Special here: an answer depends on its picture and its question only. Requests that came out with tensors of one shape
+share a forward and nothing is ever padded: BLIP's decoder attends to the padding of its question, and ViLT shuffles its
+patches by the global random state, which is fixed around its forward. Figures of two judges are figures of two scales:
+`describe` gives what has to stand beside every number.
+"""
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BlipForQuestionAnswering,
+    PreTrainedModel,
+    ViltForQuestionAnswering,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from unimm.data.images import to_rgb
+from unimm.errors import UserError, one_line, reading
+from unimm.runs.provenance import model_fingerprint
+from unimm.saving import no_load_report, refuse_holes
+
+MAX_ANSWER_TOKENS = 16
+MPLUG_ID = "damo/mplug_visual-question-answering_coco_large_en"
+SHORT_ANSWER = " Answer with a single word or phrase."
+YES_OR_NO = " Answer yes or no."
+SPELLINGS = {"yes": ("yes", "Yes", " yes", " Yes"), "no": ("no", "No", " no", " No")}
+T = TypeVar("T")
+
+
+class YesNo(NamedTuple):
+    """An answer to a yes-or-no question, as written, and P(yes) / (P(yes) + P(no)) where the judge has one; `guessed`
+    says that the judge had to choose between the two though it would have said something else."""
+
+    answer: str
+    probability: float | None = None
+    guessed: bool = False
+
+
+class Judge:
+    """What all judges have in common.
+
+    Args:
+        model: the network, in evaluation mode.
+        processor: the one that was saved beside it.
+        name: where it comes from: a hub id, or the last part of a folder's path.
+        batch_size: requests in one forward.
+    """
+
+    kind: str
+
+    def __init__(self, model: PreTrainedModel, processor: Any, name: str, batch_size: int = 16) -> None:
+        self.model, self.processor, self.name, self.batch_size = model, processor, name, batch_size
+        self.fingerprint = model_fingerprint(model)
+
+    def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+        """The short answer to each question about the picture beside it, stripped.
+
+        Raises:
+            UserError: not as many questions as pictures.
+        """
+        return self._batched(images, questions, self._answer)
+
+    def answer_yes_no(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[YesNo]:
+        """The same for questions that yes or no answers, with a soft score where the judge has one."""
+        return [YesNo(answer) for answer in self.answer(images, questions)]
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the answers beside picture and question."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "version": f"transformers {importlib.metadata.version('transformers')}",
+            "sha256": self.fingerprint,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+        }
+
+    def _inputs(self, image: Image.Image, question: str) -> dict[str, Tensor]:
+        return dict(self.processor(images=image, text=question, return_tensors="pt"))
+
+    def _answer(self, inputs: dict[str, Tensor]) -> list[str]:
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def _batched(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        run: Callable[[dict[str, Tensor]], list[T]],
+        suffix: str = "",
+    ) -> list[T]:
+        """`run` over requests whose tensors have equal shapes, `batch_size` at a time; results in the given order."""
+        if len(images) != len(questions):
+            raise UserError(f"{len(images)} pictures and {len(questions)} questions: each question needs its picture.")
+        results: dict[int, T] = {}
+        waiting: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
+
+        def flush(group: list[tuple[int, dict[str, Tensor]]]) -> None:
+            # Whatever a processor gives has its requests, or their patches, along the first dimension.
+            joined = {name: torch.cat([inputs[name] for _, inputs in group]) for name in group[0][1]}
+            answers = run({name: self._placed(tensor) for name, tensor in joined.items()})
+            results.update(zip((index for index, _ in group), answers, strict=True))
+
+        for index, (image, question) in enumerate(zip(images, questions, strict=True)):
+            inputs = self._inputs(to_rgb(image), question + suffix)
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(inputs.items()))
+            group = waiting.setdefault(shapes, [])
+            group.append((index, inputs))
+            if len(group) == self.batch_size:
+                flush(waiting.pop(shapes))
+        for group in waiting.values():
+            flush(group)
+        return [results[index] for index in range(len(images))]
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else None)
+
+
+class BlipJudge(Judge):
+    """BLIP fine-tuned on VQAv2, which writes its answer; greedy."""
+
+    kind = "blip"
+
+    def _answer(self, inputs: dict[str, Tensor]) -> list[str]:
+        token_ids = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_ANSWER_TOKENS)
+        return [text.strip() for text in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
+
+
+class ViltJudge(Judge):
+    """ViLT fine-tuned on VQAv2, which chooses one of its answers (3129 in the published checkpoint)."""
+
+    kind = "vilt"
+
+    def _answer(self, inputs: dict[str, Tensor]) -> list[str]:
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            logits = self.model(**inputs).logits
+        return [self.model.config.id2label[int(index)].strip() for index in logits.argmax(dim=-1)]
+
+
+class ChatJudge(Judge):
+    """A multimodal chat model (Qwen-VL and whatever AutoModelForImageTextToText knows).
+
+    It is asked for a word or a phrase, greedily; a yes-or-no question is answered by the larger of P(yes) and P(no) of
+    the first token, each summed over its spellings.
+    """
+
+    kind = "chat"
+
+    def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+        return self._batched(images, questions, self._answer, SHORT_ANSWER)
+
+    def answer_yes_no(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[YesNo]:
+        spellings = {word: self._single_tokens(word) for word in SPELLINGS}
+
+        def run(inputs: dict[str, Tensor]) -> list[YesNo]:
+            scores = self.model(**inputs).logits[:, -1].double().log_softmax(dim=-1)
+            yes, no = (scores[:, spellings[word]].logsumexp(dim=-1) for word in ("yes", "no"))
+            shares = torch.sigmoid(yes - no)
+            if not torch.isfinite(shares).all():
+                raise UserError(
+                    f"{self.name} gives scores that are not finite in {self.model.dtype}: no yes and no no."
+                )
+            likeliest = scores.argmax(dim=-1).tolist()
+            written = {token for tokens in spellings.values() for token in tokens}
+            return [
+                YesNo("yes" if share >= 0.5 else "no", share, token not in written)
+                for share, token in zip(shares.tolist(), likeliest, strict=True)
+            ]
+
+        return self._batched(images, questions, run, YES_OR_NO)
+
+    def _inputs(self, image: Image.Image, question: str) -> dict[str, Tensor]:
+        turn = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return dict(self.processor.apply_chat_template([turn], **options))
+
+    def _answer(self, inputs: dict[str, Tensor]) -> list[str]:
+        written = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER_TOKENS)
+        new = written[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _single_tokens(self, word: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        encoded = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in SPELLINGS[word]]
+        tokens = sorted({ids[0] for ids in encoded if len(ids) == 1})
+        if not tokens:
+            raise UserError(f"The text tokenizer of {self.name} has no single token for {word!r}: take another judge.")
+        return tokens
+
+
+class MplugJudge(Judge):
+    """mPLUG, the judge of the published DPG-Bench figures, through ModelScope's own pipeline."""
+
+    kind = "mplug"
+
+    def __init__(self, model_id: str, device: str) -> None:
+        try:
+            pipelines = importlib.import_module("modelscope.pipelines")
+            tasks = importlib.import_module("modelscope.utils.constant").Tasks
+        except ImportError as error:
+            raise UserError(
+                f"The judge mPLUG needs the package modelscope, which cannot be imported: {error}."
+            ) from error
+        self.name, self.device = model_id, device
+        self.pipeline = pipelines.pipeline(
+            tasks.visual_question_answering, model=model_id, device="gpu" if device == "cuda" else device
+        )
+        self.fingerprint = model_fingerprint(self.pipeline.model)
+
+    def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+        pairs = zip(images, questions, strict=True)
+        return [self.pipeline({"image": image, "question": question})["text"].strip() for image, question in pairs]
+
+    def describe(self) -> dict[str, Any]:
+        version = f"modelscope {importlib.metadata.version('modelscope')}"
+        described = {"name": self.name, "kind": self.kind, "version": version, "sha256": self.fingerprint}
+        return described | {"dtype": "as published", "device": self.device}
+
+
+# kind -> (its class, the class that loads its network)
+KINDS: dict[str, tuple[type[Judge], Any]] = {
+    "blip": (BlipJudge, BlipForQuestionAnswering),
+    "vilt": (ViltJudge, ViltForQuestionAnswering),
+    "chat": (ChatJudge, AutoModelForImageTextToText),
+}
+
+
+def load_judge(
+    path_or_id: str | Path,
+    kind: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 16,
+) -> Judge:
+    """A judge from a folder or a hub id; "mplug" is the official one of DPG-Bench.
+
+    Args:
+        kind: "blip", "vilt", "chat" or "mplug"; None reads it from the configuration.
+        device: None takes the GPU when there is one.
+        dtype: None is float32 on the CPU and bfloat16 elsewhere.
+
+    Raises:
+        UserError: nothing there, no model that answers questions, or a checkpoint with holes.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if "mplug" in (kind, str(path_or_id)):
+        return MplugJudge(MPLUG_ID if str(path_or_id) == "mplug" else str(path_or_id), place.type)
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"No kind of judge {kind!r}; there are {', '.join([*KINDS, 'mplug'])}.")
+    if (found := _kind_of(path_or_id)) != (kind or found):
+        raise UserError(f"{path_or_id} is a judge of the kind {found}, not {kind}.")
+    judge_class, loader = KINDS[found]
+    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    with reading("The judge", path_or_id), no_load_report():
+        processor = _processor(path_or_id)
+        model, info = loader.from_pretrained(path_or_id, dtype=dtype, output_loading_info=True)
+        refuse_holes(model, info, path_or_id, refuse_unexpected=False)
+    name = Path(path_or_id).name if Path(path_or_id).is_dir() else str(path_or_id)
+    return judge_class(model.to(place).eval(), processor, name, batch_size)
+
+
+def _processor(path_or_id: str | Path) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(path_or_id)
+    except ImportError as error:  # Qwen-VL's processor reads videos too, and needs torchvision for them
+        raise UserError(f"The processor of {path_or_id} needs a package that is missing: {one_line(error)}") from error
+
+
+def _kind_of(path_or_id: str | Path) -> str:
+    with reading("The judge", path_or_id):
+        config = AutoConfig.from_pretrained(path_or_id)
+    if config.model_type in ("blip", "vilt"):
+        return str(config.model_type)
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return "chat"
+    raise UserError(
+        f"{path_or_id} is a {config.model_type} model, which answers no questions about pictures; judges are BLIP-VQA, "
+        "ViLT-VQA, multimodal chat models, or mplug."
+    )

@@ -1,0 +1,166 @@
+"""Hosts: one small config and model subclass per family, so that a unified model saves and reloads like any other.
+
+Special here: the vision tower is the image tokenizer, entered by configuration (`vision_config` goes through
+`AutoConfig`), never by
+assignment: a tower that is assigned to a stock host is silently replaced by a random one on reload.
+A further family is one config + model pair here and one composing function in `attach.py`.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedConfig,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionCausalLMOutputWithPast
+
+from unimm.mllm.hosts.qwen_vl import (
+    UnimmQwen2_5_VLConfig,
+    UnimmQwen2_5_VLForConditionalGeneration,
+    UnimmQwen3VLConfig,
+    UnimmQwen3VLForConditionalGeneration,
+)
+from unimm.mllm.processing import UnimmProcessor
+from unimm.mllm.unified import UnifiedModelMixin
+from unimm.mllm.vocabulary import ImageVocabularyFields
+
+
+class UnimmLlavaConfig(ImageVocabularyFields, LlavaConfig):
+    """LLaVA with an image tokenizer as its tower, over any text-only language model."""
+
+    model_type = "unimm_llava"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
+    }
+
+
+class UnimmLlavaForConditionalGeneration(UnifiedModelMixin, LlavaForConditionalGeneration):
+    """LLaVA that draws: `generate(generation_mode="image")`."""
+
+    config_class = UnimmLlavaConfig
+    _output_class = LlavaCausalLMOutputWithPast
+
+
+class UnimmInternVLConfig(ImageVocabularyFields, InternVLConfig):
+    """InternVL with an image tokenizer as its tower."""
+
+    model_type = "unimm_internvl"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+    }
+
+
+class UnimmInternVLForConditionalGeneration(UnifiedModelMixin, InternVLForConditionalGeneration):
+    """InternVL that draws; a seen picture takes a quarter of the tokens of a drawn one (pixel shuffle)."""
+
+    config_class = UnimmInternVLConfig
+    _output_class = InternVLCausalLMOutputWithPast
+
+
+class OneViewMixin:
+    """For hosts that tile pictures (AnyRes): with `image_sizes` they do, as their own processor asks for; without, a
+    picture is one view of the tokenizer's size, which is what `UnimmProcessor` makes and what is drawn."""
+
+    tiles = True
+
+    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """Projected patches as `pooler_output`, one [n, D] per picture."""
+        if image_sizes is not None:
+            return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
+        inside: Any = self.model  # type: ignore[attr-defined]
+        outputs = inside.vision_tower(pixel_values)
+        outputs.pooler_output = list(inside.multi_modal_projector(outputs.last_hidden_state))
+        return outputs
+
+
+class UnimmLlavaNextConfig(ImageVocabularyFields, LlavaNextConfig):
+    """LLaVA-NeXT with an image tokenizer as its tower."""
+
+    model_type = "unimm_llava_next"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+
+class UnimmLlavaNextForConditionalGeneration(OneViewMixin, UnifiedModelMixin, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT that draws."""
+
+    config_class = UnimmLlavaNextConfig
+    _output_class = LlavaNextCausalLMOutputWithPast
+
+
+class UnimmLlavaOnevisionConfig(ImageVocabularyFields, LlavaOnevisionConfig):
+    """LLaVA-OneVision with an image tokenizer as its tower; `image_seq_length` are the tokens of one view."""
+
+    model_type = "unimm_llava_onevision"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+    }
+
+    image_seq_length: int = 729
+
+
+class UnimmLlavaOnevisionForConditionalGeneration(
+    OneViewMixin, UnifiedModelMixin, LlavaOnevisionForConditionalGeneration
+):
+    """LLaVA-OneVision that draws."""
+
+    config_class = UnimmLlavaOnevisionConfig
+    _output_class = LlavaOnevisionCausalLMOutputWithPast
+
+
+HOSTS: dict[type[PreTrainedConfig], type[Any]] = {
+    UnimmLlavaConfig: UnimmLlavaForConditionalGeneration,
+    UnimmInternVLConfig: UnimmInternVLForConditionalGeneration,
+    UnimmLlavaNextConfig: UnimmLlavaNextForConditionalGeneration,
+    UnimmLlavaOnevisionConfig: UnimmLlavaOnevisionForConditionalGeneration,
+    UnimmQwen2_5_VLConfig: UnimmQwen2_5_VLForConditionalGeneration,
+    UnimmQwen3VLConfig: UnimmQwen3VLForConditionalGeneration,
+}
+MULTIMODAL_HOSTS: dict[str, type[PreTrainedConfig]] = {
+    "llava": UnimmLlavaConfig,
+    "internvl": UnimmInternVLConfig,
+    "llava_next": UnimmLlavaNextConfig,
+    "llava_onevision": UnimmLlavaOnevisionConfig,
+    "qwen2_5_vl": UnimmQwen2_5_VLConfig,
+    "qwen3_vl": UnimmQwen3VLConfig,
+}
+"""model_type of a stock multimodal host -> what it becomes. Text-only hosts become a LLaVA."""
+
+M_ROPE = ("qwen2_5_vl", "qwen3_vl")
+"""Those of them whose positions have rows and columns."""
+
+
+def merged_side(config: PreTrainedConfig) -> int:
+    """Patches a side that a host, stock or unified, merges into one seen token."""
+    for part in (config, getattr(config, "vision_config", None)):
+        if merge := getattr(part, "spatial_merge_size", None):
+            return int(merge)
+    return round(1 / getattr(config, "downsample_ratio", 1.0))
+
+
+for config_class, model_class in HOSTS.items():
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
+    AutoModelForMultimodalLM.register(config_class, model_class, exist_ok=True)
+    AutoProcessor.register(config_class, UnimmProcessor, exist_ok=True)

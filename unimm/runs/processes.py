@@ -1,0 +1,51 @@
+"""The processes of one run, and what they do together: agree on a refusal, and keep others out of their folder."""
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from unimm.errors import UserError
+from unimm.runs.provenance import write_atomically
+
+LOCK, WRITER = ".lock", ".writer"
+
+
+def processes() -> PartialState:
+    """The processes of this run; without `cpu`, accelerate takes two processes on a CPU for two runs of one."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def refuse_together(check: Callable[[], None]) -> None:
+    """Let the main process look, and raise on every process the `UserError` that it finds; call it on all of them."""
+    state, message = processes(), ""
+    if state.is_main_process:
+        try:
+            check()
+        except UserError as error:
+            message = str(error)
+    if state.num_processes > 1:
+        (message,) = broadcast_object_list([message])
+    if message:
+        raise UserError(message)
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Hold the folder, which exists, until the process ends, however it ends: the system frees the lock, not we.
+
+    Raises:
+        UserError: another process holds it; says which.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        writer = (folder / WRITER).read_text(encoding="utf-8") if (folder / WRITER).exists() else "another process"
+        raise UserError(f"{writer} is writing into {folder}: wait for it, or choose another folder.") from None
+    write_atomically(folder / WRITER, f"Process {os.getpid()} on {platform.node()}")
+    return lock

@@ -1,0 +1,158 @@
+"""Build tiny random hosts, encoders and image tokenizers of every family that `attach` takes."""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from unimm.mllm.attach import TEXT_HOSTS
+from unimm.tokenizer import VQRAE
+from unimm.tokenizer.encoders import FAMILIES, encoder_family
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+_PICTURE = {"image_size": 16, "patch_size": 4}
+
+_MLP = {"intermediate_size": 64}
+
+ROWS = 320
+
+_ENCODER_FIELDS: dict[str, dict[str, Any]] = {
+    "siglip_vision_model": {**_MLP, "vision_use_head": False},
+    "internvl_vision": {**_MLP, "attention_bias": True},
+    "clip_vision_model": _MLP,
+    "dinov2": {"mlp_ratio": 2},
+    "dinov2_with_registers": {"mlp_ratio": 2, "num_register_tokens": 4},
+    "dinov3_vit": {**_MLP, "num_register_tokens": 4},
+}
+
+# host -> (its own encoder, the hidden state that it taps, special tokens, fields of its config)
+_MULTIMODAL: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any]]] = {
+    "llava": ("clip_vision_model", -2, ("<image>",), {"vision_feature_select_strategy": "default"}),
+    "llava_next": (
+        "clip_vision_model",
+        -2,
+        ("<image>",),
+        {"vision_feature_select_strategy": "default", "image_grid_pinpoints": [[16, 32], [32, 16]]},
+    ),
+    "llava_onevision": (
+        "siglip_vision_model",
+        -1,
+        ("<image>", "<video>"),
+        {"vision_feature_select_strategy": "full", "image_grid_pinpoints": [[16, 32], [32, 16]]},
+    ),
+    "internvl": ("internvl_vision", -1, ("<IMG_CONTEXT>", "<img>", "</img>"), {"image_seq_length": 4}),
+}
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+
+_QWEN_TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
+
+# host -> fields of its tower's config; these have towers of their own, which leave
+_QWEN_VL: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {**_QWEN_TOWER, "fullatt_block_indexes": [1], "window_size": 16},
+    "qwen3_vl": {**_QWEN_TOWER, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+}
+
+_QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+HOST_FAMILIES = (*TEXT_HOSTS, *_MULTIMODAL, *_QWEN_VL)
+
+ENCODER_FAMILIES = tuple(FAMILIES)
+
+
+def text_tokenizer(special: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """One token a byte, and the special ones."""
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={name: n for n, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(names[: 3 + len(special)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=names[0], pad_token=names[0])
+
+
+def vision_config(family: str) -> PreTrainedConfig:
+    """A tiny encoder of the family: 16 px, 4 x 4 patches, two layers of width 32."""
+    return AutoConfig.for_model(family, **_SIZES, **_PICTURE, **_ENCODER_FIELDS[family])
+
+
+def tiny_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A random host of the family and its text tokenizer."""
+    torch.manual_seed(seed)
+    text = {
+        **_SIZES,
+        **_MLP,
+        "vocab_size": ROWS,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # far from uniform, so that greedy choices are no ties
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if family in TEXT_HOSTS:
+        head = {"head_dim": 16} if family == "qwen3" else {}
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **text, **head)).eval(), text_tokenizer(())
+    if family in _QWEN_VL:
+        return _tiny_qwen_vl(family, text)
+    encoder, layer, special, fields = _MULTIMODAL[family]
+    tokenizer = text_tokenizer(special)
+    names = ("image_token_id",) if family == "internvl" else ("image_token_index", "video_token_index")
+    tokens = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(names, special, strict=False)}
+    config = AutoConfig.for_model(
+        family,
+        vision_config=vision_config(encoder).to_dict(),
+        text_config={"model_type": "qwen2", **text},
+        vision_feature_layer=layer,
+        tie_word_embeddings=False,
+        **tokens,
+        **fields,
+    )
+    return AutoModelForImageTextToText.from_config(config).eval(), tokenizer
+
+
+def _tiny_qwen_vl(family: str, text: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    tokenizer = text_tokenizer(_QWEN_TOKENS)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    tokens = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(names, _QWEN_TOKENS, strict=True)}
+    head = {"head_dim": 16} if family == "qwen3_vl" else {}
+    config = AutoConfig.for_model(
+        family,
+        vision_config=_QWEN_VL[family],
+        text_config={**text, **head, "rope_parameters": _ROPE},
+        tie_word_embeddings=False,
+        **tokens,
+    )
+    return AutoModelForImageTextToText.from_config(config).eval(), tokenizer
+
+
+def tiny_tokenizer(host: PreTrainedModel, encoder: str) -> tuple[VQRAE, bool]:
+    """An image tokenizer on an encoder of the family; on the host's own encoder where the families agree (True)."""
+    layer, own = -1, False
+    config = vision_config(encoder)
+    if host.config.model_type in _MULTIMODAL:
+        name, its_layer, *_ = _MULTIMODAL[host.config.model_type]
+        own = name == encoder
+        layer, config = (its_layer, host.model.vision_tower.config) if own else (layer, config)
+    torch.manual_seed(1)
+    mean, std = encoder_family(config).normalization
+    fields = {"codebook_size": 32, "codebook_dim": 8, "feature_layer": layer, "image_mean": mean, "image_std": std}
+    tokenizer = VQRAE(VQRAE.config_class(encoder_config=config.to_dict(), **fields)).eval()
+    if own:
+        tokenizer.encoder.load_state_dict(host.model.vision_tower.state_dict())
+    return tokenizer, own

@@ -1,0 +1,103 @@
+"""The running mean of a model's trainable weights, on which a tokenizer is judged and saved.
+
+What is special: only trainable floating-point tensors are averaged, in fp32 and by `lerp`, so a frozen encoder or
+codebook is not so much as rounded; the decay warms up as min(decay, (1 + s) / (10 + s)), s the number of updates made
+before, as TiTok and TA-TiTok do it.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unimm.training.loop.sharding import as_sharded, as_whole
+
+
+class EMA:
+    """Shadow weights of a model; the model itself is handed to each method and never kept.
+
+    Give the same unwrapped model (no DDP) every time: names are compared, and a model of other trainable tensors is
+    refused with ValueError.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float = 0.999) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"The decay of an EMA lies in [0, 1) and is {decay}.")
+        self.decay = decay
+        self.num_updates = 0
+        self.shadow = {name: tensor.detach().float().clone() for name, tensor in _trainable(model).items()}
+
+    @property
+    def current_decay(self) -> float:
+        """The decay that the next update uses."""
+        return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """shadow <- shadow + (1 - decay) (weight - shadow), once per optimiser step."""
+        decay = self.current_decay
+        for name, tensor in self._matched(model).items():
+            self.shadow[name] = as_sharded(self.shadow[name], tensor)  # once a model is sharded, its average is too
+            self.shadow[name].lerp_(tensor.float(), 1 - decay)
+        self.num_updates += 1
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averaged weights into the model for good."""
+        for name, tensor in self._matched(model).items():
+            tensor.copy_(as_sharded(self.shadow[name], tensor))
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """Within, the model holds the averaged weights; afterwards, also after an error, its own bit for bit."""
+        own = {name: tensor.detach().clone() for name, tensor in self._matched(model).items()}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in self._matched(model).items():
+                    tensor.copy_(own[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole tensors; of a sharded model every process must ask."""
+        shadow = {name: as_whole(tensor) for name, tensor in self.shadow.items()}
+        return {"decay": self.decay, "num_updates": self.num_updates, "shadow": shadow}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved average; ValueError when it belongs to other tensors."""
+        shadow: Mapping[str, Tensor] = state["shadow"]
+        _refuse_difference(self.shadow, shadow, "The saved EMA")
+        for name, tensor in self.shadow.items():
+            tensor.copy_(as_sharded(shadow[name], tensor))
+        self.decay, self.num_updates = state["decay"], state["num_updates"]
+
+    def _matched(self, model: nn.Module) -> dict[str, Tensor]:
+        tensors = _trainable(model)
+        _refuse_difference(self.shadow, tensors, "The model")
+        return tensors
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.is_floating_point()
+    }
+
+
+def _refuse_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], whose: str) -> None:
+    if ours.keys() != theirs.keys():
+        names = sorted(ours.keys() ^ theirs.keys())
+        raise ValueError(
+            f"{whose} has {len(theirs)} trainable tensors and this EMA averages {len(ours)}; {names[0]!r} "
+            "is in one of them only. Build a new EMA when the trainable part of a model changes."
+        )
+    for name, tensor in ours.items():
+        if tensor.shape != theirs[name].shape:
+            raise ValueError(
+                f"{whose} holds {name!r} with shape {tuple(theirs[name].shape)}, this EMA with {tuple(tensor.shape)}."
+            )

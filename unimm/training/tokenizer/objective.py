@@ -1,0 +1,196 @@
+"""What a tokenizer is trained for: every term a pure function, summed in one place with weights that are settings.
+
+VQRAE (arXiv 2511.23386), equations 2 to 6: reconstruction (pixel, perceptual, GAN), quantization (codebook, commitment)
+and, in stage 2, self-distillation toward the frozen original encoder. VFMTok (arXiv 2507.08441) and IDEAL (arXiv
+2606.11096) pull the features that their decoders predict toward the encoder's, and IDEAL adds the entropy of the codes.
+All means are over all elements and in float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimm.config.schema import Natural, NonNegative, Rate, Share, used_when
+from unimm.tokenizer import ImageTokenizerOutput
+from unimm.training.loop.global_batch import all_rows, global_size, micro_batch_index, own_rows, rows_before
+from unimm.training.tokenizer.perceptual import FeaturePerceptualLoss, PerceptualLoss, build_perceptual
+
+
+def _judged_by(name: str) -> dict[str, Any]:
+    return used_when(lambda c: name in c.kind, f"{name} in loss.perceptual.kind")
+
+
+_GAN = used_when(lambda c: c.start is not None, "loss.gan.start")
+_AUGMENTED = used_when(lambda c: c.start is not None and c.augment_probability, "loss.gan.augment_probability")
+_CONSISTENT = used_when(lambda c: c.start is not None and c.consistency_weight, "loss.gan.consistency_weight")
+
+
+@dataclass
+class PerceptualConfig:
+    """`kind` names the judges ("lpips+0.1*convnext_s" is the paper's, "features" the encoder being tokenised, "none"
+    none).
+
+    Weight files are given by path and never downloaded. `feature_layers` are the hidden states that "features"
+    compares.
+    """
+
+    kind: str = "lpips+0.1*convnext_s"
+    vgg16: str | None = field(default=None, metadata=_judged_by("lpips"))
+    lpips_heads: str | None = field(default=None, metadata=_judged_by("lpips"))
+    convnext_s: str | None = field(default=None, metadata=_judged_by("convnext_s"))
+    feature_layers: list[int] = field(default_factory=lambda: [-1], metadata=_judged_by("features"))
+
+
+@dataclass
+class GANConfig:
+    """`start` is the step from which the discriminator learns and judges; None = no GAN (VQRAE's stage 1).
+
+    `generator` is the tokenizer's side of it: the "hinge" -D, or VFMTok's "softplus" of it. IDEAL shows the
+    discriminator augmented pictures, each family of changes with `augment_probability`, and asks it with
+    `consistency_weight` to say the same of a view that is changed more; `cutout` and `strong_cutout` are the shares of
+    a side that the two leave out. `discriminator_weight` is that of the discriminator's hinge and LeCAM, beside the
+    consistency. LeCAM compares mean logits ("mean", TiTok's) or every logit ("elementwise", IDEAL's).
+
+    The rate warms up over `warmup_steps` and falls until the end of the run, counted from `start`; with `schedule`
+    "run" it is counted from the first step of the run, so that a late discriminator begins at its full rate.
+    """
+
+    start: Natural | None = None
+    weight: NonNegative = field(default=0.1, metadata=_GAN)
+    discriminator_weight: NonNegative = field(default=1.0, metadata=_GAN)
+    lecam_weight: NonNegative = field(default=0.001, metadata=_GAN)
+    lecam: Literal["mean", "elementwise"] = field(default="mean", metadata=_GAN)
+    discriminator: Literal["patchgan", "dino"] = field(default="patchgan", metadata=_GAN)
+    weights: str | None = field(default=None, metadata=_GAN)
+    generator: Literal["hinge", "softplus"] = field(default="hinge", metadata=_GAN)
+    augment_probability: Share = field(default=0.0, metadata=_GAN)
+    consistency_weight: NonNegative = field(default=0.0, metadata=_GAN)
+    cutout: Share = field(default=0.2, metadata=_AUGMENTED)
+    strong_cutout: Share = field(default=0.5, metadata=_CONSISTENT)
+    learning_rate: Rate = field(default=4e-5, metadata=_GAN)
+    warmup_steps: Natural = field(default=2000, metadata=_GAN)
+    schedule: Literal["start", "run"] = field(default="start", metadata=_GAN)
+
+
+@dataclass
+class ObjectiveConfig:
+    """Weights of the terms; the defaults are VQRAE's table 7, and cosines alone for the features that a decoder
+    predicts ("deep", and IDEAL's "shallow").
+
+    `entropy_temperature` belongs to `entropy_weight`, see `tokenizer.quantizers.code_entropy`.
+
+    Two are ours and off by default: `l1_weight`, for worlds of flat colour, and `context_weight`, see `context_loss`.
+    """
+
+    pixel_weight: NonNegative = 1.0
+    l1_weight: NonNegative = 0.0
+    perceptual_weight: NonNegative = field(
+        default=1.0, metadata=used_when(lambda c: c.perceptual.kind != "none", "judges in loss.perceptual.kind")
+    )
+    codebook_weight: NonNegative = 1.0
+    commitment_weight: NonNegative = 0.25
+    distillation_weight: NonNegative = 1.0
+    context_weight: NonNegative = 0.0
+    entropy_weight: NonNegative = 0.0
+    entropy_temperature: Rate = field(
+        default=0.01, metadata=used_when(lambda c: c.entropy_weight, "loss.entropy_weight")
+    )
+    deep_cosine_weight: NonNegative = 1.0
+    deep_mse_weight: NonNegative = 0.0
+    shallow_cosine_weight: NonNegative = 1.0
+    shallow_mse_weight: NonNegative = 0.0
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    gan: GANConfig = field(default_factory=GANConfig)
+
+
+@dataclass
+class Collage:
+    """Images whose patches come from two images each: `kept` [B, M] bool says which are the row's own, the others are
+    those of the row before in the global batch (cyclic) at the same place; `latents` [B, M, C] are its own, `codes`
+    those of the images themselves, [B, M, C] for every micro-batch.
+    """
+
+    kept: Tensor
+    latents: Tensor
+    codes: Sequence[Tensor]
+
+
+def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """The mean of 1 - cos over all tokens of two feature maps [B, N, D]; 0 where all directions agree, at most 2."""
+    return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1, eps=1e-6).mean()
+
+
+def make_collage(window: Sequence[Tensor], patch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The pixel_values [B, 3, H, W] of every micro-batch -> (this one's collages [B, 3, H, W], kept [B, M]); half of
+    the patches, which are what one image token covers, are exchanged."""
+    pixel_values = window[micro_batch_index()]
+    rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
+    generator = torch.Generator().manual_seed(seed)
+    every = torch.rand(global_size(len(pixel_values)), 1, rows, columns, generator=generator)
+    kept = own_rows(every).lt(0.5).to(pixel_values.device)
+    mask = kept.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+    return torch.where(mask, pixel_values, rows_before(window)), kept.flatten(1)
+
+
+def context_loss(latents: Tensor, window: Sequence[Tensor], kept: Tensor) -> Tensor:
+    """How far the latents [B, M, C] of a collage are from the codes [B, M, C] that its patches had in their own
+    images, as a share of the codes' variance; `window` holds the codes of every micro-batch.
+
+    Ours. An encoder with global attention gives one flat patch a hundred ids, by what stands elsewhere in the image;
+    a language model cannot guess them and learns little else. With this term an id says what its patch shows.
+    """
+    target = torch.where(kept[..., None], window[micro_batch_index()], rows_before(window))
+    variance = torch.cat([all_rows(codes) for codes in window]).var(dim=(0, 1)).mean()
+    return F.mse_loss(latents, target) / variance.clamp_min(1e-6)
+
+
+class TokenizerObjective(nn.Module):
+    """The weighted sum, and each unweighted term for the log."""
+
+    def __init__(self, config: ObjectiveConfig, features: FeaturePerceptualLoss | None = None) -> None:
+        super().__init__()
+        self.config = config
+        p = config.perceptual
+        self.perceptual: PerceptualLoss = build_perceptual(
+            p.kind, vgg16=p.vgg16, lpips_heads=p.lpips_heads, convnext_s=p.convnext_s, features=features
+        )
+
+    def terms(
+        self,
+        output: ImageTokenizerOutput,
+        pixels: Tensor,
+        teacher_features: Tensor | None,
+        collage: Collage | None = None,
+    ) -> dict[str, Tensor]:
+        """output of `reconstruct`, target pixels [B, 3, H, W] in [0, 1], the teacher's features [B, N, D] (stage 2) or
+        None, and the latents of a collage of the same pictures where `context_weight` asks for one."""
+        predicted = output.pixels.float()
+        terms = {
+            "pixel": F.mse_loss(predicted, pixels),
+            "codebook": output.codebook_loss,
+            "commitment": output.commitment_loss,
+        }
+        if self.config.l1_weight:
+            terms["l1"] = F.l1_loss(predicted, pixels)
+        if self.perceptual.judges:
+            terms["perceptual"] = self.perceptual(predicted, pixels)
+        if teacher_features is not None:
+            terms["distillation"] = F.mse_loss(output.features.float(), teacher_features.float())
+        if output.entropy_loss is not None:
+            terms["entropy"] = output.entropy_loss
+        targets = output.targets or {}
+        for name, features in (output.predictions or {}).items():
+            target = targets[name].float()
+            terms[f"{name}_cosine"] = cosine_loss(features, target)
+            terms[f"{name}_mse"] = F.mse_loss(features.float(), target)
+        if collage is not None:
+            terms["context"] = context_loss(collage.latents, collage.codes, collage.kept)
+        return terms
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of `terms`."""
+        return torch.stack([getattr(self.config, f"{name}_weight") * term for name, term in terms.items()]).sum()

@@ -1,0 +1,160 @@
+"""The perceptual loss: a weighted sum of frozen judges of reconstructed pixels.
+
+Judges: `lpips`, `convnext_s` (mean squared difference of logits) and `features` (hidden states of a given frozen
+encoder, for worlds where no outside weights exist). VQRAE's "convnext-s, weight 1.1" is read as TA-TiTok's weighted
+average (1.0 LPIPS + 0.1 ConvNeXt) / 1.1, times 1.1: exactly "lpips+0.1*convnext_s" here, with weight 1.0 outside.
+Papers: VQRAE https://arxiv.org/abs/2511.23386, TA-TiTok https://arxiv.org/abs/2501.07730.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unimm.errors import UserError
+from unimm.networks.perceptual import load_convnext, load_lpips, unit_length
+
+JUDGES = ("lpips", "convnext_s", "features")
+HiddenStates = Callable[[Tensor], Sequence[Tensor]]
+
+
+class PerceptualLoss(nn.Module):
+    """Sum of weight * judge(predicted, target); with `average` divided by the sum of weights, as TA-TiTok does.
+
+    Pixels are [B, 3, H, W] in [0, 1]; everything runs in fp32 also under autocast. The judges are frozen and stay in
+    eval mode; gradients reach `predicted` only. Without judges the loss is 0.
+    """
+
+    def __init__(self, judges: Mapping[str, tuple[float, nn.Module]], *, average: bool = False) -> None:
+        super().__init__()
+        total = sum(weight for weight, _ in judges.values()) if average else 1.0
+        self.weights = {name: weight / total for name, (weight, _) in judges.items()}
+        self.judges = nn.ModuleDict({name: judge for name, (_, judge) in judges.items()})
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """Stays in eval mode whatever `mode` says."""
+        super().train(False)
+        return self
+
+    def terms(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Each judge's unweighted distance (a scalar), for the log."""
+        if predicted.shape != target.shape:
+            raise ValueError(f"Predicted pixels are {tuple(predicted.shape)} and target pixels {tuple(target.shape)}.")
+        with torch.autocast(predicted.device.type, enabled=False):
+            predicted, target = predicted.float(), target.detach().float()
+            return {name: judge(predicted, target) for name, judge in self.judges.items()}
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The loss from `terms`, so that a trainer which logs the terms computes them once."""
+        return sum((self.weights[name] * term for name, term in terms.items()), torch.zeros(()))
+
+    def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return self.total(self.terms(predicted, target))
+
+
+class FeaturePerceptualLoss(nn.Module):
+    """Distance of a frozen encoder's hidden states: the mean over `layers` and tokens of |u - v|^2 at unit length.
+
+    `encoder_forward` maps pixels [B, 3, H, W] in [0, 1] to hidden states, each [B, N, D]; `layers` index them (-1 is
+    the last). For unit vectors this is 2 (1 - cosine), so layers of different scale count alike; it lies in [0, 4].
+    The callable's parameters must be frozen (`frozen_hidden_states` makes such a callable), or they would be trained
+    along.
+    """
+
+    def __init__(self, encoder_forward: HiddenStates, layers: Sequence[int]) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError("A feature loss needs at least one layer and got none.")
+        # A tuple keeps a module out of registration: it is not saved, moved or optimised with the loss.
+        self._encoder_forward = (encoder_forward,)
+        self.layers = tuple(layers)
+
+    def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            theirs = self._states(target)
+        ours = self._states(predicted)
+        distances = [
+            (unit_length(u, dim=-1) - unit_length(v, dim=-1)).square().sum(-1).mean()
+            for u, v in zip(ours, theirs, strict=True)
+        ]
+        return torch.stack(distances).mean()
+
+    def _states(self, pixels: Tensor) -> list[Tensor]:
+        states = self._encoder_forward[0](pixels)
+        if not all(-len(states) <= layer < len(states) for layer in self.layers):
+            raise UserError(
+                f"The feature loss asks for layers {self.layers} of an encoder with {len(states)} hidden states: set "
+                f"loss.perceptual.feature_layers to numbers below {len(states)}."
+            )
+        return [states[layer].float() for layer in self.layers]
+
+
+def frozen_hidden_states(
+    encoder: nn.Module, image_mean: Sequence[float], image_std: Sequence[float], **forward_options: Any
+) -> HiddenStates:
+    """For FeaturePerceptualLoss: a frozen copy of a Hugging Face vision model, on its device, as a callable.
+
+    It normalises pixels with the processor's mean and std and returns `hidden_states` [B, N, D]; `forward_options` go
+    to the model.
+    """
+    judge = copy.deepcopy(encoder).requires_grad_(False).eval()
+    device = next(judge.parameters()).device
+    mean = torch.tensor(image_mean, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(image_std, device=device).view(1, 3, 1, 1)
+
+    def hidden_states(pixels: Tensor) -> Sequence[Tensor]:
+        return judge((pixels - mean) / std, output_hidden_states=True, **forward_options).hidden_states
+
+    return hidden_states
+
+
+def parse_perceptual(kind: str) -> dict[str, float]:
+    """Judge names with their weights: "lpips+0.1*convnext_s" -> {"lpips": 1.0, "convnext_s": 0.1}; "none" -> {}.
+
+    Raises UserError for an unknown judge, a repeated one and a term that is not `name` or `weight*name`.
+    """
+    weights: dict[str, float] = {}
+    for term in [] if kind.strip() == "none" else kind.split("+"):
+        match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?(\w+)\s*", term)
+        if match is None or match[2] not in JUDGES or match[2] in weights:
+            raise UserError(
+                f'"{term.strip()}" in the perceptual loss "{kind}" is not understood: write "none" or a sum of '
+                f"different judges out of {', '.join(JUDGES)}, each with a weight if need be, "
+                'such as "lpips+0.1*convnext_s".'
+            )
+        weights[match[2]] = float(match[1] or 1.0)
+    return weights
+
+
+def build_perceptual(
+    kind: str,
+    *,
+    vgg16: str | None = None,
+    lpips_heads: str | None = None,
+    convnext_s: str | None = None,
+    features: FeaturePerceptualLoss | None = None,
+    average: bool = False,
+) -> PerceptualLoss:
+    """The loss that `kind` names (see `parse_perceptual`), its judges loaded from the given weight files.
+
+    `lpips_heads` may be left out where the Python package `lpips` is installed. Raises UserError that says what to get
+    and which of these names takes its path when a judge is asked for and its file is absent.
+    """
+    weights = parse_perceptual(kind)
+    judges: dict[str, nn.Module] = {}
+    if "lpips" in weights:
+        judges["lpips"] = load_lpips(vgg16, lpips_heads)
+    if "convnext_s" in weights:
+        judges["convnext_s"] = load_convnext(convnext_s)
+    if "features" in weights:
+        if features is None:
+            raise UserError(
+                f'The perceptual loss "{kind}" needs an encoder whose features it compares and none was given.'
+            )
+        judges["features"] = features
+    return PerceptualLoss({name: (weights[name], judge) for name, judge in judges.items()}, average=average)
