@@ -3,7 +3,7 @@
     python eval/bench_packing.py --json runs/bench_packing.json
     python eval/bench_packing.py --image-tokens 256 --pack-length 1024
 
-Captions are those of $UNIMM_DATA/data/captions (Flickr8k, five to a picture): sample n joins 1 to 5 of them, short and
+Captions are those of $UNIMM_DATA/data/captions (Flickr8k, five to an image): sample n joins 1 to 5 of them, short and
 long as in re-captioned sets. Every batch is trained on both ways, one after the other and in turns, so that a busy
 machine slows both. A token counts if it is no padding. The language model is a Qwen3 from nothing.
 """
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from unimm.data.sources.storage import data_path
-from unimm.data.sources.tables import parquet_pictures
+from unimm.data.sources.tables import parquet_images
 from unimm.data.text.collators import FlowCollator
 from unimm.data.text_to_image import drawing
 from unimm.errors import UserError, run_main
@@ -36,8 +36,8 @@ FLOW = "drawing"
 
 
 def samples_of(source: str, count: int) -> list[dict[str, Any]]:
-    """Drawings of a grey picture, so that only lengths matter, under captions of one to five sentences."""
-    captions = parquet_pictures([data_path(source)]).table["captions"]
+    """Drawings of a gray image, so that only lengths matter, under captions of one to five sentences."""
+    captions = parquet_images([data_path(source)]).table["captions"]
     if len(captions) < count:
         raise UserError(f"{source} holds {len(captions)} rows and {count} are asked for: give fewer --batches.")
     grey = Image.new("RGB", (8, 8), "grey")
@@ -46,7 +46,7 @@ def samples_of(source: str, count: int) -> list[dict[str, Any]]:
 
 
 def small_host(samples: Sequence[dict[str, Any]], image_tokens: int, width: int, layers: int) -> Any:
-    """(model, processor) with pictures of `image_tokens` tokens and a text tokenizer of the captions."""
+    """(model, processor) with images of `image_tokens` tokens and a text tokenizer of the captions."""
     texts = train_text_tokenizer((s["messages"][0]["content"][0]["text"] for s in samples), 2000, CHAT_TOKENS)
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "head_dim": 64}
     llm = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 3 * width, **heads}

@@ -8,7 +8,7 @@ two cores) and prints the seconds and the peak of resident memory after each ste
 
 Real sizes: how many weights a tokenizer on each published encoder has, and what attaching one to an LLM takes.
 
-Special here: nothing is downloaded. Counts come from models on the meta device; the run takes random weights of the
+Nothing is downloaded. Counts come from models on the meta device; the run takes random weights of the
 published shapes, so times and memory are real and the answers are noise.
 """
 
@@ -69,7 +69,7 @@ def tokenizer_config(encoder: PublishedEncoder) -> VQRAEConfig:
 
 
 def parameter_table() -> list[dict[str, Any]]:
-    """One row for VQRAE on each published encoder and one for each sibling as published: tokens of a picture and
+    """One row for VQRAE on each published encoder and one for each sibling as published: tokens of an image and
     weights of the tokenizer's parts, built on the meta device; C of the codebook is counted though it is not
     trained."""
     with torch.device("meta"):
@@ -135,15 +135,15 @@ def run_real_size(encoder: str = "internvit-300m-448", *, seed: int = 0) -> dict
         del model
         with step("reload"):
             model, processor = load(folder, device="cpu", dtype=dtype)
-    with step("8 tokens of an answer to a picture"):
+    with step("8 tokens of an answer to an image"):
         answer = _answer(model, processor, 8)
     result["same_after_reload"] = answer[:1] == expected
     with step("8 image ids"):
         ids = _draw(model, processor, 8)
     result["image_ids"] = len(ids)
-    with step("decode a picture"):
+    with step("decode an image"):
         pixels = model.image_tokenizer.decode(torch.randint(0, model.config.codebook_size, (1, model.num_image_tokens)))
-    result["picture"] = list(pixels.shape)
+    result["image"] = list(pixels.shape)
     return result
 
 
@@ -167,7 +167,7 @@ def _answer(model: Any, processor: Any, tokens: int) -> list[int]:
 
 @torch.no_grad()
 def _draw(model: Any, processor: Any, tokens: int) -> list[int]:
-    """The first ids of a picture, one forward each: a whole one takes `num_image_tokens` of them."""
+    """The first ids of an image, one forward each: a whole one takes `num_image_tokens` of them."""
     ids = processor(text=[processor.drawing_prompt("a red circle")], return_tensors="pt")["input_ids"]
     cache, drawn = None, list[int]()
     for _ in range(tokens):

@@ -1,4 +1,4 @@
-"""Training steps on generated pictures: where their time goes, pictures and tokens a second, and the model FLOPs
+"""Training steps on generated images: where their time goes, images and tokens a second, and the model FLOPs
 utilisation where the device's peak is known.
 
     python eval/bench_training.py --size shapes --json runs/bench_training.json
@@ -6,7 +6,7 @@ utilisation where the device's peak is known.
 
 Stage 1 and stage 2 of VQRAE (the second with its GAN; both with LPIPS and ConvNeXt-S, whose weights are random here)
 and drawing with a language model. Each is run plain, with gradient checkpointing, and compiled. "paper" is
-VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of a picture of 512 px.
+VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of an image of 512 px.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def size_of(name: str) -> Size:
 
 
 class Noise(Dataset):
-    """Pictures made from their number, and drawings of them."""
+    """Images made from their number, and drawings of them."""
 
     def __init__(self, side: int, length: int) -> None:
         self.side, self.length = side, length
@@ -86,7 +86,7 @@ class Noise(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         noise = np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8)
         image = Image.fromarray(noise)
-        messages = drawing(f"picture number {index}", image)
+        messages = drawing(f"image number {index}", image)
         return {"image": image, "flow": FLOW, "kind": FLOW, "index": index, "messages": messages}
 
 
@@ -98,9 +98,9 @@ def tokenizer_split(size: Size, stage: int, way: str, args: argparse.Namespace, 
         mixed_precision=args.precision,
     )  # fmt: skip
     gan = GANConfig(start=0) if stage == 2 else GANConfig()
-    pictures = Noise(size.tokenizer.image_size, args.batch_size * (WARM + 3 * args.steps + 1))
+    images = Noise(size.tokenizer.image_size, args.batch_size * (WARM + 3 * args.steps + 1))
     objective = ObjectiveConfig(perceptual=PerceptualConfig(kind="none"), gan=gan)
-    trainer = TokenizerTrainer(tokenizer, pictures, config, objective)
+    trainer = TokenizerTrainer(tokenizer, images, config, objective)
     if size.judged:
         judges = {"lpips": (1.0, LPIPS()), "convnext_s": (0.1, ConvNeXt())}
         trainer.objective.perceptual = PerceptualLoss(judges).requires_grad_(False).eval().to(tokenizer.device)

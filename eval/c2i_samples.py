@@ -1,8 +1,8 @@
-"""Draw the pictures that the ADM evaluator scores.
+"""Draw the images that the ADM evaluator scores.
 
     python eval/c2i_samples.py --model runs/cifar10/c2i --num-images 50000 --output samples.npz
 
-`arr_0` is uint8 [N, H, W, 3]; picture k is of class k modulo the number of classes and depends on (seed, k) only. The
+`arr_0` is uint8 [N, H, W, 3]; image k is of class k modulo the number of classes and depends on (seed, k) only. The
 file appears whole or not at all.
 """
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         drawer = load_drawer(arguments.model, arguments.device)
     with report.timed("per_image", share=plan.num_images):
         shape = write_samples(drawer, arguments.output, plan, sampling)
-    report.say(f"{arguments.output}: {shape[0]} pictures of {shape[1]} x {shape[2]}")
+    report.say(f"{arguments.output}: {shape[0]} images of {shape[1]} x {shape[2]}")
     report.add(
         shape=list(shape), plan=dataclasses.asdict(plan), sampling=dataclasses.asdict(sampling), commit=git_commit()
     )

@@ -2,11 +2,11 @@
 
     python eval/dpg.py --model PATH --dpg-csv dpg_bench.csv --judge BLIP_DIR --output runs/dpg/mine
     python eval/dpg.py --images GRIDS --resolution 512 --dpg-csv dpg_bench.csv --judge mplug --output runs/dpg/theirs
-    python eval/dpg.py --model PATH --prompts dpg_prompts.jsonl --output runs/dpg/pictures      # draw only
+    python eval/dpg.py --model PATH --prompts dpg_prompts.jsonl --output runs/dpg/images      # draw only
 
-The judge is asked about known pictures first and refused where it fails on them: photographs that come with
+The judge is asked about known images first and refused where it fails on them: photographs that come with
 scikit-image, or your own (`--canary DIR`); `--no-canary` goes without, and the manifest says so.
-An interrupted run goes on with the same command. `--output DIR` holds the pictures, records.jsonl (every answer as
+An interrupted run goes on with the same command. `--output DIR` holds the images, records.jsonl (every answer as
 written), summary.json and the official grids. Figures of different judges are no one scale; only mplug's compare with
 published ones.
 """

@@ -9,7 +9,7 @@ when one failed.
 
 What `attach` promises, tried out on every pair of a host family and an encoder family.
 
-Special here: hosts and encoders are tiny and random, but built from the real configuration classes, saved and read by
+Hosts and encoders are tiny and random, but built from the real configuration classes, saved and read by
 the real code, and the reload happens in a fresh process that has imported nothing but unimm.
 """
 
@@ -78,8 +78,8 @@ def try_pair(host_family: str, encoder: str, folder: Path) -> Row:
     written = model.generate(**inputs, **greedy)
     row["text"] = written.shape[1] == inputs["input_ids"].shape[1] + 6 and not _drawn(model, written).any()
     token_ids = model.generate(**inputs, generation_mode="image", seed=3, guidance_scale=2.0, num_return_sequences=2)
-    pictures = processor.postprocess(model.decode_image_tokens(token_ids))
-    row["image"] = bool(_drawn(model, token_ids).all()) and [each.size for each in pictures] == [(16, 16)] * 2
+    images = processor.postprocess(model.decode_image_tokens(token_ids))
+    row["image"] = bool(_drawn(model, token_ids).all()) and [each.size for each in images] == [(16, 16)] * 2
     answers = pipeline("image-text-to-text", model=model, processor=processor)(text=chat, max_new_tokens=4)
     row["pipeline"] = isinstance(answers[0]["generated_text"], list | str)
     row["any_to_any"] = _any_to_any(model, processor, chat) if is_torchvision_available() else "needs torchvision"
@@ -118,7 +118,7 @@ def _noise() -> Image.Image:
 
 
 def _chat(*parts: str | Image.Image) -> list[dict[str, Any]]:
-    """One user's turn of texts and pictures."""
+    """One user's turn of texts and images."""
     texts = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
     ]
@@ -127,7 +127,7 @@ def _chat(*parts: str | Image.Image) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _batches(model: Any, processor: Any) -> bool:
-    """Answers and drawings of one, two and no pictures are the same alone, together, and in another order."""
+    """Answers and drawings of one, two and no images are the same alone, together, and in another order."""
     chats = [_chat(_noise(), "one"), _chat("a longer question"), _chat(_noise(), "and", _noise(), "?")]
     ways: tuple[dict[str, Any], ...] = (
         {"max_new_tokens": 6, "do_sample": False, "eos_token_id": [], "pad_token_id": 0},
@@ -180,8 +180,8 @@ def _any_to_any(model: Any, processor: Any, chat: list[dict[str, Any]]) -> bool:
 
 @torch.no_grad()
 def _host_kept(model: Any, host: PreTrainedModel, own: bool) -> bool:
-    """Text logits are the host's to the bit; with its own encoder the logits of pictures are, too."""
-    text = torch.randint(10, 200, (3, 7))  # below 10 are the special tokens, placeholders of pictures among them
+    """Text logits are the host's to the bit; with its own encoder the logits of images are, too."""
+    text = torch.randint(10, 200, (3, 7))  # below 10 are the special tokens, placeholders of images among them
     same = torch.equal(model(input_ids=text).logits[..., :ROWS], host(input_ids=text).logits)
     if not own:
         return same
@@ -190,7 +190,7 @@ def _host_kept(model: Any, host: PreTrainedModel, own: bool) -> bool:
 
 @torch.no_grad()
 def _seen(host: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A sentence with one picture in the form that the host itself reads: tiled where it tiles."""
+    """A sentence with one image in the form that the host itself reads: tiled where it tiles."""
     generator = torch.Generator().manual_seed(2)
     tiles = host.config.model_type in ("llava_next", "llava_onevision")
     shape = (1, 3, 3, 16, 16) if tiles else (1, 3, 16, 16)

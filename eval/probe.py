@@ -4,7 +4,7 @@
         --test-source '$UNIMM_DATA/data/cifar10/test.parquet' --json probe.json
     python eval/probe.py --model runs/cifar10/stage2 ... --random
 
-MAE's protocol on frozen mean-pooled vectors (see unimm/evaluation/probe/run.py) and a nearest-neighbour vote. `--random`
+MAE's protocol on frozen mean-pooled vectors (unimm/evaluation/probe/run.py) and a nearest-neighbor vote. `--random`
 probes the same architecture with random weights: the floor.
 """
 
@@ -14,7 +14,7 @@ import sys
 
 from unimm.errors import one_line, run_main
 from unimm.evaluation.probe.run import KINDS, ProbePlan, probe_tokenizer, random_twin
-from unimm.evaluation.runs.evaluated_model import load_subject
+from unimm.evaluation.runs.evaluated_model import load_evaluated_model
 from unimm.runs.provenance import git_commit, hardware, package_versions
 from unimm.runs.report import Report
 
@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="an image tokenizer or a unified model; the default comes with the library")
     parser.add_argument("--random", action="store_true", help="random weights in the model's architecture")
-    parser.add_argument("--source", required=True, help="training pictures: a labelled parquet file, or shapes")
+    parser.add_argument("--source", required=True, help="training images: a labelled parquet file, or shapes")
     parser.add_argument("--test-source", required=True)
-    parser.add_argument("--num-train", type=int, help="the first N pictures; all unless given")
+    parser.add_argument("--num-train", type=int, help="the first N images; all unless given")
     parser.add_argument("--num-test", type=int)
     parser.add_argument("--level", type=int, help="hidden state of the encoder; the tokenizer's own unless given")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -42,12 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     path, random, no_flip = (arguments.pop(name) for name in ("model", "random", "no_flip"))
     plan = ProbePlan(flip=not no_flip, **arguments)
     with report.timed("load"):
-        subject = load_subject(path)
-    tokenizer = random_twin(subject.tokenizer, plan.seed) if random else subject.tokenizer
+        evaluated = load_evaluated_model(path)
+    tokenizer = random_twin(evaluated.tokenizer, plan.seed) if random else evaluated.tokenizer
     unreadable: list[str] = []
     with report.timed("probe"):
         scores = probe_tokenizer(
-            tokenizer, subject.image_processor, plan, bad=lambda name, error: unreadable.append(one_line(error))
+            tokenizer, evaluated.image_processor, plan, bad=lambda name, error: unreadable.append(one_line(error))
         )
     for reason in unreadable:
         report.say(f"left out: {reason}")
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     for kind, found in scores.items():
         report.say(f"{kind:<10} {found['linear']:8.4f} {found['knn']:8.4f} {found['base_rate']:6g}")
     report.add(probe=scores, random=random, unreadable=unreadable, plan=dataclasses.asdict(plan), commit=git_commit())
-    report.add(versions=package_versions(), hardware=hardware(), **subject.runs_on)
+    report.add(versions=package_versions(), hardware=hardware(), **evaluated.runs_on)
     report.write()
 
 

@@ -9,7 +9,7 @@ thread: the last bits depend on their number.
 
 Whether a killed run, started again by the same command, ends with the bits of one that nobody disturbed.
 
-Special here: the processes are real and SIGKILL takes their whole group. They are forks of this one, because importing
+The processes are real and SIGKILL takes their whole group. They are forks of this one, because importing
 torch and transformers takes longer than the tiny runs do; `accelerate` starts them by `accelerate launch` instead.
 """
 

@@ -1,4 +1,4 @@
-"""Measure a model on the picture world: reconstruction, answers, drawings.
+"""Measure a model on the shapes data set: reconstruction, answers, drawings.
 
     python eval/shapes.py                                                       # the embedded default
     python eval/shapes.py --model runs/shapes/t2i --json shapes.json
@@ -7,7 +7,7 @@
 `--json FILE` writes reconstruction {agreement, psnr, psnr_mean_color, ssim, codebook_use, perplexity}, chat
 {existence, color, count, position}, generation {the six GenEval tags, overall, withheld}, strict {the same figures as a
 second detector judges them, which wants crisp shapes and nothing else}, seconds, seed and commit; `--rows FILE` every
-single verdict. `--output DIR` keeps every picture and answer: an interrupted run goes on, and
+single verdict. `--output DIR` keeps every image and answer: an interrupted run goes on, and
 `unimm eval report DIR --output report.html` makes a page of it.
 """
 

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: real steps of the real loops, their parts on a clock.
 
-Special here: parts are timed where they are called, from outside, so the loops know nothing of it. A part's time is its
+Parts are timed where they are called, from outside, so the loops know nothing of it. A part's time is its
 own, without that of the parts within it, and on a GPU the device is waited for at every edge: the sum is a little more
 than a step takes without the clock, which is measured too.
 """
@@ -81,7 +81,7 @@ class Split:
 
     @property
     def images_per_second(self) -> float:
-        return self.work.pictures / self.step_seconds
+        return self.work.images / self.step_seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -101,17 +101,17 @@ def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
     """Of a tokenizer's trainer, its GAN at work where it has one. Three passes: warm, without a clock, with it."""
     config, tokenizer = trainer.config, trainer.tokenizer
     clock = StepClock(trainer.accelerator.device)
-    if trainer.adversary is not None:
-        trainer.adversary.start = 0
+    if trainer.gan_trainer is not None:
+        trainer.gan_trainer.start = 0
     tokenizer.train()
     batches = trainer._batches(trainer._remaining())
     for _ in range(WARM):
         trainer._optimizer_step(batches)
     split = Split(steps, step_seconds=_seconds(clock, steps, lambda: trainer._optimizer_step(batches)))
-    pictures = config.batch_size * config.gradient_accumulation_steps
+    images = config.batch_size * config.gradient_accumulation_steps
     cost = TokenizerCost.of(tokenizer, config.stage).training(config.batch_size) * config.gradient_accumulation_steps
     tokenizer.train()
-    split.work = Work(pictures, pictures * tokenizer.config.num_image_tokens, cost)
+    split.work = Work(images, images * tokenizer.config.num_image_tokens, cost)
     for owner, method, name in (
         (tokenizer, "hidden_states", "encoder"),
         (tokenizer, "_quantized", "quantizer"),
@@ -124,8 +124,8 @@ def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
         (trainer.ema, "update", "optimiser"),
     ):
         clock.watch(owner, method, name)
-    for method in ("generator_loss", "step") if trainer.adversary is not None else ():
-        clock.watch(trainer.adversary, method, "GAN", whole=True)
+    for method in ("generator_loss", "step") if trainer.gan_trainer is not None else ():
+        clock.watch(trainer.gan_trainer, method, "GAN", whole=True)
     for _ in range(steps):
         with clock.part("rest"):
             trainer._optimizer_step(_timed(batches, clock))

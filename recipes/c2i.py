@@ -1,8 +1,8 @@
-"""Teach a GPT to draw pictures of a class: LlamaGen's recipe (arXiv 2406.06525) over the ids of any image tokenizer.
+"""Teach a GPT to draw images of a class: LlamaGen's recipe (arXiv 2406.06525) over the ids of any image tokenizer.
 
     accelerate launch --num_cpu_threads_per_process 2 recipes/c2i.py --config configs/cifar10/c2i.yaml
 
-Extracts the ids of labelled pictures where they are not on disk yet, trains, and saves GPT and tokenizer in one folder
+Extracts the ids of labelled images where they are not on disk yet, trains, and saves GPT and tokenizer in one folder
 that `eval/c2i_samples.py` draws from. A run that is started again goes on from its last checkpoint.
 """
 
@@ -26,7 +26,7 @@ from unimm.data.sources.ids import entropy_line
 from unimm.errors import UserError, require_place, run_main
 from unimm.runs.provenance import write_atomically
 from unimm.tokenizer.loading import load_with_processor
-from unimm.training.dry_run import SHEET_PICTURES, dry_run_stream, short, show_pictures
+from unimm.training.dry_run import SHEET_IMAGES, dry_run_stream, short, show_images
 from unimm.training.language_model.class_conditional_trainer import ClassConditionalTrainer
 from unimm.training.loop.arguments import C2ITrainingArguments
 from unimm.training.loop.run import open_run
@@ -85,8 +85,8 @@ def main() -> None:
     set_seed(train.seed)  # here: extracting ids may take random numbers, and they may be on disk already
     model = build(recipe, ids, compiled=recipe.train.compile_blocks and not dry_run)
     if dry_run:
-        picture_of = lambda batch: tokenizer.decode(batch["ids"][:SHEET_PICTURES])  # noqa: E731
-        show = show_pictures(Path(train.output_dir) / "dry_run.png", picture_of)
+        image_of = lambda batch: tokenizer.decode(batch["ids"][:SHEET_IMAGES])  # noqa: E731
+        show = show_images(Path(train.output_dir) / "dry_run.png", image_of)
         dry_run_stream(trainer_of(recipe, short(train), model, ids, held_out), train, show)
         return
     facts = {"rows of ids": len(ids), "tokenizer": ids.info.tokenizer_fingerprint}

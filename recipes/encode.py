@@ -56,7 +56,7 @@ def main() -> None:
     start = time.perf_counter()
     done = encoder.run()
     seconds = time.perf_counter() - start
-    print(f"process {rank + 1} of {world_size}: {done} pictures in {seconds:.1f} s, {done / seconds:.1f} images/s")
+    print(f"process {rank + 1} of {world_size}: {done} images in {seconds:.1f} s, {done / seconds:.1f} images/s")
 
 
 PLACES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}

@@ -1,4 +1,4 @@
-"""Teach a language model to talk about pictures: attach an image tokenizer to it and train on conversations.
+"""Teach a language model to talk about images: attach an image tokenizer to it and train on conversations.
 
     accelerate launch --num_cpu_threads_per_process 2 recipes/sft.py --config configs/shapes/sft.yaml
 
@@ -42,7 +42,7 @@ class SFTModelConfig:
             of `text_vocab_size` entries of its own.
         row_init: how the rows of the image ids begin.
         chat_template: a published format by its name, as in `unimm.attach`.
-        pad_to_square: pictures are padded to squares, not stretched.
+        pad_to_square: images are padded to squares, not stretched.
         trains: "projector" freezes the language model too, as LLaVA's pretraining does.
     """
 

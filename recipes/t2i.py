@@ -1,4 +1,4 @@
-"""Teach a model that talks about pictures to draw them too: drawings and conversations in one run, one checkpoint that
+"""Teach a model that talks about images to draw them too: drawings and conversations in one run, one checkpoint that
 does both.
 
     accelerate launch --num_cpu_threads_per_process 2 recipes/t2i.py --config configs/shapes/t2i.yaml
@@ -19,7 +19,7 @@ from unimm.data.mixture import MixtureConfig
 from unimm.data.presence import require_sources
 from unimm.errors import UserError, require_place, run_main
 from unimm.mllm import UnifiedModelMixin, UnimmProcessor, load
-from unimm.mllm.swap_tokenizer import exchange_image_tokenizer
+from unimm.mllm.swap_tokenizer import swap_image_tokenizer
 from unimm.training.language_model.adapters import LoraSettings, add_lora
 from unimm.training.language_model.callbacks import Panel
 from unimm.training.language_model.recipe import train_on_flows
@@ -77,7 +77,7 @@ def main() -> None:
     how |= recipe.lora.loading() if recipe.lora else {}
     model, processor = load(recipe.model.path, device="cpu", **how)
     if recipe.model.image_tokenizer is not None:
-        exchange_image_tokenizer(model, recipe.model.image_tokenizer)
+        swap_image_tokenizer(model, recipe.model.image_tokenizer)
     adapter = add_lora(model, recipe.lora, base=recipe.model.path) if recipe.lora else None
     model.config.null_prompt_prob = recipe.data.null_prompt_prob
     panel = panel_of(model, processor, recipe.panel) if recipe.panel.prompts else None

@@ -18,7 +18,7 @@ from transformers.trainer_utils import set_seed
 
 from unimm.config.loading import parse_training_args
 from unimm.config.schema import Count, refuse_unused, used_when
-from unimm.data.image_streams import PictureConfig, held_out_lines, held_out_pictures, picture_stream
+from unimm.data.image_streams import ImageDataConfig, held_out_images, held_out_lines, image_stream
 from unimm.errors import UserError, reading, require_place, run_main
 from unimm.mllm import load
 from unimm.mllm.loading import DEFAULT
@@ -29,7 +29,7 @@ from unimm.training.dry_run import dry_run_tokenizer, short_tokenizer
 from unimm.training.loop.arguments import TokenizerTrainingConfig, accumulation_steps
 from unimm.training.loop.run import open_run
 from unimm.training.tokenizer.objective import ObjectiveConfig
-from unimm.training.tokenizer.trainer import PANEL_PICTURES, TokenizerTrainer
+from unimm.training.tokenizer.trainer import PANEL_IMAGES, TokenizerTrainer
 
 BEGINNING = used_when(lambda c: c.encoder is not None, "model.encoder, with which a tokenizer begins")
 
@@ -38,7 +38,7 @@ BEGINNING = used_when(lambda c: c.encoder is not None, "model.encoder, with whic
 class TokenizerModelConfig:
     """`encoder` is a vision model's folder or hub id, `init_from` a tokenizer's, or a unified model's ("default": the
     one that comes with the library); `kind` is the tokenizer's model type, `config` are fields of its configuration and
-    `image_size` the pictures' side, where it is not the encoder's own."""
+    `image_size` the images' side, where it is not the encoder's own."""
 
     kind: str = "vqrae"
     encoder: str | None = None
@@ -52,7 +52,7 @@ class TokenizerModelConfig:
 class TokenizerRecipe:
     train: TokenizerTrainingConfig
     model: TokenizerModelConfig = field(default_factory=TokenizerModelConfig)
-    data: PictureConfig = field(default_factory=PictureConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
     loss: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def __post_init__(self) -> None:
@@ -114,18 +114,18 @@ def main() -> None:
         train.gradient_accumulation_steps = accumulation_steps(train.global_batch_size, train.batch_size, count)
     samples_per_step = train.batch_size * train.gradient_accumulation_steps * count
     log = Path(train.output_dir) / "data"
-    pictures = picture_stream(recipe.data, train.steps * samples_per_step, train.seed, log_folder=log)
-    held_out = held_out_pictures(recipe.data, PANEL_PICTURES, train.seed)
-    for line in held_out_lines(pictures, held_out):
+    images = image_stream(recipe.data, train.steps * samples_per_step, train.seed, log_folder=log)
+    held_out = held_out_images(recipe.data, PANEL_IMAGES, train.seed)
+    for line in held_out_lines(images, held_out):
         processes().print(line)
     tokenizer = build(recipe.model)
     if dry_run:
-        trainer = TokenizerTrainer(tokenizer, pictures, short_tokenizer(train), recipe.loss)
+        trainer = TokenizerTrainer(tokenizer, images, short_tokenizer(train), recipe.loss)
         dry_run_tokenizer(trainer, train, Path(train.output_dir) / "dry_run.png")
         return
     encoder = model_fingerprint(tokenizer.encoder)  # the teacher
-    with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=pictures.sizes):
-        TokenizerTrainer(tokenizer, pictures, train, recipe.loss, held_out=held_out).train()
+    with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=images.sizes):
+        TokenizerTrainer(tokenizer, images, train, recipe.loss, held_out=held_out).train()
 
 
 if __name__ == "__main__":

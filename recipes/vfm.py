@@ -1,4 +1,4 @@
-"""Pretrain a small SigLIP on captioned pictures: the stand-in for a downloaded vision foundation model.
+"""Pretrain a small SigLIP on captioned images: the stand-in for a downloaded vision foundation model.
 
     accelerate launch --num_cpu_threads_per_process 2 recipes/vfm.py --config configs/shapes/vfm.yaml
 
@@ -16,11 +16,11 @@ from transformers.trainer_utils import set_seed
 
 from unimm.config.loading import parse_training_args
 from unimm.config.schema import Count
-from unimm.data.image_streams import PictureConfig, held_out_lines, held_out_pictures, picture_stream, to_array
+from unimm.data.image_streams import ImageDataConfig, held_out_images, held_out_lines, image_stream, to_array
 from unimm.errors import run_main
 from unimm.runs.processes import processes
 from unimm.saving import whole_folder
-from unimm.training.dry_run import dry_run_stream, short, show_pictures
+from unimm.training.dry_run import dry_run_stream, short, show_images
 from unimm.training.language_model.text_tokenizer import train_text_tokenizer
 from unimm.training.loop.arguments import StreamTrainingArguments
 from unimm.training.loop.run import open_run
@@ -41,7 +41,7 @@ class VFMModelConfig:
 class VFMConfig:
     model: VFMModelConfig
     train: StreamTrainingArguments
-    data: PictureConfig = field(default_factory=PictureConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
     loss: VisionPretrainingConfig = field(default_factory=VisionPretrainingConfig)
 
 
@@ -51,8 +51,8 @@ def main() -> None:
     set_seed(train.seed)
     length = train.max_steps * train.samples_per_step
     log = Path(train.output_dir) / "data"
-    stream = picture_stream(config.data, length, train.seed, allow_withheld=False, log_folder=log)
-    for line in held_out_lines(stream, held_out_pictures(config.data, 1, train.seed)):
+    stream = image_stream(config.data, length, train.seed, allow_withheld=False, log_folder=log)
+    for line in held_out_lines(stream, held_out_images(config.data, 1, train.seed)):
         processes().print(line)
     tokenizer = train_text_tokenizer((stream[i]["text"] for i in range(min(2000, length))), config.model.vocab_size)
     size = {"height": config.data.image_size, "width": config.data.image_size}
@@ -71,7 +71,7 @@ def main() -> None:
 
     parts = {"train_dataset": stream, "data_collator": collate, "stream_seed": train.seed}
     if dry_run:
-        show = show_pictures(Path(train.output_dir) / "dry_run.png", lambda batch: batch["pixel_values"] / 2 + 0.5)
+        show = show_images(Path(train.output_dir) / "dry_run.png", lambda batch: batch["pixel_values"] / 2 + 0.5)
         dry_run_stream(VisionPretrainingTrainer(model, short(train), **parts), train, show)
         return
     with open_run(config, samples_per_step=train.samples_per_step, rows=stream.sizes):
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def to_pixel_values(images: list) -> torch.Tensor:
-    """PIL RGB pictures of one size -> [B, 3, H, W] in [-1, 1], as the image processor normalises them."""
+    """PIL RGB images of one size -> [B, 3, H, W] in [-1, 1], as the image processor normalizes them."""
     return torch.from_numpy(to_array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 

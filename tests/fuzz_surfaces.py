@@ -22,7 +22,7 @@ from unimm.config.loading import load_config
 from unimm.data.bad_rows import UsableRows
 from unimm.data.images import load_image
 from unimm.data.sources.llava import LlavaOptions, open_llava
-from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.registry import open_images
 from unimm.mllm import attach, load
 from unimm.tokenizer.loading import load_with_processor
 
@@ -205,7 +205,7 @@ class Tar:
 
     def use(self, folder: Path) -> None:
         source = str(folder / "a.tar")
-        rows = UsableRows(open_pictures(source), source, max_bad_share=1.0)
+        rows = UsableRows(open_images(source), source, max_bad_share=1.0)
         for index in range(len(rows)):
             rows.usable(index)
 
@@ -237,11 +237,11 @@ class Checkpoints:
             attach(path, self.image_tokenizer)
         elif path.name == "tokenizer":
             tokenizer, image_processor = load_with_processor(path)
-            pixel_values = image_processor([tiny.picture()], return_tensors="pt")["pixel_values"]
+            pixel_values = image_processor([tiny.image()], return_tensors="pt")["pixel_values"]
             tokenizer.decode(tokenizer.encode(pixel_values).ids)
         else:
             session = ChatSession(*load(path), max_new_tokens=4)
-            session.ask("is there a ring?", tiny.picture())
+            session.ask("is there a ring?", tiny.image())
             session.draw("a red circle", seed=0)
 
 

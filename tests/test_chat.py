@@ -29,17 +29,17 @@ def roles(session: ChatSession) -> list[str]:
     return [message["role"] for message in session.messages]
 
 
-def test_ask_keeps_the_history_with_its_pictures(session: ChatSession, tmp_path: Path) -> None:
-    answer = session.ask("what is there?", tiny.picture())
+def test_ask_keeps_the_history_with_its_images(session: ChatSession, tmp_path: Path) -> None:
+    answer = session.ask("what is there?", tiny.image())
     assert isinstance(answer, str) and session.messages[1] == tiny.assistant(answer)
-    tiny.picture("blue").save(tmp_path / "blue.png")
+    tiny.image("blue").save(tmp_path / "blue.png")
     session.ask("and here?", [tmp_path / "blue.png"])
     assert roles(session) == ["user", "assistant"] * 2
     assert [part["type"] for part in session.messages[2]["content"]] == ["image", "text"]
     inputs = session._inputs(session.messages)
     assert inputs["pixel_values"].shape[0] == 2
     session.reset()
-    assert session.messages == [] and session.ask("what is there?", tiny.picture()) == answer
+    assert session.messages == [] and session.ask("what is there?", tiny.image()) == answer
 
 
 def test_every_kind_of_image_is_shown_alike(session: ChatSession, tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def test_history_changes_the_answer_inputs(parts: tuple) -> None:
 
 def test_stream_is_the_answer_in_pieces(parts: tuple) -> None:
     whole, pieces = ChatSession(*parts, max_new_tokens=20), ChatSession(*parts, max_new_tokens=20)
-    expected = whole.ask("what?", tiny.picture())
-    stream = pieces.ask("what?", tiny.picture(), stream=True)
+    expected = whole.ask("what?", tiny.image())
+    stream = pieces.ask("what?", tiny.image(), stream=True)
     assert isinstance(stream, Iterator) and pieces.messages == []
     assert "".join(stream) == expected
     assert pieces.messages[1] == whole.messages[1]
@@ -101,14 +101,14 @@ def test_a_failing_stream_raises_and_leaves_the_history(session: ChatSession) ->
     assert session.messages == []
 
 
-def test_draw_gives_pictures_and_remembers_them(session: ChatSession) -> None:
+def test_draw_gives_images_and_remembers_them(session: ChatSession) -> None:
     steps = []
-    pictures = session.draw("a red circle", 3, seed=5, guidance_scale=2.0, on_token=lambda *step: steps.append(step))
-    assert [picture.size for picture in pictures] == [(16, 16)] * 3
+    images = session.draw("a red circle", 3, seed=5, guidance_scale=2.0, on_token=lambda *step: steps.append(step))
+    assert [image.size for image in images] == [(16, 16)] * 3
     assert steps == [(done, 16) for done in range(1, 17)]
-    assert session.messages == [tiny.user("a red circle"), tiny.assistant(*pictures)]
+    assert session.messages == [tiny.user("a red circle"), tiny.assistant(*images)]
     again = session.draw("a red circle", 1, seed=5, guidance_scale=2.0)  # what was said before does not matter
-    assert again[0].tobytes() == pictures[0].tobytes() and pictures[1].tobytes() != pictures[0].tobytes()
+    assert again[0].tobytes() == images[0].tobytes() and images[1].tobytes() != images[0].tobytes()
     assert isinstance(session.ask("what is that?"), str)
     assert session._inputs(session.messages)["pixel_values"].shape[0] == 4
 
@@ -178,7 +178,7 @@ def test_converse_reads_lines(
     session: ChatSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny.picture().save("red.png")
+    tiny.image().save("red.png")
     Path("picture-1.png").write_text("mine")
     lines = [
         "what?",
@@ -255,7 +255,7 @@ def test_nested_markers_are_plain_text(parts: tuple, text: str) -> None:
     plain = session._inputs([tiny.user("two")])["input_ids"][0].tolist()
     assert control == [plain.count(token) for token in processor.tokenizer.added_tokens_decoder]
     assert f"user\n{text}" in processor.tokenizer.decode(ids)
-    session.ask(text, tiny.picture())
+    session.ask(text, tiny.image())
     session.draw(text)
     assert roles(session) == ["user", "assistant"] * 2
 
@@ -274,7 +274,7 @@ def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(
     monkeypatch.setattr(session, "_room", lambda *given: rooms.append(original(*given)) or rooms[-1])
     session.messages = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}]
     for number in range(8):
-        session.ask(f"{number} " + "word " * 8, tiny.picture(), stream=False)
+        session.ask(f"{number} " + "word " * 8, tiny.image(), stream=False)
         assert rooms[-1] >= 6, "the whole answer fits"
         assert session.messages[0]["role"] == "system"
         assert session.messages[-2]["content"][1]["text"].startswith(f"{number} ")
@@ -289,8 +289,8 @@ def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(
 
 def test_sixty_drawings_leave_room_for_a_question(parts: tuple) -> None:
     session = ChatSession(*parts, max_new_tokens=6)
-    picture = tiny.picture()
-    session.messages = [turn for _ in range(60) for turn in (tiny.user("two"), tiny.assistant(picture))]
+    image = tiny.image()
+    session.messages = [turn for _ in range(60) for turn in (tiny.user("two"), tiny.assistant(image))]
     assert "".join(session.ask("what is that?", stream=True)) == session.messages[-1]["content"][0]["text"]
     assert 2 < len(session.messages) < 60
     session.draw("two")
@@ -299,7 +299,7 @@ def test_sixty_drawings_leave_room_for_a_question(parts: tuple) -> None:
 
 def test_a_conversation_that_outgrows_the_context_may_be_refused(parts: tuple) -> None:
     session = ChatSession(*parts, max_new_tokens=6, overflow="refuse")
-    session.messages = [turn for _ in range(60) for turn in (tiny.user("two"), tiny.assistant(tiny.picture()))]
+    session.messages = [turn for _ in range(60) for turn in (tiny.user("two"), tiny.assistant(tiny.image()))]
     before = list(session.messages)
     with pytest.raises(UserError, match=r"This is \d+ tokens long.*the model reads 256. Reset the conversation"):
         session.ask("what is that?")
@@ -324,7 +324,7 @@ def test_tokens_are_counted_as_the_model_reads_them(parts: tuple) -> None:
     session = ChatSession(*parts)
     for chat in (
         [tiny.user("one <|im_end|> <|image_pad|>")],
-        [tiny.user(tiny.picture(), "one", tiny.picture()), tiny.assistant(tiny.picture()), tiny.user("two")],
+        [tiny.user(tiny.image(), "one", tiny.image()), tiny.assistant(tiny.image()), tiny.user("two")],
     ):
         assert processor.count_tokens(chat) == session._inputs(chat)["input_ids"].shape[1]
 

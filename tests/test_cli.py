@@ -37,9 +37,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with one picture, `in.png`."""
+    """An empty working folder with one image, `in.png`."""
     monkeypatch.chdir(tmp_path)
-    tiny.picture().save("in.png")
+    tiny.image().save("in.png")
     return tmp_path
 
 
@@ -53,7 +53,7 @@ def report(text: str) -> dict[str, Any]:
     return content
 
 
-def test_generate_numbers_its_pictures(model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_numbers_its_images(model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", PROMPT, "--model", str(model_folder), "--output", "out/a.png", "--num-images", "2"]
     assert main([*command, "--seed", "3", "--guidance-scale", "2", "--temperature", "0.9", "--json", "r.json"]) == 0
     assert capsys.readouterr().out.splitlines() == ["out/a-1.png", "out/a-2.png"]
@@ -103,7 +103,7 @@ def test_names_of_files_that_are_no_utf8(
     model_folder: Path, desk: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     name = os.fsdecode(b"caf\xe9.png")
-    tiny.picture().save(name)
+    tiny.image().save(name)
     assert main(["reconstruct", name, "--output", f"out-{name}", "--model", str(model_folder), "--json", "r.json"]) == 0
     assert capsysbinary.readouterr().out.startswith(b"out-caf\\udce9.png  (16 ids")
     content = report(Path("r.json").read_text(encoding="utf-8"))
@@ -178,21 +178,21 @@ MISTAKES = {
     "long prompt": (["generate", "word " * 10_000], "shorter prompt"),
     "empty question": (["chat", ""], "question is empty"),
     "long question": (["chat", "word " * 10_000], "model reads 2048"),
-    "no pictures": (["generate", "x", "--num-images", "0"], "'0' is not a number of pictures"),
+    "no images": (["generate", "x", "--num-images", "0"], "'0' is not a number of images"),
     "wrong seed": (["generate", "x", "--seed", "-1"], "'-1' is not a whole number"),
     "wrong scale": (["generate", "x", "--guidance-scale", "much"], "'much' is not a number"),
     "wrong temperature": (["generate", "x", "--temperature", "nan"], "'nan' is not a number"),
-    "greedy pictures": (["generate", "x", "--temperature", "0", "--num-images", "2"], "would be equal"),
-    "output no picture": (["generate", "x", "--output", "a.txt"], "a.txt: its name must end in"),
+    "greedy images": (["generate", "x", "--temperature", "0", "--num-images", "2"], "would be equal"),
+    "output no image": (["generate", "x", "--output", "a.txt"], "a.txt: its name must end in"),
     "output under a file": (["generate", "x", "--output", "in.png/a.png"], "in.png is a file"),
     "report a folder": (["generate", "x", "--json", "."], "Cannot write the report"),
-    "picture absent": (["chat", "x", "--image", "absent.png"], "absent.png: there is no such file"),
-    "picture is text": (["reconstruct", "text.png"], "text.png: it is not a picture"),
-    "picture truncated": (["reconstruct", "cut.png"], "cut.png: the file is cut off"),
+    "image absent": (["chat", "x", "--image", "absent.png"], "absent.png: there is no such file"),
+    "image is text": (["reconstruct", "text.png"], "text.png: it is not an image"),
+    "image truncated": (["reconstruct", "cut.png"], "cut.png: the file is cut off"),
     "page over a file": (["demo", "--output", "in.png"], "in.png is a file"),
     "json of a conversation": (["chat", "--json", "-"], "give a PROMPT"),
     "model absent": (["generate", "x", "--model", "absent"], "absent"),
-    "model is a picture": (["reconstruct", "in.png", "--model", "in.png"], "in.png"),
+    "model is an image": (["reconstruct", "in.png", "--model", "in.png"], "in.png"),
     "model is damaged": (["reconstruct", "in.png", "--model", "damaged"], "damaged"),
 }
 
@@ -201,7 +201,7 @@ MISTAKES = {
 def test_mistakes_are_one_line_and_write_nothing(
     mistake: str, model_folder: Path, desk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    Path("text.png").write_text("no picture")
+    Path("text.png").write_text("no image")
     Path("cut.png").write_bytes(Path("in.png").read_bytes()[:50])
     Path("damaged").mkdir()
     Path("damaged/config.json").write_text("{")
@@ -292,23 +292,23 @@ def test_ways_out_and_doctor(model_folder: Path, desk: Path, capsys: pytest.Capt
 def test_doctor_fails_with_code_1(
     model_folder: Path, desk: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sick = tmp_path_factory.mktemp("sick") / "model"
-    shutil.copytree(model_folder, sick)
-    file = sick / "processor_config.json"
+    broken_tower = tmp_path_factory.mktemp("sick") / "model"
+    shutil.copytree(model_folder, broken_tower)
+    file = broken_tower / "processor_config.json"
     settings = json.loads(file.read_text())
     settings["image_processor"]["image_mean"] = [0.1, 0.1, 0.1]
     file.write_text(json.dumps(settings))
-    assert main(["doctor", "--model", str(sick)]) == 1
+    assert main(["doctor", "--model", str(broken_tower)]) == 1
     capsys.readouterr()
-    assert main(["doctor", str(sick)]) == 1
+    assert main(["doctor", str(broken_tower)]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
     assert len(failed) == 2 and "normalization" in failed[0] and "agreement" in failed[1]
     shutil.copy(model_folder / "processor_config.json", file)
-    file = sick / "config.json"
+    file = broken_tower / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_grid": [9, 9]}))
-    assert main(["doctor", str(sick)]) == 1
+    assert main(["doctor", str(broken_tower)]) == 1
     assert "image_grid of config.json is [9, 9]" in capsys.readouterr().out
-    assert main(["chat", "Is there a ring?", "--model", str(sick)]) == 2
+    assert main(["chat", "Is there a ring?", "--model", str(broken_tower)]) == 2
     assert "image_grid of config.json is [9, 9]" in capsys.readouterr().err
 
 

@@ -29,7 +29,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """22 of them: number 5 is a web page, 13 is cut off."""
     folder = write_folder(tmp_path_factory.mktemp("pictures"), range(22))
     (folder / "005.png").write_text("<html>")
@@ -44,9 +44,9 @@ def encoder(tokenizer, source, folder, rank=0, world_size=1, **fields):
 
 
 @pytest.fixture(scope="module")
-def encoded(tokenizer, pictures, tmp_path_factory):
+def encoded(tokenizer, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
-    assert encoder(tokenizer, pictures, folder, features=True).run() == 20
+    assert encoder(tokenizer, images, folder, features=True).run() == 20
     return folder
 
 
@@ -54,11 +54,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_the_ids_are_those_of_encode_and_columns_ride_along(tokenizer, pictures, encoded):
+def test_the_ids_are_those_of_encode_and_columns_ride_along(tokenizer, images, encoded):
     processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
     good = [n for n in range(22) if n not in (5, 13)]
-    images = [crop(load_image(pictures / f"{n:03d}.png"), tokenizer.config.image_size) for n in good]
-    output = tokenizer.encode(processor(images=images, return_tensors="pt").pixel_values)
+    crops = [crop(load_image(images / f"{n:03d}.png"), tokenizer.config.image_size) for n in good]
+    output = tokenizer.encode(processor(images=crops, return_tensors="pt").pixel_values)
     rows = IdsFolder(str(encoded))
     assert np.array_equal(np.stack([rows[n]["ids"] for n in range(len(rows))]), output.ids.numpy())
     assert [rows[n]["text"] for n in range(len(rows))] == [f"caption {n}" for n in good]
@@ -77,16 +77,16 @@ def test_names_that_are_no_utf8_are_kept_written_out(tokenizer, tmp_path):
     rows = IdsFolder(str(tmp_path / "out"))
     assert [rows[n]["key"] for n in range(3)] == ["000.png", "001.png", "e\\udce9.png"]
     line = json.loads((tmp_path / "out/ids-00000.skipped.jsonl").read_text(encoding="utf-8"))
-    assert line["reason"] == "damaged picture" and os.fsdecode(b"f\xe9.png") in line["detail"]
+    assert line["reason"] == "damaged image" and os.fsdecode(b"f\xe9.png") in line["detail"]
 
 
 def test_the_manifest_counts_and_names(tokenizer, encoded):
     manifest = json.loads((encoded / MANIFEST).read_text())
     assert [shard["rows"] for shard in manifest["shards"]] == [5, 6, 5, 4]
     assert [shard["skipped"] for shard in manifest["shards"]] == [
-        {"damaged picture": 1},
+        {"damaged image": 1},
         {},
-        {"damaged picture": 1},
+        {"damaged image": 1},
         {},
     ]
     assert manifest["info"]["tokenizer_fingerprint"] == tokenizer.fingerprint
@@ -98,8 +98,8 @@ def test_the_manifest_counts_and_names(tokenizer, encoded):
     assert json.loads(line)["row"] == 13 and "013.png" in line
 
 
-def test_two_processes_and_an_interrupted_run_write_the_same_bytes(tokenizer, pictures, encoded, tmp_path, monkeypatch):
-    one, other = (encoder(tokenizer, pictures, tmp_path, rank, 2, features=True) for rank in range(2))
+def test_two_processes_and_an_interrupted_run_write_the_same_bytes(tokenizer, images, encoded, tmp_path, monkeypatch):
+    one, other = (encoder(tokenizer, images, tmp_path, rank, 2, features=True) for rank in range(2))
     assert (one.missing, other.missing) == ([0, 2], [1, 3])
     writes = []
     write = Encoder._write
@@ -118,15 +118,15 @@ def test_two_processes_and_an_interrupted_run_write_the_same_bytes(tokenizer, pi
     assert not (tmp_path / MANIFEST).exists()
     with pytest.raises(UserError, match=f"{tmp_path} holds 3 shards of ids and no {MANIFEST}.*start it again"):
         IdsFolder(str(tmp_path))
-    again = encoder(tokenizer, pictures, tmp_path, 0, 2, features=True)
+    again = encoder(tokenizer, images, tmp_path, 0, 2, features=True)
     assert again.missing == [2]
     again.run()
     assert files_of(tmp_path) == files_of(encoded)
-    assert encoder(tokenizer, pictures, tmp_path, features=True).run() == 0
+    assert encoder(tokenizer, images, tmp_path, features=True).run() == 0
 
 
-def test_worker_processes_change_nothing(tokenizer, pictures, encoded, tmp_path):
-    encoder(tokenizer, pictures, tmp_path, features=True, num_workers=2).run()
+def test_worker_processes_change_nothing(tokenizer, images, encoded, tmp_path):
+    encoder(tokenizer, images, tmp_path, features=True, num_workers=2).run()
     assert files_of(tmp_path) == files_of(encoded)
 
 
@@ -145,22 +145,22 @@ def test_labels_and_filters(tokenizer, tmp_path):
         encoder(tokenizer, source, tmp_path / "other", label_column="text", **config | {"read": ReadOptions()}).run()
 
 
-def test_a_folder_of_something_else_is_refused(tokenizer, pictures, encoded):
+def test_a_folder_of_something_else_is_refused(tokenizer, images, encoded):
     with pytest.raises(UserError, match="tokenizer .* and the run names the tokenizer"):
-        encoder(tiny_vqrae(codebook_dim=32), pictures, encoded)
+        encoder(tiny_vqrae(codebook_dim=32), images, encoded)
     with pytest.raises(UserError, match="6 a shard.*asks for .*8 a shard.*choose another output_dir"):
-        encoder(tokenizer, pictures, encoded, rows_per_shard=8)
+        encoder(tokenizer, images, encoded, rows_per_shard=8)
     with pytest.raises(UserError, match="holds 'name'; known: text, class_label"):
         EncodeConfig("a", columns=["name"])
     with pytest.raises(UserError, match="holds 22 rows and data.count asks for 23"):
-        encoder(tokenizer, pictures, encoded, count=23)
+        encoder(tokenizer, images, encoded, count=23)
 
 
-def test_too_much_damage_ends_without_a_manifest(tokenizer, pictures, tmp_path):
-    with pytest.raises(UserError, match="cannot be used, more than max_bad_share 5.0%: 2 damaged picture"):
-        encoder(tokenizer, pictures, tmp_path, max_bad_share=0.05).run()
+def test_too_much_damage_ends_without_a_manifest(tokenizer, images, tmp_path):
+    with pytest.raises(UserError, match="cannot be used, more than max_bad_share 5.0%: 2 damaged image"):
+        encoder(tokenizer, images, tmp_path, max_bad_share=0.05).run()
     fields = {"max_bad_share": 0.05, "rows_per_shard": 5}
-    two = [encoder(tokenizer, pictures, tmp_path / "two", rank, 2, **fields) for rank in (1, 0)]
+    two = [encoder(tokenizer, images, tmp_path / "two", rank, 2, **fields) for rank in (1, 0)]
     assert two[0].run() == 9  # one bad row is no more than the share
     with pytest.raises(UserError, match=r"2 of 22 rows \(9.1%\)"):
         two[1].run()
@@ -185,9 +185,9 @@ def test_a_broken_folder_names_what_is_broken(encoded, tmp_path, spoil, message)
         IdsFolder(str(folder))
 
 
-def test_a_shard_of_another_tokenizer_is_found(tokenizer, pictures, encoded, tmp_path):
+def test_a_shard_of_another_tokenizer_is_found(tokenizer, images, encoded, tmp_path):
     shutil.copytree(encoded, tmp_path / "copy")
-    encoder(tiny_vqrae(codebook_dim=32), pictures, tmp_path / "other").run()
+    encoder(tiny_vqrae(codebook_dim=32), images, tmp_path / "other").run()
     shutil.copy(tmp_path / "other/ids-00001.parquet", tmp_path / "copy")
     with pytest.raises(UserError, match="ids-00001.parquet was made by another run"):
         IdsFolder(str(tmp_path / "copy"))

@@ -123,7 +123,7 @@ def test_both_stages_in_small(small: Path, monkeypatch: pytest.MonkeyPatch) -> N
         model, processor = unimm.load(f"runs/debug/llava15_{stage}")
         weights.append({name: tensor.clone() for name, tensor in model.model.named_parameters()})
         report = json.loads(next(Path(f"runs/debug/llava15_{stage}/data").glob("*.report.json")).read_text())
-        assert (report["rows"], report["usable"], report["with pictures"]) == (20, 20, 10)
+        assert (report["rows"], report["usable"], report["with images"]) == (20, 20, 10)
     assert processor.image_processor.pad_to_square
     assert processor.chat_template != unimm.load("runs/debug/llava15_pretrain")[1].chat_template
     assert model.config.null_prompt == processor.null_prompt_ids()

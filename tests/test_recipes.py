@@ -45,9 +45,9 @@ def test_the_chain_in_small(tmp_path, monkeypatch):
         assert (tmp_path / "runs" / "debug" / step / "run.json").is_file(), step
     model, processor = unimm.load("runs/debug/t2i")
     chat = unimm.ChatSession(model, processor)
-    (picture,) = chat.draw("a photo of a circle", seed=1)
-    assert picture.size == (64, 64)
-    assert isinstance(chat.ask("What do you see?", images=[picture]), str)
+    (image,) = chat.draw("a photo of a circle", seed=1)
+    assert image.size == (64, 64)
+    assert isinstance(chat.ask("What do you see?", images=[image]), str)
     published = [
         "model=runs/debug/t2i",
         "image_tokenizer=runs/debug/stage3",
@@ -84,7 +84,7 @@ def test_every_configuration_is_read_by_its_recipe(path):
 
 @pytest.mark.parametrize("name", ["vqrae_siglip2_256", "vqrae_siglip2_512", "vqrae_internvit_448"])
 def test_the_papers_tokenizers_are_built_in_full_size(name):
-    """VQRAE's table 7: tokens of a picture, steps, rates and the step that the GAN starts at."""
+    """VQRAE's table 7: tokens of an image, steps, rates and the step that the GAN starts at."""
     recipe = runpy.run_path(str(ROOT / "recipes" / "tokenizer.py"))["TokenizerRecipe"]
     first, second = (load_config(recipe, ROOT / f"configs/tokenizer/{name}_stage{n}.yaml") for n in (1, 2))
     published = PUBLISHED[first.model.encoder]

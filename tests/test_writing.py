@@ -106,7 +106,7 @@ def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff"])
 def test_an_image_on_a_full_disk_is_one_sentence_and_leaves_nothing(suffix: str, tmp_path: Path) -> None:
-    with full_disk(100), pytest.raises(UserError, match="^Cannot write the picture .*: File too large.$"):
+    with full_disk(100), pytest.raises(UserError, match="^Cannot write the image .*: File too large.$"):
         save_image_atomically(NOISE, tmp_path / f"new/folder/a.{suffix}")
     assert everything(tmp_path) == set()
     path = save_image_atomically(NOISE, tmp_path / f"new/a.{suffix}")
@@ -116,7 +116,7 @@ def test_an_image_on_a_full_disk_is_one_sentence_and_leaves_nothing(suffix: str,
 
 @pytest.mark.parametrize("suffix", ["jp2", "gif", "pdf", "eps"])
 def test_formats_are_those_of_a_list(suffix: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"must end in a picture format such as \.png, \.jpg"):
+    with pytest.raises(UserError, match=r"must end in an image format such as \.png, \.jpg"):
         save_image_atomically(NOISE, tmp_path / f"a.{suffix}")
 
 

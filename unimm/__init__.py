@@ -1,4 +1,4 @@
-"""unimm: one multimodal model that understands pictures and draws them, through one image tokenizer.
+"""unimm: one multimodal model that understands images and draws them, through one image tokenizer.
 
 `import unimm` registers unimm's models with the Auto classes of transformers, so that `AutoModel.from_pretrained` and
 `AutoModelForImageTextToText.from_pretrained` read its checkpoints. It imports neither torch nor transformers: models

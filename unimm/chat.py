@@ -29,13 +29,13 @@ from unimm.mllm.answering import Conversation, chat_inputs
 
 logger = logging.get_logger(__name__)
 
-Picture: TypeAlias = Image.Image | str | Path | np.ndarray | Tensor
+ImageLike: TypeAlias = Image.Image | str | Path | np.ndarray | Tensor
 Overflow = Literal["drop", "refuse"]
-HELP = "/image FILE shows a picture, /draw PROMPT draws one, /reset forgets, /quit ends."
+HELP = "/image FILE shows an image, /draw PROMPT draws one, /reset forgets, /quit ends."
 
 
 class ChatSession:
-    """A conversation. `messages` is its history in the chat format of transformers, pictures as PIL images in it.
+    """A conversation. `messages` is its history in the chat format of transformers, images as PIL images in it.
 
     Args:
         model, processor: as `unimm.load` gives them.
@@ -67,16 +67,16 @@ class ChatSession:
 
     @overload
     def ask(
-        self, text: str, images: Picture | Sequence[Picture] | None = None, stream: Literal[False] = False
+        self, text: str, images: ImageLike | Sequence[ImageLike] | None = None, stream: Literal[False] = False
     ) -> str: ...
     @overload
     def ask(
-        self, text: str, images: Picture | Sequence[Picture] | None = None, *, stream: Literal[True]
+        self, text: str, images: ImageLike | Sequence[ImageLike] | None = None, *, stream: Literal[True]
     ) -> Iterator[str]: ...
     def ask(
-        self, text: str, images: Picture | Sequence[Picture] | None = None, stream: bool = False
+        self, text: str, images: ImageLike | Sequence[ImageLike] | None = None, stream: bool = False
     ) -> str | Iterator[str]:
-        """Say `text`, with new pictures before it, and get the answer.
+        """Say `text`, with new images before it, and get the answer.
 
         Args:
             images: what `unimm.data.images.read_image` takes: PIL images, paths, arrays, tensors; one, or lists of
@@ -85,7 +85,7 @@ class ChatSession:
                 used up or closed.
 
         Raises:
-            UserError: nothing was asked, a picture cannot be read, or the question does not fit the model's context
+            UserError: nothing was asked, an image cannot be read, or the question does not fit the model's context
                 (with `overflow="refuse"`: or the conversation). The history is then as before.
         """
         question = _user_turn(text, images, "question")
@@ -117,12 +117,12 @@ class ChatSession:
 
         Args:
             seed: image k of a prompt depends on (seed, k) only; None draws a new one each time.
-            guidance_scale: how strongly the picture follows the prompt; 0 or 1 is off. None here and below: the
+            guidance_scale: how strongly the image follows the prompt; 0 or 1 is off. None here and below: the
                 checkpoint's own.
             temperature: of the choice of image tokens, 0 for the likeliest each time.
             top_k, top_p: choose among the k likeliest, or the likeliest that hold this share of the probability.
             parallel_tokens: guess so many image tokens ahead, or "auto"; faster for few images, the same image.
-            on_token: called with (image tokens done, image tokens of a picture) after each step.
+            on_token: called with (image tokens done, image tokens of an image) after each step.
 
         Raises:
             UserError: an empty prompt, one longer than the model's context leaves room for, or settings without a
@@ -148,9 +148,9 @@ class ChatSession:
             raise
         except ValueError as error:
             raise UserError(f"Cannot draw: {one_line(error)}.") from error
-        pictures = self.processor.postprocess(self.model.decode_image_tokens(token_ids))
-        self._remember(self.messages, request, [{"type": "image", "image": picture} for picture in pictures])
-        return pictures
+        images = self.processor.postprocess(self.model.decode_image_tokens(token_ids))
+        self._remember(self.messages, request, [{"type": "image", "image": image} for image in images])
+        return images
 
     def _inputs(self, messages: Conversation) -> BatchFeature:
         return chat_inputs(self.model, self.processor, [messages])
@@ -250,7 +250,7 @@ class _Progress(BaseStreamer):
 def _check_drawing(num_images: Any, seed: Any, settings: dict[str, Any]) -> None:
     """Raise UserError for settings of a drawing without a meaning; what is None is the checkpoint's own."""
     if not _whole(num_images) or num_images < 1:
-        raise UserError(f"num_images is {num_images!r}; ask for at least 1 picture, in whole numbers.")
+        raise UserError(f"num_images is {num_images!r}; ask for at least 1 image, in whole numbers.")
     if seed is not None and not _whole(seed):
         raise UserError(f"seed is {seed!r}; give a whole number.")
     for name, value in settings.items():
@@ -268,7 +268,7 @@ def _whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _user_turn(text: str, images: Picture | Sequence[Picture] | None, what: str) -> dict[str, Any]:
+def _user_turn(text: str, images: ImageLike | Sequence[ImageLike] | None, what: str) -> dict[str, Any]:
     if not isinstance(text, str):
         raise UserError(f"The {what} is a {type(text).__name__}, not text.")
     if not text.strip():
@@ -278,7 +278,7 @@ def _user_turn(text: str, images: Picture | Sequence[Picture] | None, what: str)
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
-def converse(session: ChatSession, images: Sequence[Picture] = ()) -> None:
+def converse(session: ChatSession, images: Sequence[ImageLike] = ()) -> None:
     """Read lines from standard input until it ends or `/quit`. A `UserError` is said, and the talk goes on."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(
@@ -319,11 +319,9 @@ def main() -> None:
     """`python -m unimm.chat [--model PATH] [--image FILE ...]`."""
     from unimm.mllm import load
 
-    parser = argparse.ArgumentParser(
-        prog="python -m unimm.chat", description="Talk with a unified model about pictures."
-    )
+    parser = argparse.ArgumentParser(prog="python -m unimm.chat", description="Talk with a unified model about images.")
     parser.add_argument("--model", help="a unified model; the default comes with the library")
-    parser.add_argument("--image", action="append", default=[], type=Path, help="a picture to begin with")
+    parser.add_argument("--image", action="append", default=[], type=Path, help="an image to begin with")
     arguments = parser.parse_args()
     images = [load_image(path) for path in arguments.image]
     converse(ChatSession(*load(arguments.model)), images)

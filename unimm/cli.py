@@ -88,27 +88,27 @@ def generate(arguments: argparse.Namespace, report: Report) -> None:
     session = ChatSession(*_load(arguments.model, report))
     options = {"guidance_scale": arguments.guidance_scale, "temperature": arguments.temperature}
     with _Progress("drawing") as progress, report.timed("per_image", share=arguments.num_images):
-        pictures = session.draw(
+        images = session.draw(
             arguments.prompt, num_images=arguments.num_images, seed=seed, on_token=progress, **options
         )
-    paths = _saved(pictures, arguments.output, DRAWING)
+    paths = _saved(images, arguments.output, DRAWING)
     report.add(prompt=arguments.prompt, images=[str(path) for path in paths], seed=seed, **options)
     report.say("\n".join(str(path) for path in paths))
 
 
 def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
-    """Send a picture through its ids and back."""
+    """Send an image through its ids and back."""
     image = load_image(arguments.image)
     check_image_output(arguments.output or RECONSTRUCTION)
     import torch
 
     from unimm.evaluation.metrics.image_metrics import capped_psnr
-    from unimm.evaluation.runs.evaluated_model import load_subject
+    from unimm.evaluation.runs.evaluated_model import load_evaluated_model
 
     _quiet_libraries()
     with report.timed("load"):
-        subject = load_subject(arguments.model)
-    tokenizer, image_processor = subject.tokenizer, subject.image_processor
+        evaluated = load_evaluated_model(arguments.model)
+    tokenizer, image_processor = evaluated.tokenizer, evaluated.image_processor
     with torch.inference_mode(), report.timed("per_image"):
         pixel_values = image_processor([image], return_tensors="pt")["pixel_values"].to(tokenizer.device)
         ids = tokenizer.encode(pixel_values).ids
@@ -139,7 +139,7 @@ def encoders(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def attach(arguments: argparse.Namespace, report: Report) -> None:
-    """Give a language or multimodal model an image tokenizer: it then reads pictures and draws them."""
+    """Give a language or multimodal model an image tokenizer: it then reads images and draws them."""
     output = _new_folder(arguments.output)
     import torch
 
@@ -210,7 +210,7 @@ def merge(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def export(arguments: argparse.Namespace, report: Report) -> None:
-    """Write a checkpoint that loads without unimm: one that reads pictures, or one that writes ids."""
+    """Write a checkpoint that loads without unimm: one that reads images, or one that writes ids."""
     output = _new_folder(arguments.output)
     from unimm.mllm.export import save_generation, stock_understanding
     from unimm.saving import save_whole
@@ -332,7 +332,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line; `parse_args` gives the chosen function as `command`."""
     from unimm.evaluation.suites import ALL, SUITES
 
-    parser = _Parser(prog="unimm", description="One model that understands pictures and draws them.")
+    parser = _Parser(prog="unimm", description="One model that understands images and draws them.")
     parser.add_argument("--version", action="version", version=f"unimm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -344,17 +344,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     talk = _command(commands, chat)
     talk.add_argument("prompt", nargs="?", metavar="PROMPT", help="answered once; without it a conversation starts")
-    talk.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture to talk about; repeatable"
-    )
+    talk.add_argument("--image", action="append", default=[], metavar="FILE", help="an image to talk about; repeatable")
 
     draw = _command(commands, generate)
     draw.add_argument("prompt", metavar="PROMPT")
     draw.add_argument(
-        "--output", metavar="FILE", help=f"N > 1 pictures: FILE-1, FILE-2, ... (default: {DRAWING}, or a free number)"
+        "--output", metavar="FILE", help=f"N > 1 images: FILE-1, FILE-2, ... (default: {DRAWING}, or a free number)"
     )
     draw.add_argument("--num-images", type=_image_count, default=1, metavar="N")
-    draw.add_argument("--seed", type=_whole_number, metavar="S", help="picture k depends on (S, k) only")
+    draw.add_argument("--seed", type=_whole_number, metavar="S", help="image k depends on (S, k) only")
     draw.add_argument("--guidance-scale", type=_scale, metavar="G", help="how closely to follow the prompt; 1 = off")
     draw.add_argument("--temperature", type=_scale, metavar="T", help="how freely to draw; 0 = always the likeliest id")
 
@@ -371,7 +369,7 @@ def build_parser() -> argparse.ArgumentParser:
     join.add_argument("--row-init", choices=("random", "mean", "codebook"), default="random", help="of the new rows")
     join.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the host's own")
     join.add_argument(
-        "--image-position-mode", choices=("1d", "2d"), default="1d", help="of drawn pictures; 2d is for Qwen-VL hosts"
+        "--image-position-mode", choices=("1d", "2d"), default="1d", help="of drawn images; 2d is for Qwen-VL hosts"
     )
     join.add_argument("--seed", type=_whole_number, default=0, metavar="S", help="of everything that is new")
 
@@ -392,8 +390,8 @@ def build_parser() -> argparse.ArgumentParser:
     kind.add_argument("--generation", action="store_true", help="the language model with image ids, and the decoder")
     out.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
 
-    sick = _command(commands, doctor)
-    for each in (part, out, sick):
+    broken_tower = _command(commands, doctor)
+    for each in (part, out, broken_tower):
         each.add_argument(
             "model", nargs="?", metavar="PATH", default=argparse.SUPPRESS, help="the same as --model PATH"
         )
@@ -430,7 +428,7 @@ def _whole_number(text: str) -> int:
 
 def _image_count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MAX_IMAGES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pictures from 1 to {MAX_IMAGES}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images from 1 to {MAX_IMAGES}")
     return int(text)
 
 

@@ -1,7 +1,7 @@
 """The demo page: what the model does, on scenes that it has never seen, in one HTML file that needs nothing else.
 
-Three parts from one seed: originals beside what their ids give back, questions beside answers, prompts beside pictures.
-The prompts are of the picture world's test split. Pictures are data URIs, so the page can be moved or mailed.
+Three parts from one seed: originals beside what their ids give back, questions beside answers, prompts beside images.
+The prompts are of the shapes data set's test split. Images are data URIs, so the page can be moved or mailed.
 """
 
 import html
@@ -81,8 +81,8 @@ def run_demo(model: Any, processor: Any, plan: DemoPlan) -> DemoResult:
                 result.talks.append((image, list(_talk(model, processor, image, turns, bar))))
         with timed(result.seconds, "per_image", share=len(plan.prompts)):
             for number, prompt in enumerate(plan.prompts):
-                (picture,) = ChatSession(model, processor).draw(prompt.prompt, num_images=1, seed=plan.seed + number)
-                result.drawings.append((prompt.prompt, picture))
+                (raw_image,) = ChatSession(model, processor).draw(prompt.prompt, num_images=1, seed=plan.seed + number)
+                result.drawings.append((prompt.prompt, raw_image))
                 bar.update()
     return result
 
@@ -105,7 +105,7 @@ def write_page(result: DemoResult, folder: str | Path, *, title: str, seed: int)
         seed=seed,
         pairs="\n".join(_pair(original, copy) for original, copy in result.pairs),
         talks="\n".join(_conversation(image, talk) for image, talk in result.talks),
-        drawings="\n".join(_drawing(prompt, picture) for prompt, picture in result.drawings),
+        drawings="\n".join(_drawing(prompt, raw_image) for prompt, raw_image in result.drawings),
         score=f"{score['right']} of {score['asked']} right",
         seconds=", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in result.seconds.items()),
     )
@@ -120,19 +120,19 @@ def write_page(result: DemoResult, folder: str | Path, *, title: str, seed: int)
 def _talk(
     model: Any, processor: Any, image: Image.Image, turns: Sequence[Turn], bar: Any
 ) -> Iterator[tuple[Turn, str]]:
-    """One conversation: the picture comes with the first question, the later ones speak of it."""
+    """One conversation: the image comes with the first question, the later ones speak of it."""
     session = ChatSession(model, processor, max_new_tokens=LONGEST_ANSWER)
     for number, turn in enumerate(turns):
         yield turn, session.ask(turn.question, images=[image] if number == 0 else None)
         bar.update()
 
 
-def _picture(image: Image.Image, alt: str) -> str:
+def _image(image: Image.Image, alt: str) -> str:
     return f'<img src="{data_uri(image)}" alt="{html.escape(alt, quote=True)}">'
 
 
 def _pair(original: Image.Image, copy: Image.Image) -> str:
-    return f'<figure class="pair">{_picture(original, "original")}{_picture(copy, "reconstruction")}</figure>'
+    return f'<figure class="pair">{_image(original, "original")}{_image(copy, "reconstruction")}</figure>'
 
 
 def _conversation(image: Image.Image, talk: Sequence[tuple[Turn, str]]) -> str:
@@ -144,8 +144,8 @@ def _conversation(image: Image.Image, talk: Sequence[tuple[Turn, str]]) -> str:
             note = "right" if right else f"it is: {turn.answer}"
             mark = f' <span class="{"right" if right else "wrong"}">{html.escape(note)}</span>'
         lines.append(f"<dt>{html.escape(turn.question)}</dt><dd>{html.escape(answer) or '(no answer)'}{mark}</dd>")
-    return f'<article class="talk">{_picture(image, "the picture asked about")}<dl>{"".join(lines)}</dl></article>'
+    return f'<article class="talk">{_image(image, "the image asked about")}<dl>{"".join(lines)}</dl></article>'
 
 
-def _drawing(prompt: str, picture: Image.Image) -> str:
-    return f'<figure class="drawing">{_picture(picture, prompt)}<figcaption>{html.escape(prompt)}</figcaption></figure>'
+def _drawing(prompt: str, image: Image.Image) -> str:
+    return f'<figure class="drawing">{_image(image, prompt)}<figcaption>{html.escape(prompt)}</figcaption></figure>'

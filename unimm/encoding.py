@@ -1,6 +1,6 @@
-"""A whole data set through an image tokenizer once: pictures from anywhere -> a folder of ids (`unimm.data.sources.ids`).
+"""A whole data set through an image tokenizer once: images from anywhere -> a folder of ids (`unimm.data.sources.ids`).
 
-Special here: processes share nothing but the folder. Shard k of the output is a fixed range of the source's rows and
+Processes share nothing but the folder. Shard k of the output is a fixed range of the source's rows and
 belongs to process k modulo their number; it is written under another name and renamed, so a run that is started again
 goes on with the shards that are missing, and the files hold the same bytes however many processes wrote them. Who
 finds all shards there writes the manifest. Captions, labels and keys are carried along; what cannot be read is left
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from unimm.config.schema import Count, Natural, Seed, Share, used_when
 from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, UsableRows, too_many
 from unimm.data.image_streams import WORLD, crop
-from unimm.data.shapes.datasets import ShapesPictures
+from unimm.data.shapes.datasets import ShapesImages
 from unimm.data.shuffling import Rows
 from unimm.data.sources.ids import (
     COLUMNS,
@@ -36,7 +36,7 @@ from unimm.data.sources.ids import (
     unigram_entropy,
     write_ids,
 )
-from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.registry import open_images
 from unimm.data.sources.rows import ReadOptions
 from unimm.errors import UserError, reading
 from unimm.runs.provenance import appearing, write_atomically
@@ -48,7 +48,7 @@ class EncodeConfig:
     """What is encoded, and into what shards.
 
     Args:
-        source, read: pictures, as everywhere (`unimm.data.sources.registry`), or "shapes" with a `count`; the centre is cut out.
+        source, read: images, as everywhere (`unimm.data.sources`), or "shapes" with a `count`; the centre is cut out.
         count: the first rows only; None takes all.
         columns: what stands beside the ids and keys: text (a row without a caption counts as a bad one), class_label.
         label_column: where class_label is read.
@@ -56,7 +56,7 @@ class EncodeConfig:
         batch_size, num_workers: of each process.
         features: also keep the tokenizer's features, as float16 in safetensors files beside the shards.
         max_bad_share: share of the rows that may be damaged.
-        seed: of the picture world.
+        seed: of the shapes data set.
     """
 
     source: str
@@ -85,11 +85,11 @@ class EncodeConfig:
     def rows(self) -> UsableRows:
         """The source, opened. Raises UserError where it cannot be."""
         if self.source != WORLD:
-            rows: Rows = open_pictures(self.source, self.read)
+            rows: Rows = open_images(self.source, self.read)
         elif self.count is None:
-            raise UserError("The picture world has no end: say how many pictures of it are wanted, data.count.")
+            raise UserError("The shapes data set has no end: say how many images of it are wanted, data.count.")
         else:
-            rows = ShapesPictures(self.count, self.seed)
+            rows = ShapesImages(self.count, self.seed)
         if self.count is not None and len(rows) < self.count:
             raise UserError(f"{self.source} holds {len(rows)} rows and data.count asks for {self.count}.")
         return UsableRows(rows, self.source, captions="text" in self.columns, max_bad_share=self.max_bad_share)
@@ -135,7 +135,7 @@ class Encoder:
         self.missing = [k for k in self.shards if k % world_size == rank and not self._is_done(k)]
 
     def run(self) -> int:
-        """Encode what is missing; returns how many pictures that was. The last process to come here finishes the
+        """Encode what is missing; returns how many images that was. The last process to come here finishes the
         folder."""
         done = 0
         parts: list[_Part] = []
@@ -179,9 +179,9 @@ class Encoder:
         config, size = self.config, self.config.batch_size
         spans = [self._span(k) for k in self.missing]
         batches = [span[start : start + size] for span in spans for start in range(0, len(span), size)]
-        pictures = _Pictures(self.rows, config, self.tokenizer.config.image_size)
+        images = _Images(self.rows, config, self.tokenizer.config.image_size)
         loader = DataLoader(
-            pictures,
+            images,
             batch_sampler=[list(batch) for batch in batches],
             num_workers=config.num_workers,
             collate_fn=self._collate,
@@ -275,7 +275,7 @@ class _Part:
     features: Tensor | None = None
 
 
-class _Pictures(Dataset):
+class _Images(Dataset):
     """Row n of the source, cut to size, with its columns; or why it is skipped."""
 
     def __init__(self, rows: UsableRows, config: EncodeConfig, image_size: int) -> None:

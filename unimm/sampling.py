@@ -62,7 +62,7 @@ class ImageSampling:
 
     @classmethod
     def of(cls, generation_config: GenerationConfig, **given: Any) -> "ImageSampling":
-        """What the config says of pictures, else what it says at all, overruled by `given`."""
+        """What the config says of images, else what it says at all, overruled by `given`."""
         stored = getattr(generation_config, "image_generation", None)
         if stored is None:
             said = {name: getattr(generation_config, name, None) for name in SAMPLING_NAMES}

@@ -1,4 +1,4 @@
-"""Model and tokenizer together: one folder, one fingerprint, the same pictures."""
+"""Model and tokenizer together: one folder, one fingerprint, the same images."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet
 from unimm.errors import UserError
 
 
-def test_a_saved_drawer_draws_the_same_pictures(tmp_path):
+def test_a_saved_drawer_draws_the_same_images(tmp_path):
     drawer = tiny_drawer()
     drawer.save(tmp_path)
     images = [np.asarray(image) for image in drawer.draw([0, 4], seed=3)]

@@ -12,7 +12,7 @@ from unimm.class_conditional.extraction import ClassIdsConfig, extract_ids, prep
 from unimm.class_conditional.ids import IdStream, read_class_ids, write_class_ids
 from unimm.data.image_streams import crop
 from unimm.data.sources.ids import IdsInfo
-from unimm.data.sources.labelled import labelled_pictures
+from unimm.data.sources.labelled import labelled_images
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizerProcessor
 
@@ -82,16 +82,16 @@ def test_files_that_are_not_read(tmp_path):
 
 
 def test_extracted_ids_are_those_of_encode(tmp_path):
-    tokenizer, pictures = tiny_vqrae(), labelled_pictures("shapes", 5)
+    tokenizer, raw_images = tiny_vqrae(), labelled_images("shapes", 5)
     processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
-    extract_ids(tokenizer, processor, pictures, tmp_path / "x", made_from="shapes", flip=True, batch_size=2)
+    extract_ids(tokenizer, processor, raw_images, tmp_path / "x", made_from="shapes", flip=True, batch_size=2)
     found = read_class_ids(tmp_path / "x")
-    images = [crop(row["image"], 32) for row in pictures]
+    images = [crop(row["image"], 32) for row in raw_images]
     images += [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
     expected = tokenizer.encode(processor(images=images, return_tensors="pt").pixel_values).ids.numpy()
     assert np.array_equal(found.ids[0::2], expected[:5])
     assert np.array_equal(found.ids[1::2], expected[5:])
-    assert found.class_labels.tolist() == [row["label"] for row in pictures for _ in range(2)]
+    assert found.class_labels.tolist() == [row["label"] for row in raw_images for _ in range(2)]
     assert found.info.tokenizer_fingerprint == tokenizer.fingerprint
 
 
@@ -113,7 +113,7 @@ def test_ten_crop_is_five_places_at_two_scales_and_their_mirror_images(tmp_path)
     config = ClassIdsConfig("shapes", "shapes", str(tmp_path), 3, 2, crop_scales=[1.1, 1.05], batch_size=2)
     train, held_out = (prepare_ids(config, split, tokenizer, processor) for split in ("train", "eval"))
     assert (len(train), len(held_out)) == (60, 2) and "five crops at 1.1, 1.05" in train.info.made_from
-    labels = [row["label"] for row in labelled_pictures("shapes", 3, seed=0)]
+    labels = [row["label"] for row in labelled_images("shapes", 3, seed=0)]
     assert train.class_labels.tolist() == [label for label in labels for _ in range(20)]
     with pytest.raises(UserError, match=r"at least 1[;:] 0\.9"):
         ClassIdsConfig("shapes", "shapes", str(tmp_path), crop_scales=[0.9])
@@ -122,13 +122,13 @@ def test_ten_crop_is_five_places_at_two_scales_and_their_mirror_images(tmp_path)
 def test_ids_on_disk_are_taken_up_or_refused(tmp_path):
     tokenizer = tiny_vqrae()
     processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
-    config = ClassIdsConfig("shapes", "shapes", str(tmp_path), num_pictures=4, num_eval_pictures=3)
+    config = ClassIdsConfig("shapes", "shapes", str(tmp_path), num_images=4, num_eval_images=3)
     assert [len(prepare_ids(config, split, tokenizer, processor)) for split in ("train", "eval")] == [8, 3]
     written = (tmp_path / "train.parquet").stat().st_mtime_ns
     prepare_ids(config, "train", tokenizer, processor)
     assert (tmp_path / "train.parquet").stat().st_mtime_ns == written
-    config.num_pictures = 5
-    with pytest.raises(UserError, match="holds 4 pictures.*asks for 5 pictures"):
+    config.num_images = 5
+    with pytest.raises(UserError, match="holds 4 images.*asks for 5 images"):
         prepare_ids(config, "train", tokenizer, processor)
     other = tiny_vqrae(codebook_dim=32)
     with pytest.raises(UserError, match=f"{tokenizer.fingerprint[:12]}.*{other.fingerprint[:12]}"):
@@ -158,15 +158,15 @@ def test_labelled_sources(tmp_path):
     rows = {"image": [image] * 3, "label": [2, 0, 1], "name": ["a", "b", "c"]}
     table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     table.to_parquet(str(tmp_path / "x.parquet"))
-    assert [row["label"] for row in labelled_pictures(str(tmp_path / "x.parquet"))] == [2, 0, 1]
-    assert len(labelled_pictures(str(tmp_path / "x.parquet"), 2)) == 2
-    with pytest.raises(UserError, match="holds 3 pictures and 4 are asked for"):
-        labelled_pictures(str(tmp_path / "x.parquet"), 4)
+    assert [row["label"] for row in labelled_images(str(tmp_path / "x.parquet"))] == [2, 0, 1]
+    assert len(labelled_images(str(tmp_path / "x.parquet"), 2)) == 2
+    with pytest.raises(UserError, match="holds 3 images and 4 are asked for"):
+        labelled_images(str(tmp_path / "x.parquet"), 4)
     table.remove_columns("label").to_parquet(str(tmp_path / "y.parquet"))
     with pytest.raises(UserError, match="no column 'label'; its columns are image, name"):
-        labelled_pictures(str(tmp_path / "y.parquet"))
+        labelled_images(str(tmp_path / "y.parquet"))
     table.remove_columns("label").rename_column("name", "label").to_parquet(str(tmp_path / "z.parquet"))
     with pytest.raises(UserError, match="not whole numbers"):
-        labelled_pictures(str(tmp_path / "z.parquet"))
+        labelled_images(str(tmp_path / "z.parquet"))
     with pytest.raises(UserError, match="no end"):
-        labelled_pictures("shapes")
+        labelled_images("shapes")

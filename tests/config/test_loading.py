@@ -5,7 +5,7 @@ import enum
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from transformers import TrainingArguments
@@ -44,6 +44,13 @@ class Recipe:
     mode: Mode | str = "fast"
 
 
+@dataclass
+class Renamed:
+    FORMER: ClassVar[dict[str, str]] = {"num_pictures": "num_images"}
+
+    num_images: int = 1
+
+
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
     path = folder / name
     path.write_text(text)
@@ -52,6 +59,14 @@ def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
 
 def read(folder: Path, text: str, *overrides: str) -> Recipe:
     return load_config(Recipe, write(folder, text), overrides)
+
+
+def test_a_former_name_of_a_setting_is_read(tmp_path: Path) -> None:
+    assert load_config(Renamed, write(tmp_path, "num_pictures: 3")).num_images == 3
+    with pytest.raises(UserError, match="Unknown key num_pictures .*did you mean num_images"):
+        load_config(Renamed, write(tmp_path, "num_images: 4"), ["num_pictures=5"])
+    with pytest.raises(UserError, match="Unknown key num_images_"):
+        load_config(Renamed, write(tmp_path, "num_images_: 3"))
 
 
 def test_values_become_what_the_annotations_say(tmp_path: Path) -> None:

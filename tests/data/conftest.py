@@ -1,4 +1,4 @@
-"""Pictures on disk in every form that a source may have."""
+"""Images on disk in every form that a source may have."""
 
 import io
 import json
@@ -18,21 +18,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def png(value: int, size: tuple[int, int] = (12, 8)) -> bytes:
-    """A grey picture as the bytes of its file."""
+    """A gray image as the bytes of its file."""
     file = io.BytesIO()
     Image.new("RGB", size, (value, value, value)).save(file, "png")
     return file.getvalue()
 
 
 def torn_png() -> bytes:
-    """The first half of a picture that does not compress."""
+    """The first half of an image that does not compress."""
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, "png")
     return file.getvalue()[:400]
 
 
 def value_of(row: Mapping[str, Any]) -> int:
-    """The grey of a row's picture."""
+    """The gray of a row's image."""
     return row["image"].getpixel((0, 0))[0]
 
 
@@ -59,7 +59,7 @@ def rows_as_members(values: range | list[int]) -> dict[str, bytes]:
 
 
 def write_shards(folder: Path, count: int, rows: int) -> Path:
-    """`count` tar files of `rows` rows each, 000.tar to ..., the pictures' grey counted through them."""
+    """`count` tar files of `rows` rows each, 000.tar to ..., the images' gray counted through them."""
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
         (folder / f"{k:03d}.tar").write_bytes(tar_bytes(rows_as_members(range(k * rows, (k + 1) * rows))))
@@ -67,7 +67,7 @@ def write_shards(folder: Path, count: int, rows: int) -> Path:
 
 
 def write_parquet(path: Path, values: range | list[int], broken: Mapping[int, bytes] | None = None) -> Path:
-    """Columns image and text; the pictures of `broken` rows are other bytes."""
+    """Columns image and text; the images of `broken` rows are other bytes."""
     import datasets
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def write_parquet(path: Path, values: range | list[int], broken: Mapping[int, by
 
 
 def write_folder(folder: Path, values: range) -> Path:
-    """Pictures with a caption in a text file beside each."""
+    """Images with a caption in a text file beside each."""
     folder.mkdir(parents=True, exist_ok=True)
     for n in values:
         (folder / f"{n:03d}.png").write_bytes(png(n))

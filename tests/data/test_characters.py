@@ -9,7 +9,7 @@ from PIL import Image
 
 from unimm.data.bad_rows import UsableRows
 from unimm.data.characters import check_characters, half_character
-from unimm.data.image_streams import ReadOptions, open_pictures
+from unimm.data.image_streams import ReadOptions, open_images
 from unimm.data.sources.llava import LlavaConversations, LlavaOptions
 from unimm.errors import UserError
 
@@ -30,7 +30,7 @@ def test_captions_with_half_a_character_are_bad_rows(tmp_path: Path) -> None:
     lines = [json.dumps({"file_name": f"{number}.png", "text": text}) for number, text in enumerate(captions)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     log = tmp_path / "log.jsonl"
-    opened = open_pictures(str(tmp_path), ReadOptions())
+    opened = open_images(str(tmp_path), ReadOptions())
     rows = UsableRows(opened, "here", captions=True, max_bad_share=1.0, log=log)
     assert [rows[number]["text"] for number in range(3)] == ["red", "blue", "blue"]
     (named,) = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -51,19 +51,19 @@ def test_conversations_with_half_a_character_are_bad_rows(tmp_path: Path) -> Non
     assert [(line["row"], line["reason"]) for line in named] == [
         (1, "half a character"),
         (2, "half a character"),
-        (3, "missing picture"),
+        (3, "missing image"),
     ]
 
 
 def test_a_file_name_that_is_no_utf8_is_named_in_the_log(tmp_path: Path) -> None:
     broken = os.fsencode(tmp_path) + b"/\xff.png"
     try:
-        Path(os.fsdecode(broken)).write_bytes(b"no picture")
+        Path(os.fsdecode(broken)).write_bytes(b"no image")
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     log = tmp_path / "log.jsonl"
-    rows = UsableRows(open_pictures(str(tmp_path), ReadOptions()), "here", max_bad_share=1.0, log=log)
+    rows = UsableRows(open_images(str(tmp_path), ReadOptions()), "here", max_bad_share=1.0, log=log)
     assert [rows[number]["key"] for number in range(2)] == ["red.png"] * 2
     (named,) = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    assert named["reason"] == "damaged picture" and "\udcff.png" in named["detail"]
+    assert named["reason"] == "damaged image" and "\udcff.png" in named["detail"]

@@ -7,13 +7,13 @@ import yaml
 
 from tests.conftest import ROOT
 from unimm.config.schema import build
-from unimm.data.image_streams import PictureConfig
+from unimm.data.image_streams import ImageDataConfig
 from unimm.data.mixture import MixtureConfig
 from unimm.encoding import EncodeConfig
 
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
-SETTINGS = {"recipes/tokenizer.py": PictureConfig, "recipes/t2i.py": MixtureConfig, "recipes/encode.py": EncodeConfig}
+SETTINGS = {"recipes/tokenizer.py": ImageDataConfig, "recipes/t2i.py": MixtureConfig, "recipes/encode.py": EncodeConfig}
 
 
 @pytest.mark.parametrize(("recipe", "block"), BLOCKS, ids=[recipe for recipe, _ in BLOCKS])

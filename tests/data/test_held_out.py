@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from tests.data.conftest import png, tar_bytes, value_of, write_folder, write_parquet, write_shards
 from unimm.class_conditional.extraction import ClassIdsConfig
 from unimm.data.held_out import HeldOut
-from unimm.data.image_streams import PictureConfig, PictureSource, held_out_pictures, picture_stream
-from unimm.data.image_streams import held_out_lines as picture_lines
+from unimm.data.image_streams import ImageDataConfig, ImageSource, held_out_images, image_stream
+from unimm.data.image_streams import held_out_lines as image_lines
 from unimm.data.mixture import FlowConfig, Mixture, MixtureConfig, held_out_lines, training_streams
 from unimm.data.shuffling import OwnBatches
 from unimm.data.sources.ids import MANIFEST, IdsInfo, IdsManifest, write_ids
@@ -223,7 +223,7 @@ def test_a_mixture_that_trains_on_held_out_rows_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match="is trained on too"):
         ClassIdsConfig(a, str(folder / ".." / "data" / "a.parquet"), str(tmp_path))
     with pytest.raises(UserError, match="is trained on too"):
-        picture_stream(PictureConfig(a, eval_source=a), 1, seed=0)
+        image_stream(ImageDataConfig(a, eval_source=a), 1, seed=0)
 
 
 def test_a_bad_held_out_row_is_replaced_by_a_held_out_one(tmp_path: Path) -> None:
@@ -238,43 +238,41 @@ def test_a_bad_held_out_row_is_replaced_by_a_held_out_one(tmp_path: Path) -> Non
     assert set(named) == {bad}  # by the source's number
     write_parquet(tmp_path / "b.parquet", range(ROWS), dict.fromkeys([bad, *good], b"<html>"))
     flow = FlowConfig("drawing", source=str(tmp_path / "b.parquet"), max_bad_share=0.5)
-    with pytest.raises(UserError, match=r"held-out rows\): none of 3 rows .* 3 damaged picture"):
+    with pytest.raises(UserError, match=r"held-out rows\): none of 3 rows .* 3 damaged image"):
         training_streams(MixtureConfig({"flow": flow}, eval_share=0.25))
 
 
-def test_pictures_for_a_tokenizer(tmp_path: Path) -> None:
+def test_images_for_a_tokenizer(tmp_path: Path) -> None:
     """The panel's images are not those that are trained on, and show neither crops nor mirror images."""
     write_shards(tmp_path / "tars", 2, 6)
     write_folder(tmp_path / "folder", range(100, 108))
     write_folder(tmp_path / "single", range(200, 201))
     places = [str(tmp_path / name) for name in ("tars", "folder", "single")]
-    config = PictureConfig(mix=[PictureSource(place) for place in places], image_size=8, flip=True, eval_share=0.25)
-    train, test = picture_stream(config, 300, seed=3), held_out_pictures(config, 10, seed=3)
+    config = ImageDataConfig(mix=[ImageSource(place) for place in places], image_size=8, flip=True, eval_share=0.25)
+    train, test = image_stream(config, 300, seed=3), held_out_images(config, 10, seed=3)
     assert test is not None
     shown = [{value_of(stream[n]) for n in range(len(stream))} for stream in (train, test)]
     assert not shown[0] & shown[1]
     assert len(shown[0]) == 9 + 6 + 1 and len(shown[1]) == 3 + 2
     assert (test.config.flip, test.config.random_crop) == (False, False)
-    assert picture_lines(train, test)[0] == f"{places[0]}: 9 rows to train on, 3 held out"
-    assert picture_lines(train, test)[2] == f"{places[2]}: 1 rows to train on, 0 held out"
-    assert held_out_pictures(PictureConfig(), 8, seed=0) is None
-    own = PictureConfig(places[0], eval_source=places[1], image_size=8)
-    test = held_out_pictures(own, 8, seed=0)
+    assert image_lines(train, test)[0] == f"{places[0]}: 9 rows to train on, 3 held out"
+    assert image_lines(train, test)[2] == f"{places[2]}: 1 rows to train on, 0 held out"
+    assert held_out_images(ImageDataConfig(), 8, seed=0) is None
+    own = ImageDataConfig(places[0], eval_source=places[1], image_size=8)
+    test = held_out_images(own, 8, seed=0)
     assert test is not None and {value_of(test[n]) for n in range(8)} == set(range(100, 108))
-    assert len({value_of(picture_stream(own, 12, seed=0)[n]) for n in range(12)}) == 12
+    assert len({value_of(image_stream(own, 12, seed=0)[n]) for n in range(12)}) == 12
 
 
 def test_classes_are_held_out_before_they_are_mirrored(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", range(ROWS))
-    config = ClassIdsConfig(str(path), folder=str(tmp_path), eval_share=0.25, num_eval_pictures=2)
-    trained, evaluated = (config.pictures_of(split) for split in ("train", "test"))
-    labels = [{pictures[n]["label"] for n in range(len(pictures))} for pictures in (trained, evaluated)]
+    config = ClassIdsConfig(str(path), folder=str(tmp_path), eval_share=0.25, num_eval_images=2)
+    trained, evaluated = (config.images_of(split) for split in ("train", "test"))
+    labels = [{images[n]["label"] for n in range(len(images))} for images in (trained, evaluated)]
     assert (len(labels[0]), len(labels[1])) == (9, 2) and not labels[0] & labels[1]
-    for pictures in (trained, evaluated):
-        assert all(value_of(pictures[n]) == pictures[n]["label"] for n in range(len(pictures)))
-    assert (
-        config.made_from("train") == f"all pictures of {path}, without the held-out share 0.25 and their mirror images"
-    )
+    for images in (trained, evaluated):
+        assert all(value_of(images[n]) == images[n]["label"] for n in range(len(images)))
+    assert config.made_from("train") == f"all images of {path}, without the held-out share 0.25 and their mirror images"
     with pytest.raises(UserError, match="eval_share 0 holds nothing out"):
         ClassIdsConfig(str(path), folder=str(tmp_path), eval_share=0)
 

@@ -1,4 +1,4 @@
-"""Picture streams: what item n is, and what is refused."""
+"""Image streams: what item n is, and what is refused."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimm.data.image_streams import PictureConfig, crop, picture_stream
+from unimm.data.image_streams import ImageDataConfig, crop, image_stream
 from unimm.errors import UserError
 
 
@@ -17,8 +17,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_every_epoch_shows_every_picture_once_in_a_new_order(folder):
-    stream = picture_stream(PictureConfig(str(folder), image_size=16, eval_share=0), 15, seed=1)
+def test_every_epoch_shows_every_image_once_in_a_new_order(folder):
+    stream = image_stream(ImageDataConfig(str(folder), image_size=16, eval_share=0), 15, seed=1)
     reds = [np.asarray(stream[i]["image"])[0, 0, 0] for i in range(15)]
     epochs = [reds[:5], reds[5:10], reds[10:]]
     assert all(Counter(epoch) == Counter([0, 50, 100, 150, 200]) for epoch in epochs)
@@ -26,8 +26,8 @@ def test_every_epoch_shows_every_picture_once_in_a_new_order(folder):
 
 
 def test_item_n_does_not_depend_on_what_was_read_before(folder):
-    config = PictureConfig(str(folder), image_size=16, random_crop=True, flip=True)
-    one, other = picture_stream(config, 50, seed=1), picture_stream(config, 50, seed=1)
+    config = ImageDataConfig(str(folder), image_size=16, random_crop=True, flip=True)
+    one, other = image_stream(config, 50, seed=1), image_stream(config, 50, seed=1)
     expected = [np.asarray(one[i]["image"]) for i in range(50)]
     for i in (49, 3, 20):
         assert np.array_equal(np.asarray(other[i]["image"]), expected[i])
@@ -46,8 +46,8 @@ def test_parquet_rows(tmp_path):
     datasets.Dataset.from_dict(
         rows, features=datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     ).to_parquet(str(tmp_path / "x.parquet"))
-    stream = picture_stream(
-        PictureConfig(str(tmp_path / "x.parquet"), image_size=8, caption_template="a photo of {}", eval_share=0),
+    stream = image_stream(
+        ImageDataConfig(str(tmp_path / "x.parquet"), image_size=8, caption_template="a photo of {}", eval_share=0),
         2,
         seed=0,
     )
@@ -57,9 +57,9 @@ def test_parquet_rows(tmp_path):
 
 def test_bad_sources(tmp_path):
     with pytest.raises(UserError, match=r"no parquet file.*UNIMM_DATA"):
-        picture_stream(PictureConfig(str(tmp_path / "absent.parquet")), 1, seed=0)
-    with pytest.raises(UserError, match="holds no picture"):
-        picture_stream(PictureConfig(str(tmp_path)), 1, seed=0)
+        image_stream(ImageDataConfig(str(tmp_path / "absent.parquet")), 1, seed=0)
+    with pytest.raises(UserError, match="holds no image"):
+        image_stream(ImageDataConfig(str(tmp_path)), 1, seed=0)
     (tmp_path / "bad.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match="not a readable parquet"):
-        picture_stream(PictureConfig(str(tmp_path / "bad.parquet")), 1, seed=0)
+        image_stream(ImageDataConfig(str(tmp_path / "bad.parquet")), 1, seed=0)

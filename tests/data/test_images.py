@@ -1,4 +1,4 @@
-"""Pictures of every kind that people have on disk, and files that are none."""
+"""Images of every kind that people have on disk, and files that are none."""
 
 import io
 import os
@@ -111,16 +111,16 @@ def encoded(kind: str) -> bytes:
     [
         (None, "there is no such file"),
         (b"", "the file is empty"),
-        (b"hello, I am text", "not a picture in a known format"),
+        (b"hello, I am text", "not an image in a known format"),
         (encoded("PNG")[:2000], "cut off or damaged"),
         (encoded("JPEG")[:2000], "cut off or damaged"),
         (encoded("GIF")[:2000], "cut off or damaged"),
-        (png_header_only(4, 4)[:40], "not a picture in a known format"),
+        (png_header_only(4, 4)[:40], "not an image in a known format"),
         (png_header_only(9000, 9000), "81000000 pixels, more than 64000000"),
         (png_header_only(100_000, 100_000), "far more than 64000000"),
     ],
 )
-def test_what_is_no_picture_is_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_what_is_no_image_is_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "a.png"
     if content is not None:
         path.write_bytes(content)

@@ -25,7 +25,7 @@ def mixture(split: str = "train", seed: int = 0, **flows: FlowConfig) -> Mixture
 
 
 def plain(sample: dict[str, Any]) -> str:
-    """A sample as text, pictures as their bytes."""
+    """A sample as text, images as their bytes."""
     return json.dumps(sample, default=lambda image: image.tobytes().hex(), sort_keys=True)
 
 
@@ -41,7 +41,7 @@ def test_a_sample_is_a_function_of_seed_and_position() -> None:
     assert len({plain(stream[index]) for index in range(40)}) == 40
 
 
-def test_a_sample_holds_pictures_and_messages() -> None:
+def test_a_sample_holds_images_and_messages() -> None:
     for index in range(12):
         sample = mixture()[index]
         assert sample["index"] == index
@@ -49,8 +49,8 @@ def test_a_sample_holds_pictures_and_messages() -> None:
         assert shown_by == (["assistant"] if sample["kind"] == "drawing" else ["user"])
         roles = [turn["role"] for turn in sample["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
-        pictures = [part["image"] for turn in sample["messages"] for part in turn["content"] if part["type"] == "image"]
-        assert pictures[0].size == (64, 64)
+        images = [part["image"] for turn in sample["messages"] for part in turn["content"] if part["type"] == "image"]
+        assert images[0].size == (64, 64)
 
 
 def test_the_shares_hold_in_every_batch() -> None:
@@ -91,14 +91,14 @@ def test_held_out_captions_are_never_trained_on() -> None:
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
     import datasets
 
-    picture = io.BytesIO()
-    Image.new("RGB", (96, 64), "red").save(picture, "png")
-    table = [{"image": {"bytes": picture.getvalue(), "path": None}, **row} for row in rows]
+    image = io.BytesIO()
+    Image.new("RGB", (96, 64), "red").save(image, "png")
+    table = [{"image": {"bytes": image.getvalue(), "path": None}, **row} for row in rows]
     datasets.Dataset.from_list(table).cast_column("image", datasets.Image()).to_parquet(str(path))
     return path
 
 
-def test_captioned_pictures_of_ones_own(tmp_path: Path) -> None:
+def test_captioned_images_of_ones_own(tmp_path: Path) -> None:
     path = write_table(tmp_path / "drawings.parquet", [{"text": f"caption {n}"} for n in range(5)])
     stream = mixture(draw=FlowConfig("drawing", source=str(path)))
     captions = [text_of(stream[index]["messages"]) for index in range(15)]
@@ -124,7 +124,7 @@ def test_a_table_without_the_columns_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_drawing_is_an_answer() -> None:
-    picture = Image.new("RGB", (8, 8))
-    asked, drawn = drawing("a circle", picture)
+    image = Image.new("RGB", (8, 8))
+    asked, drawn = drawing("a circle", image)
     assert asked == {"role": "user", "content": [{"type": "text", "text": "a circle"}]}
-    assert drawn == {"role": "assistant", "content": [{"type": "image", "image": picture}]}
+    assert drawn == {"role": "assistant", "content": [{"type": "image", "image": image}]}

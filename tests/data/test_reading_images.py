@@ -218,12 +218,12 @@ def test_a_url_is_read_as_a_file_is(tmp_path: Path) -> None:
         Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         assert np.array_equal(np.asarray(read_image(f"{url}/a.png")), TURNED[6])
-        for name, message in (("page.png", "it is a web page"), ("absent.png", "Cannot fetch the picture .*404")):
+        for name, message in (("page.png", "it is a web page"), ("absent.png", "Cannot fetch the image .*404")):
             with pytest.raises(UserError, match=message):
                 read_image(f"{url}/{name}")
         server.shutdown()
     for address in (f"{url}/a.png", "http://[", "http://\ud800"):
-        with pytest.raises(UserError, match="Cannot fetch the picture"):
+        with pytest.raises(UserError, match="Cannot fetch the image"):
             read_image(address)
 
 
@@ -244,10 +244,10 @@ def test_transparent_arrays_lie_on_white() -> None:
         (np.array([["a"]]), "holds numbers"),
         (Image.new("RGB", (0, 3)), "0 x 3 holds no pixels"),
         ("absent.png", "no such file"),
-        ("A" * 5000 + ".png", "Cannot read the picture"),
+        ("A" * 5000 + ".png", "Cannot read the image"),
         ("nul\0.png", "no such file"),
         ("\ud800.png", "no such file"),
-        (base64.b64encode(b"no image" * 20).decode(), "not a picture in a known format"),
+        (base64.b64encode(b"no image" * 20).decode(), "not an image in a known format"),
         (7, "not int"),
         (b"bytes", "not bytes"),
     ],

@@ -18,7 +18,7 @@ from tests.training.tokenizer.test_trainer import NO_JUDGE, Small
 from unimm.training.loop.arguments import TokenizerTrainingConfig
 from unimm.training.loop.global_batch import micro_batch
 from unimm.training.tokenizer.discriminator import DinoHead, LocalBatchNorm
-from unimm.training.tokenizer.gan_trainer import Adversary
+from unimm.training.tokenizer.gan_trainer import GANTrainer
 from unimm.training.tokenizer.objective import GANConfig, ObjectiveConfig
 from unimm.training.tokenizer.trainer import TokenizerTrainer
 
@@ -61,7 +61,7 @@ def small_run(folder: Path, k: int, **gan: Any) -> TokenizerTrainer:
     config = TokenizerTrainingConfig(
         output_dir=str(folder / str(k)), stage=2, steps=3, batch_size=12 // k, gradient_accumulation_steps=k,
         warmup_steps=1, learning_rate=1e-3, encoder_learning_rate=1e-3, adam_epsilon=1e-4, mixed_precision="no",
-        revive_steps=2, report_to=[],
+        restart_steps=2, report_to=[],
     )  # fmt: skip
     torch.manual_seed(0)
     run = TokenizerTrainer(tiny_vqrae(), Small(36), config, objective)
@@ -119,13 +119,13 @@ def test_spectral_norms_iterate_as_often_in_micro_batches(
         torch.manual_seed(0)
         gan = GANConfig(start=0, warmup_steps=0, augment_probability=1.0, consistency_weight=1.0, lecam_weight=1.0)
         config = TokenizerTrainingConfig(output_dir="unused", steps=4, adam_epsilon=1e-4, mixed_precision="no")
-        adversary = Adversary(gan, config, 16, Accelerator(cpu=True, mixed_precision="no"))
+        gan_trainer = GANTrainer(gan, config, 16, Accelerator(cpu=True, mixed_precision="no"))
         for step in range(3):
             for index, pixels in enumerate(fake.chunk(k)):
                 with micro_batch(index, k):
-                    adversary.generator_loss(pixels, step, last=index == k - 1)
-            adversary.step(real.chunk(k), fake.chunk(k), step)
-        found[k] = dict(tensors(adversary.state_dict()))
+                    gan_trainer.generator_loss(pixels, step, last=index == k - 1)
+            gan_trainer.step(real.chunk(k), fake.chunk(k), step)
+        found[k] = dict(tensors(gan_trainer.state_dict()))
     for k in (3, 4):
         assert max(differences(found[1], found[k]).values()) <= 1e-5
     assert any("_u" in name for name in found[1])

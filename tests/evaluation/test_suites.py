@@ -19,7 +19,7 @@ from unimm.evaluation.generation.feature_spaces import EncoderSpace
 from unimm.evaluation.generation.run import collect
 from unimm.evaluation.metrics.frechet import frechet_distance
 from unimm.evaluation.runs import store as store_module
-from unimm.evaluation.runs.image_sets import PictureSet
+from unimm.evaluation.runs.image_sets import ImageSet
 from unimm.evaluation.runs.records import read_manifest, read_records
 from unimm.evaluation.shapes import command as shapes_command
 from unimm.evaluation.shapes.run import ShapesPlan
@@ -34,7 +34,7 @@ def one_process() -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for index in range(5):
@@ -68,10 +68,10 @@ def kill_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module.RunStore, "append", limited)
 
 
-def test_tok_keeps_its_pictures_goes_on_and_repeats_itself(
-    tokenizer_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_tok_keeps_its_images_goes_on_and_repeats_itself(
+    tokenizer_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["eval", "tok", "--model", str(tokenizer_folder), "--source", str(pictures), "--num-images", "0"]
+    command = ["eval", "tok", "--model", str(tokenizer_folder), "--source", str(images), "--num-images", "0"]
     assert main([*command, "--json", str(tmp_path / "plain.json")]) == 0
     assert main([*command, "--output", str(tmp_path / "run"), "--json", str(tmp_path / "kept.json")]) == 0
     plain, kept = (scored(tmp_path / name, "reconstruction") for name in ("plain.json", "kept.json"))
@@ -93,9 +93,9 @@ def test_tok_keeps_its_pictures_goes_on_and_repeats_itself(
 
 
 def test_tok_in_a_folder_of_another_run_is_one_line(
-    tokenizer_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokenizer_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["eval", "tok", "--model", str(tokenizer_folder), "--source", str(pictures), "--num-images", "0"]
+    command = ["eval", "tok", "--model", str(tokenizer_folder), "--source", str(images), "--num-images", "0"]
     assert main([*command, "--output", str(tmp_path)]) == 0
     capsys.readouterr()
     assert main([*command, "--output", str(tmp_path), "--protocol", "torchvision"]) == 2
@@ -103,14 +103,14 @@ def test_tok_in_a_folder_of_another_run_is_one_line(
     assert error.startswith("unimm: error: ") and 'settings.protocol.crop ("adm", now "torchvision")' in error
 
 
-def test_tok_compares_sets_in_the_summary_and_on_the_page_and_knows_its_weights_and_pictures(
+def test_tok_compares_sets_in_the_summary_and_on_the_page_and_knows_its_weights_and_images(
     tokenizer_folder: Path, encoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, run, page = tmp_path / "pictures", tmp_path / "run", tmp_path / "page.html"
     source.mkdir()
     for index in range(7):
-        picture = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(source / f"{index}.png")
+        image = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(image).save(source / f"{index}.png")
     command = ["eval", "tok", "--model", str(tokenizer_folder), "--source", str(source), "--num-images", "0"]
     command += ["--output", str(run), "--fd-encoder"]
     assert main([*command, str(encoder_folder), "--json", str(tmp_path / "report.json")]) == 0
@@ -123,13 +123,13 @@ def test_tok_compares_sets_in_the_summary_and_on_the_page_and_knows_its_weights_
     space = EncoderSpace(encoder_folder, torch.device("cpu"))
     records = read_records(run)
     originals, drawn = (
-        collect(space, PictureSet(lambda i, p=paths: load_image(run / p[i]), paths))
+        collect(space, ImageSet(lambda i, p=paths: load_image(run / p[i]), paths))
         for paths in ([r.inputs["original_path"] for r in records], [str(r.output_path) for r in records])
     )
     moments = (originals.statistics["pool"].moments, drawn.statistics["pool"].moments)
     assert summary["distances"]["fd_dinov2_cls_16"] == pytest.approx(frechet_distance(*moments), rel=1e-4)
     assert main(["eval", "report", str(run), "--output", str(page)]) == 0
-    assert "fd dinov2 cls 16" in page.read_text() and "7 pictures against 7 real ones" in page.read_text()
+    assert "fd dinov2 cls 16" in page.read_text() and "7 images against 7 real ones" in page.read_text()
     capsys.readouterr()
     weights = load_file(encoder_folder / "model.safetensors")
     other = tmp_path / "other"
@@ -142,20 +142,20 @@ def test_tok_compares_sets_in_the_summary_and_on_the_page_and_knows_its_weights_
     assert main([*command, str(encoder_folder)]) == 2
     assert "differs in prompts_sha256" in capsys.readouterr().err
     assert main([*command[:-3], "--num-images", "3", "--fd-encoder", str(encoder_folder)]) == 2
-    assert "3 pictures are no distribution: dinov2_cls_16 compares sets of at least 6" in capsys.readouterr().err
+    assert "3 images are no distribution: dinov2_cls_16 compares sets of at least 6" in capsys.readouterr().err
 
 
 def test_tok_by_two_processes_gives_the_files_of_one(
-    tokenizer_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokenizer_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["eval", "tok", "--model", str(tokenizer_folder), "--source", str(pictures), "--num-images", "0"]
+    command = ["eval", "tok", "--model", str(tokenizer_folder), "--source", str(images), "--num-images", "0"]
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     on_two_ranks(main, [*command, "--output", str(tmp_path / "two")])
     assert run_files(tmp_path / "two") == run_files(tmp_path / "one")
     assert len(list((tmp_path / "two/images").iterdir())) == 10
 
 
-def test_shapes_keeps_its_pictures_and_goes_on(
+def test_shapes_keeps_its_images_and_goes_on(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = ("reconstruction", "chat", "generation")
@@ -203,13 +203,13 @@ def test_every_suite_can_be_imported_and_is_named(capsys: pytest.CaptureFixture[
 
 
 def test_all_runs_every_suite_and_says_what_the_others_lack(
-    tokenizer_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokenizer_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A tokenizer alone can be measured on pictures; it can neither draw nor answer."""
-    arguments = ["--model", str(tokenizer_folder), "--output", str(tmp_path), "--source", str(pictures)]
+    """A tokenizer alone can be measured on images; it can neither draw nor answer."""
+    arguments = ["--model", str(tokenizer_folder), "--output", str(tmp_path), "--source", str(images)]
     arguments += ["--data", str(tmp_path / "nowhere")]
     assert main(["eval", "all", *arguments]) == 2
-    assert "holds 5 pictures and 1000 are asked for" in capsys.readouterr().err
+    assert "holds 5 images and 1000 are asked for" in capsys.readouterr().err
     assert main(["eval", "all", *arguments, "--num-images", "0"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     lacking = ["cannot answer or draw", "--detector is not given", "Give either --dpg-csv FILE (dpg_bench.csv from"]
@@ -219,7 +219,7 @@ def test_all_runs_every_suite_and_says_what_the_others_lack(
     assert (tmp_path / "tok/report.html").exists() and not (tmp_path / "shapes").exists()
 
 
-def test_all_hands_each_suite_what_is_its_own(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_hands_each_suite_what_is_its_own(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
 
     def note(argv: list[str]) -> None:
@@ -234,9 +234,9 @@ def test_all_hands_each_suite_what_is_its_own(tmp_path: Path, pictures: Path, mo
         module, _, function = suite.place.partition(":")
         monkeypatch.setattr(importlib.import_module(module), function, note)
     given = ["--model=M", "--num-images=5", "--dpg-csv=D", "--judge=J", "--samples=S", "--reference=R", "--data=L"]
-    assert main(["eval", "all", "--output", str(tmp_path), "--source", str(pictures), *given]) == 0
+    assert main(["eval", "all", "--output", str(tmp_path), "--source", str(images), *given]) == 0
     assert [argv[:-2] for argv in ran if argv[-2] == "--output" and argv[0].startswith("--")] == [
-        ["--model=M", f"--source={pictures}", "--num-images=5"],
+        ["--model=M", f"--source={images}", "--num-images=5"],
         ["--model=M"],
         ["--model=M"],
         ["--model=M", "--dpg-csv=D", "--judge=J"],

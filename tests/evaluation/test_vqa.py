@@ -1,4 +1,4 @@
-"""Judges against bare forwards of their own networks, one picture and question at a time."""
+"""Judges against bare forwards of their own networks, one image and question at a time."""
 
 import shutil
 import sys
@@ -19,7 +19,7 @@ from transformers import (
 
 from tests.evaluation.tiny_vqa import ANSWERS, save_blip, save_llava, save_qwen_vl, save_vilt
 from unimm.errors import UserError
-from unimm.evaluation.vqa import MPLUG_ID, load_judge
+from unimm.evaluation.vqa import MPLUG_ID, load_vqa_model
 from unimm.runs.provenance import model_fingerprint
 
 QUESTIONS = ["is there a red circle?", "red?", "is a blue circle there?", "a?", "is there a circle?", "blue?"]
@@ -65,7 +65,7 @@ def plain_chat(folder, image, question):
 
 @pytest.mark.parametrize("kind", ["blip", "vilt", "chat"])
 def test_answers_are_those_of_one_request_at_a_time(folders, images, kind):
-    judge = load_judge(folders[kind], batch_size=2)
+    judge = load_vqa_model(folders[kind], batch_size=2)
     plain = {"blip": plain_blip, "vilt": plain_vilt, "chat": plain_chat}[kind]
     expected = [plain(folders[kind], image, question) for image, question in zip(images, QUESTIONS, strict=True)]
     found = judge.answer(images, QUESTIONS)
@@ -79,7 +79,7 @@ def test_answers_are_those_of_one_request_at_a_time(folders, images, kind):
 
 
 def test_requests_of_one_shape_share_a_forward(folders, images, monkeypatch):
-    judge, sizes = load_judge(folders["vilt"], batch_size=2), []
+    judge, sizes = load_vqa_model(folders["vilt"], batch_size=2), []
     run = judge._answer
     monkeypatch.setattr(judge, "_answer", lambda inputs: (sizes.append(len(inputs["input_ids"])), run(inputs))[1])
     judge.answer([images[0]] * 5, ["red?"] * 5)
@@ -87,7 +87,7 @@ def test_requests_of_one_shape_share_a_forward(folders, images, monkeypatch):
 
 
 def test_vilt_leaves_the_global_random_state_alone(folders, images):
-    judge = load_judge(folders["vilt"])
+    judge = load_vqa_model(folders["vilt"])
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = judge.answer(images[:1], QUESTIONS[:1])
@@ -97,7 +97,7 @@ def test_vilt_leaves_the_global_random_state_alone(folders, images):
 
 
 def test_a_chat_model_gives_the_probability_of_yes(folders, images):
-    judge = load_judge(folders["chat"])
+    judge = load_vqa_model(folders["chat"])
     model, processor = judge.model, judge.processor
     yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "No"])
     for image, question, found in zip(images, QUESTIONS, judge.answer_yes_no(images, QUESTIONS), strict=True):
@@ -112,7 +112,7 @@ def test_a_chat_model_gives_the_probability_of_yes(folders, images):
 
 def test_a_yes_that_the_judge_would_not_have_written_is_a_guess(folders, images, monkeypatch):
     """The same logits with the scores of yes and no raised above all others, and lowered below them."""
-    judge = load_judge(folders["chat"])
+    judge = load_vqa_model(folders["chat"])
     yes, no = judge.processor.tokenizer.convert_tokens_to_ids(["yes", "No"])
     forward = type(judge.model).forward
     for change, guessed in ((100.0, False), (-100.0, True)):
@@ -135,9 +135,9 @@ def test_a_yes_that_the_judge_would_not_have_written_is_a_guess(folders, images,
         judge.answer_yes_no(images, QUESTIONS)
 
 
-def test_qwen_vl_judges_pictures_of_any_size(images, tmp_path):
+def test_qwen_vl_judges_images_of_any_size(images, tmp_path):
     pytest.importorskip("torchvision", reason="Qwen-VL's processor needs torchvision")
-    judge = load_judge(save_qwen_vl(tmp_path), batch_size=3)
+    judge = load_vqa_model(save_qwen_vl(tmp_path), batch_size=3)
     alone = [judge.answer([image], [question])[0] for image, question in zip(images, QUESTIONS, strict=True)]
     assert judge.answer(images, QUESTIONS) == alone and len(set(alone)) > 1
     model, processor = judge.model, judge.processor
@@ -153,7 +153,7 @@ def test_qwen_vl_judges_pictures_of_any_size(images, tmp_path):
 def test_the_model_that_comes_with_the_library_can_judge():
     from unimm.mllm.loading import default_model_path
 
-    judge = load_judge(default_model_path())
+    judge = load_vqa_model(default_model_path())
     red = Image.new("RGB", (64, 64), "white")
     red.paste("red", (16, 16, 48, 48))
     answers = judge.answer([red, red], ["Is there a red square?", "Is there a blue circle?"])
@@ -162,26 +162,26 @@ def test_the_model_that_comes_with_the_library_can_judge():
 
 def test_bad_judges(folders, images, tmp_path):
     with pytest.raises(UserError, match="there is no"):
-        load_judge(tmp_path / "absent")
+        load_vqa_model(tmp_path / "absent")
     with pytest.raises(UserError, match="No kind of judge 'blip2'; there are blip, vilt, chat, mplug"):
-        load_judge(folders["blip"], kind="blip2")
+        load_vqa_model(folders["blip"], kind="blip2")
     with pytest.raises(UserError, match="a judge of the kind vilt, not blip"):
-        load_judge(folders["vilt"], kind="blip")
+        load_vqa_model(folders["vilt"], kind="blip")
     holes = shutil.copytree(folders["vilt"], tmp_path / "holes")
     weights = load_file(holes / "model.safetensors")
     save_file(dict(list(weights.items())[1:]), holes / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="holes is broken: loaded .* missing 1"):
-        load_judge(holes)
-    with pytest.raises(UserError, match="2 pictures and 1 questions"):
-        load_judge(folders["blip"]).answer(images[:2], QUESTIONS[:1])
+        load_vqa_model(holes)
+    with pytest.raises(UserError, match="2 images and 1 questions"):
+        load_vqa_model(folders["blip"]).answer(images[:2], QUESTIONS[:1])
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="a bert model, which answers no questions about pictures"):
-        load_judge(tmp_path)
+    with pytest.raises(UserError, match="a bert model, which answers no questions about images"):
+        load_vqa_model(tmp_path)
 
 
 def test_mplug_asks_modelscopes_pipeline(monkeypatch, images):
     with pytest.raises(UserError, match="mPLUG needs the package modelscope"):
-        load_judge("mplug")
+        load_vqa_model("mplug")
     asked = []
 
     def pipeline(task: str, model: str, device: str):
@@ -208,7 +208,7 @@ def test_mplug_asks_modelscopes_pipeline(monkeypatch, images):
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("importlib.metadata.version", lambda name: {"modelscope": "1.0"}.get(name, "0"))
-    judge = load_judge("mplug", device="cpu")
+    judge = load_vqa_model("mplug", device="cpu")
     assert asked == [("visual-question-answering", MPLUG_ID, "cpu")]
     assert judge.answer(images[:2], ["red?", "blue?"]) == ["red? 16", "blue? 24"]
     assert judge.describe()["kind"] == "mplug" and judge.describe()["version"] == "modelscope 1.0"

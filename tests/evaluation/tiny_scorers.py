@@ -45,7 +45,7 @@ def tiny_mask2former(seed: int = 0, num_labels: int = 80) -> Any:
 
 
 def tiny_clip(seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:
-    """One layer each, pictures of 32 pixels, a word-level tokenizer."""
+    """One layer each, images of 32 pixels, a word-level tokenizer."""
     torch.manual_seed(seed)
     words = {word for name in COCO_CLASSES for word in name.split()}
     words |= {"a", "photo", "of", "object", "colored", "-", "red", "orange", "yellow", "green", "blue"}

@@ -1,4 +1,4 @@
-"""A few rows of each benchmark in its real schema, as parquet files laid out as on the hub; pictures of the picture
+"""A few rows of each benchmark in its real schema, as parquet files laid out as on the hub; images of the image
 world."""
 
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from datasets import Image as Picture
+from datasets import Image as ImageColumn
 from PIL import Image
 
 from unimm.data.shapes import render, sample_scene
@@ -16,7 +16,7 @@ OPTIONS = ("circle", "square", "ring", "cross")
 ROTATION = 1_000_000
 
 
-def picture(number: int) -> Image.Image:
+def image(number: int) -> Image.Image:
     return render(sample_scene(np.random.default_rng([7, number])))
 
 
@@ -26,8 +26,8 @@ def mme() -> list[Row]:
     return [
         {
             "question_id": f"{kind}/{number:04d}.png",
-            "image": picture(number),
-            "question": f"{question} in picture {number}? Please answer yes or no.",
+            "image": image(number),
+            "question": f"{question} in image {number}? Please answer yes or no.",
             "answer": answer,
             "category": kind,
         }
@@ -41,10 +41,10 @@ def pope() -> list[Row]:
         {
             "id": str(number),
             "question_id": str(number + 1),
-            "question": f"Is there a {OPTIONS[number % 4]} in picture {number}?",
+            "question": f"Is there a {OPTIONS[number % 4]} in image {number}?",
             "answer": "yes" if number % 2 else "no",
             "image_source": f"COCO_val2014_{number // 3:012d}",
-            "image": picture(number // 3),
+            "image": image(number // 3),
             "category": category,
         }
         for number, category in enumerate(kind for kind in ("adversarial", "popular", "random") for _ in range(5))
@@ -61,7 +61,7 @@ def gqa() -> list[Row]:
             "question": question,
             "answer": answer,
             "fullAnswer": f"It is {answer}.",
-            "image": picture(number),
+            "image": image(number),
         }
         for number, (question, answer) in enumerate(asked)
     ]
@@ -74,7 +74,7 @@ def textvqa() -> list[Row]:
             "image_id": f"i{number}",
             "question_id": 34602 + number,
             "question": f"what does NASA write on sign {number}?",
-            "image": picture(number),
+            "image": image(number),
             "ocr_tokens": ["STOP", f"No{number}"],
             "answers": answers,
             "set_name": "val",
@@ -96,7 +96,7 @@ def mmbench() -> list[Row]:
                     "answer": "ABCD"[options.index(OPTIONS[1])],
                     **dict(zip("ABCD", options, strict=True)),
                     "category": "object_localization" if number else "attribute_recognition",
-                    "image": picture(number),
+                    "image": image(number),
                     "source": "shapes",
                     "L2-category": "finegrained_perception",
                     "comment": "nan",
@@ -116,7 +116,7 @@ def seed() -> list[Row]:
             "data_id": f"d{number}",
             "data_type": "video" if number == 4 else "image",
             "question_type_id": 1,
-            "image": [picture(number), picture(number + 1)] if number == 4 else [picture(number)],
+            "image": [image(number), image(number + 1)] if number == 4 else [image(number)],
         }
         for number in range(6)
     ]
@@ -127,7 +127,7 @@ def mmmu() -> list[Row]:
     asked = [
         ("Art_Theory_1", "Compare <image 1> with <image 2>: which is rounder?", str(list(OPTIONS)), "C", choice, 2),
         ("Art_Theory_2", "Which shape is in <image 1>?", "['first', 'second', 'the \"third\" one']", "C", choice, 1),
-        ("Math_1", "Which of these is even, with no picture to see?", "['two', 'three']", "A", choice, 0),
+        ("Math_1", "Which of these is even, with no image to see?", "['two', 'three']", "A", choice, 0),
         ("Math_2", "How many objects does <image 1> show?", "[]", "2", written, 1),
         ("Math_3", "What color is the object in <image 1>?", "[]", "red", written, 1),
     ]
@@ -137,14 +137,14 @@ def mmmu() -> list[Row]:
             "question": question,
             "options": options,
             "explanation": "",
-            **{f"image_{place}": picture(place) if place <= pictures else None for place in range(1, 8)},
+            **{f"image_{place}": image(place) if place <= images else None for place in range(1, 8)},
             "img_type": "['Diagrams']",
             "answer": answer,
             "topic_difficulty": "Easy",
             "question_type": kind,
             "subfield": name.partition("_")[0],
         }
-        for name, question, options, answer, kind, pictures in asked
+        for name, question, options, answer, kind, images in asked
     ]
 
 
@@ -154,7 +154,7 @@ def ai2d() -> list[Row]:
             "question": f"Which shape is labelled {number}?",
             "options": list(OPTIONS),
             "answer": str(number % 4),
-            "image": picture(number),
+            "image": image(number),
         }
         for number in range(6)
     ]
@@ -178,8 +178,8 @@ def write(folder: Path) -> None:
     for name, place, rows in TABLES.values():
         table = Dataset.from_list(rows())
         for column, feature in table.features.items():
-            if column.startswith("image_") and feature.dtype == "null":  # a picture that no row has
-                table = table.cast_column(column, Picture())
+            if column.startswith("image_") and feature.dtype == "null":  # an image that no row has
+                table = table.cast_column(column, ImageColumn())
         path = folder / name / place
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_parquet(path)

@@ -142,7 +142,7 @@ def test_sampled_answers_are_not_remembered(scripted: Scripted) -> None:
     assert chat(memory=notes).generate_until(asked)[0].text.startswith("first 1") and notes.kept == []
 
 
-def test_conversations_of_texts_and_pictures() -> None:
+def test_conversations_of_texts_and_images() -> None:
     shown = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "be brief"}]},

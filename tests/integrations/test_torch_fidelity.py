@@ -1,5 +1,5 @@
 """FID, KID, inception score, precision and recall against torch-fidelity: pure functions on features, the network, and
-both programs on the same pictures with the same weights."""
+both programs on the same images with the same weights."""
 
 # ruff: noqa: E402
 from tests.integrations.needs import require_torch_fidelity
@@ -45,7 +45,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Drawn and real pictures: noise of few pixels, of two palettes."""
+    """Drawn and real images: noise of few pixels, of two palettes."""
     root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
     made = (root / "drawn", root / "real")
     for folder, shift in zip(made, ([0, 40, 60], [30, 0, 0]), strict=True):
@@ -83,16 +83,16 @@ def test_precision_and_recall(recorded: dict[str, torch.Tensor]) -> None:
 
 
 def test_the_network(weights: Path) -> None:
-    pictures = torch.randint(0, 256, (2, 3, 40, 52), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, 40, 52), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     layers = ["2048", "logits_unbiased"]
     theirs = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=str(weights))
-    pool, logits = theirs(pictures)
-    found = load_inception(weights)(pictures)
+    pool, logits = theirs(images)
+    found = load_inception(weights)(images)
     torch.testing.assert_close(found.pool, pool, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.probabilities, logits.softmax(dim=1), atol=1e-6, rtol=1e-4)
 
 
-def test_both_programs_on_the_same_pictures(weights: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_both_programs_on_the_same_images(weights: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
     """N is below the width of the features, so covariances are not of full rank. (Its precision and recall are of VGG's
     features: the same rule is held above.)"""
     drawn, real = (str(folder) for folder in folders)

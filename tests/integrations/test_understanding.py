@@ -283,7 +283,7 @@ def test_prompts_are_the_benchmarks_own(by_script: Found, place: Path) -> None:
     prompts = {
         name: [record.inputs["prompt"] for record in read_records(place / "script" / name)] for name in HUB_TASKS
     }
-    assert prompts["mme"][0].endswith("in picture 0?\nAnswer the question using a single word or phrase.")
+    assert prompts["mme"][0].endswith("in image 0?\nAnswer the question using a single word or phrase.")
     assert "Reference OCR token: STOP, No0" in prompts["textvqa_ocr"][0]
     assert "Reference OCR" not in prompts["textvqa"][0] and "nasa" in prompts["textvqa"][0]
     assert prompts["mmbench"][0].startswith("Look at the middle. Which shape")
@@ -403,7 +403,7 @@ def test_another_run_in_the_same_folder_is_refused(loaded: Any, by_script: Found
         evaluate_understanding(*loaded, plan(place, default_max_new_tokens=5), place / "other")
 
 
-def test_questions_about_the_picture_world(loaded: Any, place: Path) -> None:
+def test_questions_about_the_image_world(loaded: Any, place: Path) -> None:
     asked = UnderstandingPlan(tasks=("shapes_mme", "shapes_pope"), questions=12)
     found = evaluate_understanding(*loaded, asked, place / "shapes")
     pope, mme = (found[name]["scores"] for name in ("shapes_pope", "shapes_mme"))
@@ -430,7 +430,7 @@ def test_tasks_of_the_hub_keep_everything_but_their_name_and_owner(place: Path, 
     assert ocr["lmms_eval_specific_kwargs"]["default"]["ocr"] is True
     (local,) = write_overlays(("gqa",), tmp_path, data=place / "data")
     task = yaml.safe_load((tmp_path / f"{local}.yaml").read_text())
-    assert task["process_docs"] is None and task["dataset_path"] == "parquet"  # no pictures from the hub
+    assert task["process_docs"] is None and task["dataset_path"] == "parquet"  # no images from the hub
 
 
 def test_data_that_is_not_there_is_said(loaded: Any, place: Path, tmp_path: Path) -> None:

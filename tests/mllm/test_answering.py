@@ -10,10 +10,10 @@ from unimm.mllm.answering import answer_all, chat_inputs
 
 NO_END: dict[str, Any] = {"eos_token_id": [], "pad_token_id": 0}
 CONVERSATIONS = [
-    [tiny.user(tiny.picture(), "is there a red circle?")],
+    [tiny.user(tiny.image(), "is there a red circle?")],
     [tiny.user("one two three")],
     [
-        tiny.user(tiny.picture("blue"), "a photo", tiny.picture("red"), "of two?"),
+        tiny.user(tiny.image("blue"), "a photo", tiny.image("red"), "of two?"),
         tiny.assistant("no"),
         tiny.user("ring?"),
     ],

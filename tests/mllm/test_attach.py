@@ -83,7 +83,7 @@ def test_config_says_where_the_image_ids_are() -> None:
 def test_the_tower_is_the_image_tokenizer_and_gives_its_features() -> None:
     images = tiny.image_tokenizer()
     model, processor = attach(tiny.language_model(), images, tiny.text_tokenizer())
-    pixel_values = processor(images=[tiny.picture()], return_tensors="pt").pixel_values
+    pixel_values = processor(images=[tiny.image()], return_tensors="pt").pixel_values
     with torch.no_grad():
         features = images(pixel_values).last_hidden_state
         projected = model.get_image_features(pixel_values, return_dict=True).pooler_output[0]
@@ -182,7 +182,7 @@ def test_labels_train_projector_and_image_rows(tied: bool) -> None:
     model, processor = tiny.unified(tied=tied)
     model.train()
     seen = processor.apply_chat_template(
-        [tiny.user(tiny.picture(), "what?"), tiny.assistant("a red circle")],
+        [tiny.user(tiny.image(), "what?"), tiny.assistant("a red circle")],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",

@@ -133,7 +133,7 @@ def test_an_answer_begins_where_a_prompt_for_it_ends(name: str) -> None:
 
 
 def golden_samples() -> list[dict[str, Any]]:
-    """A picture and several turns, an empty answer, paragraphs, letters of many bytes, an answer that plays a role."""
+    """An image and several turns, an empty answer, paragraphs, letters of many bytes, an answer that plays a role."""
     red = Image.new("RGB", (16, 16), "red")
     first = [
         tiny.user(red, "\nWhat is it?"),

@@ -271,7 +271,7 @@ def test_whatever_is_damaged_works_or_is_one_sentence(seed: int, sound: Path, tm
     try:
         mutations.damaged_checkpoint(random.Random(seed), sound, folder)
         session = ChatSession(*load(folder), max_new_tokens=4)
-        session.ask("is there a ring?", tiny.picture())
+        session.ask("is there a ring?", tiny.image())
         session.draw("a red circle", seed=0)
     except UserError as error:
         assert "\n" not in str(error)

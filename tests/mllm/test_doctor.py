@@ -123,7 +123,7 @@ BROKEN: dict[str, tuple[Callable[[Any, Any], None], str, str]] = {
     "strided features": (wrap(strided), "layout", "strided torch.float32"),
     "another dtype": (wrap(lambda f: f.bfloat16()), "layout", "torch.bfloat16"),
     "another mean": (set_mean, "normalization", "processor [0.485, 0.456, 0.406]"),
-    "another picture size": (set_size, "resizing", "[(20, 20)], the tower reads 16 x 16"),
+    "another image size": (set_size, "resizing", "[(20, 20)], the tower reads 16 x 16"),
     "a codebook that learns": (thaw_codebook, "gradients", "C a parameter"),
     "a frozen projector": (freeze_projector, "gradients", "frozen weights in the projector"),
     "features out of scale": (blow_up, "norms", "train it first"),

@@ -59,7 +59,7 @@ def test_a_host_that_lost_its_tower_cannot_come_back() -> None:
 
 
 @pytest.mark.parametrize("name", ["text", *HOSTS])
-def test_a_stock_model_reads_pictures_with_the_same_logits(name: str, tmp_path: Path) -> None:
+def test_a_stock_model_reads_images_with_the_same_logits(name: str, tmp_path: Path) -> None:
     if name == "text":
         merged, (model, processor) = 1, tiny.unified(rows=304)
     else:
@@ -79,7 +79,7 @@ def test_a_stock_model_reads_pictures_with_the_same_logits(name: str, tmp_path: 
         reader.save_pretrained(tmp_path)
         reader = AutoProcessor.from_pretrained(tmp_path)
         assert type(reader) is LlavaProcessor
-        chat = [tiny.user(tiny.picture("blue"), "is there a red circle?")]
+        chat = [tiny.user(tiny.image("blue"), "is there a red circle?")]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         theirs, ours = (each.apply_chat_template(chat, **options) for each in (reader, processor))
         assert torch.equal(theirs["input_ids"], ours["input_ids"])

@@ -285,7 +285,7 @@ def test_prompts_may_hold_images(model: UnimmLlavaForConditionalGeneration, proc
             )
         )
 
-    red, blue = tiny.picture("red"), tiny.picture("blue")
+    red, blue = tiny.image("red"), tiny.image("blue")
     turns = [
         tiny.user(red, blue, "like these"),
         tiny.user("two"),
@@ -358,7 +358,7 @@ def test_bad_requests_say_what_is_wrong(model: UnimmLlavaForConditionalGeneratio
         ({"guidance_scale": [1, 2]}, "2 values, give 1 or one per prompt, 3"),
         ({"seed": [1, 2]}, "seed has 2 values"),
         ({"temprature": 1.0}, "does not know the arguments temprature"),
-        ({"num_return_sequences": 2, "do_sample": False}, "2 greedy pictures"),
+        ({"num_return_sequences": 2, "do_sample": False}, "2 greedy images"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"negative_prompt_ids": torch.ones(2, 3).long(), "guidance_scale": 2}, "2 rows, give 1 or one per prompt, 3"),
     ):
@@ -372,7 +372,7 @@ def test_bad_requests_say_what_is_wrong(model: UnimmLlavaForConditionalGeneratio
     with pytest.raises(ValueError, match="seed belongs to image mode"):
         model.generate(**inputs, seed=1)
     long = torch.ones(1, 250, dtype=torch.long)
-    with pytest.raises(UserError, match="251 tokens and a picture 16.*256"):
+    with pytest.raises(UserError, match="251 tokens and an image 16.*256"):
         model.generate(long, generation_mode="image")
 
 

@@ -137,7 +137,7 @@ def test_a_message_without_content_and_named_templates_are_the_hosts() -> None:
     expected = [host_ids(texts, messages, **how) for how, messages in wanted]
     processor = attach(host, tiny_tokenizer(host, "siglip_vision_model")[0], texts)[1]
     assert [our_ids(processor, messages, **how) for how, messages in wanted] == expected
-    shown = [tiny.user(tiny.picture(), "Hi")]
+    shown = [tiny.user(tiny.image(), "Hi")]
     assert our_ids(processor, shown).count(processor.image_token_id) == 16
     assert our_ids(processor, shown, tools=TOOLS).count(processor.image_token_id) == 16
 
@@ -150,7 +150,7 @@ def test_images_of_both_sides_are_rendered_by_the_hosts_template(family: str) ->
     image_tokenizer = tiny_tokenizer(host, "siglip_vision_model")[0]
     model, processor = attach(host, image_tokenizer, texts)
     seen = processor.image_seq_length
-    chat = [tiny.user(tiny.picture(), "Hi"), tiny.assistant("yes"), tiny.user("draw"), tiny.assistant(tiny.picture())]
+    chat = [tiny.user(tiny.image(), "Hi"), tiny.assistant("yes"), tiny.user("draw"), tiny.assistant(tiny.image())]
     ids = our_ids(processor, chat)
     assert ids.count(processor.image_token_id) == 2 * seen
     starts = [n for n, each in enumerate(ids) if each == processor.image_token_id and ids[n - 1] != each]

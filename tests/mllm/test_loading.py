@@ -55,7 +55,7 @@ def test_logits_are_equal_after_reload(tied: bool, auto: type, tmp_path: Path) -
     again = auto.from_pretrained(tmp_path).eval()
     assert type(again) is UnimmLlavaForConditionalGeneration
     inputs = processor.apply_chat_template(
-        [tiny.user(tiny.picture(), "what?")], tokenize=True, return_dict=True, return_tensors="pt"
+        [tiny.user(tiny.image(), "what?")], tokenize=True, return_dict=True, return_tensors="pt"
     )
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
@@ -72,7 +72,7 @@ def test_a_fresh_process_needs_only_import_unimm(checkpoint: Path, tmp_path: Pat
     model, processor = load(checkpoint)
     inputs = dict(
         processor.apply_chat_template(
-            [tiny.user(tiny.picture(), "what?")], tokenize=True, return_dict=True, return_tensors="pt"
+            [tiny.user(tiny.image(), "what?")], tokenize=True, return_dict=True, return_tensors="pt"
         )
     )
     torch.save(inputs, tmp_path / "inputs")

@@ -131,10 +131,10 @@ def test_understanding_logits_change_by_exactly_zero(name: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_answers_are_the_hosts_and_drawings_are_pictures(name: str) -> None:
+def test_answers_are_the_hosts_and_drawings_are_images(name: str) -> None:
     host, tokenizer, image_tokenizer, merged = build(name)
     model, processor = attach(host, image_tokenizer, tokenizer)
-    messages = [tiny.user(tiny.picture(), "is there a red circle?")]
+    messages = [tiny.user(tiny.image(), "is there a red circle?")]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -15,10 +15,10 @@ from unimm.mllm.vocabulary import KNOWN_MARKERS, add_markers
 from unimm.tokenizer import ImageTokenizerProcessor
 
 CHAT = [
-    tiny.user(tiny.picture(), "is there a blue ring?"),
+    tiny.user(tiny.image(), "is there a blue ring?"),
     tiny.assistant("yes"),
     tiny.user("one more"),
-    tiny.assistant(tiny.picture("blue")),
+    tiny.assistant(tiny.image("blue")),
 ]
 
 
@@ -27,11 +27,11 @@ def processor() -> UnimmProcessor:
     return tiny.unified()[1]
 
 
-def test_chat_renders_pictures_of_both_sides(processor: UnimmProcessor) -> None:
-    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+def test_chat_renders_images_of_both_sides(processor: UnimmProcessor) -> None:
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
     assert processor.apply_chat_template(CHAT, add_generation_prompt=True) == (
-        f"<|im_start|>user\n{picture}is there a blue ring?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
-        f"<|im_start|>user\none more<|im_end|>\n<|im_start|>assistant\n{picture}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n{image}is there a blue ring?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+        f"<|im_start|>user\none more<|im_end|>\n<|im_start|>assistant\n{image}<|im_end|>\n<|im_start|>assistant\n"
     )
     plain = [{"role": "user", "content": "two"}]  # a string is as good as parts
     assert processor.apply_chat_template(plain) == "<|im_start|>user\ntwo<|im_end|>\n"
@@ -79,7 +79,7 @@ def test_typed_markers_stay_text(processor: UnimmProcessor) -> None:
 
 def test_images_and_placeholders_must_agree(processor: UnimmProcessor) -> None:
     with pytest.raises(ValueError, match="2 <|image_pad|> tokens and 1 images"):
-        processor(text="<|image_pad|><|image_pad|>", images=[tiny.picture()], return_tensors="pt")
+        processor(text="<|image_pad|><|image_pad|>", images=[tiny.image()], return_tensors="pt")
     with pytest.raises(ValueError, match="no images were passed"):
         processor(text="<|image_pad|>", images=[], return_tensors="pt")
 
@@ -90,9 +90,9 @@ def test_outputs_for_people(processor: UnimmProcessor) -> None:
     assert processor.post_process_multimodal_output(ids[0], generation_mode="text") == ["two"]
     pixels = torch.zeros(2, 3, 16, 16)
     pixels[:, 0] = 1
-    pictures = processor.post_process_multimodal_output(pixels, generation_mode="image")
-    assert [picture.getpixel((3, 3)) for picture in pictures] == [(255, 0, 0)] * 2
-    assert isinstance(pictures[0], Image.Image)
+    images = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert [image.getpixel((3, 3)) for image in images] == [(255, 0, 0)] * 2
+    assert isinstance(images[0], Image.Image)
     with pytest.raises(ValueError, match="'audio'"):
         processor.post_process_multimodal_output(ids, generation_mode="audio")
 
@@ -134,7 +134,7 @@ def test_templates_for_tokenizers_without_chatml_and_with_one_of_their_own() -> 
     text_only.chat_template = "{% for message in messages %}{{ 'x' + message.content }}{% endfor %}"
     extended = chat_template(text_only, markers)
     assert isinstance(extended, str) and extended.endswith(text_only.chat_template)
-    shown = text_only.apply_chat_template([tiny.user("two", tiny.picture())], chat_template=extended, tokenize=False)
+    shown = text_only.apply_chat_template([tiny.user("two", tiny.image())], chat_template=extended, tokenize=False)
     assert shown == "xtwo<|vision_start|><|image_pad|><|vision_end|>"
     own = "{% for m in messages %}{% for p in m.content %}{{ '<|image_pad|>' if p.type == 'image' else p.text }}"
     text_only.chat_template = own + "{% endfor %}{% endfor %}"

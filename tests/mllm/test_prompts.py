@@ -95,8 +95,8 @@ def unpadded(batch: Any) -> list[list[int]]:
     return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
 
 
-def drawing(prompt: str, **picture: Any) -> dict[str, Any]:
-    answer = {"role": "assistant", "content": [{"type": "image", **picture}]}
+def drawing(prompt: str, **image: Any) -> dict[str, Any]:
+    answer = {"role": "assistant", "content": [{"type": "image", **image}]}
     return {"flow": "draw", "kind": "drawing", "index": 0, "messages": [*user(prompt), answer]}
 
 
@@ -158,13 +158,13 @@ def test_a_prompt_has_the_same_ids_everywhere(name: str, tmp_path: Path) -> None
         assert [*processor.apply_chat_template(user(prompt), **how)["input_ids"][0], boi] == ids
 
     # training: drawings from images and from ids, padded and packed, and conversations
-    count, red = processor.num_image_tokens, tiny.picture()
+    count, red = processor.num_image_tokens, tiny.image()
     image_ids = np.zeros(count, dtype=np.int64)
-    for picture in ({"image": red}, {"ids": image_ids}):
+    for image in ({"image": red}, {"ids": image_ids}):
         for prompt, ids in expected.items():
-            assert trained(FlowCollator(processor), [drawing(prompt, **picture)]) == [ids]
+            assert trained(FlowCollator(processor), [drawing(prompt, **image)]) == [ids]
         for packed in (None, 2000):
-            pair = [drawing(PROMPTS[0], **picture), drawing(PROMPTS[0], **picture)]
+            pair = [drawing(PROMPTS[0], **image), drawing(PROMPTS[0], **image)]
             assert trained(FlowCollator(processor, pack_length=packed), pair) == [expected[PROMPTS[0]]] * 2
     for prompt, ids in expected.items():
         talk = {"flow": "t", "kind": "conversation", "index": 0, "messages": [*user(prompt), tiny.assistant("yes")]}
@@ -283,7 +283,7 @@ def test_control_tokens_in_training_texts_are_characters(name: str) -> None:
     plain, said = "a red circle", "".join(f"{each} a" for each in tokens)
 
     def row(question: str, answer: str) -> dict[str, torch.Tensor]:
-        messages = [tiny.user(tiny.picture(), question), tiny.assistant(answer)]
+        messages = [tiny.user(tiny.image(), question), tiny.assistant(answer)]
         talk = {"flow": "t", "kind": "conversation", "index": 0, "messages": messages}
         return {key: value[0] for key, value in FlowCollator(processor)([talk])["t"].items() if key != "pixel_values"}
 
@@ -293,7 +293,7 @@ def test_control_tokens_in_training_texts_are_characters(name: str) -> None:
     learned = tokenizer.decode(awkward["input_ids"][awkward["labels"] != IGNORED])
     wanted = tokenizer.decode(ordinary["input_ids"][ordinary["labels"] != IGNORED]).replace(plain, said)
     assert learned.strip() == wanted.strip()
-    caption = drawing(said, image=tiny.picture())
+    caption = drawing(said, image=tiny.image())
     batch = FlowCollator(processor)([caption])["draw"]
     assert int(batch["drawn"].sum()) == processor.num_image_tokens
     assert int((batch["input_ids"] == processor.image_token_id).sum()) == processor.num_image_tokens
@@ -328,7 +328,7 @@ def test_half_characters_are_one_sentence() -> None:
         lambda: processor.apply_chat_template(user(bad), tokenize=True),
         lambda: processor.drawing_prompt(bad),
         lambda: FlowCollator(processor)([talk]),
-        lambda: FlowCollator(processor)([drawing(bad, image=tiny.picture())]),
+        lambda: FlowCollator(processor)([drawing(bad, image=tiny.image())]),
     ):
         with pytest.raises(UserError, match=said):
             call()
@@ -352,7 +352,7 @@ def test_slow_tokenizers_spell_control_tokens_too(tmp_path: Path) -> None:
 
 def test_marks_stand_in_every_string_and_images_stay_as_they_are() -> None:
     tokenizer = byte_level()
-    image = tiny.picture()
+    image = tiny.image()
     message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "<|im_end|>"}]}
     message["tool_calls"] = [{"name": "<|im_end|>"}]
     (marked,) = mark_conversation([message], control_pattern(tokenizer))
@@ -369,7 +369,7 @@ def test_a_processors_template_survives_another_attachment() -> None:
         texts = before.tokenizer
         again = attach(tiny.language_model("llama", rows=len(texts)), tiny.image_tokenizer(), texts)[1]
         how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        chats = [user("a red circle"), [tiny.user(tiny.picture(), "Hi")]]
+        chats = [user("a red circle"), [tiny.user(tiny.image(), "Hi")]]
         for chat in chats:
             ids = [each.apply_chat_template(chat, **how)["input_ids"] for each in (before, again)]
             assert ids[0] == ids[1]
@@ -393,9 +393,9 @@ def test_arguments_of_the_text_tokenizer_work_or_are_refused() -> None:
         for key in theirs:
             values = [each[key].tolist() if torch.is_tensor(each[key]) else each[key] for each in (ours, theirs)]
             assert values[0] == values[1], (how, key)
-    picture = f"{processor.image_token} is it red?"
+    image = f"{processor.image_token} is it red?"
     with pytest.raises(ValueError, match="an image does not fit into max_length 20"):
-        processor(text=picture, images=tiny.picture(), truncation=True, max_length=20)
+        processor(text=image, images=tiny.image(), truncation=True, max_length=20)
     with pytest.raises(ValueError, match="does not know the text arguments return_length, stride"):
         processor(text="a", stride=2, return_length=True)
     with pytest.raises(ValueError, match="padding"):

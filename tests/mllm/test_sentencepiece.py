@@ -51,7 +51,7 @@ def test_texts_become_the_ids_of_sentencepiece(host: Path) -> None:
 @torch.no_grad()
 def test_it_reads_draws_and_reloads(host: Path, tmp_path: Path) -> None:
     model, processor = attach(host, tiny.image_tokenizer())
-    chat = [tiny.user(tiny.picture(), "is there a blue ring?")]
+    chat = [tiny.user(tiny.image(), "is there a blue ring?")]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     inputs = processor.apply_chat_template(chat, **options)
     ids = inputs["input_ids"][0].tolist()
@@ -70,7 +70,7 @@ def test_it_reads_draws_and_reloads(host: Path, tmp_path: Path) -> None:
 
 def test_a_begin_token_of_the_tokenizer_stands_before_conversations_once(host: Path) -> None:
     model, processor = attach(host, tiny.image_tokenizer())
-    chats = [[tiny.user(tiny.picture(), "is there a blue ring?")], [tiny.user("one two three")]]
+    chats = [[tiny.user(tiny.image(), "is there a blue ring?")], [tiny.user("one two three")]]
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     inputs = chat_inputs(model, processor, chats)
     for row, mask, chat in zip(inputs["input_ids"], inputs["attention_mask"], chats, strict=True):

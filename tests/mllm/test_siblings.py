@@ -26,7 +26,7 @@ def test_seen_tokens_are_patches_and_drawn_tokens_are_ids(kind: str) -> None:
     images, model, processor = attached(kind)
     assert (model.config.image_seq_length, model.num_image_tokens) == (16, TOKENS[kind])
     assert (processor.image_seq_length, processor.num_image_tokens) == (16, TOKENS[kind])
-    inputs = processor(text="<|image_pad|>", images=[tiny.picture()], return_tensors="pt")
+    inputs = processor(text="<|image_pad|>", images=[tiny.image()], return_tensors="pt")
     assert int((inputs.input_ids == model.config.image_token_id).sum()) == 16
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
@@ -45,7 +45,7 @@ def test_a_reloaded_host_sees_and_draws_the_same(kind: str, tmp_path: Path) -> N
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     reader = AutoProcessor.from_pretrained(tmp_path)
     assert type(again.image_tokenizer) is type(images) and reader.image_seq_length == 16
-    pixel_values = reader(images=[tiny.picture("green")], return_tensors="pt").pixel_values
+    pixel_values = reader(images=[tiny.image("green")], return_tensors="pt").pixel_values
     assert torch.equal(again.image_tokenizer.encode(pixel_values).ids, images.encode(pixel_values).ids)
     assert again.image_tokenizer.fingerprint == images.fingerprint == again.config.tokenizer_fingerprint
     drawn = []
@@ -64,7 +64,7 @@ def test_multimodal_hosts_take_them(kind: str, family: str) -> None:
     model, processor = attach(host, images, texts, image_position_mode="2d" if family == "qwen3_vl" else "1d")
     seen = processor.image_seq_length
     assert (seen, model.num_image_tokens) == (16 if family == "llava" else 4, TOKENS[kind])
-    inputs = processor(text=processor.image_token, images=[tiny.picture()], return_tensors="pt")
+    inputs = processor(text=processor.image_token, images=[tiny.image()], return_tensors="pt")
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
         prompt = processor(text=[processor.drawing_prompt("red")], return_tensors="pt")

@@ -7,16 +7,16 @@ from tests.mllm import tiny
 from unimm.errors import UserError
 from unimm.mllm import load
 from unimm.mllm.loading import DEFAULT, default_model_path
-from unimm.mllm.swap_tokenizer import exchange_image_tokenizer
+from unimm.mllm.swap_tokenizer import swap_image_tokenizer
 from unimm.tokenizer import VQRAE, VQRAEConfig
 
 
-def test_ids_and_pictures_are_the_new_tokenizers_and_nothing_else_moves(tmp_path):
+def test_ids_and_images_are_the_new_tokenizers_and_nothing_else_moves(tmp_path):
     model, processor = tiny.unified()
     other = tiny.image_tokenizer(seed=5)
     other.save_pretrained(tmp_path / "tokenizer")
     before = {name: value.clone() for name, value in model.state_dict().items() if "vision_tower" not in name}
-    exchange_image_tokenizer(model, tmp_path / "tokenizer")
+    swap_image_tokenizer(model, tmp_path / "tokenizer")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -37,9 +37,9 @@ def test_a_tokenizer_of_another_build_is_refused(tmp_path):
     ).save_pretrained(tmp_path / "shallow")
     model, _ = tiny.unified()
     with pytest.raises(UserError, match="codebook_size is 64, not 32"):
-        exchange_image_tokenizer(model, tmp_path / "wide")
+        swap_image_tokenizer(model, tmp_path / "wide")
     with pytest.raises(UserError, match="encoder_config.num_hidden_layers is 1, not 2"):
-        exchange_image_tokenizer(model, tmp_path / "shallow")
+        swap_image_tokenizer(model, tmp_path / "shallow")
 
 
 def test_the_default_has_a_name():

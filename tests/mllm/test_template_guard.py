@@ -13,7 +13,7 @@ from unimm.mllm.template_guard import render_guarded
 from unimm.mllm.templates import chat_template
 from unimm.mllm.vocabulary import KNOWN_MARKERS
 
-CHAT = [tiny.user(tiny.picture(), "is there a ring?"), tiny.assistant("yes"), tiny.user("where?")]
+CHAT = [tiny.user(tiny.image(), "is there a ring?"), tiny.assistant("yes"), tiny.user("where?")]
 
 HOSTILE = {
     "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",

@@ -23,7 +23,7 @@ def in_threads(calls: list[Any], times: int) -> None:
 
 def test_a_processor_keeps_nothing_between_calls(tmp_path: Any) -> None:
     _, processor = tiny.unified()
-    red, blue, image = tiny.picture("red"), tiny.picture("blue"), processor.image_token
+    red, blue, image = tiny.image("red"), tiny.image("blue"), processor.image_token
     texts = ["one", "a photo of a red circle"]
     in_threads(
         [
@@ -42,7 +42,7 @@ def test_a_processor_keeps_nothing_between_calls(tmp_path: Any) -> None:
 def test_conversations_on_one_model_do_not_meet(family: str) -> None:
     host, texts = tiny_host(family)
     parts = attach(host, tiny.image_tokenizer(), texts)
-    red, blue = tiny.picture("red"), tiny.picture("blue")
+    red, blue = tiny.image("red"), tiny.image("blue")
 
     def talk(question: str, *images: Any) -> list[Any]:
         session = ChatSession(*parts, max_new_tokens=4)

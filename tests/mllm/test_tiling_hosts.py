@@ -1,4 +1,4 @@
-"""LLaVA-NeXT and OneVision: tiled pictures give the host's own logits, and one view is enough to read and to draw."""
+"""LLaVA-NeXT and OneVision: tiled images give the host's own logits, and one view is enough to read and to draw."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def build(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, VQRAE]:
 
 @torch.no_grad()
 def tiled(host: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """One picture of 16 x 30 pixels as the host's processor makes it: an overview and two tiles."""
+    """One image of 16 x 30 pixels as the host's processor makes it: an overview and two tiles."""
     torch.manual_seed(6)
     pixel_values, image_sizes = torch.randn(1, 3, 3, 16, 16), torch.tensor([[16, 30]])
     count = len(host.get_image_features(pixel_values, image_sizes=image_sizes, return_dict=True).pooler_output[0])
@@ -70,7 +70,7 @@ NAMES = ("llava_next", "llava_onevision")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tiled_pictures_give_the_hosts_logits_to_the_bit(name: str, tmp_path: Path) -> None:
+def test_tiled_images_give_the_hosts_logits_to_the_bit(name: str, tmp_path: Path) -> None:
     host, tokenizer, image_tokenizer = build(name)
     model, processor = attach(host, image_tokenizer, tokenizer)
     inputs = tiled(host)
@@ -92,7 +92,7 @@ def test_one_view_reads_draws_and_learns(name: str) -> None:
     host, tokenizer, image_tokenizer = build(name)
     model, processor = attach(host, image_tokenizer, tokenizer)
     inputs = processor.apply_chat_template(
-        [tiny.user(tiny.picture(), "is there a red circle?")],
+        [tiny.user(tiny.image(), "is there a red circle?")],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

@@ -70,12 +70,12 @@ def unified(
     return attach(host, image_tokenizer(), text_tokenizer(), **options)
 
 
-def picture(color: str = "red") -> Image.Image:
+def image(color: str = "red") -> Image.Image:
     return Image.new("RGB", (20, 12), color)
 
 
 def user(*parts: str | Image.Image) -> dict:
-    """A user's turn of texts and pictures."""
+    """A user's turn of texts and images."""
     return {"role": "user", "content": [_part(part) for part in parts]}
 
 

@@ -37,13 +37,13 @@ def network() -> FidInception:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.randint(0, 256, (2, 3, 40, 52), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
-def features(network, pictures):
-    return network(pictures)
+def features(network, images):
+    return network(images)
 
 
 def test_names_and_shapes_are_the_published_ones(network):
@@ -61,16 +61,16 @@ def test_features(features):
     assert all(each.isfinite().all() and each.std() > 0 for each in features)
 
 
-def test_spatial_features_are_seven_channels_in_the_order_of_tensorflow(network, pictures):
+def test_spatial_features_are_seven_channels_in_the_order_of_tensorflow(network, images):
     taken = []
     handle = network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: taken.append(call[2]))
-    found = network(pictures[:1]).spatial
+    found = network(images[:1]).spatial
     handle.remove()
     expected = torch.stack([taken[0][0, :7, y, x] for y in range(17) for x in range(17)]).flatten()
     assert torch.equal(found[0], expected)
 
 
-def test_the_score_leaves_the_bias_out(network, pictures, features):
+def test_the_score_leaves_the_bias_out(network, images, features):
     expected = features.pool.double() @ network.fc.weight.double().T
     torch.testing.assert_close(features.probabilities.double(), expected.softmax(dim=1), atol=1e-6, rtol=1e-4)
     assert network.fc.bias.abs().max() > 0
@@ -99,10 +99,10 @@ def test_resizing_is_tensorflow_ones(height, width, side):
             torch.testing.assert_close(found[0, :, i, j], (1 - dy) * upper + dy * lower)
 
 
-def test_a_file_is_loaded_exactly_or_refused(network, pictures, features, tmp_path):
+def test_a_file_is_loaded_exactly_or_refused(network, images, features, tmp_path):
     state = network.state_dict()
     torch.save({name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}, tmp_path / "pt.pth")
-    assert torch.equal(load_inception(tmp_path / "pt.pth")(pictures).pool, features.pool)
+    assert torch.equal(load_inception(tmp_path / "pt.pth")(images).pool, features.pool)
     torch.save({name: v for name, v in state.items() if name != "fc.weight"}, tmp_path / "half.pth")
     with pytest.raises(UserError, match=r"1 of .* missing \(fc.weight\).*get pt_inception-2015-12-05-6726825d.pth"):
         load_inception(tmp_path / "half.pth")
@@ -110,8 +110,8 @@ def test_a_file_is_loaded_exactly_or_refused(network, pictures, features, tmp_pa
         load_inception(tmp_path / "absent.pth")
 
 
-def test_the_space_takes_eight_bit_pictures(network, pictures, features):
+def test_the_space_takes_eight_bit_images(network, images, features):
     space = InceptionSpace(network, "0" * 64)
-    found = space.features(np.ascontiguousarray(pictures.permute(0, 2, 3, 1).numpy()))
+    found = space.features(np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()))
     assert torch.equal(found["pool"], features.pool) and set(found) == {"pool", "spatial", "probabilities"}
     assert inception.GET_INCEPTION and space.describe()["layer"] == "pool3"

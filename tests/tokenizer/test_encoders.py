@@ -48,7 +48,7 @@ def test_from_encoder_gives_the_bare_models_features(family, tmp_path, pixel_val
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_another_picture_size_interpolates_as_the_bare_model_does(family, tmp_path):
+def test_another_image_size_interpolates_as_the_bare_model_does(family, tmp_path):
     torch.manual_seed(3)
     bare = AutoModel.from_config(tiny_config(family)).eval()
     for name, parameter in bare.named_parameters():
@@ -70,7 +70,7 @@ def test_another_picture_size_interpolates_as_the_bare_model_does(family, tmp_pa
 
 
 def test_pixels_that_no_patch_covers_are_left_out(tmp_path):
-    """SigLIP so400m has patches of 14 for pictures of 384, of which they cover 378."""
+    """SigLIP so400m has patches of 14 for images of 384, of which they cover 378."""
     torch.manual_seed(3)
     fields = {k: v for k, v in ENCODERS["siglip"].items() if k != "model_type"} | {"image_size": 37}
     bare = SiglipVisionModel(SiglipVisionConfig(**fields)).eval()

@@ -92,7 +92,7 @@ def test_values_that_are_divided_twice_are_told() -> None:
 
 
 def test_kinds_that_stock_processors_refuse() -> None:
-    """Grey without channels, 16 bits, masks, tensors with a gradient or in bfloat16: as the PIL image of them."""
+    """Gray without channels, 16 bits, masks, tensors with a gradient or in bfloat16: as the PIL image of them."""
     ours = ImageTokenizerProcessor(**SETTINGS)
     grey, mask = PHOTO[..., 0], PHOTO[..., 0] > 99
     expected = ours(images=Image.fromarray(grey), return_tensors="np")["pixel_values"]
@@ -113,7 +113,7 @@ def test_kinds_that_stock_processors_refuse() -> None:
 
 @pytest.fixture
 def awkward(tmp_path: Path) -> list[Path]:
-    """A turned photo, 16-bit grey, a transparent one, and one in CMYK."""
+    """A turned photo, 16-bit gray, a transparent one, and one in CMYK."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(PHOTO).save(tmp_path / "turned.jpg", exif=exif, quality=95)

@@ -165,7 +165,7 @@ def test_codes_fitted_and_moved_have_length_one():
     quantizer, latents = NormalizedVQ(8, 6), 3 * torch.randn(60, 6)
     quantizer.fit(latents)
     assert len(quantizer(latents[None]).ids.unique()) == 8
-    quantizer.revive(torch.tensor([2, 5]), latents)
+    quantizer.restart(torch.tensor([2, 5]), latents)
     nearest = (quantizer.effective_codebook[[2, 5]] @ F.normalize(latents, dim=1).t()).amax(1)
     torch.testing.assert_close(nearest, torch.ones(2))
     torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(8))
@@ -241,7 +241,7 @@ def test_ideal_paints_from_the_predicted_deep_features(pixel_values):
 
 
 @torch.no_grad()
-def test_ideal_reads_pictures_of_another_size():
+def test_ideal_reads_images_of_another_size():
     model, wide = tiny("ideal"), torch.randn(1, 3, 32, 48)
     output = model.reconstruct(wide)
     assert output.pixels.shape == wide.shape and output.ids.shape == (1, 24)
@@ -278,7 +278,7 @@ def test_a_configuration_that_does_not_fit_is_refused(kind, fields, message):
         tiny(kind, **fields)
 
 
-def test_pictures_that_do_not_fit_are_refused():
+def test_images_that_do_not_fit_are_refused():
     vfmtok, ideal = tiny("vfmtok"), tiny("ideal")
     for verb in (vfmtok.encode, vfmtok.reconstruct):
         with pytest.raises(UserError, match="3 x 3 anchors .* 32 x 32 pixels, and these have 32 x 48"):

@@ -62,16 +62,16 @@ def test_processor_round_trip(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("size", [(7, 4), (4, 7), (6, 9), (5, 5)])
 def test_padding_to_a_square_is_llavas(size):
-    """Against PIL's own paste of the picture onto a square of the mean colour, LLaVA's `expand2square`."""
+    """Against PIL's own paste of the image onto a square of the mean color, LLaVA's `expand2square`."""
     width, height = size
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
     processor = ImageTokenizerProcessor(size={"height": 9, "width": 9}, image_mean=[0.481, 0.458, 0.408])
     side = max(size)
     square = Image.new("RGB", (side, side), (122, 116, 104))
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
     expected = processor([square], return_tensors="pt").pixel_values
     processor.pad_to_square = True
-    assert torch.equal(processor([picture], return_tensors="pt").pixel_values, expected)
+    assert torch.equal(processor([image], return_tensors="pt").pixel_values, expected)
 
 
 def test_padding_to_a_square_is_saved(tmp_path):

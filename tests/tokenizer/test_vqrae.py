@@ -38,7 +38,7 @@ def test_output_patch_changes_the_size_only(pixel_values):
         assert torch.equal(larger.encode(pixel_values).ids, plain.encode(pixel_values).ids)
 
 
-def test_pictures_of_another_size(vqrae):
+def test_images_of_another_size(vqrae):
     wide = torch.randn(1, 3, 32, 48)
     with torch.no_grad():
         output = vqrae.reconstruct(wide)
@@ -112,7 +112,7 @@ def test_codebook_fit_puts_every_code_to_use():
 def test_revived_codes_are_latents_that_were_served_badly():
     quantizer = tiny_vqrae(codebook_size=16).quantizer
     before, latents = quantizer.effective_codebook.detach().clone(), 3 + torch.randn(40, 48)
-    quantizer.revive(torch.tensor([3, 7]), latents)
+    quantizer.restart(torch.tensor([3, 7]), latents)
     after = quantizer.effective_codebook.detach()
     moved = torch.cdist(after[[3, 7]].double(), latents.double()).min(dim=1).values
     assert moved.max() < 1e-3

@@ -84,7 +84,7 @@ def test_a_step_is_reckoned_from_its_passes_and_the_rest() -> None:
     assert Measured(seconds=[3.0, 1.0], passes=[2.0, 0.5]).said == ""
 
 
-def test_the_tokenizer_recipe_shows_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tokenizer_recipe_shows_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_vqrae().save_pretrained(tmp_path / "begun")
     settings = [f"model.init_from={tmp_path / 'begun'}", f"train.output_dir={tmp_path / 'run'}", "data.image_size=32"]
     Image.effect_noise((40, 40), 50).convert("RGB").save(tmp_path / "noise.png")

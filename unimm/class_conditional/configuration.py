@@ -28,7 +28,7 @@ class ClassConditionalConfig(PreTrainedConfig):
 
     Args:
         codebook_size: K.
-        grid: rows and columns of the ids of one picture; M is their product.
+        grid: rows and columns of the ids of one image; M is their product.
         num_classes: the table of classes has one row more, the last, which means "no class".
         intermediate_size: None = two thirds of 4 x hidden_size, rounded up to a multiple of 256.
         token_dropout, residual_dropout, feed_forward_dropout, attention_dropout: on the embedded sequence, the

@@ -1,6 +1,6 @@
-"""Class -> picture: a GPT together with the image tokenizer whose ids it draws.
+"""Class -> image: a GPT together with the image tokenizer whose ids it draws.
 
-Special here: a trained folder holds both, the GPT and in `image_tokenizer/` the tokenizer, and loading refuses a
+A trained folder holds both, the GPT and in `image_tokenizer/` the tokenizer, and loading refuses a
 tokenizer of another fingerprint: its decoder would paint noise.
 """
 
@@ -27,7 +27,7 @@ TOKENIZER_FOLDER = "image_tokenizer"
 
 @dataclass(frozen=True)
 class ClassDrawer:
-    """`model` draws ids, `tokenizer` decodes them, `image_processor` makes pictures of the pixels."""
+    """`model` draws ids, `tokenizer` decodes them, `image_processor` makes images of the pixels."""
 
     model: ClassConditionalGPT
     tokenizer: ImageTokenizer
@@ -51,7 +51,7 @@ class ClassDrawer:
         first_image: int = 0,
         guidance_interval: tuple[int, int] | None = None,
     ) -> list[Image.Image]:
-        """One picture per class; the arguments are `ClassConditionalGPT.generate`'s."""
+        """One image per class; the arguments are `ClassConditionalGPT.generate`'s."""
         ids = self.model.generate(
             class_labels, sampling, seed=seed, first_image=first_image, guidance_interval=guidance_interval
         )
@@ -82,7 +82,7 @@ def load_drawer(folder: str | Path, device: str | torch.device | None = None) ->
 
 @dataclass
 class SheetConfig:
-    """A sheet of the first `num_classes` classes, one column each: `rows` pictures without guidance above the same
+    """A sheet of the first `num_classes` classes, one column each: `rows` images without guidance above the same
     number with it."""
 
     num_classes: Count = 10
@@ -95,7 +95,7 @@ class SheetConfig:
 
 
 def draw_sheet(drawer: ClassDrawer, config: SheetConfig) -> Image.Image:
-    """The sheet as one picture, a white line between its halves."""
+    """The sheet as one image, a white line between its halves."""
     columns = min(config.num_classes, drawer.model.config.num_classes)
     labels = list(range(columns)) * config.rows
     plain = ImageSampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)

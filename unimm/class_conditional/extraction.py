@@ -1,10 +1,10 @@
-"""Labelled pictures -> the files of ids that a class-conditional model is trained and judged on."""
+"""Labelled images -> the files of ids that a class-conditional model is trained and judged on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from unimm.data.held_out import DEFAULT_SHARE, check_share, refuse_overlaps
 from unimm.data.image_streams import WORLD, crop
 from unimm.data.shapes.prompts import Split
 from unimm.data.sources.ids import IdsInfo
-from unimm.data.sources.labelled import LabelledPictures, LabelledShapes, labelled_pictures
+from unimm.data.sources.labelled import LabelledImages, LabelledShapes, labelled_images
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer
 
@@ -32,11 +32,13 @@ class ClassIdsConfig:
     the image at that scale of the crop; LlamaGen's "ten-crop" is [1.1, 1.05] with `flip`, 20 rows an image. `seed` is
     that of the stream of ids, and of the shapes data set."""
 
+    FORMER: ClassVar[dict[str, str]] = {"num_pictures": "num_images", "num_eval_pictures": "num_eval_images"}
+
     source: str
     eval_source: str | None = None
     folder: str = ""
-    num_pictures: Count | None = None
-    num_eval_pictures: Count | None = None
+    num_images: Count | None = None
+    num_eval_images: Count | None = None
     flip: bool = True
     crop_scales: list[Annotated[float, Range(least=1)]] = field(default_factory=list)
     batch_size: Count = 64
@@ -58,21 +60,21 @@ class ClassIdsConfig:
         elif self.eval_share == 0:
             raise UserError("data.eval_share 0 holds nothing out to evaluate on: give data.eval_source.")
 
-    def pictures_of(self, split: Split) -> LabelledPictures | LabelledShapes:
+    def images_of(self, split: Split) -> LabelledImages | LabelledShapes:
         """Return the labelled images of one split. Raises UserError if they cannot be read."""
         source, count, part = self._reads(split)
-        return labelled_pictures(source, count, seed=self._seed(split), part=part)
+        return labelled_images(source, count, seed=self._seed(split), part=part)
 
     def require_sources(self) -> None:
         """Raise UserError if images are missing whose ids are not kept yet; looked at before a model is built."""
         for name, split in (("train", "train"), ("eval", "test")):
             if not (Path(self.folder) / f"{name}.parquet").is_file():
-                self.pictures_of("test" if split == "test" else "train")
+                self.images_of("test" if split == "test" else "train")
 
     def made_from(self, split: Split) -> str:
         """Say in words what a split's ids are made from; a file that says otherwise is not taken up."""
         source, count, part = self._reads(split)
-        words = f"{'all' if count is None else count} pictures of {source}"
+        words = f"{'all' if count is None else count} images of {source}"
         if part is not None:
             words += f", {'of' if split == 'test' else 'without'} the held-out share {self.eval_share:g}"
         if split == "train":
@@ -82,7 +84,7 @@ class ClassIdsConfig:
 
     def _reads(self, split: Split) -> tuple[str, int | None, tuple[float, Split] | None]:
         """The source, how many rows, and which part of it."""
-        count = self.num_pictures if split == "train" else self.num_eval_pictures
+        count = self.num_images if split == "train" else self.num_eval_images
         part = None if self.eval_source is not None or self.source == WORLD else (self.eval_share, split)
         own = split == "test" and self.eval_source is not None
         return str(self.eval_source) if own else self.source, count, part
@@ -97,7 +99,7 @@ def prepare_ids(
     """The ids of one split, extracted where their file is absent.
 
     Raises:
-        UserError: the pictures cannot be read, or the file was made by another tokenizer or from other pictures.
+        UserError: the images cannot be read, or the file was made by another tokenizer or from other images.
     """
     path = Path(config.folder) / f"{split}.parquet"
     part: Split = "test" if split == "eval" else "train"
@@ -107,7 +109,7 @@ def prepare_ids(
         extract_ids(
             tokenizer,
             image_processor,
-            config.pictures_of(part),
+            config.images_of(part),
             path,
             made_from=made_from,
             batch_size=config.batch_size,
@@ -126,7 +128,7 @@ def prepare_ids(
 def extract_ids(
     tokenizer: ImageTokenizer,
     image_processor: Any,
-    pictures: Dataset,
+    images: Dataset,
     path: Path,
     *,
     made_from: str,
@@ -142,20 +144,20 @@ def extract_ids(
     config = tokenizer.config
     views = partial(views_of, size=config.image_size, scales=crop_scales, flip=flip)
     info = IdsInfo(tokenizer.fingerprint, config.codebook_size, config.grid, made_from)
-    write_class_ids(path, info, _encoded(tokenizer.eval(), image_processor, pictures, views, batch_size))
+    write_class_ids(path, info, _encoded(tokenizer.eval(), image_processor, images, views, batch_size))
 
 
 @torch.inference_mode()
 def _encoded(
     tokenizer: ImageTokenizer,
     image_processor: Any,
-    pictures: Any,
+    raw_images: Any,
     views: Callable[[Image.Image], list[Image.Image]],
     batch_size: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids [b, M], class_labels [b]), batch by batch."""
-    for start in tqdm(range(0, len(pictures), batch_size), desc="ids", unit="batch"):
-        rows = [pictures[i] for i in range(start, min(start + batch_size, len(pictures)))]
+    for start in tqdm(range(0, len(raw_images), batch_size), desc="ids", unit="batch"):
+        rows = [raw_images[i] for i in range(start, min(start + batch_size, len(raw_images)))]
         images = [views(row["image"]) for row in rows]
         labels = np.asarray([row["label"] for row in rows]).repeat(len(images[0]))
         flat = [view for each in images for view in each]

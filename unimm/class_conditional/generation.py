@@ -1,7 +1,7 @@
-"""Drawing with a class-conditional GPT: guided, cached, one noise per picture.
+"""Drawing with a class-conditional GPT: guided, cached, one noise per image.
 
 Rows with and without the class share one cache and one forward per step (classifier-free guidance,
-https://arxiv.org/abs/2207.12598), and both are fed the id that was drawn. B pictures, G <= B guided ones, K codes.
+https://arxiv.org/abs/2207.12598), and both are fed the id that was drawn. B images, G <= B guided ones, K codes.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Ids with a class, in memory: what a class-conditional model is trained and judged on (`unimm.data.sources.ids` on disk)."""
+"""Ids with a class, in memory: what a class-conditional model trains on (`unimm.data.sources.ids` on disk)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def read_class_ids(path: Path) -> ClassIds:
     """The file of ids at `path`, see `read_ids`. Raises UserError where it has no classes."""
     ids, others, info = read_ids(path)
     if LABEL not in others:
-        raise UserError(f"{path} holds ids without classes: extract them anew from labelled pictures.")
+        raise UserError(f"{path} holds ids without classes: extract them anew from labelled images.")
     return ClassIds(ids, others[LABEL].astype(np.int64), info)
 
 

@@ -1,8 +1,8 @@
-"""`ClassConditionalGPT`: a picture's ids one after the other, from its class (LlamaGen, arXiv 2406.06525, section 2.2).
+"""`ClassConditionalGPT`: an image's ids one after the other, from its class (LlamaGen, arXiv 2406.06525, section 2.2).
 
     [class | id_0 ... id_{M-2}] -> embed -> n x (norm, attention, norm, SwiGLU) -> norm -> head -> [id_0 ... id_{M-1}]
 
-Special here: the rotation is two-dimensional, one half of each head turns with the row and the other with the column;
+The rotation is two-dimensional, one half of each head turns with the row and the other with the column;
 at the class's position cosine and sine are both 0, so its query and key vanish: everybody attends to it with a logit of
 0 and it acts through its value and the residual stream alone. The head starts at zero, so the first loss is ln K.
 Shapes: B batch, M image tokens, L sequence (the class and L - 1 ids), K codebook size, D width, h heads of width d.
@@ -107,12 +107,12 @@ class ClassConditionalGPT(WholeCheckpointMixin, PreTrainedModel):
         first_image: int = 0,
         guidance_interval: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Draw one picture per class.
+        """Draw one image per class.
 
         Args:
             class_labels: [B], each 0..num_classes - 1.
-            sampling: guidance scale (one or one per picture), temperature, top-k and top-p.
-            seed, first_image: picture b is number k = first_image + b, and its noise depends on (seed, k) only.
+            sampling: guidance scale (one or one per image), temperature, top-k and top-p.
+            seed, first_image: image b is number k = first_image + b, and its noise depends on (seed, k) only.
             guidance_interval: ids start <= m < stop are guided, the others drawn from the class alone; None guides all.
                 LlamaGen's `cfg_interval` k is (0, k + 2).
 
@@ -131,7 +131,7 @@ class ClassConditionalGPT(WholeCheckpointMixin, PreTrainedModel):
         if ids.ndim != 2 or ids.shape[1] != wanted or class_labels.shape != ids.shape[:1]:
             rows, columns = self.config.grid
             raise UserError(
-                f"This model takes {rows} x {columns} = {wanted} ids and one class a picture; given are ids "
+                f"This model takes {rows} x {columns} = {wanted} ids and one class an image; given are ids "
                 f"{list(ids.shape)} and class labels {list(class_labels.shape)}."
             )
         if not self.training:
@@ -207,7 +207,7 @@ class GridRotation(Float32Module):
     def __init__(self, config: ClassConditionalConfig) -> None:
         super().__init__()
         self.grid, self.head_dim, self.theta = config.grid, config.head_dim, config.rope_theta
-        # persistent: transformers leaves other buffers uninitialised after `from_pretrained`
+        # persistent: transformers leaves other buffers uninitialized after `from_pretrained`
         self.register_buffer("table", grid_rotation(self.grid, self.head_dim, self.theta))
 
     def forward(self, positions: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Face's too), Optional and other unions, list, tuple, dict, Literal, Enum and Pat
 can judge is left to it.
 
 A field says its range in its annotation (`Count`, `Annotated[float, Range(above=0)]`), also within lists and unions.
-For fields that a dataclass inherits from one that is not ours it has a class attribute `RANGES`, {field: range}.
+For fields that a dataclass inherits from one that is not ours it has a class attribute `RANGES`, {field: range}; for
+fields that had another name before, `FORMER`, {former name: name}.
 """
 
 import dataclasses
@@ -102,6 +103,8 @@ def build(cls: type[T], tree: Mapping[Any, Any], *, key: str, source: str) -> T:
     """
     known = known_keys(cls)
     prefix = f"{key}." if key else ""
+    former: Mapping[str, str] = getattr(cls, "FORMER", {})
+    tree = {former.get(name, name) if former.get(name) not in tree else name: value for name, value in tree.items()}
     for name in tree:
         if name not in known:
             word = str(name)[:80]

@@ -1,6 +1,6 @@
 """Rows that cannot be used: skipped, counted by reason, named in a log, and too many of them stop the run.
 
-Special here: what stands in for a skipped row is the next usable one, so item n stays a function of n and of the data,
+What stands in for a skipped row is the next usable one, so item n stays a function of n and of the data,
 whatever the number of processes and workers. A row that the run filters out by its own settings counts for nothing.
 """
 

@@ -1,7 +1,7 @@
-"""Conversations about a picture, as messages in Hugging Face's conversational format. Yields PIL images and text, never
+"""Conversations about an image, as messages in Hugging Face's conversational format. Yields PIL images and text, never
 a tensor.
 
-Special here: several questions share one picture in one sample, because the picture's tokens are most of its cost; and
+Several questions share one image in one sample, because the image's tokens are most of its cost; and
 sample n is a pure function of (seed, n), so a stream has no state to save.
 """
 
@@ -19,11 +19,11 @@ Message = dict[str, Any]
 
 
 class ShapesConversations:
-    """Endless question-and-answer turns about scenes of the picture world.
+    """Endless question-and-answer turns about scenes of the shapes data set.
 
     Args:
         seed: of the stream.
-        num_turns: fewest and most questions about one picture.
+        num_turns: fewest and most questions about one image.
         kind_shares: how often each kind of question is asked, None for the world's own shares.
     """
 
@@ -37,7 +37,7 @@ class ShapesConversations:
         self.kind_shares = kind_shares
 
     def messages(self, index: int) -> list[Message]:
-        """The messages of sample `index`; the picture stands in the first of them."""
+        """The messages of sample `index`; the image stands in the first of them."""
         rng = np.random.default_rng((self.seed, index))
         num_turns = int(rng.integers(self.num_turns[0], self.num_turns[1] + 1))
         scene, turns = sample_conversation(rng, num_turns=num_turns, kind_shares=self.kind_shares)
@@ -59,8 +59,8 @@ class RowsFlow:
         return self.rows[index % len(self.rows)]
 
 
-class CaptionedPictures(RowsFlow):
-    """Pictures to describe: the question is always the same, the answer is the caption."""
+class CaptionedImages(RowsFlow):
+    """Images to describe: the question is always the same, the answer is the caption."""
 
     def __init__(self, rows: Rows, question: str) -> None:
         super().__init__(rows)
@@ -77,14 +77,14 @@ def message(role: str, text: str) -> Message:
 
 
 def conversation(image: Image.Image, turns: list[tuple[str, str]]) -> list[Message]:
-    """Questions and answers in turn; the picture comes before the first question."""
+    """Questions and answers in turn; the image comes before the first question."""
     messages = [message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
     messages[0]["content"].insert(0, {"type": "image", "image": image})
     return messages
 
 
 def shapes_corpus(num_samples: int, seed: int) -> Iterator[str]:
-    """Lines of the picture world for a text tokenizer: captions, questions, answers, each behind its speaker's role."""
+    """Yield lines of the shapes data set for a text tokenizer: captions, questions, answers, each behind its role."""
     for index in range(num_samples):
         rng = np.random.default_rng((seed, index))
         yield f"user\n{sample_captioned_scene(rng)[1].prompt}"

@@ -1,8 +1,8 @@
 """An order of rows in which the samples of one optimizer step are of one modality and of similar length.
 
 As LLaVA's `group_by_modality_length` (https://github.com/haotian-liu/LLaVA, `llava/train/llava_trainer.py`): rows with
-a picture and rows without are shuffled and cut into steps apart, the steps are shuffled together, and what is left of
-both makes the last one. Special here: rows are sorted by length within `POOL` steps, not within one (ours: LLaVA's step
+an image and rows without are shuffled and cut into steps apart, the steps are shuffled together, and what is left of
+both makes the last one. Rows are sorted by length within `POOL` steps, not within one (ours: LLaVA's step
 is as mixed as a random one); and what does not fill a step waits for the next pass, so that steps stay whole in an
 endless stream.
 """
@@ -32,7 +32,7 @@ def grouped_order(modality_lengths: np.ndarray, samples_per_step: int, rng: np.r
     """Rows [n // samples_per_step * samples_per_step] in order; step k takes the k-th `samples_per_step` of them.
 
     Args:
-        modality_lengths: length of each row [n]; below zero without a picture.
+        modality_lengths: length of each row [n]; below zero without an image.
 
     Raises:
         UserError: fewer rows than one step takes.
@@ -42,9 +42,9 @@ def grouped_order(modality_lengths: np.ndarray, samples_per_step: int, rng: np.r
             f"group_by_modality: one step takes {samples_per_step} samples and there are {len(modality_lengths)} rows: "
             "make the batch smaller."
         )
-    pictured = modality_lengths > 0
+    with_images = modality_lengths > 0
     steps, left = [], []
-    for rows in (np.flatnonzero(pictured), np.flatnonzero(~pictured)):
+    for rows in (np.flatnonzero(with_images), np.flatnonzero(~with_images)):
         cut, rest = _steps(rng.permutation(rows), np.abs(modality_lengths), samples_per_step)
         steps += cut
         left.append(rest)

@@ -1,7 +1,7 @@
-"""Picture streams for training and evaluation: the picture world, or pictures from anywhere (`unimm.data.sources.registry`).
+"""Image streams for training and evaluation: the shapes data set, or images from outside (`unimm.data.sources`).
 
-Special here: a stream has no epochs to the outside. Item n is a pure function of (seed, n), including the shuffle, crop
-and flip, so the number of pictures seen is all there is to know of a run's data position.
+A stream has no epochs to the outside. Item n is a pure function of (seed, n), including the shuffle, crop
+and flip, so the number of images seen is all there is to know of a run's data position.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from unimm.config.schema import Count, Range, Rate, Share, used_when
 from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.held_out import DEFAULT_SHARE, HeldOut, PartOfRows, check_share, refuse_overlaps
 from unimm.data.resizing import resized_crop
-from unimm.data.shapes.datasets import ShapesPictures
+from unimm.data.shapes.datasets import ShapesImages
 from unimm.data.shapes.prompts import Split
 from unimm.data.shuffling import Interleaving, Rows, order_of
-from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.registry import open_images
 from unimm.data.sources.rows import ReadOptions
 from unimm.errors import UserError
 
@@ -28,8 +28,8 @@ WORLD = "shapes"
 
 
 @dataclass
-class PictureSource:
-    """One of several sources that are mixed: pictures come from it at the share weight / all weights."""
+class ImageSource:
+    """One of several sources that are mixed: images come from it at the share weight / all weights."""
 
     source: str
     weight: Rate = 1.0
@@ -38,18 +38,18 @@ class PictureSource:
 
 
 @dataclass
-class PictureConfig:
-    """Pictures, and captions where there are some.
+class ImageDataConfig:
+    """Images, and captions where there are some.
 
     Args:
-        source: "shapes", or what `unimm.data.sources.registry` reads: a folder, parquet files, tar shards, hub:owner/name.
+        source: "shapes", or what `unimm.data.sources` reads: a folder, parquet files, tar shards, hub:owner/name.
             `$UNIMM_DATA` in it is replaced by that variable (default ../shared).
         read: how the source is read and filtered.
-        eval_source: pictures that are shown and never trained on; None holds out the share `eval_share` of the rows of
+        eval_source: images that are shown and never trained on; None holds out the share `eval_share` of the rows of
             `source`, by the rule of `unimm.data.held_out`, so that every recipe leaves the same rows out.
         mix: several sources with their weights, in the place of `source`, `eval_source` and `read`.
         max_bad_share: share of a source's rows that may be damaged before the run stops.
-        image_size: side of the pictures, cut out of the centre.
+        image_size: side of the images, cut out of the centre.
         random_crop, flip: the augmentation of VQRAE's table 7.
         caption_template: what a caption is put into.
     """
@@ -62,7 +62,7 @@ class PictureConfig:
     read: ReadOptions = field(
         default_factory=ReadOptions, metadata=used_when(lambda c: c.source != WORLD, "data.source from outside")
     )
-    mix: list[PictureSource] = field(default_factory=list)
+    mix: list[ImageSource] = field(default_factory=list)
     max_bad_share: Share = field(
         default=DEFAULT_MAX_BAD_SHARE,
         metadata=used_when(lambda c: c.source != WORLD or c.mix, "data.source or data.mix from outside"),
@@ -82,8 +82,8 @@ class PictureConfig:
             )
 
     @property
-    def sources(self) -> list[PictureSource]:
-        return self.mix or [PictureSource(self.source, eval_source=self.eval_source, read=self.read)]
+    def sources(self) -> list[ImageSource]:
+        return self.mix or [ImageSource(self.source, eval_source=self.eval_source, read=self.read)]
 
     def refuse_overlaps(self) -> None:
         """Raise UserError if one source trains on what another one holds out."""
@@ -94,14 +94,14 @@ class PictureConfig:
         )
 
 
-class Pictures(Protocol):
+class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 def to_array(images: Sequence[Image.Image]) -> np.ndarray:
-    """RGB pictures of one size as uint8 [B, H, W, 3]."""
+    """RGB images of one size as uint8 [B, H, W, 3]."""
     return np.stack([np.asarray(image) for image in images])
 
 
@@ -113,16 +113,16 @@ def crop(image: Image.Image, size: int, offset: Sequence[float] = (0.5, 0.5)) ->
     return resized_crop(image, (width, height), corner, size, Image.Resampling.BICUBIC)
 
 
-class PictureStream(Dataset):
-    """`length` augmented pictures drawn from `sources`, each at its weight and each pass over it in a new order."""
+class ImageStream(Dataset):
+    """`length` augmented images drawn from `sources`, each at its weight and each pass over it in a new order."""
 
     def __init__(
         self,
         sources: Sequence[Rows],
-        config: PictureConfig,
+        config: ImageDataConfig,
         length: int,
         seed: int,
-        chosen: Sequence[PictureSource] | None = None,
+        chosen: Sequence[ImageSource] | None = None,
     ) -> None:
         """`sources` are the rows of the `chosen` sources of the configuration, None for all."""
         self.sources = sources
@@ -153,21 +153,21 @@ class PictureStream(Dataset):
         return {"image": image, "text": self.config.caption_template.format(row["text"])}
 
 
-def picture_stream(
-    config: PictureConfig, length: int, seed: int, *, allow_withheld: bool = True, log_folder: Path | None = None
-) -> PictureStream | ShapesPictures:
-    """`length` pictures from the configuration's sources.
+def image_stream(
+    config: ImageDataConfig, length: int, seed: int, *, allow_withheld: bool = True, log_folder: Path | None = None
+) -> ImageStream | ShapesImages:
+    """`length` images from the configuration's sources.
 
     Args:
-        allow_withheld: whether the picture world shows what it keeps for tests.
+        allow_withheld: whether the shapes data set shows what it keeps for tests.
         log_folder: where skipped rows are named, one file for each source.
 
     Raises:
         UserError: a source cannot be read.
     """
 
-    def world() -> ShapesPictures:
-        return ShapesPictures(length, seed, allow_withheld)
+    def world() -> ShapesImages:
+        return ShapesImages(length, seed, allow_withheld)
 
     if not config.mix and config.source == WORLD:
         return world()
@@ -175,24 +175,24 @@ def picture_stream(
     sources = [
         world()
         if each.source == WORLD
-        else _usable(each, config, "train", log_folder and log_folder / f"pictures-{k}.jsonl")
+        else _usable(each, config, "train", log_folder and log_folder / f"images-{k}.jsonl")
         for k, each in enumerate(config.sources)
     ]
-    return PictureStream(sources, config, length, seed)
+    return ImageStream(sources, config, length, seed)
 
 
-def held_out_pictures(config: PictureConfig, length: int, seed: int) -> PictureStream | None:
-    """`length` pictures that `picture_stream` never gives, neither cropped at random nor flipped; None if nothing is
+def held_out_images(config: ImageDataConfig, length: int, seed: int) -> ImageStream | None:
+    """`length` images that `image_stream` never gives, neither cropped at random nor flipped; None if nothing is
     held out: of shapes, of a source of one row, with `eval_share` 0."""
     outside = [each for each in config.sources if each.source != WORLD]
     parts = [(each, _usable(each, config, "test")) for each in outside if _holds_out(each, config)]
     if not parts:
         return None
     plain = replace(config, random_crop=False, flip=False)
-    return PictureStream([rows for _, rows in parts], plain, length, seed, [each for each, _ in parts])
+    return ImageStream([rows for _, rows in parts], plain, length, seed, [each for each, _ in parts])
 
 
-def held_out_lines(train: PictureStream | ShapesPictures, test: PictureStream | None) -> list[str]:
+def held_out_lines(train: ImageStream | ShapesImages, test: ImageStream | None) -> list[str]:
     """Say of every source from outside how many rows are trained on and how many are held out."""
     held_out = {} if test is None else test.sizes
     return [
@@ -200,16 +200,16 @@ def held_out_lines(train: PictureStream | ShapesPictures, test: PictureStream | 
     ]
 
 
-def _holds_out(source: PictureSource, config: PictureConfig) -> bool:
+def _holds_out(source: ImageSource, config: ImageDataConfig) -> bool:
     if source.eval_source is not None:
         return True
-    return HeldOut(len(open_pictures(source.source, source.read)), config.eval_share).count("test") > 0
+    return HeldOut(len(open_images(source.source, source.read)), config.eval_share).count("test") > 0
 
 
-def _usable(source: PictureSource, config: PictureConfig, split: Split, log: Path | None = None) -> UsableRows:
+def _usable(source: ImageSource, config: ImageDataConfig, split: Split, log: Path | None = None) -> UsableRows:
     own = split == "test" and source.eval_source is not None
     place = str(source.eval_source) if own else source.source
-    rows = open_pictures(place, source.read)
+    rows = open_images(place, source.read)
     if source.eval_source is None:
         rows = PartOfRows(rows, config.eval_share, split, place)
     whose = f"{place} (held-out rows)" if split == "test" else place

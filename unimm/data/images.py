@@ -30,7 +30,7 @@ from unimm.errors import UserError
 from unimm.runs.provenance import check_output, write_atomically
 
 MAX_PIXELS = 64_000_000
-"""Pictures with more pixels are refused before they are unpacked (192 MB as RGB)."""
+"""Images with more pixels are refused before they are unpacked (192 MB as RGB)."""
 
 DECODER_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
@@ -94,10 +94,10 @@ def each_image(sources: Any) -> list[Any]:
 
 
 def load_image(path: str | Path, check: Check | None = None) -> Image.Image:
-    """Read a picture file as an RGB image, upright.
+    """Read an image file as an RGB image, upright.
 
     Raises:
-        UserError: the file is missing, is no picture, is cut off or damaged, or holds more than `MAX_PIXELS` pixels.
+        UserError: the file is missing, is no image, is cut off or damaged, or holds more than `MAX_PIXELS` pixels.
     """
     with _pillow_silenced(), _opened(Path(path)) as image:
         return _unpacked(image, check)
@@ -119,7 +119,7 @@ def _unpacked(image: Image.Image, check: Check | None) -> Image.Image:
 
 def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
     """Those that `load_image` would refuse, as far as the files' first bytes tell, and why: all but cut-off and damaged
-    pictures. Many are looked at together, because disks answer late rather than slowly."""
+    images. Many are looked at together, because disks answer late rather than slowly."""
 
     def check(path: Path) -> UserError | None:
         try:
@@ -135,11 +135,11 @@ def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture of a file, not unpacked yet; what goes wrong within becomes one sentence."""
+    """The image of a file, not unpacked yet; what goes wrong within becomes one sentence."""
     with _told(str(path)):
         if not path.is_file():
             reason = "it is a folder" if path.is_dir() else "there is no such file"
-            raise UserError(f"Cannot read the picture {path}: {reason}.")
+            raise UserError(f"Cannot read the image {path}: {reason}.")
         size = path.stat().st_size
     with _understood(path, size, str(path)) as image:
         yield image
@@ -148,17 +148,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 @contextlib.contextmanager
 def _understood(file: Path | io.BytesIO, size: int, name: str) -> Iterator[Image.Image]:
     if size == 0:
-        raise UserError(f"Cannot read the picture {name}: the file is empty.")
+        raise UserError(f"Cannot read the image {name}: the file is empty.")
     try:
         with _told(name), Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 pixels = f"{width} x {height} = {width * height} pixels"
-                raise UserError(f"The picture {name} has {pixels}, more than {MAX_PIXELS}: make it smaller first.")
+                raise UserError(f"The image {name} has {pixels}, more than {MAX_PIXELS}: make it smaller first.")
             yield image
     except UnidentifiedImageError:
-        what = "a web page" if _is_web_page(file) else "not a picture in a known format"
-        raise UserError(f"Cannot read the picture {name}: it is {what}.") from None
+        what = "a web page" if _is_web_page(file) else "not an image in a known format"
+        raise UserError(f"Cannot read the image {name}: it is {what}.") from None
 
 
 @contextlib.contextmanager
@@ -169,11 +169,11 @@ def _told(name: str) -> Iterator[None]:
     except (UserError, UnidentifiedImageError):
         raise
     except Image.DecompressionBombError:
-        raise UserError(f"The picture {name} has far more than {MAX_PIXELS} pixels: make it smaller first.") from None
+        raise UserError(f"The image {name} has far more than {MAX_PIXELS} pixels: make it smaller first.") from None
     except PermissionError:
-        raise UserError(f"Cannot read the picture {name}: permission denied.") from None
+        raise UserError(f"Cannot read the image {name}: permission denied.") from None
     except DECODER_ERRORS as error:
-        raise UserError(f"Cannot read the picture {name}: the file is cut off or damaged ({error}).") from None
+        raise UserError(f"Cannot read the image {name}: the file is cut off or damaged ({error}).") from None
 
 
 def _is_web_page(file: Path | io.BytesIO) -> bool:
@@ -219,7 +219,7 @@ def _fetched(source: str) -> bytes | None:
             with urllib.request.urlopen(source, timeout=FETCH_SECONDS) as answer:
                 return bytes(answer.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UserError(f"Cannot fetch the picture {source}: {error}.") from None
+            raise UserError(f"Cannot fetch the image {source}: {error}.") from None
     if source.startswith("data:image/"):
         source = source.partition(",")[2]
     elif len(source) < SHORTEST_BASE64 or os.path.exists(source):
@@ -251,12 +251,12 @@ def save_image_atomically(image: Image.Image, path: str | Path) -> Path:
     path = check_image_output(path)
     encoded = io.BytesIO()
     image.save(encoded, WRITABLE[path.suffix.lower()])
-    write_atomically(path, encoded.getvalue(), "picture")
+    write_atomically(path, encoded.getvalue(), "image")
     return path
 
 
 def check_image_output(path: str | Path) -> Path:
-    """The path, if a picture can be written there by its name: asked before the work that makes the picture.
+    """The path, if an image can be written there by its name: asked before the work that makes the image.
 
     Raises:
         UserError: the suffix names no format that can be written, or the path or one of its parents stands in the way.
@@ -264,8 +264,8 @@ def check_image_output(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in WRITABLE:
         known = ", ".join(WRITABLE)
-        raise UserError(f"Cannot write a picture as {path}: its name must end in a picture format such as {known}.")
-    return check_output(path, "picture")
+        raise UserError(f"Cannot write an image as {path}: its name must end in an image format such as {known}.")
+    return check_output(path, "image")
 
 
 def save_images(images: Sequence[Image.Image], path: str | Path) -> list[Path]:
@@ -301,15 +301,15 @@ def _reserved(path: Path, first: int) -> tuple[Path, int]:
                 target.open("xb").close()
                 return target, number + 1
     except OSError as error:
-        raise UserError(f"Cannot write the picture {path}: {error.strerror or error}.") from None
+        raise UserError(f"Cannot write the image {path}: {error.strerror or error}.") from None
     raise AssertionError("numbers do not end")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey as 8-bit grey: Pillow's own conversion clips everything above 255 to white."""
+    """16-bit, 32-bit and float gray as 8-bit gray: Pillow's own conversion clips everything above 255 to white."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise UserError("The picture holds values that are not finite (NaN or infinite): replace them first.")
+        raise UserError("The image holds values that are not finite (NaN or infinite): replace them first.")
     if image.mode == "F":  # no format says what white is: [0, 1] if the values fit there, else 8 or 16 bits
         top = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), float(values.max()))
     else:

@@ -1,6 +1,6 @@
 """Flows of samples mixed at fixed shares into one endless stream.
 
-Special here: which flow gives sample n, and which of its samples that is, follows from n alone, so a run resumes at any
+Which flow gives sample n, and which of its samples that is, follows from n alone, so a run resumes at any
 position; and the shares hold in every batch, not only on average, because the flows are interleaved by largest deficit
 instead of being drawn (`unimm.data.shuffling`).
 """
@@ -15,18 +15,18 @@ from torch.utils.data import Dataset
 
 from unimm.config.schema import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share, used_when
 from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, UsableRows
-from unimm.data.conversations import CaptionedPictures, Message, ShapesConversations
+from unimm.data.conversations import CaptionedImages, Message, ShapesConversations
 from unimm.data.grouping import GroupedOrder
 from unimm.data.held_out import DEFAULT_SHARE, PartOfRows, check_share, refuse_overlaps
 from unimm.data.shapes.prompts import Split
 from unimm.data.shuffling import Interleaving, Order, order_of
 from unimm.data.sources.ids import IdsFolder, holds_ids
 from unimm.data.sources.llava import LLAVA_SUFFIXES, LlavaOptions, open_llava
-from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.registry import open_images
 from unimm.data.sources.rows import ReadOptions
 from unimm.data.sources.storage import data_path, filled
 from unimm.data.sources.table_conversations import ConversationRows, TableConversations
-from unimm.data.text_to_image import IdDrawings, PictureDrawings, ShapesDrawings
+from unimm.data.text_to_image import IdDrawings, ImageDrawings, ShapesDrawings
 from unimm.errors import UserError
 
 ENDLESS = 2**31 - 1
@@ -47,20 +47,20 @@ class FlowConfig:
         ratio: share of the samples, relative to the other flows.
         weight: factor of this flow's mean loss in the sum.
         source: "shapes", or from outside, for a
-            conversation: a table with the columns image and messages (`unimm.data.sources.table_conversations`), or a .json or
-            .jsonl file in LLaVA's format, whose pictures are in `image_folder`;
-            captioning: pictures with captions, as `unimm.data.sources.registry` reads them;
-            drawing: such pictures, or a folder of ids that `recipes/encode.py` wrote.
-        read: how pictures from outside are read and filtered.
-        question: what is asked about the pictures to describe.
-        num_turns: fewest and most questions about one picture ("shapes" conversations only).
+            conversation: a table with the columns image and messages (`sources.table_conversations`), or a .json or
+            .jsonl file in LLaVA's format, whose images are in `image_folder`;
+            captioning: images with captions, as `unimm.data.sources.registry` reads them;
+            drawing: such images, or a folder of ids that `recipes/encode.py` wrote.
+        read: how images from outside are read and filtered.
+        question: what is asked about the images to describe.
+        num_turns: fewest and most questions about one image ("shapes" conversations only).
         kind_shares: how often each kind of question is asked ("shapes" conversations only; None: the world's shares).
         null_prompt_prob: share of the drawings whose caption is replaced by the null prompt.
         max_bad_share: share of the rows from outside that may be damaged before the run stops.
         eval_source: what is evaluated on, of the same kind and read alike; None holds out a share of `source`
             (`MixtureConfig.eval_share`).
         image_folder, drop_questions: of LLaVA's format, see `unimm.data.sources.llava.LlavaOptions`.
-        group_by_modality: every step takes rows with a picture only, or without, of similar length (LLaVA's format, the
+        group_by_modality: every step takes rows with an image only, or without, of similar length (LLaVA's format, the
             only flow).
     """
 
@@ -89,7 +89,7 @@ class FlowConfig:
             raise UserError(f"eval_source {self.eval_source} must be of the same form as source {self.source}.")
         if llava and self.image_folder is None:
             raise UserError(
-                f"The source {self.source} is in LLaVA's format: give the folder of its pictures, image_folder."
+                f"The source {self.source} is in LLaVA's format: give the folder of its images, image_folder."
             )
         if not llava and (self.image_folder is not None or self.drop_questions or self.group_by_modality):
             raise UserError(
@@ -98,7 +98,7 @@ class FlowConfig:
             )
         if self.kind == "captioning" and self.source == "shapes":
             raise UserError(
-                "captioning needs a source with captions: the picture world has conversations and drawings."
+                "captioning needs a source with captions: the shapes data set has conversations and drawings."
             )
 
 
@@ -174,7 +174,7 @@ class Mixture(Dataset):
         Args:
             split: "test" gives `num_eval_samples` samples of held-out rows, or of another seed, without null prompts.
             samples_per_step: of all processes together; needed by `group_by_modality`.
-            reserved: strings that stand for pictures in the model's text: rows from outside that write one are skipped.
+            reserved: strings that stand for images in the model's text: rows from outside that write one are skipped.
             log_folder: where the rows that had to be skipped are named, see `unimm.data.sources.llava`.
         """
         config.refuse_overlaps()
@@ -274,7 +274,7 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
         ids = IdsFolder(filled(place))
         drawn = None if part is None else PartOfRows(ids, share, part, place)
         return IdDrawings(ids, seed=seed, null_prompt_prob=null, rows=drawn)
-    opened, talk = open_pictures(place, flow.read), flow.kind == "conversation"
+    opened, talk = open_images(place, flow.read), flow.kind == "conversation"
     if talk:
         opened = ConversationRows(opened, place)
     if part is not None:
@@ -283,7 +283,7 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
     rows = UsableRows(opened, whose, captions=not talk, max_bad_share=flow.max_bad_share, log=log)
     rows.require_usable()
     if flow.kind == "captioning":
-        return CaptionedPictures(rows, flow.question)
+        return CaptionedImages(rows, flow.question)
     if talk:
         return TableConversations(rows)
-    return PictureDrawings(rows, seed=seed, image_size=config.image_size, null_prompt_prob=null)
+    return ImageDrawings(rows, seed=seed, image_size=config.image_size, null_prompt_prob=null)

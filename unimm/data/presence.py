@@ -3,7 +3,7 @@
 from unimm.data.mixture import FlowConfig, MixtureConfig
 from unimm.data.sources.ids import IdsManifest, holds_ids
 from unimm.data.sources.llava import require_files
-from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.registry import open_images
 from unimm.data.sources.storage import data_path, filled
 from unimm.data.sources.table_conversations import require_conversations
 from unimm.errors import UserError
@@ -24,7 +24,7 @@ def _require(flow: FlowConfig, place: str) -> None:
     elif flow.kind == "drawing" and holds_ids(place):
         IdsManifest.read(filled(place))
     else:
-        rows = open_pictures(place, flow.read)
+        rows = open_images(place, flow.read)
         if flow.kind == "conversation":
             require_conversations(rows, place)
         elif rows.caption_gap is not None:

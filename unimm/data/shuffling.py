@@ -1,6 +1,6 @@
 """The order of an endless stream over finite sets: what item n is follows from (seed, n) alone.
 
-Special here: a set that lies in blocks (shards, row groups) is shuffled by blocks and, within a few of them at a time,
+A set that lies in blocks (shards, row groups) is shuffled by blocks and, within a few of them at a time,
 by rows, so that a reader stays near one place; and that order too is computed for item n without walking to it.
 """
 

@@ -1,6 +1,6 @@
-"""Drawings: a caption asks for a picture and the assistant's turn holds it. Yields PIL images and text, never a tensor.
+"""Drawings: a caption asks for an image and the assistant's turn holds it. Yields PIL images and text, never a tensor.
 
-Special here: a share of the captions is replaced by the empty prompt, on which classifier-free guidance rests
+A share of the captions is replaced by the empty prompt, on which classifier-free guidance rests
 (https://arxiv.org/abs/2207.12598). Sample n, its dropout included, is a pure function of (seed, n).
 """
 
@@ -20,7 +20,7 @@ NULL_PROMPT = ""
 
 
 class ShapesDrawings:
-    """Endless captioned scenes of the picture world; the split "test" holds captions that "train" never shows."""
+    """Endless captioned scenes of the shapes data set; the split "test" holds captions that "train" never shows."""
 
     def __init__(self, seed: int, *, split: Split = "train", null_prompt_prob: float = 0.0) -> None:
         self.seed = seed
@@ -34,8 +34,8 @@ class ShapesDrawings:
         return drawing(prompt.prompt, render(scene), null=rng.random() < self.null_prompt_prob)
 
 
-class PictureDrawings(RowsFlow):
-    """Captioned pictures of one's own, the centre cut out at `image_size` pixels."""
+class ImageDrawings(RowsFlow):
+    """Captioned images of one's own, the centre cut out at `image_size` pixels."""
 
     def __init__(self, rows: Rows, *, seed: int, image_size: int, null_prompt_prob: float = 0.0) -> None:
         super().__init__(rows)
@@ -51,7 +51,7 @@ class PictureDrawings(RowsFlow):
 
 
 class IdDrawings(RowsFlow):
-    """Captioned pictures that are ids already (`recipes/encode.py`)."""
+    """Captioned images that are ids already (`recipes/encode.py`)."""
 
     def __init__(
         self, ids: IdsFolder, *, seed: int, null_prompt_prob: float = 0.0, rows: PartOfRows | None = None
@@ -76,7 +76,7 @@ def dropped(seed: int, index: int, probability: float) -> bool:
 
 
 def drawing(prompt: str, image: Image.Image, *, null: bool = False) -> list[Message]:
-    """The prompt (or the null prompt) in the user's turn, the picture in the assistant's."""
+    """The prompt (or the null prompt) in the user's turn, the image in the assistant's."""
     asked = message("user", NULL_PROMPT if null else prompt)
     return [asked, {"role": "assistant", "content": [{"type": "image", "image": image}]}]
 

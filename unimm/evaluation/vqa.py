@@ -1,6 +1,6 @@
-"""Models that answer questions about pictures, as judges of drawn ones: BLIP-VQA, ViLT, any chat model, mPLUG.
+"""Models that answer questions about images, as judges of drawn ones: BLIP-VQA, ViLT, any chat model, mPLUG.
 
-Special here: an answer depends on its picture and its question only. Requests that came out with tensors of one shape
+An answer depends on its image and its question only. Requests that came out with tensors of one shape
 share a forward and nothing is ever padded: BLIP's decoder attends to the padding of its question, and ViLT shuffles its
 patches by the global random state, which is fixed around its forward. Figures of two judges are figures of two scales:
 `describe` gives what has to stand beside every number.
@@ -64,10 +64,10 @@ class Judge:
         self.fingerprint = model_fingerprint(model)
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-        """The short answer to each question about the picture beside it, stripped.
+        """The short answer to each question about the image beside it, stripped.
 
         Raises:
-            UserError: not as many questions as pictures.
+            UserError: not as many questions as images.
         """
         return self._batched(images, questions, self._answer)
 
@@ -76,7 +76,7 @@ class Judge:
         return [YesNo(answer) for answer in self.answer(images, questions)]
 
     def describe(self) -> dict[str, Any]:
-        """What decides the answers beside picture and question."""
+        """What decides the answers beside image and question."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -102,7 +102,7 @@ class Judge:
     ) -> list[T]:
         """`run` over requests whose tensors have equal shapes, `batch_size` at a time; results in the given order."""
         if len(images) != len(questions):
-            raise UserError(f"{len(images)} pictures and {len(questions)} questions: each question needs its picture.")
+            raise UserError(f"{len(images)} images and {len(questions)} questions: each question needs its image.")
         results: dict[int, T] = {}
         waiting: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
 
@@ -127,7 +127,7 @@ class Judge:
         return tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else None)
 
 
-class BlipJudge(Judge):
+class BlipVQA(Judge):
     """BLIP fine-tuned on VQAv2, which writes its answer; greedy."""
 
     kind = "blip"
@@ -137,7 +137,7 @@ class BlipJudge(Judge):
         return [text.strip() for text in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
 
 
-class ViltJudge(Judge):
+class ViltVQA(Judge):
     """ViLT fine-tuned on VQAv2, which chooses one of its answers (3129 in the published checkpoint)."""
 
     kind = "vilt"
@@ -150,7 +150,7 @@ class ViltJudge(Judge):
         return [self.model.config.id2label[int(index)].strip() for index in logits.argmax(dim=-1)]
 
 
-class ChatJudge(Judge):
+class ChatVQA(Judge):
     """A multimodal chat model (Qwen-VL and whatever AutoModelForImageTextToText knows).
 
     It is asked for a word or a phrase, greedily; a yes-or-no question is answered by the larger of P(yes) and P(no) of
@@ -201,7 +201,7 @@ class ChatJudge(Judge):
         return tokens
 
 
-class MplugJudge(Judge):
+class MplugVQA(Judge):
     """mPLUG, the judge of the published DPG-Bench figures, through ModelScope's own pipeline."""
 
     kind = "mplug"
@@ -232,13 +232,13 @@ class MplugJudge(Judge):
 
 # kind -> (its class, the class that loads its network)
 KINDS: dict[str, tuple[type[Judge], Any]] = {
-    "blip": (BlipJudge, BlipForQuestionAnswering),
-    "vilt": (ViltJudge, ViltForQuestionAnswering),
-    "chat": (ChatJudge, AutoModelForImageTextToText),
+    "blip": (BlipVQA, BlipForQuestionAnswering),
+    "vilt": (ViltVQA, ViltForQuestionAnswering),
+    "chat": (ChatVQA, AutoModelForImageTextToText),
 }
 
 
-def load_judge(
+def load_vqa_model(
     path_or_id: str | Path,
     kind: str | None = None,
     *,
@@ -258,7 +258,7 @@ def load_judge(
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "mplug" in (kind, str(path_or_id)):
-        return MplugJudge(MPLUG_ID if str(path_or_id) == "mplug" else str(path_or_id), place.type)
+        return MplugVQA(MPLUG_ID if str(path_or_id) == "mplug" else str(path_or_id), place.type)
     if kind is not None and kind not in KINDS:
         raise UserError(f"No kind of judge {kind!r}; there are {', '.join([*KINDS, 'mplug'])}.")
     if (found := _kind_of(path_or_id)) != (kind or found):
@@ -288,6 +288,6 @@ def _kind_of(path_or_id: str | Path) -> str:
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return "chat"
     raise UserError(
-        f"{path_or_id} is a {config.model_type} model, which answers no questions about pictures; judges are BLIP-VQA, "
+        f"{path_or_id} is a {config.model_type} model, which answers no questions about images; judges are BLIP-VQA, "
         "ViLT-VQA, multimodal chat models, or mplug."
     )

@@ -1,4 +1,4 @@
-"""Image ids inside a sentence: a language model that reads pictures and draws them.
+"""Image ids inside a sentence: a language model that reads images and draws them.
 
 Importing it registers the Auto classes.
 """

@@ -1,6 +1,6 @@
-"""Answers to many conversations at once: one batch, padded on the left, any number of pictures in each.
+"""Answers to many conversations at once: one batch, padded on the left, any number of images in each.
 
-Special here: a conversation's answer does not depend on its company. Rows of different lengths share one forward, the
+A conversation's answer does not depend on its company. Rows of different lengths share one forward, the
 mask tells them apart, and each answer ends where its own conversation leaves no more room in the model's context.
 """
 
@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from unimm.errors import UserError
 
 Conversation = list[dict[str, Any]]
-"""Messages in the chat format of transformers, pictures as PIL images in them."""
+"""Messages in the chat format of transformers, images as PIL images in them."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Answer:
 def chat_inputs(model: Any, processor: Any, conversations: Sequence[Conversation]) -> BatchFeature:
     """Model inputs of conversations that the assistant is to go on with, on the model's device; padded on the left.
 
-    Markers in what people said are plain characters: no text can open a picture or end a turn.
+    Markers in what people said are plain characters: no text can open an image or end a turn.
     """
     inputs: BatchFeature = processor.apply_chat_template(
         list(conversations),

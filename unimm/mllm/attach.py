@@ -1,7 +1,7 @@
-"""`attach`: a language or multimodal model and an image tokenizer become one model that reads pictures and draws
+"""`attach`: a language or multimodal model and an image tokenizer become one model that reads images and draws
 them.
 
-Special here: nothing is overwritten in place. The parts are copied into a new model, the text rows of the embedding
+Nothing is overwritten in place. The parts are copied into a new model, the text rows of the embedding
 and of the head bit for bit, and the image rows are added above a padded base (see `vocabulary.py`). What is new is
 untrained: the projector and the image rows; both need training before the model sees or draws anything.
 """
@@ -100,8 +100,8 @@ def attach(
         row_init: how the new rows begin: "random", "mean" or "codebook" (`vocabulary.grow_rows`).
         dtype: of the new model, the host's when None; the codebook stays in float32.
         attn_implementation: as in transformers; the host's when None.
-        image_position_mode: "1d": a drawn picture's tokens are numbered as text; "2d": by row and column, where the
-            host does so with seen pictures (`M_ROPE`).
+        image_position_mode: "1d": a drawn image's tokens are numbered as text; "2d": by row and column, where the
+            host does so with seen images (`M_ROPE`).
         chat_template: a published one by its name (`chat_formats.CHAT_FORMATS`: "vicuna_v1", "llama3", ...); None: the
             text tokenizer's own, extended by images if it renders text only; ChatML or plain turns if it has none.
         seed: of everything that is new.
@@ -199,7 +199,7 @@ def _check_positions(model_type: str, mode: str) -> None:
     if mode not in ("1d", "2d") or (mode == "2d" and model_type not in M_ROPE):
         raise UserError(
             f'image_position_mode is {mode!r} and the host a {model_type} model: "2d" is for {" and ".join(M_ROPE)}, '
-            'all others number a drawn picture\'s tokens as text, "1d".'
+            'all others number a drawn image\'s tokens as text, "1d".'
         )
 
 
@@ -229,7 +229,7 @@ def _merge(host: PreTrainedModel, image_tokenizer: ImageTokenizer) -> int:
     if rows % merge or columns % merge:
         raise UserError(
             f"The {host.config.model_type} host merges {merge} x {merge} patches, and the tokenizer's grid of {rows} x "
-            f"{columns} does not divide by {merge}: take a tokenizer of another picture or patch size."
+            f"{columns} does not divide by {merge}: take a tokenizer of another image or patch size."
         )
     return merge
 
@@ -266,7 +266,7 @@ def build_processor(
     """The processor of a unified model; the text tokenizer gets a padding token if it has none, and a chat template:
     the one of that name, or one that fits it.
 
-    A seen picture takes `seen_tokens`, where they differ from a drawn one's: the host merges patches, or the tokenizer
+    A seen image takes `seen_tokens`, where they differ from a drawn one's: the host merges patches, or the tokenizer
     has another number of image tokens than of patches.
     """
     template = chat_template(text_tokenizer, markers, template_name)

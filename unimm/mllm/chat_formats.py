@@ -1,6 +1,6 @@
 """Twelve published chat formats as data, and the one chat template that they all become.
 
-Special here: a format says what opens and what closes an answer; the template marks everything between, the closing
+A format says what opens and what closes an answer; the template marks everything between, the closing
 included, with `{% generation %}`. What opens an answer is what generation is prompted with, so the marked span begins
 exactly where a prompt ends: the space after "ASSISTANT:" is the answer's, because many tokenizers merge it into the
 answer's first token. The first begin-of-sequence token is the text tokenizer's own doing and not written here.

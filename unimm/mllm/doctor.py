@@ -1,6 +1,6 @@
 """`unimm doctor`: points that a model must meet, each tried out and not read off a config.
 
-A wrong tower seldom fails aloud. A CLS token that stays shifts every patch by one, other normalisation constants cost
+A wrong tower seldom fails aloud. A CLS token that stays shifts every patch by one, other normalization constants cost
 quality in silence, and a tower that was assigned instead of configured is random after a reload. The first ten points
 are the tower's inside its host; then the parts are held together, the weights looked at, the chat template rendered,
 one question answered and one image drawn. Every point says what was found and, if it fails, what to do.
@@ -25,7 +25,7 @@ from unimm.mllm.processing import UnimmProcessor
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.quantizers import SimVQ
 
-SIZES = ((64, 64), (37, 101), (640, 480))  # (width, height) of ordinary pictures
+SIZES = ((64, 64), (37, 101), (640, 480))  # (width, height) of ordinary images
 EXTREMES = ((1024, 16), (16, 1024))
 NORM_BOUNDS = (0.02, 50.0)
 """Mean norm of the projected patches over that of the text rows."""
@@ -47,7 +47,7 @@ class Finding:
         )
 
 
-class _Patient:
+class _TestedModel:
     """A model and processor, with what several points ask for."""
 
     def __init__(self, model: Any, processor: UnimmProcessor) -> None:
@@ -62,149 +62,149 @@ class _Patient:
         return self.tower(pixel_values.to(self.model.dtype)).last_hidden_state
 
     def projected(self, pixel_values: Tensor) -> list[Tensor]:
-        """One [n, D] per picture."""
+        """One [n, D] per image."""
         return list(self.model.get_image_features(pixel_values.to(self.model.dtype), return_dict=True).pooler_output)
 
 
 @torch.no_grad()
 def examine(model: Any, processor: UnimmProcessor) -> Iterator[Finding]:
     """The findings, one by one. A point that cannot even be tried fails with the error as what was found."""
-    patient = _Patient(model, processor)
+    tested = _TestedModel(model, processor)
     for number, (point, look, fix) in enumerate(_POINTS, 1):
         try:
-            ok, found = look(patient)
+            ok, found = look(tested)
         except Exception as error:  # whatever a broken tower raises is the finding
             ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         yield Finding(number, point, ok, found, fix)
 
 
-def _token_count(patient: _Patient) -> tuple[bool, str]:
-    image_token = patient.processor.image_token
+def _token_count(tested: _TestedModel) -> tuple[bool, str]:
+    image_token = tested.processor.image_token
     counts = []
     for size in (*SIZES, *EXTREMES):
-        pixel_values = patient.pixel_values(size)
+        pixel_values = tested.pixel_values(size)
         image = Image.new("RGB", size)
-        text = patient.processor(text=[image_token], images=[image], return_tensors="pt")["input_ids"]
-        placeholders = int((text == patient.config.image_token_id).sum())
-        counts.append((placeholders, sum(len(rows) for rows in patient.projected(pixel_values))))
+        text = tested.processor(text=[image_token], images=[image], return_tensors="pt")["input_ids"]
+        placeholders = int((text == tested.config.image_token_id).sum())
+        counts.append((placeholders, sum(len(rows) for rows in tested.projected(pixel_values))))
     differing = [pair for pair in counts if pair[0] != pair[1]]
     if differing:
         return False, f"{differing[0][0]} placeholders for {differing[0][1]} feature vectors"
-    return True, f"{counts[0][0]} placeholders and feature vectors at {len(counts)} picture sizes"
+    return True, f"{counts[0][0]} placeholders and feature vectors at {len(counts)} image sizes"
 
 
-def _width(patient: _Patient) -> tuple[bool, str]:
-    layers = getattr(patient.config, "vision_feature_layer", -1)
-    merged = merged_side(patient.config) ** 2
-    given = patient.features(patient.pixel_values(SIZES[0])).shape[-1]
+def _width(tested: _TestedModel) -> tuple[bool, str]:
+    layers = getattr(tested.config, "vision_feature_layer", -1)
+    merged = merged_side(tested.config) ** 2
+    given = tested.features(tested.pixel_values(SIZES[0])).shape[-1]
     given *= merged * (len(layers) if isinstance(layers, list) else 1)
     wanted = next(
-        m.in_features for m in patient.model.model.multi_modal_projector.modules() if hasattr(m, "in_features")
+        m.in_features for m in tested.model.model.multi_modal_projector.modules() if hasattr(m, "in_features")
     )
     return given == wanted, f"the tower gives {given} numbers a token, the projector reads {wanted}"
 
 
-def _prefix(patient: _Patient) -> tuple[bool, str]:
-    tokens = patient.features(patient.pixel_values(SIZES[0])).shape[1]
-    rows, columns = patient.tower.config.patch_grid
-    strategy = getattr(patient.config, "vision_feature_select_strategy", "full")
+def _prefix(tested: _TestedModel) -> tuple[bool, str]:
+    tokens = tested.features(tested.pixel_values(SIZES[0])).shape[1]
+    rows, columns = tested.tower.config.patch_grid
+    strategy = getattr(tested.config, "vision_feature_select_strategy", "full")
     expected = "full" if tokens == rows * columns else "default"
     return strategy == expected, f"{tokens} tokens for {rows * columns} patches, strategy {strategy!r}"
 
 
-def _tensor(patient: _Patient) -> tuple[bool, str]:
-    features, host = patient.features(patient.pixel_values(SIZES[0])), patient.model
+def _tensor(tested: _TestedModel) -> tuple[bool, str]:
+    features, host = tested.features(tested.pixel_values(SIZES[0])), tested.model
     right = features.is_contiguous() and (features.dtype, features.device) == (host.dtype, host.device)
     layout = "contiguous" if features.is_contiguous() else "strided"
     return right, f"{layout} {features.dtype} on {features.device}, the host is {host.dtype}"
 
 
-def _normalization(patient: _Patient) -> tuple[bool, str]:
-    ours, theirs = patient.processor.image_processor, patient.tower.config
+def _normalization(tested: _TestedModel) -> tuple[bool, str]:
+    ours, theirs = tested.processor.image_processor, tested.tower.config
     pairs = [(list(getattr(ours, name)), list(getattr(theirs, name))) for name in ("image_mean", "image_std")]
     return all(
         a == b for a, b in pairs
     ), f"processor {pairs[0][0]} / {pairs[1][0]}, tower {pairs[0][1]} / {pairs[1][1]}"
 
 
-def _resizing(patient: _Patient) -> tuple[bool, str]:
-    shapes = {tuple(patient.pixel_values(size).shape[-2:]) for size in (*SIZES, *EXTREMES)}
-    side = patient.tower.config.image_size
-    return shapes == {(side, side)}, f"pictures become {sorted(shapes)}, the tower reads {side} x {side}"
+def _resizing(tested: _TestedModel) -> tuple[bool, str]:
+    shapes = {tuple(tested.pixel_values(size).shape[-2:]) for size in (*SIZES, *EXTREMES)}
+    side = tested.tower.config.image_size
+    return shapes == {(side, side)}, f"images become {sorted(shapes)}, the tower reads {side} x {side}"
 
 
-def _gradients(patient: _Patient) -> tuple[bool, str]:
-    names = [name for name, _ in patient.tower.named_parameters()]
-    simvq = isinstance(patient.tower.quantizer, SimVQ)  # other codebooks are learned
-    frozen = not simvq or patient.tower.config.train_codebook or "quantizer.codebook" not in names
-    stuck = [name for name, p in patient.model.model.multi_modal_projector.named_parameters() if not p.requires_grad]
+def _gradients(tested: _TestedModel) -> tuple[bool, str]:
+    names = [name for name, _ in tested.tower.named_parameters()]
+    simvq = isinstance(tested.tower.quantizer, SimVQ)  # other codebooks are learned
+    frozen = not simvq or tested.tower.config.train_codebook or "quantizer.codebook" not in names
+    stuck = [name for name, p in tested.model.model.multi_modal_projector.named_parameters() if not p.requires_grad]
     state = "C a buffer" if frozen else "C a parameter"
     return frozen and not stuck, f"{state}, {len(stuck)} frozen weights in the projector"
 
 
-def _norms(patient: _Patient) -> tuple[bool, str]:
-    projected = torch.cat(patient.projected(patient.pixel_values(*SIZES))).float().norm(dim=-1).mean()
-    rows = patient.model.get_input_embeddings().weight[: patient.config.text_vocab_size].float().norm(dim=-1).mean()
+def _norms(tested: _TestedModel) -> tuple[bool, str]:
+    projected = torch.cat(tested.projected(tested.pixel_values(*SIZES))).float().norm(dim=-1).mean()
+    rows = tested.model.get_input_embeddings().weight[: tested.config.text_vocab_size].float().norm(dim=-1).mean()
     ratio = float(projected / rows.clamp_min(1e-12))
     return NORM_BOUNDS[0] < ratio < NORM_BOUNDS[1], f"projected patches are {ratio:.2f} times as long as text rows"
 
 
-def _deepstack(patient: _Patient) -> tuple[bool, str]:
-    wanted = getattr(getattr(patient.config, "vision_config", None), "deepstack_visual_indexes", None)
+def _deepstack(tested: _TestedModel) -> tuple[bool, str]:
+    wanted = getattr(getattr(tested.config, "vision_config", None), "deepstack_visual_indexes", None)
     if not wanted:
         return True, "the host takes none"
-    given = getattr(patient.tower(patient.pixel_values(SIZES[0])), "deepstack_features", None)
+    given = getattr(tested.tower(tested.pixel_values(SIZES[0])), "deepstack_features", None)
     return given is not None and len(given) == len(wanted), f"{len(given or [])} given, {len(wanted)} taken"
 
 
-def _reload(patient: _Patient) -> tuple[bool, str]:
-    model = patient.model
-    image, count = patient.config.image_token_id, patient.config.image_seq_length
+def _reload(tested: _TestedModel) -> tuple[bool, str]:
+    model = tested.model
+    image, count = tested.config.image_token_id, tested.config.image_seq_length
     text = [token_id for token_id in range(4) if token_id != image]
     input_ids = torch.tensor([[*[image] * count, *text]], device=model.device)
-    inputs = {"input_ids": input_ids, "pixel_values": patient.pixel_values(SIZES[0]).to(model.dtype)}
+    inputs = {"input_ids": input_ids, "pixel_values": tested.pixel_values(SIZES[0]).to(model.dtype)}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = AutoModelForImageTextToText.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
         tower = type(again.model.vision_tower)
         equal = torch.equal(again(**inputs).logits, model(**inputs).logits)
-    kept = tower is type(patient.tower) and issubclass(tower, ImageTokenizer)
+    kept = tower is type(tested.tower) and issubclass(tower, ImageTokenizer)
     return equal and kept, f"logits {'equal' if equal else 'differ'}, the tower is a {tower.__name__}"
 
 
-def _agreement(patient: _Patient) -> tuple[bool, str]:
-    found = list(disagreements(patient.model, patient.processor))
+def _agreement(tested: _TestedModel) -> tuple[bool, str]:
+    found = list(disagreements(tested.model, tested.processor))
     return not found, "; ".join(found) or "settings, tokenizer, processor and weights name the same sizes and ids"
 
 
-def _weights(patient: _Patient) -> tuple[bool, str]:
+def _weights(tested: _TestedModel) -> tuple[bool, str]:
     try:
-        refuse_non_finite(patient.model, "in memory")
+        refuse_non_finite(tested.model, "in memory")
     except UserError as error:
         return False, one_line(error)
     return True, "every number is finite"
 
 
-def _template(patient: _Patient) -> tuple[bool, str]:
+def _template(tested: _TestedModel) -> tuple[bool, str]:
     text, image = "A word, please?", Image.new("RGB", SIZES[0])
     content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-    chat = patient.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    whole = text in chat and chat.count(patient.processor.image_token) == 1
+    chat = tested.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    whole = text in chat and chat.count(tested.processor.image_token) == 1
     return whole, f"one question with one image becomes {len(chat)} characters{'' if whole else ' without them'}"
 
 
-def _answer(patient: _Patient) -> tuple[bool, str]:
+def _answer(tested: _TestedModel) -> tuple[bool, str]:
     image = Image.effect_noise(SIZES[0], 64).convert("RGB")
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
     conversation = [{"role": "user", "content": content}]
-    (answer,) = answer_all(patient.model, patient.processor, [conversation], max_new_tokens=8)
-    logits = patient.model(**chat_inputs(patient.model, patient.processor, [conversation])).logits
+    (answer,) = answer_all(tested.model, tested.processor, [conversation], max_new_tokens=8)
+    logits = tested.model(**chat_inputs(tested.model, tested.processor, [conversation])).logits
     finite = bool(torch.isfinite(logits).all())
     return finite, f"{answer.new_tokens} tokens{'' if finite else ', from logits that are no numbers'}"
 
 
-def _drawing(patient: _Patient) -> tuple[bool, str]:
-    model, processor = patient.model, patient.processor
+def _drawing(tested: _TestedModel) -> tuple[bool, str]:
+    model, processor = tested.model, tested.processor
     prompt = [{"role": "user", "content": [{"type": "text", "text": "A red circle."}]}]
     ids = model.generate(**chat_inputs(model, processor, [prompt]), generation_mode="image", seed=0)
     pixels = model.decode_image_tokens(ids)
@@ -213,11 +213,11 @@ def _drawing(patient: _Patient) -> tuple[bool, str]:
     return finite, f"{ids.shape[1]} tokens become {columns} x {rows} pixels{'' if finite else ' that are no numbers'}"
 
 
-_POINTS: tuple[tuple[str, Callable[[_Patient], tuple[bool, str]], str], ...] = (
+_POINTS: tuple[tuple[str, Callable[[_TestedModel], tuple[bool, str]], str], ...] = (
     (
         "token count",
         _token_count,
-        "Set image_seq_length in the model's and the processor's config to the vectors a picture gives",
+        "Set image_seq_length in the model's and the processor's config to the vectors an image gives",
     ),
     ("width", _width, "Make a new projector of that width (attach does) and train it: the old one cannot be kept"),
     (
@@ -227,7 +227,7 @@ _POINTS: tuple[tuple[str, Callable[[_Patient], tuple[bool, str]], str], ...] = (
     ),
     ("layout", _tensor, "Return .contiguous() features of the host's dtype on its device"),
     ("normalization", _normalization, "Save the tokenizer's own processor beside the model: same mean and std"),
-    ("resizing", _resizing, "Set size in preprocessor_config.json to the tower's picture size"),
+    ("resizing", _resizing, "Set size in preprocessor_config.json to the tower's image size"),
     ("gradients", _gradients, "Keep SimVQ's C a buffer, and let the projector learn"),
     ("norms", _norms, "The projector does not fit these features: train it first, the language model frozen"),
     ("deepstack", _deepstack, "Give one feature map for every layer that the host adds them to"),

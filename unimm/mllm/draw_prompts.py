@@ -1,4 +1,4 @@
-"""Pictures of prompts, for a benchmark: as many prompts in a forward as asked for, one seed each."""
+"""Images of prompts, for a benchmark: as many prompts in a forward as asked for, one seed each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,11 +18,11 @@ def draw_prompts(
     images_per_prompt: int = 1,
     **sampling: Any,
 ) -> list[Image.Image]:
-    """`images_per_prompt` pictures of each prompt, one after the other.
+    """`images_per_prompt` images of each prompt, one after the other.
 
     Args:
         seeds: one per prompt. The noise depends on nothing else; the last bit of a product, and with it now and then
-            an image id, depends on the batch too, so equal batches give equal pictures.
+            an image id, depends on the batch too, so equal batches give equal images.
         sampling: `guidance_scale`, `temperature`, `top_k`, `top_p` in place of the checkpoint's own.
     """
     messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]

@@ -1,7 +1,7 @@
-"""Ways out of a unified model: back to the host, to a stock checkpoint that reads pictures, to one that writes ids.
+"""Ways out of a unified model: back to the host, to a stock checkpoint that reads images, to one that writes ids.
 
-Special here: what goes out needs no unimm. `detach` gives the host's own classes and row counts; `stock_understanding`
-puts the plain encoder in as the tower of a stock LLaVA or InternVL, so that any server of those reads pictures with
+What goes out needs no unimm. `detach` gives the host's own classes and row counts; `stock_understanding`
+puts the plain encoder in as the tower of a stock LLaVA or InternVL, so that any server of those reads images with
 the same logits; `causal_lm` is the language model with the image ids in its vocabulary, for any engine that writes
 tokens.
 """
@@ -94,7 +94,7 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
         raise UserError(f"The features lie {what}, where no stock model taps them: this model stays with unimm.")
     if model.config.model_type not in _STOCK:
         raise UserError(
-            f"A stock {model.config.host_config['model_type']} reads patches of any picture size with a tower of its "
+            f"A stock {model.config.host_config['model_type']} reads patches of any image size with a tower of its "
             "own: this model stays with unimm, or goes out with --generation."
         )
     internvl = model.config.model_type == "unimm_internvl"
@@ -159,10 +159,10 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
 
 def _plain_text_config(model: Any) -> PreTrainedConfig:
     """The config of the language model as one of its own. A Qwen-VL's is a Qwen whose positions have three rows; where
-    a drawn picture is numbered as text they are equal, and the plain one computes the same.
+    a drawn image is numbered as text they are equal, and the plain one computes the same.
 
     Raises:
-        UserError: drawn pictures have rows and columns, which a plain language model has not.
+        UserError: drawn images have rows and columns, which a plain language model has not.
     """
     config = copy_config(model.config.get_text_config())
     if (plain := _PLAIN.get(config.model_type)) is None:

@@ -29,7 +29,7 @@ class ImageGenerationMixin(TextGenerationMixin):
 
     output_modalities = ("image", "text")
     tiles = False
-    """Whether the host cuts pictures into tiles, which it then wants to know the `image_sizes` of."""
+    """Whether the host cuts images into tiles, which it then wants to know the `image_sizes` of."""
 
     @torch.no_grad()
     def generate(
@@ -111,7 +111,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         check_parallel_tokens(parallel_tokens, compile)
         if num_return_sequences > 1 and sampling.greedy:
             raise ValueError(
-                f"{num_return_sequences} greedy pictures of a prompt would be equal: set do_sample=True and a "
+                f"{num_return_sequences} greedy images of a prompt would be equal: set do_sample=True and a "
                 "temperature above 0"
             )
         prompts, mask = prompts.to(self.device), attention_mask.to(self.device)
@@ -207,7 +207,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         context = self.config.get_text_config().max_position_embeddings
         if length + self.num_image_tokens > context:
             raise UserError(
-                f"The prompt has {length} tokens and a picture {self.num_image_tokens}, together more than the "
+                f"The prompt has {length} tokens and an image {self.num_image_tokens}, together more than the "
                 f"{context} that the model reads: give a shorter prompt."
             )
 

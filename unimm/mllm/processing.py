@@ -1,6 +1,6 @@
 """UnimmProcessor: text, chats and images to model inputs, and what the model wrote back to text and images.
 
-Special here: one processor for both directions. `generation_mode="image"` asks for a prompt that ends with the begin
+One processor for both directions. `generation_mode="image"` asks for a prompt that ends with the begin
 marker; batches are padded on the left, as generation needs. Images go through the image tokenizer's own processor
 (PIL, no torchvision).
 """
@@ -43,13 +43,13 @@ class UnimmProcessor(ProcessorMixin):
     """An image processor and a text tokenizer, saved and loaded together (`AutoProcessor`).
 
     Args:
-        image_grid: [h, w] of image tokens in a drawn picture.
-        image_seq_length: tokens of a seen picture, fewer where the host merges patches, and any number where the
+        image_grid: [h, w] of image tokens in a drawn image.
+        image_seq_length: tokens of a seen image, fewer where the host merges patches, and any number where the
             tokenizer's image tokens are no patches; None: h * w.
         image_vocab_start: first image id of the model. The tokenizer may have no token at or above it.
         codebook_size: number of image ids.
         image_token: placeholder of one image token; `boi_token` and `eoi_token` stand around them.
-        mark_images: put these two around seen pictures here, for a host whose chat template does not.
+        mark_images: put these two around seen images here, for a host whose chat template does not.
         begin_token: put the text tokenizer's begin-of-sequence token in front of a text that does not start with it,
             if the tokenizer does so itself; False for a language model whose own chat template goes without.
 
@@ -91,13 +91,13 @@ class UnimmProcessor(ProcessorMixin):
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens of one drawn picture, M = h * w."""
+        """Image tokens of one drawn image, M = h * w."""
         height, width = self.image_grid
         return height * width
 
     @property
     def markers(self) -> tuple[str, str, str]:
-        """The strings that stand for pictures in a text: begin, one image token, end."""
+        """The strings that stand for images in a text: begin, one image token, end."""
         return self.boi_token, self.image_token, self.eoi_token
 
     @property
@@ -122,7 +122,7 @@ class UnimmProcessor(ProcessorMixin):
             text: one prompt or a batch.
             generation_mode: "image" appends the begin marker to every prompt that does not end with it.
             drawn: for each image, whether its placeholders stand for image ids to learn (a drawing, in training) and
-                not for a picture to look at; none by default.
+                not for an image to look at; none by default.
             kwargs: of the tokenizer and the image processor (`return_tensors`, `padding`, ...).
 
         Raises:
@@ -305,7 +305,7 @@ class UnimmProcessor(ProcessorMixin):
         return length + images * (self.image_seq_length - 1 + 2 * self.mark_images)
 
     def drawing_prompt(self, prompt: str) -> str:
-        """The text that asks for a picture: one user turn, the assistant's turn opened, the begin marker.
+        """The text that asks for an image: one user turn, the assistant's turn opened, the begin marker.
 
         Control tokens in the prompt are marked, so that this processor takes them for plain characters.
         """

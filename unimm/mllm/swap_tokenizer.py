@@ -1,6 +1,6 @@
 """A unified model goes on with a fine-tuned version of its own image tokenizer.
 
-Special here: nothing of the language model moves. The rows of the image ids are kept, so where the codes moved a
+Nothing of the language model moves. The rows of the image ids are kept, so where the codes moved a
 little, drawing starts almost right; what the ids mean has changed all the same, and the model has to be trained.
 """
 
@@ -13,7 +13,7 @@ from unimm.tokenizer.loading import load_image_tokenizer
 _PASSING = ("transformers_version", "dtype", "architectures", "_name_or_path")  # of the file, not of the build
 
 
-def exchange_image_tokenizer(model: Any, path: str | Path) -> None:
+def swap_image_tokenizer(model: Any, path: str | Path) -> None:
     """Put the image tokenizer at `path` into a unified model, in place of the one it has.
 
     Raises:
@@ -33,7 +33,7 @@ def exchange_image_tokenizer(model: Any, path: str | Path) -> None:
 
 
 def _build_of(tokenizer: Any) -> dict[str, Any]:
-    """What decides the names and shapes of a tokenizer's weights and how its pictures are prepared."""
+    """What decides the names and shapes of a tokenizer's weights and how its images are prepared."""
     fields = tokenizer.config.to_diff_dict()
     fields |= {f"encoder_config.{name}": value for name, value in fields.pop("encoder_config", {}).items()}
     return {name: value for name, value in fields.items() if name.removeprefix("encoder_config.") not in _PASSING}

@@ -1,7 +1,7 @@
 """What every unified host has in common: the head by vocabulary, image ids in and out, checkpoints that are whole or
 refused.
 
-Special here: nothing is masked while training (`labels` see every row of the head); without labels only the rows
+Nothing is masked while training (`labels` see every row of the head); without labels only the rows
 that are asked for are computed, so growing the vocabulary leaves the text logits as they were, to the last bit.
 """
 
@@ -45,7 +45,7 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens of one picture, M = h * w."""
+        """Image tokens of one image, M = h * w."""
         height, width = self.config.image_grid
         return height * width
 
@@ -73,7 +73,7 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
         """The host's forward.
 
         Args:
-            input_ids: token_ids [B, L]; drawn pictures are image ids in it, seen ones are placeholders.
+            input_ids: token_ids [B, L]; drawn images are image ids in it, seen ones are placeholders.
             pixel_values: [I, 3, H, W], one for every `image_seq_length` placeholders, in reading order.
             image_sizes: [I, 2], for hosts that tile, with the pixel_values of their own processor.
             labels: token_ids [B, L], -100 where there is no loss; the loss goes over the whole vocabulary.
@@ -169,7 +169,7 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
         drawn = self.visual_vocabulary.contains(rows)
         counts = drawn.sum(1)
         if (wrong := counts[counts != self.num_image_tokens]).numel():
-            raise ValueError(f"a picture has {self.num_image_tokens} image ids, a row with {int(wrong[0])} was given")
+            raise ValueError(f"an image has {self.num_image_tokens} image ids, a row with {int(wrong[0])} was given")
         return self.image_tokenizer.decode(self.visual_vocabulary.ids(rows[drawn].view(len(rows), -1)))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:

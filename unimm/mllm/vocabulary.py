@@ -1,6 +1,6 @@
 """Where image ids live inside a language model's vocabulary.
 
-Special here: ids are arithmetic, `token_id = base + id`; the text tokenizer gets no string for them, so text that a
+Ids are arithmetic, `token_id = base + id`; the text tokenizer gets no string for them, so text that a
 user types can never become an image id. The base lies above the padded embedding matrix, never at `len(tokenizer)`:
 real checkpoints pad their matrices (Qwen 151 665 -> 151 936 rows), and a resize to `len(tokenizer) + K` would cut
 those rows off.
@@ -23,7 +23,7 @@ SPARE_ROWS = 64  # rows left free below the image ids, for tokens that are added
 
 @dataclass(frozen=True)
 class Markers:
-    """The strings around a picture in the text: begin, the placeholder of one image token, end."""
+    """The strings around an image in the text: begin, the placeholder of one image token, end."""
 
     begin: str
     image: str
@@ -45,14 +45,14 @@ class ImageVocabularyFields:
             image_vocab_start.
         image_vocab_start: token id of codebook id 0.
         codebook_size: number of image ids, K.
-        image_grid: [h, w] of image tokens in one picture.
-        boi_token_id: token before a drawn picture; eoi_token_id: token after it.
+        image_grid: [h, w] of image tokens in one image.
+        boi_token_id: token before a drawn image; eoi_token_id: token after it.
         null_prompt: token ids of the unconditional prompt of guidance, up to and including the begin marker.
         null_prompt_prob: how often training replaced a drawing prompt by it; 0 means that guidance was never trained.
         tokenizer_fingerprint: of the image tokenizer that the image ids belong to.
         host_config: the config of the host that the tokenizer was attached to, for `detach`.
         image_position_mode: positions of drawn image tokens: "1d", as text; "2d", row and column, for hosts that have
-            such positions for seen pictures (M-RoPE).
+            such positions for seen images (M-RoPE).
     """
 
     text_vocab_size: int = 0

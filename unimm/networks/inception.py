@@ -2,7 +2,7 @@
 
 It is the TensorFlow network of 2015-12-05 as FID's ports have it (Szegedy et al., https://arxiv.org/abs/1512.00567),
 not torchvision's `inception_v3`: average pools do not count their padding, the last block pools by maximum, there are
-1008 classes, and pictures are enlarged by TensorFlow 1's bilinear filter, which has no half-pixel centres. Parameters
+1008 classes, and images are enlarged by TensorFlow 1's bilinear filter, which has no half-pixel centres. Parameters
 have the names of the published files: the ports `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) and
 `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity) hold the same tensors.
 """
@@ -127,7 +127,7 @@ def _forked(before: int, pool: str) -> Mixed:
 
 
 class FidInception(nn.Module):
-    """Pictures uint8 [B, 3, H, W] -> `InceptionFeatures`, in float32."""
+    """Images uint8 [B, 3, H, W] -> `InceptionFeatures`, in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,8 +149,8 @@ class FidInception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
         self.requires_grad_(False).eval()
 
-    def forward(self, pictures: Tensor) -> InceptionFeatures:
-        x = (tensorflow1_resize(pictures.float(), INPUT_SIDE) - 128) / 128
+    def forward(self, images: Tensor) -> InceptionFeatures:
+        x = (tensorflow1_resize(images.float(), INPUT_SIDE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = F.max_pool2d(x, 3, stride=2)

@@ -57,9 +57,9 @@ class LPIPS(nn.Module):
         return self.distances(predicted, target).mean()
 
     def distances(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """The distance of each pair of pictures, [B]. Raises ValueError for sides below 16 px."""
+        """The distance of each pair of images, [B]. Raises ValueError for sides below 16 px."""
         if min(predicted.shape[-2:]) < 16:
-            raise ValueError(f"LPIPS needs pictures of at least 16 px and got {tuple(predicted.shape[-2:])}.")
+            raise ValueError(f"LPIPS needs images of at least 16 px and got {tuple(predicted.shape[-2:])}.")
         with torch.no_grad():
             target_levels = self._levels(target)
         distance = predicted.new_zeros(len(predicted))
@@ -109,7 +109,7 @@ class ConvNeXtBlock(nn.Module):
 class ConvNeXt(nn.Module):
     """ConvNeXt-Small as a judge: two batches of pixels in [0, 1] -> mean squared difference of their logits.
 
-    It has 50.2 M parameters. Both are resized to 224 px (bilinear, antialiased) and ImageNet-normalised first, as
+    It has 50.2 M parameters. Both are resized to 224 px (bilinear, antialiased) and ImageNet-normalized first, as
     TA-TiTok does (https://arxiv.org/abs/2501.07730).
     """
 

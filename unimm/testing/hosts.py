@@ -19,7 +19,7 @@ from unimm.tokenizer.encoders import FAMILIES, encoder_family
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
-_PICTURE = {"image_size": 16, "patch_size": 4}
+_IMAGE = {"image_size": 16, "patch_size": 4}
 
 _MLP = {"intermediate_size": 64}
 
@@ -88,7 +88,7 @@ def text_tokenizer(special: tuple[str, ...]) -> PreTrainedTokenizerFast:
 
 def vision_config(family: str) -> PreTrainedConfig:
     """A tiny encoder of the family: 16 px, 4 x 4 patches, two layers of width 32."""
-    return AutoConfig.for_model(family, **_SIZES, **_PICTURE, **_ENCODER_FIELDS[family])
+    return AutoConfig.for_model(family, **_SIZES, **_IMAGE, **_ENCODER_FIELDS[family])
 
 
 def tiny_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

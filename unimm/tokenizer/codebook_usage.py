@@ -1,4 +1,4 @@
-"""How much of a codebook a set of pictures uses, from streaming counts.
+"""How much of a codebook a set of images uses, from streaming counts.
 
 A small set flatters nobody: T ids drawn uniformly touch only K (1 - exp(-T / K)) of K codes, so count at least 5 K of
 them.

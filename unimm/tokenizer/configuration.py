@@ -1,6 +1,6 @@
 """What an image tokenizer is: the configurations that stand in `config.json`.
 
-Special here: the configuration wraps the configuration of a pretrained vision model and answers for it. `hidden_size`,
+The configuration wraps the configuration of a pretrained vision model and answers for it. `hidden_size`,
 `image_size` and `patch_size` are what a multimodal host asks its vision tower for, so they are read from the encoder
 and never stored twice.
 """
@@ -24,13 +24,13 @@ def side(value: int | list[int] | tuple[int, ...]) -> int:
     if isinstance(value, int):
         return value
     if len(set(value)) != 1:
-        raise UserError(f"Only square pictures and patches are supported, not {tuple(value)}.")
+        raise UserError(f"Only square images and patches are supported, not {tuple(value)}.")
     return value[0]
 
 
 @strict
 class ImageTokenizerConfig(PreTrainedConfig):
-    """What every tokenizer has: an encoder, its feature tap, a codebook, an output patch and the normalisation.
+    """What every tokenizer has: an encoder, its feature tap, a codebook, an output patch and the normalization.
 
     Args:
         encoder_config: the vision model's own configuration.
@@ -38,7 +38,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
         apply_post_norm: whether the encoder's final norm is applied to them; only at the last layer.
         codebook_size, codebook_dim: K and C.
         output_patch_size: pixels a side that one token draws; None = the encoder's patch size.
-        image_mean, image_std: normalisation of `pixel_values` and, inverted, of `pixels`.
+        image_mean, image_std: normalization of `pixel_values` and, inverted, of `pixels`.
     """
 
     model_type = "image_tokenizer"
@@ -92,7 +92,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of the pictures that the encoder reads."""
+        """Pixels a side of the images that the encoder reads."""
         return side(self.vision.image_size)
 
     @property
@@ -101,7 +101,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """Patches of one picture, (rows, columns): what a host sees."""
+        """Patches of one image, (rows, columns): what a host sees."""
         rows = self.image_size // self.patch_size
         return rows, rows
 
@@ -113,7 +113,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Image tokens of one picture, (rows, columns), in raster order: what is drawn."""
+        """Image tokens of one image, (rows, columns), in raster order: what is drawn."""
         return self.patch_grid
 
     @property
@@ -128,7 +128,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     @property
     def output_size(self) -> int:
-        """Pixels a side of the pictures that it draws."""
+        """Pixels a side of the images that it draws."""
         return self.patch_grid[0] * self.decoded_patch_size
 
     @property
@@ -226,7 +226,7 @@ class VFMTokConfig(ImageTokenizerConfig):
         check_heads(self.width, self.num_heads)
         if self.anchor_grid < 1 or self.image_size % self.decoded_patch_size:
             raise UserError(
-                f"A picture of {self.image_size} pixels does not fit {self.anchor_grid} x {self.anchor_grid} anchors "
+                f"An image of {self.image_size} pixels does not fit {self.anchor_grid} x {self.anchor_grid} anchors "
                 f"and pixel tokens of {self.decoded_patch_size} pixels."
             )
 
@@ -242,7 +242,7 @@ class VFMTokConfig(ImageTokenizerConfig):
 
     @property
     def pixel_grid(self) -> tuple[int, int]:
-        """Pixel tokens of one picture, (rows, columns)."""
+        """Pixel tokens of one image, (rows, columns)."""
         rows = self.image_size // self.decoded_patch_size
         return rows, rows
 

@@ -15,7 +15,7 @@ from unimm.tokenizer.layers import GeluMLP, Grid, OwnStart, PreNormBlock, SwiGLU
 class SymmetricViTDecoder(OwnStart):
     """The encoder's own block stack on the token grid, [B, M, C] -> [B, M, D].
 
-    Bidirectional, randomly initialised, learned positions, a final norm and no CLS. The out-projection is also the
+    Bidirectional, randomly initialized, learned positions, a final norm and no CLS. The out-projection is also the
     "patch size 1"
     embedding: a 1x1 convolution after a linear layer is the same map (VQRAE, section 3.2).
     """

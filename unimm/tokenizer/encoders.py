@@ -1,8 +1,8 @@
 """The families of pretrained vision models that can be the encoder, and what differs between them.
 
-Special here: a family is one row of `FAMILIES`. It says how many prefix tokens (CLS, registers) stand before the
-patches, which block stack the symmetric decoder mirrors, how the family wants to be told about pictures of another
-size, and the normalisation it was trained with where a checkpoint does not say.
+A family is one row of `FAMILIES`. It says how many prefix tokens (CLS, registers) stand before the
+patches, which block stack the symmetric decoder mirrors, how the family wants to be told about images of another
+size, and the normalization it was trained with where a checkpoint does not say.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ CLIP: tuple[Channels, Channels] = ((0.48145466, 0.4578275, 0.40821073), (0.26862
 
 
 class DINOv3Blocks(DINOv3ViTEncoder):
-    """DINOv3's blocks with no rotation: a decoder has learned positions of its own, and no picture to take them
+    """DINOv3's blocks with no rotation: a decoder has learned positions of its own, and no image to take them
     from."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> BaseModelOutput:
@@ -46,7 +46,7 @@ class EncoderFamily:
         blocks: (config) -> the family's stack of transformer blocks, [B, N, D] -> an output with `last_hidden_state`.
         final_norm: the submodule behind the last block.
         cls_token: whether one stands before the patches; registers, which the config counts, follow it.
-        asks_to_interpolate: whether pictures of another size need to be announced.
+        asks_to_interpolate: whether images of another size need to be announced.
         normalization: (mean, std) per channel, where the checkpoint has no preprocessor_config.json.
     """
 

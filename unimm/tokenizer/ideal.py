@@ -1,6 +1,6 @@
 """IDEAL: a discrete autoencoder of a frozen vision foundation model's features (arXiv 2606.11096).
 
-Special here: a code must explain two levels of the encoder. A deep level asks a shallow one for its detail, the codes
+A code must explain two levels of the encoder. A deep level asks a shallow one for its detail, the codes
 of the two fused are decoded into both again, and the pixels are painted from the predicted deep features alone.
 """
 
@@ -47,7 +47,7 @@ class IDEAL(ImageTokenizer):
         self.post_init()
 
     def sources(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The shallow level, normalised without weights, and the deep one, each [B, N, D]."""
+        """The shallow level, normalized without weights, and the deep one, each [B, N, D]."""
         return plain_norm(states[self.config.shallow_level]), states[self.config.deep_level]
 
     def targets(self, sources: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Layers that VFMTok and IDEAL share: attention, pre-norm blocks, SwiGLU, deformable attention, resized tables.
 
-Special here: a layer that does not start as transformers' default does is an `OwnStart` and says how it starts;
+A layer that does not start as transformers' default does is an `OwnStart` and says how it starts;
 `ImageTokenizer` calls it. B batch, L or S tokens, W width.
 """
 
@@ -20,7 +20,7 @@ class OwnStart(nn.Module):
     """A module that draws its own weights, after its children have drawn theirs."""
 
     def start(self) -> None:
-        """Initialise in place, with `transformers.initialization` (which leaves loaded tensors alone)."""
+        """Initialize in place, with `transformers.initialization` (which leaves loaded tensors alone)."""
         raise NotImplementedError
 
 

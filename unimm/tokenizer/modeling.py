@@ -1,6 +1,6 @@
 """`ImageTokenizer`: the flow that every tokenizer shares, image <-> features <-> ids <-> image.
 
-Special here: the tokenizer is a vision tower. `forward` answers as every Hugging Face vision model does, so a
+The tokenizer is a vision tower. `forward` answers as every Hugging Face vision model does, so a
 multimodal host takes it by configuration; the codebook and the decoder ride along in the same checkpoint. Shapes: B
 batch, N patches, M image tokens, D encoder width, C codebook width, H and W pixels.
 """
@@ -118,7 +118,7 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         return self._quantized(states, self.sources(states))
 
     def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """ids [B, M] in raster order -> pixels [B, 3, H, W] in [0, 1]. `grid` (rows, columns) for pictures of another
+        """ids [B, M] in raster order -> pixels [B, 3, H, W] in [0, 1]. `grid` (rows, columns) for images of another
         size."""
         return self.pixels_from(self.lookup(ids), grid or self.config.grid).clamp(0, 1)
 
@@ -189,15 +189,15 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         )
 
     def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """(rows, columns) of the image tokens that these pictures become. Raises UserError where they do not fit."""
+        """(rows, columns) of the image tokens that these images become. Raises UserError where they do not fit."""
         return self.patch_grid_of(pixel_values)
 
     def patch_grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """(rows, columns) of the patches. Raises UserError where the picture is no multiple of the patch size."""
+        """(rows, columns) of the patches. Raises UserError where the image is no multiple of the patch size."""
         height, width = pixel_values.shape[-2:]
         if height % self.config.patch_size or width % self.config.patch_size:
             raise UserError(
-                f"A picture of {height} x {width} pixels is no multiple of the patch size {self.config.patch_size}."
+                f"An image of {height} x {width} pixels is no multiple of the patch size {self.config.patch_size}."
             )
         return height // self.config.patch_size, width // self.config.patch_size
 
@@ -241,14 +241,14 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
             name_or_path: a name that `unimm encoders` lists, a local Hugging Face folder, or a hub id. A composite
                 checkpoint (SigLIP or CLIP with its text half, InternVL, also in its original layout) gives its vision
                 half.
-            image_size: pixels a side of the pictures; None takes the checkpoint's (what its patches cover). For
+            image_size: pixels a side of the images; None takes the checkpoint's (what its patches cover). For
                 another one the position table is interpolated, as the vision model does itself.
             attn_implementation: as in transformers.
-            config_fields: fields of the tokenizer's configuration; normalisation and feature layer are the
+            config_fields: fields of the tokenizer's configuration; normalization and feature layer are the
                 checkpoint's own unless given.
 
         Raises:
-            UserError: the encoder's weights are incomplete, its family is not supported, or the picture's side is no
+            UserError: the encoder's weights are incomplete, its family is not supported, or the image's side is no
                 multiple of the patch.
         """
         check_attention(attn_implementation)

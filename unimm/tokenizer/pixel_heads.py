@@ -1,4 +1,4 @@
-"""From a grid of tokens to a picture: one linear layer a patch (VQRAE), or a convolutional head (VFMTok, IDEAL)."""
+"""From a grid of tokens to an image: one linear layer a patch (VQRAE), or a convolutional head (VFMTok, IDEAL)."""
 
 from collections.abc import Sequence
 

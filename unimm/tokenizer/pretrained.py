@@ -1,6 +1,6 @@
-"""Reading pretrained vision models: their configuration, weights and normalisation, from a folder or the hub.
+"""Reading pretrained vision models: their configuration, weights and normalization, from a folder or the hub.
 
-Special here: checkpoints in InternVL's original layout (remote code: fused qkv, other names) are converted tensor by
+Checkpoints in InternVL's original layout (remote code: fused qkv, other names) are converted tensor by
 tensor, so no foreign code runs; and a checkpoint that does not fill the encoder is refused, never filled at random.
 """
 
@@ -78,7 +78,7 @@ def find_encoder(name_or_path: str | Path) -> EncoderSource:
 
 
 def load_encoder(encoder: PreTrainedModel, source: EncoderSource, attn_implementation: str | None = None) -> None:
-    """Fill `encoder`, built from `source.config` for pictures of any size, with the checkpoint's weights.
+    """Fill `encoder`, built from `source.config` for images of any size, with the checkpoint's weights.
 
     Raises:
         UserError: weights are missing or misshapen.
@@ -106,7 +106,7 @@ def load_encoder(encoder: PreTrainedModel, source: EncoderSource, attn_implement
 
 @torch.no_grad()
 def _fitted(loaded: PreTrainedModel, encoder: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of `loaded`, its position table interpolated to the encoder's picture size by its own method."""
+    """The state of `loaded`, its position table interpolated to the encoder's image size by its own method."""
     state, size = loaded.state_dict(), side(encoder.config.image_size)
     for name, wanted in encoder.state_dict().items():
         if "position_embedding" in name and state[name].shape != wanted.shape:

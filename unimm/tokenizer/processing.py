@@ -17,11 +17,11 @@ from unimm.errors import UserError
 
 
 class ImageTokenizerProcessor(SiglipImageProcessorPil):
-    """Turn images into normalised pixel_values [B, 3, H, W] at the tokenizer's size, and back with `postprocess`.
+    """Turn images into normalized pixel_values [B, 3, H, W] at the tokenizer's size, and back with `postprocess`.
 
     Takes what `unimm.data.images.read_image` takes, single or in lists of any depth; arrays and tensors give what
     SigLIP's own processor gives for them. Both sides are resized to the tokenizer's (bicubic), as that one does. With
-    `pad_to_square` an image becomes a square in the middle of the mean colour first, as LLaVA-1.5 does
+    `pad_to_square` an image becomes a square in the middle of the mean color first, as LLaVA-1.5 does
     (`image_aspect_ratio pad`, https://arxiv.org/abs/2310.03744); it is saved, because reading must do as training did.
     """
 
@@ -61,7 +61,7 @@ class ImageTokenizerProcessor(SiglipImageProcessorPil):
     def _padded(
         self, array: np.ndarray, *, do_resize: bool | None = None, size: Any = None, resample: Any = None, **_: Any
     ) -> np.ndarray:
-        """Return [H, W, 3] in the middle of a square of the mean colour; of a strip the square at its final size."""
+        """Return [H, W, 3] in the middle of a square of the mean color; of a strip the square at its final size."""
         color = tuple(int(255 * channel) for channel in self.image_mean)  # LLaVA's rounding
         side = max(array.shape[:2])
         if not (do_resize and size and size.height and is_strip(array.shape[:2], (side, side))):
@@ -79,7 +79,7 @@ class ImageTokenizerProcessor(SiglipImageProcessorPil):
 
 
 def _with_channels(array: np.ndarray) -> np.ndarray:
-    """Return a grey [H, W] as [1, H, W], which transformers counts as one image."""
+    """Return a gray [H, W] as [1, H, W], which transformers counts as one image."""
     return array[None] if array.ndim == 2 else array
 
 

@@ -1,6 +1,6 @@
-"""The pretrained vision models that unimm knows by name: what a user can tokenise, and what each gives.
+"""The pretrained vision models that unimm knows by name: what a user can tokenize, and what each gives.
 
-Special here: the numbers are those of the published checkpoints, so every configuration can be built without a
+The numbers are those of the published checkpoints, so every configuration can be built without a
 download; loading reads the checkpoint's own files all the same.
 """
 

@@ -110,7 +110,7 @@ class Quantizer(Float32Module, OwnStart):
         """
         size = len(self.codebook)
         if len(latents) < size:
-            raise UserError(f"{len(latents)} latents cannot fill a codebook of {size} codes; give more pictures.")
+            raise UserError(f"{len(latents)} latents cannot fill a codebook of {size} codes; give more images.")
         generator = torch.Generator().manual_seed(seed)
         latents = self.comparable(latents.detach())
         centres = latents[torch.randperm(len(latents), generator=generator)[:size].to(latents.device)].clone()
@@ -137,7 +137,7 @@ class Quantizer(Float32Module, OwnStart):
         return self._stood_in_for(counts, _radius(errors)).nonzero().flatten()
 
     @torch.no_grad()
-    def refit(self, latents: Tensor, seed: int = 0) -> int:
+    def reestimate(self, latents: Tensor, seed: int = 0) -> int:
         """Move idle and redundant codes onto latents [m, C] that are served worse than `redundant`'s radius (ours).
 
         For a trained tokenizer: everything else stays. Repeated on fresh latents it spreads the codes evenly over what
@@ -172,7 +172,7 @@ class Quantizer(Float32Module, OwnStart):
         self.codebook[codes] = self.comparable(targets).to(self.codebook.dtype)
 
     @torch.no_grad()
-    def revive(self, dead: Tensor, latents: Tensor, seed: int = 0) -> None:
+    def restart(self, dead: Tensor, latents: Tensor, seed: int = 0) -> None:
         """Move the codes `dead` [n] onto latents [m, C] that the codebook serves badly (ours, not the paper's).
 
         Of the worst-served half a random choice is taken, so that the new codes differ.

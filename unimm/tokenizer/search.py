@@ -1,6 +1,6 @@
 """The nearest code of each latent, exactly.
 
-Special here: scores are computed fast and their rounding errors bounded; whatever lies within the bound of the best is
+Scores are computed fast and their rounding errors bounded; whatever lies within the bound of the best is
 compared again in float64. So the ids are those of exact arithmetic whatever the first pass was computed in, float32 or
 bfloat16, on whatever device and in blocks of whatever size, and ties go to the lowest index. Blocks of scores are
 small: the K scores of every latent never exist at once.

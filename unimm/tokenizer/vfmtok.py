@@ -1,8 +1,8 @@
 """VFMTok: a frozen vision foundation model as a tokenizer (arXiv 2507.08441).
 
-Special here: an id is not a patch's. Learned anchors gather from four levels of the encoder wherever their offsets
+An id is not a patch's. Learned anchors gather from four levels of the encoder wherever their offsets
 lead, and a causal ViT turns their codes into pixels and, beside them, into the encoder's last features. So M and the
-grid of the ids are chosen freely, and a picture has one size: the one that the anchors were laid out for.
+grid of the ids are chosen freely, and an image has one size: the one that the anchors were laid out for.
 """
 
 from torch import Tensor
@@ -74,17 +74,17 @@ class VFMTok(ImageTokenizer):
         if grid != self.config.grid:
             raise UserError(
                 f"The anchors lie on a grid of {self.config.grid[0]} x {self.config.grid[1]}, and {grid[0]} x {grid[1]}"
-                " is asked for: these pictures have one size."
+                " is asked for: these images have one size."
             )
         pixels = (self.pixel_head(self.decoder(codes), self.config.pixel_grid).float() + 1) / 2
         return pixels, {"deep": self.decoder.features(codes)} if predict else {}
 
     def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """The anchors' grid. Raises UserError for pictures of another size than the anchors were laid out for."""
+        """The anchors' grid. Raises UserError for images of another size than the anchors were laid out for."""
         (height, width), side = pixel_values.shape[-2:], self.config.image_size
         if (height, width) != (side, side):
             raise UserError(
-                f"The {self.config.grid[0]} x {self.config.grid[1]} anchors were laid out for pictures of {side} x "
+                f"The {self.config.grid[0]} x {self.config.grid[1]} anchors were laid out for images of {side} x "
                 f"{side} pixels, and these have {height} x {width}."
             )
         return self.config.grid

@@ -38,7 +38,7 @@ CPU_SAMPLES = 8
 """Samples of a micro-batch on a CPU, where the time goes with their number."""
 WARM_SAMPLES = 2
 """Of the step that warms up, there."""
-SHEET_PICTURES = 16
+SHEET_IMAGES = 16
 
 
 @dataclass
@@ -196,14 +196,14 @@ def dry_run_tokenizer(trainer: TokenizerTrainer, real: TokenizerTrainingConfig, 
     measured = Measured(config.batch_size / real.batch_size, real.gradient_accumulation_steps)
     main = trainer.accelerator.is_main_process
     trainer.accelerator.print(config.precision.note())
-    if trainer.adversary is not None:
-        trainer.adversary.start = 0
+    if trainer.gan_trainer is not None:
+        trainer.gan_trainer.start = 0
     if main:
-        pixel_values = next(trainer._batches(range(min(SHEET_PICTURES, len(trainer.pictures)))))
+        pixel_values = next(trainer._batches(range(min(SHEET_IMAGES, len(trainer.images)))))
         with torch.no_grad():
             rows = [tokenizer.denormalize(pixel_values), tokenizer.eval().decode(tokenizer.encode(pixel_values).ids)]
         save_image_atomically(sheet(rows), path)
-        print(f"{path}: the first {len(pixel_values)} pictures above what the tokenizer makes of them now")
+        print(f"{path}: the first {len(pixel_values)} images above what the tokenizer makes of them now")
     tokenizer.train()
     batches = trainer._batches(trainer._remaining())
     for number in range(min(STEPS, config.steps)):
@@ -221,9 +221,9 @@ def dry_run_tokenizer(trainer: TokenizerTrainer, real: TokenizerTrainingConfig, 
         return
     optimizers = [trainer.optimizer]
     say_groups(tokenizer, trainer.optimizer.param_groups)
-    if trainer.adversary is not None:
-        say_groups(trainer.adversary.discriminator, trainer.adversary.optimizer.param_groups, "discriminator")
-        optimizers.append(trainer.adversary.optimizer)
+    if trainer.gan_trainer is not None:
+        say_groups(trainer.gan_trainer.discriminator, trainer.gan_trainer.optimizer.param_groups, "discriminator")
+        optimizers.append(trainer.gan_trainer.optimizer)
     beside = [module for module in trainer.modules() if module is not tokenizer]
     ema = bytes_of(trainer.ema.shadow.values())
     say_memory(tokenizer, optimizers, ema, measured, trainer.accelerator.device, beside)
@@ -250,13 +250,13 @@ def show_label_mask(processor: Any, path: Path) -> Callable[[Any], None]:
     return show
 
 
-def show_pictures(path: Path, pixels_of: Callable[[Any], Tensor]) -> Callable[[Any], None]:
-    """Shows the pictures that a batch holds, as one sheet."""
+def show_images(path: Path, pixels_of: Callable[[Any], Tensor]) -> Callable[[Any], None]:
+    """Shows the images that a batch holds, as one sheet."""
 
     def show(batch: Any) -> None:
-        pixels = pixels_of(batch)[:SHEET_PICTURES]
+        pixels = pixels_of(batch)[:SHEET_IMAGES]
         save_image_atomically(sheet([pixels]), path)
-        print(f"{path}: the first {len(pixels)} pictures of a batch")
+        print(f"{path}: the first {len(pixels)} images of a batch")
 
     return show
 

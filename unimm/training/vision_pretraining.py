@@ -1,7 +1,7 @@
 """Pretraining of a small vision foundation model: SigLIP's sigmoid loss beside masked denoising.
 
 The stand-in for a downloaded SigLIP2 where nothing may be downloaded. Captions teach what is there; predicting every
-patch's clean pixels from a picture with hidden patches and noise keeps where and how large it is, which a tokenizer
+patch's clean pixels from an image with hidden patches and noise keeps where and how large it is, which a tokenizer
 over the features will need.
 SigLIP: arXiv 2303.15343; masked prediction with one linear layer: SimMIM, arXiv 2111.09886.
 """
@@ -27,13 +27,13 @@ from unimm.training.loop.global_batch import (
     process_count,
     process_index,
 )
-from unimm.training.loop.rng import undisturbed
+from unimm.training.loop.rng import preserve_rng_state
 from unimm.training.loop.stream_trainer import StreamTrainer
 
 
 @dataclass
 class VisionPretrainingConfig:
-    """`mask_ratio` of the patches are hidden; `noise` is the standard deviation on normalised pixels."""
+    """`mask_ratio` of the patches are hidden; `noise` is the standard deviation on normalized pixels."""
 
     mask_ratio: Decay = 0.25
     noise: NonNegative = 0.1
@@ -111,7 +111,7 @@ class VisionPretraining(nn.Module):
         return Embeddings(images, texts), vision.hidden_states[-1]
 
     def corrupt(self, pixel_values: Tensor, seed: int) -> Tensor:
-        """Noise everywhere, and `mask_ratio` of the patches replaced by zero (the normalised middle grey)."""
+        """Noise everywhere, and `mask_ratio` of the patches replaced by zero (the normalized middle gray)."""
         batch, _, height, width = pixel_values.shape
         rows, columns = height // self.patch_size, width // self.patch_size
         every, device = global_size(batch), pixel_values.device  # all processes and micro-batches draw the same
@@ -144,7 +144,7 @@ class VisionPretrainingTrainer(StreamTrainer):
     def _look_ahead(self, seed: int) -> list[Embeddings]:
         """Of every micro-batch, by a first pass that draws no random number of the run."""
         found, model = [], self.accelerator.unwrap_model(self.model)
-        with undisturbed(self.args.device):
+        with preserve_rng_state(self.args.device):
             for index, inputs in enumerate(self.window):
                 with micro_batch(index, len(self.window)):
                     found.append(model.embed(**self._prepare_inputs(inputs), seed=seed))

@@ -74,7 +74,7 @@ def test_clean_scenes_are_read_exactly() -> None:
     ],
     ids=["noise", "blur 1", "blur 1.5", "blur 2", "blur and noise", "ripples", "faded", "specks"],
 )
-def test_soft_and_speckled_pictures(damage: Damage, least: float) -> None:
+def test_soft_and_speckled_images(damage: Damage, least: float) -> None:
     assert share_exact(damage, count=100) >= least
 
 
@@ -89,7 +89,7 @@ def test_every_kind_of_object_on_every_background(background: str) -> None:
             assert detect_background(render(scene)) == background
 
 
-def test_an_empty_picture_holds_nothing() -> None:
+def test_an_empty_image_holds_nothing() -> None:
     assert detect(render_array(Scene((), "cream"))) == []
 
 
@@ -132,7 +132,7 @@ def test_components_are_those_of_scipy(density: float) -> None:
     assert not labels[~mask].any()
 
 
-def test_pictures_of_other_modes_and_bad_arrays() -> None:
+def test_images_of_other_modes_and_bad_arrays() -> None:
     scene = sample_scene(np.random.default_rng(0))
     assert detect(render(scene).convert("RGBA")) == detect(render_array(scene))
     assert detect(Image.new("L", (64, 64), 246)) == []

@@ -1,4 +1,4 @@
-"""The picture world: pictures, prompts and conversations agree with the scene they come from."""
+"""The shapes data set: images, prompts and conversations agree with the scene they come from."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from unimm.data.shapes import (
     sample_questions,
     sample_scene,
 )
-from unimm.data.shapes.datasets import ShapesPictures
+from unimm.data.shapes.datasets import ShapesImages
 from unimm.data.shapes.prompts import scene_for, split_of
 from unimm.data.shapes.world import DISTANCES, MAX_RADIUS, MIN_BORDER, MIN_GAP, MIN_RADIUS
 from unimm.english import NUMBERS, plural, with_article
@@ -61,8 +61,8 @@ def test_edges_are_soft_and_positions_free():
     """Half a pixel to the right moves the centre of mass by half a pixel: nothing snaps to a grid."""
 
     def centre(x: float) -> float:
-        picture = render_array(Scene((SceneObject("circle", "red", x, 32, 10),), "black"))[..., 0].astype(float) - 16
-        return float((picture.sum(0) * (np.arange(64) + 0.5)).sum() / picture.sum())
+        image = render_array(Scene((SceneObject("circle", "red", x, 32, 10),), "black"))[..., 0].astype(float) - 16
+        return float((image.sum(0) * (np.arange(64) + 0.5)).sum() / image.sum())
 
     assert centre(30.5) - centre(30.0) == pytest.approx(0.5, abs=0.02)
 
@@ -82,8 +82,8 @@ def test_objects_keep_their_distance(rng):
 
 
 def test_scenes_repeat_by_seed_and_differ_by_number():
-    stream = ShapesPictures(10, seed=3)
-    assert np.array_equal(stream[4]["image"], ShapesPictures(10, seed=3)[4]["image"])
+    stream = ShapesImages(10, seed=3)
+    assert np.array_equal(stream[4]["image"], ShapesImages(10, seed=3)[4]["image"])
     assert not np.array_equal(stream[4]["image"], stream[5]["image"])
     assert render(sample_scene(np.random.default_rng(1))).size == (64, 64)
 

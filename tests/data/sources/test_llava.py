@@ -28,7 +28,7 @@ def gpt(value: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name, color in (("red.png", "red"), ("blue.jpg", "blue")):
@@ -37,13 +37,13 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def llava(path: Path, records: list[Any], pictures: Path, **options: Any) -> LlavaConversations:
+def llava(path: Path, records: list[Any], images: Path, **options: Any) -> LlavaConversations:
     path.write_text(json.dumps(records), encoding="utf-8")
-    return LlavaConversations(path, LlavaOptions(pictures, **{"max_bad_share": 1.0, **options}))
+    return LlavaConversations(path, LlavaOptions(images, **{"max_bad_share": 1.0, **options}))
 
 
 def shown(messages: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Roles with their texts; pictures by their size."""
+    """Roles with their texts; images by their size."""
     return [
         (
             turn["role"],
@@ -53,11 +53,11 @@ def shown(messages: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def test_half_characters_and_names_that_are_no_utf8(tmp_path: Path, pictures: Path) -> None:
+def test_half_characters_and_names_that_are_no_utf8(tmp_path: Path, images: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
-    Image.new("RGB", (9, 9), "red").save(pictures / name)
+    Image.new("RGB", (9, 9), "red").save(images / name)
     torn = os.fsdecode(b"torn\xe9.png")
-    (pictures / torn).write_bytes((pictures / "noise-red.png").read_bytes()[:1000])
+    (images / torn).write_bytes((images / "noise-red.png").read_bytes()[:1000])
     records = [
         {"image": name, "conversations": [human("<image>"), ANSWER]},
         {"conversations": [human("what\ud83d?"), ANSWER]},
@@ -66,22 +66,22 @@ def test_half_characters_and_names_that_are_no_utf8(tmp_path: Path, pictures: Pa
         {"image": "x" * 5000, "conversations": [human("<image>"), ANSWER]},
         {"image": torn, "conversations": [human("<image>"), ANSWER]},
     ]
-    rows = llava(tmp_path / "a.json", records, pictures, log=tmp_path / "bad.jsonl")
+    rows = llava(tmp_path / "a.json", records, images, log=tmp_path / "bad.jsonl")
     assert len(rows) == 2 and shown(rows.messages(0))[0] == ("user", ["(9, 9)"])
     assert shown(rows.messages(1)) == shown(rows.messages(0))  # the torn one is found when it is read
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["row"], line["reason"]) for line in lines] == [
         (1, "half a character"),
         (2, "half a character"),
-        (3, "missing picture"),
-        (4, "missing picture"),
-        (5, "damaged picture"),
+        (3, "missing image"),
+        (4, "missing image"),
+        (5, "damaged image"),
     ]
     assert torn in lines[-1]["detail"]
 
 
-def test_the_shapes_of_rows_that_the_files_hold(tmp_path: Path, pictures: Path) -> None:
-    """558K and 595K: a picture before or behind an instruction; mix665k: several turns, and none with a picture."""
+def test_the_shapes_of_rows_that_the_files_hold(tmp_path: Path, images: Path) -> None:
+    """558K and 595K: an image before or behind an instruction; mix665k: several turns, and none with an image."""
     size = "(60, 40)"
     cases: list[tuple[dict[str, Any], list[tuple[str, list[str]]]]] = [
         (
@@ -129,17 +129,17 @@ def test_the_shapes_of_rows_that_the_files_hold(tmp_path: Path, pictures: Path) 
             [("system", ["Be kind."]), ("user", ["Hi"]), ("assistant", ["hi"])],
         ),
     ]
-    rows = llava(tmp_path / "a.json", [record for record, _ in cases], pictures)
+    rows = llava(tmp_path / "a.json", [record for record, _ in cases], images)
     assert not rows.skipped
     for index, (_, expected) in enumerate(cases):
         assert shown(rows.messages(index)) == expected
     words = [5 + IMAGE_LENGTH, 4 + IMAGE_LENGTH, 2 + IMAGE_LENGTH, -2, 5 + IMAGE_LENGTH]
-    assert rows.modality_lengths[:5].tolist() == words  # LLaVA's count: str.split of the raw values, 128 a picture
+    assert rows.modality_lengths[:5].tolist() == words  # LLaVA's count: str.split of the raw values, 128 an image
 
 
-def test_pretraining_keeps_the_picture_of_a_question(tmp_path: Path, pictures: Path) -> None:
+def test_pretraining_keeps_the_image_of_a_question(tmp_path: Path, images: Path) -> None:
     records = [{"image": "red.png", "conversations": [human("Describe it.\n<image>"), gpt("red")]}]
-    rows = llava(tmp_path / "a.json", records, pictures, drop_questions=True)
+    rows = llava(tmp_path / "a.json", records, images, drop_questions=True)
     assert shown(rows.messages(0)) == [("user", ["(60, 40)"]), ("assistant", ["red"])]
 
 
@@ -152,25 +152,25 @@ BAD: list[tuple[str, Any]] = [
     ("turns out of order", {"conversations": [human("a"), ANSWER, ANSWER]}),
     ("no answer", {"conversations": [human("a")]}),
     ("no answer", {"conversations": [ANSWER]}),
-    ("pictures do not match", {"conversations": [human("<image>"), ANSWER]}),
-    ("pictures do not match", {"image": ["red.png", "red.png"], "conversations": [human("<image>"), ANSWER]}),
-    ("picture outside a question", {"image": "red.png", "conversations": [human("a"), gpt("<image>")]}),
+    ("images do not match", {"conversations": [human("<image>"), ANSWER]}),
+    ("images do not match", {"image": ["red.png", "red.png"], "conversations": [human("<image>"), ANSWER]}),
+    ("image outside a question", {"image": "red.png", "conversations": [human("a"), gpt("<image>")]}),
     ("wrong image field", {"image": 3, "conversations": [human("<image>"), ANSWER]}),
     ("marker in the text", {"conversations": [human("what is <|pad|>?"), ANSWER]}),
-    ("missing picture", {"image": "absent.png", "conversations": [human("<image>"), ANSWER]}),
-    ("unreadable picture", {"image": "page.jpg", "conversations": [human("<image>"), ANSWER]}),
-    ("unreadable picture", {"image": "empty.jpg", "conversations": [human("<image>"), ANSWER]}),
+    ("missing image", {"image": "absent.png", "conversations": [human("<image>"), ANSWER]}),
+    ("unreadable image", {"image": "page.jpg", "conversations": [human("<image>"), ANSWER]}),
+    ("unreadable image", {"image": "empty.jpg", "conversations": [human("<image>"), ANSWER]}),
 ]
 
 
-def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, pictures: Path) -> None:
-    (pictures / "page.jpg").write_text("\n<!DOCTYPE html><title>404</title>")
-    (pictures / "empty.jpg").write_bytes(b"")
+def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, images: Path) -> None:
+    (images / "page.jpg").write_text("\n<!DOCTYPE html><title>404</title>")
+    (images / "empty.jpg").write_bytes(b"")
     good = {"image": "red.png", "conversations": [human("<image>"), ANSWER]}
     lines = [json.dumps(record) for _, record in BAD]
     path, log = tmp_path / "a.jsonl", tmp_path / "run" / "talk.skipped.jsonl"
     path.write_text("\n".join([json.dumps(good), '{"conversations": [', *lines, json.dumps(good), ""]))
-    rows = LlavaConversations(path, LlavaOptions(pictures, max_bad_share=0.9, reserved=("<|pad|>",), log=log))
+    rows = LlavaConversations(path, LlavaOptions(images, max_bad_share=0.9, reserved=("<|pad|>",), log=log))
     assert len(rows) == 2
     assert [shown(rows.messages(n))[0][0] for n in (0, 1)] == ["user", "user"]
     named = [json.loads(line) for line in log.read_text().splitlines()]
@@ -180,47 +180,47 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, pictures: Path) 
     ]
     assert "web page" in next(line["detail"] for line in named if "page.jpg" in line["detail"])
     report = json.loads(log.with_suffix(".report.json").read_text())
-    assert (report["rows"], report["usable"], report["with pictures"]) == (19, 2, 2)
+    assert (report["rows"], report["usable"], report["with images"]) == (19, 2, 2)
     assert sum(report["skipped"].values()) == 17 and report["skipped"]["turns out of order"] == 2
 
 
-def test_too_many_bad_rows_stop_the_run_in_one_sentence(tmp_path: Path, pictures: Path) -> None:
+def test_too_many_bad_rows_stop_the_run_in_one_sentence(tmp_path: Path, images: Path) -> None:
     good, bad = {"conversations": [human("a"), ANSWER]}, {"conversations": [human("a")]}
-    assert len(llava(tmp_path / "a.json", [good] * 99 + [bad], pictures, max_bad_share=0.01)) == 99
+    assert len(llava(tmp_path / "a.json", [good] * 99 + [bad], images, max_bad_share=0.01)) == 99
     with pytest.raises(UserError, match=r"2 of 100 rows \(2.0%\).*more than max_bad_share 1.0%: 2 no answer.*row 98"):
-        llava(tmp_path / "a.json", [good] * 98 + [bad] * 2, pictures, max_bad_share=0.01)
+        llava(tmp_path / "a.json", [good] * 98 + [bad] * 2, images, max_bad_share=0.01)
     with pytest.raises(UserError, match="no row that can be used: 1 no answer"):
-        llava(tmp_path / "a.json", [bad], pictures)
+        llava(tmp_path / "a.json", [bad], images)
 
 
-def damaged_rows(tmp_path: Path, pictures: Path, share: float) -> LlavaConversations:
-    whole = (pictures / "noise-blue.jpg").read_bytes()
+def damaged_rows(tmp_path: Path, images: Path, share: float) -> LlavaConversations:
+    whole = (images / "noise-blue.jpg").read_bytes()
     for n in (2, 3):
-        (pictures / f"cut{n}.jpg").write_bytes(whole[: len(whole) // 2])
+        (images / f"cut{n}.jpg").write_bytes(whole[: len(whole) // 2])
     names = ["red.png", "red.png", "cut2.jpg", "cut3.jpg", "noise-blue.jpg"]
     records = [{"image": name, "conversations": [human("<image>"), gpt(name)]} for name in names]
-    return llava(tmp_path / "a.json", records, pictures, max_bad_share=share, log=tmp_path / "talk.skipped.jsonl")
+    return llava(tmp_path / "a.json", records, images, max_bad_share=share, log=tmp_path / "talk.skipped.jsonl")
 
 
-def test_the_next_row_stands_in_for_a_damaged_picture(tmp_path: Path, pictures: Path) -> None:
-    rows = damaged_rows(tmp_path, pictures, share=0.4)
+def test_the_next_row_stands_in_for_a_damaged_image(tmp_path: Path, images: Path) -> None:
+    rows = damaged_rows(tmp_path, images, share=0.4)
     said = [shown(rows.messages(n))[1][1][0] for n in (2, 0, 3, 4, 2)]
     assert said == ["noise-blue.jpg", "red.png", "noise-blue.jpg", "noise-blue.jpg", "noise-blue.jpg"]
     named = [json.loads(line) for line in (tmp_path / "talk.skipped.jsonl").read_text().splitlines()]
-    assert [(line["row"], line["reason"]) for line in named] == [(2, "damaged picture"), (3, "damaged picture")]
+    assert [(line["row"], line["reason"]) for line in named] == [(2, "damaged image"), (3, "damaged image")]
     assert "cut off" in named[0]["detail"]
 
 
-def test_damaged_pictures_count_against_the_limit(tmp_path: Path, pictures: Path) -> None:
-    rows = damaged_rows(tmp_path, pictures, share=0.2)
+def test_damaged_images_count_against_the_limit(tmp_path: Path, images: Path) -> None:
+    rows = damaged_rows(tmp_path, images, share=0.2)
     rows.messages(3)
-    with pytest.raises(UserError, match=r"2 of 5 rows \(40.0%\).*2 damaged picture"):
+    with pytest.raises(UserError, match=r"2 of 5 rows \(40.0%\).*2 damaged image"):
         rows.messages(2)
 
 
-def test_a_worker_process_stops_the_run_in_the_same_sentence(tmp_path: Path, pictures: Path) -> None:
-    damaged_rows(tmp_path, pictures, share=0.2)
-    flow = FlowConfig("conversation", source=str(tmp_path / "a.json"), image_folder=str(pictures), max_bad_share=0.2)
+def test_a_worker_process_stops_the_run_in_the_same_sentence(tmp_path: Path, images: Path) -> None:
+    damaged_rows(tmp_path, images, share=0.2)
+    flow = FlowConfig("conversation", source=str(tmp_path / "a.json"), image_folder=str(images), max_bad_share=0.2)
     stream = Mixture(MixtureConfig({"talk": flow}, eval_share=0), log_folder=tmp_path / "run")
     torch.set_num_threads(1)
     with pytest.raises(UserError) as stopped:
@@ -228,18 +228,18 @@ def test_a_worker_process_stops_the_run_in_the_same_sentence(tmp_path: Path, pic
     assert one_line(stopped.value).startswith(f"{tmp_path / 'a.json'}: 2 of 5 rows")
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, pictures: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path, images: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"conversations": [')
     with pytest.raises(UserError, match=r"not whole JSON: .* line 1, column 21"):
-        LlavaConversations(path, LlavaOptions(pictures))
+        LlavaConversations(path, LlavaOptions(images))
     path.write_text("{}")
     with pytest.raises(UserError, match="a dict, not a list"):
-        LlavaConversations(path, LlavaOptions(pictures))
+        LlavaConversations(path, LlavaOptions(images))
     path.write_bytes(b'["\xff"]')
     with pytest.raises(UserError, match="not UTF-8"):
-        LlavaConversations(path, LlavaOptions(pictures))
-    absent = FlowConfig("conversation", source=str(tmp_path / "absent.json"), image_folder=str(pictures))
+        LlavaConversations(path, LlavaOptions(images))
+    absent = FlowConfig("conversation", source=str(tmp_path / "absent.json"), image_folder=str(images))
     with pytest.raises(UserError, match="no file .*absent.json"):
         Mixture(MixtureConfig({"talk": absent}))
     folder = FlowConfig("conversation", source=str(path), image_folder=str(tmp_path / "nowhere"))
@@ -257,14 +257,14 @@ def test_settings_of_the_format_are_refused_elsewhere() -> None:
         MixtureConfig({"a": grouped, "b": FlowConfig("drawing")})
 
 
-def test_a_flow_of_the_mixture(tmp_path: Path, pictures: Path) -> None:
+def test_a_flow_of_the_mixture(tmp_path: Path, images: Path) -> None:
     records = [{"conversations": [human(f"{n} " * (n % 7)), gpt(str(n))]} for n in range(20)]
     records += [
         {"image": "red.png", "conversations": [human("<image>" + "a " * n), gpt(str(n))]} for n in range(20, 40)
     ]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(records))
-    flow = FlowConfig("conversation", source=str(path), image_folder=str(pictures), group_by_modality=True)
+    flow = FlowConfig("conversation", source=str(path), image_folder=str(images), group_by_modality=True)
     config = MixtureConfig({"talk": flow}, eval_share=0)
     stream = Mixture(config, samples_per_step=6)
     said = [int(stream[n]["messages"][1]["content"][0]["text"]) for n in range(72)]

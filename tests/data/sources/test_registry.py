@@ -17,16 +17,16 @@ from tests.data.conftest import (
     write_shards,
 )
 from unimm.data.bad_rows import BadRow, Filtered
-from unimm.data.image_streams import PictureConfig, PictureSource, picture_stream
+from unimm.data.image_streams import ImageDataConfig, ImageSource, image_stream
 from unimm.data.mixture import FlowConfig, Mixture, MixtureConfig
-from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.registry import open_images
 from unimm.data.sources.rows import ReadOptions
 from unimm.data.sources.storage import listed
 from unimm.errors import UserError
 
 
 def all_rows(source, options=None):
-    rows = open_pictures(str(source), options)
+    rows = open_images(str(source), options)
     return [(value_of(row), row["text"]) for row in (rows[n] for n in range(len(rows)))]
 
 
@@ -47,7 +47,7 @@ def test_every_form_gives_the_same_rows(tmp_path, memory):
         assert all_rows(source) == EXPECTED, source
     streaming = ReadOptions(streaming=True)
     for source in (tmp_path / "tables", f"hub:{tmp_path / 'tables'}"):
-        rows = open_pictures(str(source), streaming)
+        rows = open_images(str(source), streaming)
         assert rows.blocks.tolist() == [3, 1, 3, 1]  # read in place, by row groups
         assert all_rows(source, streaming) == EXPECTED
 
@@ -56,7 +56,7 @@ def test_names_in_tar_files_that_are_no_utf8(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     members = {f"{name}.png": png(1), f"{name}.txt": b"one", "a.png": png(2), "a.json": b'{"text": "two \\ud83d"}'}
     (tmp_path / "a.tar").write_bytes(tar_bytes(members))
-    rows = open_pictures(tmp_path / "a.tar")
+    rows = open_images(tmp_path / "a.tar")
     assert (rows[0]["key"], rows[0]["text"], value_of(rows[0])) == ("caf\\udce9", "one", 1)
     with pytest.raises(BadRow, match="half a character"):
         rows[1]
@@ -70,13 +70,13 @@ def test_metadata_of_an_imagefolder(tmp_path):
     assert [text for _, text in all_rows(tmp_path, ReadOptions(text_column="prompt"))][:2] == ["prompt 0", "prompt 1"]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"file_name": \n')
     with pytest.raises(UserError, match=r"metadata.jsonl, line 2 is not JSON: .* in column \d+"):
-        open_pictures(tmp_path)
+        open_images(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"name": "a.png"}\n')
     with pytest.raises(UserError, match="line 1 has no file_name"):
-        open_pictures(tmp_path)
+        open_images(tmp_path)
 
 
-def test_fields_beside_a_picture_of_a_tar(tmp_path):
+def test_fields_beside_a_image_of_a_tar(tmp_path):
     members = {
         "b/1.png": png(1),
         "b/1.mask.png": b"not read: there is a plain one",
@@ -84,7 +84,7 @@ def test_fields_beside_a_picture_of_a_tar(tmp_path):
         "b/1.cls": b"3",
     }
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))
-    (row,) = [open_pictures(tmp_path / "0.tar")[0]]
+    (row,) = [open_images(tmp_path / "0.tar")[0]]
     assert (row["key"], row["id"], row["cls"], row["text"]) == ("b/1", 7, 3, "")
 
 
@@ -96,13 +96,13 @@ def test_bad_rows_of_a_tar(tmp_path):
     }
     members |= {"4.png": png(4), "4.json": b"{", "5.png": png(5), "5.txt": b"\xff", "6.png": b""}
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))
-    rows = open_pictures(tmp_path / "0.tar")
+    rows = open_images(tmp_path / "0.tar")
     found = {}
     for n in range(1, len(rows)):
         with pytest.raises(BadRow) as bad:
             rows[n]
         found[n] = (bad.value.reason, bad.value.detail)
-    reasons = ["no picture", "damaged picture", "damaged picture", "not JSON", "wrong caption", "damaged picture"]
+    reasons = ["no image", "damaged image", "damaged image", "not JSON", "wrong caption", "damaged image"]
     assert [found[n][0] for n in range(1, 7)] == reasons
     assert "2 in " in found[2][1] and "it is a web page" in found[2][1]
     assert "cut off or damaged" in found[3][1] and "the file is empty" in found[6][1]
@@ -111,19 +111,19 @@ def test_bad_rows_of_a_tar(tmp_path):
 def test_an_index_is_made_once_and_again_where_the_file_changed(tmp_path):
     place = tmp_path / "0.tar"
     place.write_bytes(tar_bytes(rows_as_members(range(3))))
-    assert len(open_pictures(place)) == 3
+    assert len(open_images(place)) == 3
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path.parent / "cache/shards").iterdir()}
-    assert len(open_pictures(place)) == 3
+    assert len(open_images(place)) == 3
     assert {path: path.stat().st_mtime_ns for path in cached} == cached
     place.write_bytes(tar_bytes(rows_as_members(range(5))))
     os.utime(place, (1, 1))
-    assert len(open_pictures(place)) == 5
+    assert len(open_images(place)) == 5
 
 
 def test_filters_look_at_the_size(tmp_path):
     for name, size in (("a", (40, 10)), ("b", (30, 10)), ("c", (8, 8))):
         (tmp_path / f"{name}.png").write_bytes(png(1, size))
-    rows = open_pictures(tmp_path, ReadOptions(max_aspect_ratio=3, min_side=9))
+    rows = open_images(tmp_path, ReadOptions(max_aspect_ratio=3, min_side=9))
     with pytest.raises(Filtered, match="40 x 10 pixels, max_aspect_ratio 3"):
         rows[0]
     assert rows[1]["image"].size == (30, 10)
@@ -149,15 +149,15 @@ BAD = {
     "a missing shard": (lambda f: (f / "001.tar").unlink(), "{000..002}.tar", r"no file .*001\.tar"),
     "a missing parquet": (lambda f: None, "{0..1}.parquet", r"no parquet file .*0\.parquet"),
     "nothing matches": (lambda f: None, "*.parquet", r"No file matches .*\*\.parquet"),
-    "cut in a picture": (lambda f: cut(f, 700), "*.tar", r"001\.tar is cut off"),
+    "cut in an image": (lambda f: cut(f, 700), "*.tar", r"001\.tar is cut off"),
     "cut between rows": (lambda f: cut(f, 4096), "*.tar", r"001\.tar is cut off.*behind its 2 rows"),
     "a web page": (lambda f: (f / "001.tar").write_text("<html>" * 200), "*.tar", r"001\.tar is no tar file"),
     "an empty file": (lambda f: (f / "001.tar").write_bytes(b""), "*.tar", r"001\.tar is no tar file"),
-    "an empty tar": (lambda f: (f / "001.tar").write_bytes(tar_bytes({})), "*.tar", r"001\.tar holds no picture"),
+    "an empty tar": (lambda f: (f / "001.tar").write_bytes(tar_bytes({})), "*.tar", r"001\.tar holds no image"),
     "no parquet inside": (lambda f: (f / "a.parquet").write_text("x"), "a.parquet", "not a readable parquet"),
     "another kind": (lambda f: (f / "a.zip").write_text("x"), "a.zip", r"end in \.zip"),
     "nothing there": (lambda f: None, "absent", r"There is no .*absent"),
-    "an empty folder": (lambda f: (f / "empty").mkdir(), "empty", "holds no picture"),
+    "an empty folder": (lambda f: (f / "empty").mkdir(), "empty", "holds no image"),
 }
 
 
@@ -166,25 +166,25 @@ def test_bad_sources(tmp_path, name):
     spoil, source, message = BAD[name]
     spoil(write_shards(tmp_path, 3, 2))
     with pytest.raises(UserError, match=message):
-        open_pictures(tmp_path / source)
+        open_images(tmp_path / source)
 
 
 def test_bad_sources_of_tables(tmp_path, memory):
     import datasets
 
     with pytest.raises(UserError, match="memory://far/a.parquet"):
-        open_pictures("memory://far/a.parquet")
+        open_images("memory://far/a.parquet")
     datasets.Dataset.from_dict({"image": []}).to_parquet(str(tmp_path / "empty.parquet"))
     for options in (ReadOptions(), ReadOptions(streaming=True)):
         with pytest.raises(UserError, match="holds no rows|corresponds to no data"):
-            open_pictures(tmp_path / "empty.parquet", options)
+            open_images(tmp_path / "empty.parquet", options)
     write_parquet(tmp_path / "tables/train.parquet", range(2))
-    with pytest.raises(UserError, match="no column 'picture'; its columns are image, text, label"):
-        open_pictures(tmp_path / "tables", ReadOptions(image_column="picture"))
+    with pytest.raises(UserError, match="no column 'photo'; its columns are image, text, label"):
+        open_images(tmp_path / "tables", ReadOptions(image_column="photo"))
     with pytest.raises(UserError, match="no files for the split 'test'; it has train"):
-        open_pictures(f"hub:{tmp_path / 'tables'}", ReadOptions(split="test", streaming=True))
+        open_images(f"hub:{tmp_path / 'tables'}", ReadOptions(split="test", streaming=True))
     with pytest.raises(UserError, match="hub data set: there is no .*absent"):
-        open_pictures(f"hub:{tmp_path / 'absent'}")
+        open_images(f"hub:{tmp_path / 'absent'}")
 
 
 def test_missing_captions_stop_a_run_at_its_start(tmp_path):
@@ -202,18 +202,18 @@ def test_missing_captions_stop_a_run_at_its_start(tmp_path):
 def test_sources_mix_at_their_weights(tmp_path):
     write_folder(tmp_path / "a", range(5))
     write_shards(tmp_path / "b", 2, 5)
-    mix = [PictureSource(str(tmp_path / "a"), 3.0), PictureSource("shapes", 1.0), PictureSource(str(tmp_path / "b"))]
-    stream = picture_stream(PictureConfig(mix=mix, image_size=8, eval_share=0), 1000, seed=0)
+    mix = [ImageSource(str(tmp_path / "a"), 3.0), ImageSource("shapes", 1.0), ImageSource(str(tmp_path / "b"))]
+    stream = image_stream(ImageDataConfig(mix=mix, image_size=8, eval_share=0), 1000, seed=0)
     texts = [stream[n]["text"] for n in range(100)]
     assert sum("caption" not in text for text in texts) == 20
     assert stream.sizes == {str(tmp_path / "a"): 5, str(tmp_path / "b"): 10}
-    again = picture_stream(PictureConfig(mix=mix, image_size=8, eval_share=0), 1000, seed=0)
+    again = image_stream(ImageDataConfig(mix=mix, image_size=8, eval_share=0), 1000, seed=0)
     assert [again[n]["text"] for n in (77, 3)] == [texts[77], texts[3]]
     with pytest.raises(UserError, match="either data.source"):
-        PictureConfig(source=str(tmp_path / "a"), mix=mix)
+        ImageDataConfig(source=str(tmp_path / "a"), mix=mix)
 
 
-def test_pictures_to_describe(tmp_path):
+def test_images_to_describe(tmp_path):
     write_shards(tmp_path, 1, 4)
     flow = FlowConfig("captioning", source=str(tmp_path), question="What is it?")
     stream = Mixture(MixtureConfig({"captions": flow, "draw": FlowConfig("drawing")}, eval_share=0))
@@ -231,5 +231,5 @@ def test_sources_travel_to_worker_processes(tmp_path):
     write_shards(tmp_path / "tars", 2, 3)
     write_parquet(tmp_path / "tables/a.parquet", range(4))
     for source, options in ((tmp_path / "tars", None), (tmp_path / "tables", ReadOptions(streaming=True))):
-        rows = open_pictures(source, options)
+        rows = open_images(source, options)
         assert value_of(pickle.loads(pickle.dumps(rows))[2]) == value_of(rows[2])

@@ -87,10 +87,10 @@ BAD: list[tuple[str, Any]] = [
     ("wrong part", asked([{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}])),
     ("wrong part", asked([{"type": "image", "url": "https://example.org/a.png"}])),
     ("wrong part", asked([{"type": "image", "index": 1}])),
-    ("picture outside a question", asked("a", parts(None))),
-    ("picture outside a question", [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<image>"}]),
-    ("pictures do not match", asked(parts(None, None))),
-    ("pictures do not match", [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "a"}]),
+    ("image outside a question", asked("a", parts(None))),
+    ("image outside a question", [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<image>"}]),
+    ("images do not match", asked(parts(None, None))),
+    ("images do not match", [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "a"}]),
     ("no answer", [{"role": "user", "content": "a"}]),
     ("turns out of order", [{"role": "assistant", "content": "a"}]),
     ("turns out of order", [*asked("a"), {"role": "assistant", "content": "b"}]),
@@ -127,7 +127,7 @@ def test_bad_rows_of_a_table_are_counted_and_named(tmp_path: Path, streaming: bo
     assert [shown(flow[n]["messages"])[1] for n in range(10)] == [("assistant", ["yes"])] * 10
     lines = [json.loads(line) for line in (tmp_path / "log" / "talk.skipped.jsonl").read_text().splitlines()]
     reasons = {line["row"]: line["reason"] for line in lines}
-    assert reasons == {1: "no conversation", 2: "wrong turn", 3: "no picture", 4: "no answer"}
+    assert reasons == {1: "no conversation", 2: "wrong turn", 3: "no image", 4: "no answer"}
     assert all("a.parquet" in line["detail"] and str(line["row"]) in line["detail"] for line in lines)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import png, tar_bytes, value_of
 from unimm.data.bad_rows import BadRow, Skipped, UsableRows
-from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.registry import open_images
 from unimm.data.sources.tars import index_of
 from unimm.errors import UserError
 
@@ -35,8 +35,8 @@ def archive(path: Path, members: list[tuple[str, bytes]], *, links: tuple[str, .
 
 
 def read(path: Path) -> list[tuple[str, Any]]:
-    """Each row's key and grey value, or why it is bad."""
-    rows, found = open_pictures(path), []
+    """Each row's key and gray value, or why it is bad."""
+    rows, found = open_images(path), []
     for n in range(len(rows)):
         try:
             row = rows[n]
@@ -67,7 +67,7 @@ def test_dots_in_names_and_folders(tmp_path: Path) -> None:
         found[3][1] == "dots in a name" and found[3][0].startswith("img in ") and ".001.png and .002.png" in found[3][0]
     )
     assert found[4:] == [("d", 8)]
-    assert open_pictures(tmp_path / "0.tar")[2]["text"] == "three"
+    assert open_images(tmp_path / "0.tar")[2]["text"] == "three"
 
 
 def test_duplicates_and_links_are_counted_and_named(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_duplicates_and_links_are_counted_and_named(tmp_path: Path) -> None:
     ]
     path = archive(tmp_path / "0.tar", members, links=("c.png",))
     log = tmp_path / "log.jsonl"
-    rows = UsableRows(open_pictures(path), "here", max_bad_share=0.4, log=log)
+    rows = UsableRows(open_images(path), "here", max_bad_share=0.4, log=log)
     found = [rows.usable(n) for n in range(len(rows))]
     bad = {n: row.reason for n, row in enumerate(found) if isinstance(row, Skipped)}
     assert bad == {0: "duplicate name", 4: "link in a tar"}
@@ -93,7 +93,7 @@ def test_a_shard_in_the_order_of_kinds_loses_no_sample_without_a_word(tmp_path: 
     """Members of a key that do not follow each other are rows of their own, as for webdataset."""
     members = [("a.png", png(1)), ("b.png", png(2)), ("a.txt", b"x"), ("b.txt", b"y")]
     reasons = [value for _, value in read(archive(tmp_path / "0.tar", members))]
-    assert reasons == [1, 2, "no picture", "no picture"]
+    assert reasons == [1, 2, "no image", "no image"]
 
 
 NAMES = st.lists(
@@ -125,8 +125,8 @@ def test_every_name_belongs_to_the_row_that_webdataset_puts_it_into(tmp_path: Pa
     expected = [(key, [k for k in kinds if k.rpartition(".")[2] in kept]) for key, kinds in expected]
     expected = [(key, kinds) for key, kinds in expected if kinds]
     if not expected:
-        with pytest.raises(UserError, match="holds no picture"):
-            open_pictures(path)
+        with pytest.raises(UserError, match="holds no image"):
+            open_images(path)
         return
     index = index_of(str(path))
     assert [(row["key"], sorted(row["members"])) for row in index] == [(k, sorted(set(kinds))) for k, kinds in expected]
@@ -136,7 +136,7 @@ def test_every_name_belongs_to_the_row_that_webdataset_puts_it_into(tmp_path: Pa
         if len(set(kinds)) < len(kinds):
             assert value == "duplicate name", key
         elif not images:
-            assert value in ("no picture", "dots in a name"), key
+            assert value in ("no image", "dots in a name"), key
         elif isinstance(value, int):  # it is one of the row's own, and the only one that could be meant
             assert len([kind for kind in images if "." not in kind]) >= 1 or len(images) == 1
         else:
@@ -155,7 +155,7 @@ def test_damaged_archives_are_refused_in_one_sentence(tmp_path: Path, data: st.D
     path = tmp_path / "0.tar"
     path.write_bytes(bytes(whole))
     try:
-        rows = open_pictures(path)
+        rows = open_images(path)
     except UserError as error:
         assert str(path) in str(error)
         return

@@ -68,7 +68,7 @@ def test_labels_of_a_drawing_are_the_image_tokens(processor: UnimmProcessor) -> 
     assert prompt.tolist() == processor.null_prompt_ids()
 
 
-def test_flows_are_padded_apart_and_pictures_stay_with_their_rows(processor: UnimmProcessor) -> None:
+def test_flows_are_padded_apart_and_images_stay_with_their_rows(processor: UnimmProcessor) -> None:
     shown = samples("conversation", TALK, SHORT_TALK)
     asked = samples("drawing", drawing("a circle", BLUE), drawing("a ring", RED))
     batch = FlowCollator(processor)([asked[0], shown[0], asked[1], shown[1]])
@@ -84,7 +84,7 @@ def test_flows_are_padded_apart_and_pictures_stay_with_their_rows(processor: Uni
 def test_a_sample_without_an_answer_is_an_error(processor: UnimmProcessor) -> None:
     with pytest.raises(UserError, match=r"Sample 1 .*'What do you see\?'.* 0 assistant turns"):
         FlowCollator(processor)(samples("conversation", TALK, SHORT_TALK[:1]))
-    with pytest.raises(UserError, match="no drawn picture"):
+    with pytest.raises(UserError, match="no drawn image"):
         FlowCollator(processor)(samples("drawing", TALK))
 
 
@@ -97,17 +97,17 @@ def test_a_template_without_generation_marks_learns_the_same_tokens() -> None:
 
 
 def long_talks() -> list[dict[str, Any]]:
-    """A short talk, one whose second picture does not fit into 60 tokens, and one whose question alone is longer."""
-    pictured = [*conversation(RED, [("What color is it?", "red")]), *conversation(BLUE, [("And now?", "blue")])]
+    """A short talk, one whose second image does not fit into 60 tokens, and one whose question alone is longer."""
+    with_images = [*conversation(RED, [("What color is it?", "red")]), *conversation(BLUE, [("And now?", "blue")])]
     endless = conversation(RED, [("circle " * 80, "red")])
-    return samples("conversation", SHORT_TALK, pictured, endless)
+    return samples("conversation", SHORT_TALK, with_images, endless)
 
 
-def test_conversations_are_cut_in_front_of_a_picture_that_does_not_fit(processor: UnimmProcessor) -> None:
+def test_conversations_are_cut_in_front_of_a_image_that_does_not_fit(processor: UnimmProcessor) -> None:
     talks = long_talks()
     whole = FlowCollator(processor)(talks)["conversation"]
     second = (whole["input_ids"][1] == processor.image_token_id).nonzero()[16].item()
-    for capacity in (second + 1, second + 15):  # the picture's tokens begin, but do not fit
+    for capacity in (second + 1, second + 15):  # the image's tokens begin, but do not fit
         cut = FlowCollator(processor, max_length=capacity)(talks)["conversation"]
         assert cut["input_ids"].shape[0] == 2  # the endless question leaves nothing to learn
         length = int(cut["attention_mask"][1].sum())

@@ -9,14 +9,14 @@ from tests.conftest import ROOT
 from tests.evaluation.mutations import mutated
 from unimm.errors import UserError
 from unimm.evaluation.dpg import rules as dpg
-from unimm.evaluation.dpg.rules import COMPAT, FIXED, PLAIN, read_questions, score_picture, summarize
+from unimm.evaluation.dpg.rules import COMPAT, FIXED, PLAIN, read_questions, score_image, summarize
 
 RECORDED = json.loads((ROOT / "tests/fixtures/dpg_synthetic_cases.json").read_text())
 ROWS, CASES = RECORDED["csv_rows"], RECORDED["cases"]
 
 
 def answers_of(case: dict[str, Any]) -> list[dict[int, str]]:
-    return [{int(number): answer for number, answer in picture.items()} for picture in case["answers"]]
+    return [{int(number): answer for number, answer in image.items()} for image in case["answers"]]
 
 
 def agrees(module: Any, case: dict[str, Any]) -> bool:
@@ -24,11 +24,11 @@ def agrees(module: Any, case: dict[str, Any]) -> bool:
     questions = module.read_questions(ROWS, module.COMPAT)[case["item_id"]]
     official = case["official"]
     try:
-        pictures = module.score_prompt(questions, answers_of(case), module.COMPAT)
+        images = module.score_prompt(questions, answers_of(case), module.COMPAT)
     except KeyError as error:
         return official == {"error": "KeyError", "message": str(error)}
-    found = [[name, raw] for name, raw, _ in module.category_answers(questions, pictures, module.COMPAT)]
-    scores = [picture.score for picture in pictures]
+    found = [[name, raw] for name, raw, _ in module.category_answers(questions, images, module.COMPAT)]
+    scores = [image.score for image in images]
     return (
         "error" not in official
         and scores == pytest.approx(official["crop_scores"])
@@ -50,7 +50,7 @@ def test_every_recorded_verdict(case):
         ("(q.category, score.raw[q.number]", "(q.category, score.kept[q.number]", 9),
         ('Rule("official-compat", True', 'Rule("official-compat", False', 1),
         ("if any(kept[parent] == 0", "if all(kept[parent] == 0", 13),
-        ("scores if rule.every_picture else scores[-1:]", "scores", 13),
+        ("scores if rule.every_image else scores[-1:]", "scores", 13),
         ("float(np.mean(list(kept.values())))", "float(np.mean(list(raw.values())))", 11),
     ],
     ids=[
@@ -59,7 +59,7 @@ def test_every_recorded_verdict(case):
         "zeroed categories",
         "no row skip",
         "every parent",
-        "categories of all pictures",
+        "categories of all images",
         "score of raw answers",
     ],
 )
@@ -90,9 +90,9 @@ def test_the_fixed_summary_loses_nothing():
     assert len(questions["synthetic00"]) == 8
     raw = {name: [] for name in found["categories"]}
     for case in CASES:
-        for picture in answers_of(case):
+        for image in answers_of(case):
             for question in questions[case["item_id"]]:
-                raw[question.category].append(picture[question.number].lower().strip(".") == "yes")
+                raw[question.category].append(image[question.number].lower().strip(".") == "yes")
     for name, values in raw.items():
         assert found["categories"][name] == pytest.approx(100 * sum(values) / len(values))
         assert found["categories_kept"][name] <= found["categories"][name]
@@ -101,10 +101,10 @@ def test_the_fixed_summary_loses_nothing():
 def test_answers_that_differ_in_form_count_by_the_fixed_rule_only():
     questions = read_questions([row for row in ROWS if row["item_id"] == "synthetic03"])["synthetic03"]
     answers = {question.number: "Yes." for question in questions}
-    assert score_picture(questions, answers, FIXED).score == 1
-    assert score_picture(questions, answers, COMPAT).score == 0
+    assert score_image(questions, answers, FIXED).score == 1
+    assert score_image(questions, answers, COMPAT).score == 0
     verbose = dict.fromkeys(answers, "Yes, there is one")
-    scores = [score_picture(questions, verbose, rule).score for rule in (COMPAT, FIXED, PLAIN)]
+    scores = [score_image(questions, verbose, rule).score for rule in (COMPAT, FIXED, PLAIN)]
     assert scores == [0, 0, 1]
 
 

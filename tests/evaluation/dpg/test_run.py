@@ -17,10 +17,10 @@ from tests.evaluation.ranks import FORK, on_two_ranks
 from tests.evaluation.tiny_vqa import save_blip
 from unimm.errors import UserError
 from unimm.evaluation.dpg.command import main
-from unimm.evaluation.dpg.run import GridPictures, read_prompts, read_question_file, summarize_records
+from unimm.evaluation.dpg.run import GridImages, read_prompts, read_question_file, summarize_records
 from unimm.evaluation.runs.records import Record, read_manifest, read_records
 from unimm.evaluation.runs.store import RunStore
-from unimm.evaluation.vqa import load_judge
+from unimm.evaluation.vqa import load_vqa_model
 from unimm.mllm.loading import default_model_path
 
 HEADER = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed"]
@@ -68,7 +68,7 @@ def drawn(question_file, blip, tmp_path_factory) -> Path:
 
 
 def command(question_file: Path, blip: Path) -> list[str]:
-    """The judge is random: no known picture is asked about."""
+    """The judge is random: no known image is asked about."""
     sizes = ["--num-images", "2", "--seed", "3"]
     return ["--dpg-csv", str(question_file), "--judge", str(blip), *sizes, "--no-canary"]
 
@@ -79,8 +79,8 @@ def result(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.name != "timings.jsonl"}
 
 
-def test_answers_are_the_judges_about_the_pictures_on_disk(drawn, blip):
-    judge, records = load_judge(blip), read_records(drawn)
+def test_answers_are_the_judges_about_the_images_on_disk(drawn, blip):
+    judge, records = load_vqa_model(blip), read_records(drawn)
     assert [record.key for record in records] == [("0", 0), ("0", 1), ("first", 0), ("first", 1)]
     for record in records:
         image = Image.open(drawn / record.output_path)
@@ -162,7 +162,7 @@ def test_planted_answers_come_out(says, score, drawn, question_file, tmp_path):
     judge, folder = save_blip(tmp_path / "judge", says), tmp_path / "run"
     side = Image.open(drawn / "grids" / "first.png").width // 2
     given = ["--images", str(drawn / "grids"), "--resolution", str(side), "--output", str(folder)]
-    with pytest.raises(UserError, match=f"judge fails on a picture that is known: .* with '{says}', expected"):
+    with pytest.raises(UserError, match=f"judge fails on an image that is known: .* with '{says}', expected"):
         main([*command(question_file, judge)[:-1], *given])
     main([*command(question_file, judge), *given])
     assert {record.raw_scores["answers"][n] for record in read_records(folder) for n in "123"} == {says}
@@ -172,18 +172,18 @@ def test_planted_answers_come_out(says, score, drawn, question_file, tmp_path):
     assert set(summary["fixed"]["categories"].values()) == {score}
 
 
-def test_a_judge_that_fails_on_a_known_picture_judges_nothing(question_file, blip, tmp_path):
+def test_a_judge_that_fails_on_a_known_image_judges_nothing(question_file, blip, tmp_path):
     known, folder = tmp_path / "known", tmp_path / "run"
     known.mkdir()
     Image.new("RGB", (16, 16), "white").save(known / "white.png")
-    said = load_judge(blip).answer([Image.new("RGB", (16, 16), "white")], ["is there a circle?"])[0]
+    said = load_vqa_model(blip).answer([Image.new("RGB", (16, 16), "white")], ["is there a circle?"])[0]
     base = ["--dpg-csv", str(question_file), "--judge", str(blip), "--num-images", "1", "--limit", "1"]
 
     def expect(answer: str) -> None:
         row = {"image": "white.png", "question": "is there a circle?", "answer": answer}
         (known / "canaries.jsonl").write_text(json.dumps(row) + "\n")
 
-    with pytest.raises(UserError, match="blip fails on a picture that is known: of the photograph of a cat"):
+    with pytest.raises(UserError, match="blip fails on an image that is known: of the photograph of a cat"):
         main([*base, "--output", str(folder)])
     expect("surely")
     with pytest.raises(UserError, match="of white.png it answers 'is there a circle.' with .*, expected 'surely'"):
@@ -220,15 +220,15 @@ def test_what_a_person_gets_wrong(drawn, question_file, blip, tmp_path):
         main([*base[:2], "--output", str(tmp_path / "x")])
     side = Image.open(drawn / "grids" / "first.png").width // 2
     given = [*base, "--images", str(drawn / "grids"), "--output", str(tmp_path / "x"), "--resolution"]
-    with pytest.raises(UserError, match=f"has {2 * side} x {2 * side} pixels; a grid of pictures of 9 has 18 x 18"):
+    with pytest.raises(UserError, match=f"has {2 * side} x {2 * side} pixels; a grid of images of 9 has 18 x 18"):
         main([*given, "9"])
     folder = tmp_path / "grids"
     folder.mkdir()
     Image.new("RGB", (16, 16)).save(folder / "first.png")
     prompts = read_question_file(question_file)
     with pytest.raises(UserError, match=r"lacks 1 of 2 grids \(0.png, ...\)"):
-        GridPictures(folder, prompts, 8, 4)
-    assert GridPictures(folder, prompts, 8, 4, allow_missing=True).missing == ["0"]
+        GridImages(folder, prompts, 8, 4)
+    assert GridImages(folder, prompts, 8, 4, allow_missing=True).missing == ["0"]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="has no column item_id"):
         read_question_file(tmp_path / "other.csv")

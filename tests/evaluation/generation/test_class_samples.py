@@ -54,11 +54,11 @@ def test_the_command(tmp_path):
 
 
 def test_nothing_is_left_of_a_file_that_fails(tmp_path):
-    pictures = np.zeros((2, 4, 4, 3), np.uint8)
-    with pytest.raises(UserError, match="2 pictures do not fill a file of 3"):
-        write_npz(tmp_path / "x.npz", (3, 4, 4, 3), [pictures])
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    with pytest.raises(UserError, match="2 images do not fill a file of 3"):
+        write_npz(tmp_path / "x.npz", (3, 4, 4, 3), [images])
     with pytest.raises(UserError, match="do not fit"):
-        write_npz(tmp_path / "x.npz", (2, 4, 4, 3), [pictures.astype(np.float32)])
+        write_npz(tmp_path / "x.npz", (2, 4, 4, 3), [images.astype(np.float32)])
     with pytest.raises(UserError, match="at least 1"):
         write_samples(tiny_drawer(), tmp_path / "x.npz", SamplesPlan(num_images=0), ImageSampling())
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Sets of pictures compared: figures against the pure functions on bare forwards, ADM's files, and bad input."""
+"""Sets of images compared: figures against the pure functions on bare forwards, ADM's files, and bad input."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ from unimm.evaluation.generation.run import PairedSets, collect, compare, read_r
 from unimm.evaluation.metrics.distributions import inception_score, kernel_distance, manifolds
 from unimm.evaluation.metrics.frechet import frechet_distance, moments_of
 from unimm.evaluation.runs.html_report import write_report
-from unimm.evaluation.runs.image_sets import picture_set
+from unimm.evaluation.runs.image_sets import image_set
 from unimm.evaluation.runs.records import read_manifest
 from unimm.evaluation.runs.store import processes
 from unimm.networks.inception import InceptionFeatures
@@ -36,8 +36,8 @@ class TinyInception(torch.nn.Module):
         self.fc = torch.nn.Linear(6, 4)
         self.project = torch.nn.Linear(3, 6)
 
-    def forward(self, pictures: torch.Tensor) -> InceptionFeatures:
-        pool = self.project(pictures.float().mean(dim=(2, 3)) / 255)
+    def forward(self, images: torch.Tensor) -> InceptionFeatures:
+        pool = self.project(images.float().mean(dim=(2, 3)) / 255)
         return InceptionFeatures(pool, pool[:, :3] ** 2, self.fc(pool * 9).softmax(dim=1))
 
 
@@ -48,13 +48,13 @@ def one_process():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Real pictures and bluer ones, 24 of each."""
+    """Real images and bluer ones, 24 of each."""
     root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
     for name, shift in (("real", 0), ("drawn", 60)):
         (root / name).mkdir()
         for index in range(24):
-            picture = rng.integers(0, 190, (16, 16, 3)) + rng.integers(0, 60, 3) * [1, 1, 0] + [0, 0, shift]
-            Image.fromarray(picture.astype(np.uint8)).save(root / name / f"{index:02d}.png")
+            image = rng.integers(0, 190, (16, 16, 3)) + rng.integers(0, 60, 3) * [1, 1, 0] + [0, 0, shift]
+            Image.fromarray(image.astype(np.uint8)).save(root / name / f"{index:02d}.png")
     return root
 
 
@@ -102,19 +102,19 @@ def test_a_run_is_kept_goes_on_and_becomes_a_page(folders, encoder, tmp_path, mo
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     assert write_report(tmp_path / "run", tmp_path / "page.html", tmp_path / "again") == []
     assert "fd dinov2 cls 16" in (tmp_path / "page.html").read_text()
-    monkeypatch.setattr(command, "collect", lambda *_: pytest.fail("a finished run looks at the pictures again"))
+    monkeypatch.setattr(command, "collect", lambda *_: pytest.fail("a finished run looks at the images again"))
     main([*sets, "--encoder", str(encoder), "--output", str(tmp_path / "run")])
     for changed in (folders / "drawn", folders / "real"):
-        picture = (changed / "05.png").read_bytes()
+        image = (changed / "05.png").read_bytes()
         Image.new("RGB", (16, 16)).save(changed / "05.png")
         with pytest.raises(UserError, match="differs in prompts_sha256"):
             main([*sets, "--encoder", str(encoder), "--output", str(tmp_path / "run")])
-        (changed / "05.png").write_bytes(picture)
+        (changed / "05.png").write_bytes(image)
 
 
 def collected_by_two(folders, encoder, path):
     space = EncoderSpace(encoder, torch.device("cpu"))
-    generated = collect(space, picture_set(str(folders / "drawn")), batch_size=5)
+    generated = collect(space, image_set(str(folders / "drawn")), batch_size=5)
     found = compare(generated, read_reference(str(folders / "real"), space, None), space=space)
     if processes().is_main_process:
         path.write_text(json.dumps(found))
@@ -131,7 +131,7 @@ def test_two_processes_collect_the_figures_of_one(folders, encoder, tmp_path):
 def test_inceptions_figures_have_their_own_names(folders):
     torch.manual_seed(1)
     space = InceptionSpace(TinyInception().eval(), "0" * 64)
-    generated = collect(space, picture_set(str(folders / "drawn")), batch_size=7)
+    generated = collect(space, image_set(str(folders / "drawn")), batch_size=7)
     found = compare(generated, read_reference(str(folders / "real"), space, None), space=space)
     real, drawn = (space.features(arrays(folders / part)) for part in ("real", "drawn"))
     for name, kind in (("fid", "pool"), ("sfid", "spatial")):
@@ -164,23 +164,23 @@ def test_an_encoder_without_a_class_token_gives_the_mean_of_its_patches(tmp_path
     config = SiglipVisionConfig(**SIZES, intermediate_size=32, vision_use_head=False)
     model = SiglipVisionModel(config).eval()
     model.save_pretrained(tmp_path)
-    picture = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
-    pixel_values = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1
+    image = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    pixel_values = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1
     space = EncoderSpace(tmp_path, torch.device("cpu"))
     with torch.no_grad():
         expected = model(pixel_values).last_hidden_state.mean(dim=1)
-    torch.testing.assert_close(space.features(picture)["pool"], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(space.features(image)["pool"], expected, atol=1e-5, rtol=1e-4)
     assert space.name == "siglip_vision_model_mean_16"
 
 
 def test_a_tokenizers_own_encoder_is_called_so():
     tokenizer = image_tokenizer()
-    picture = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     space = TokenizerSpace(tokenizer, original=False)
-    pixels = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         expected = tokenizer.features(tokenizer.normalize(pixels)).mean(dim=1)
-    torch.testing.assert_close(space.features(picture)["pool"], expected)
+    torch.testing.assert_close(space.features(image)["pool"], expected)
     assert space.name == "own_encoder" and "biased" in space.describe()["note"]
     assert TokenizerSpace(tokenizer, original=True).name == "original_encoder"
 
@@ -189,25 +189,25 @@ def test_what_is_no_number_is_an_error(folders, encoder, tmp_path):
     space = EncoderSpace(encoder, torch.device("cpu"))
     with pytest.raises(UserError, match="either --inception FILE or --encoder PATH"):
         main(["--samples", str(folders / "real"), "--reference", str(folders / "drawn")])
-    with pytest.raises(UserError, match="1 pictures are no distribution"):
-        collect(space, picture_set(str(folders / "real"), 1))
-    few = collect(space, picture_set(str(folders / "drawn"), 20))
-    with pytest.raises(UserError, match="20 and 24 pictures"):
+    with pytest.raises(UserError, match="1 images are no distribution"):
+        collect(space, image_set(str(folders / "real"), 1))
+    few = collect(space, image_set(str(folders / "drawn"), 20))
+    with pytest.raises(UserError, match="20 and 24 images"):
         compare(few, read_reference(str(folders / "real"), space, None), space=space)
-    with pytest.raises(UserError, match="Subsets of 30 pictures .* need more than 20"):
+    with pytest.raises(UserError, match="Subsets of 30 images .* need more than 20"):
         compare(few, read_reference(str(folders / "real"), space, 20), space=space, kernel_size=30)
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for name, side in (("a", 16), ("b", 12)):
         Image.new("RGB", (side, side)).save(mixed / f"{name}.png")
     with pytest.raises(UserError, match="b.png has 12 x 12 pixels and a.png 16 x 16"):
-        collect(space, picture_set(str(mixed)))
+        collect(space, image_set(str(mixed)))
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(UserError, match="statistics of inception, and the pictures are compared by dinov2_cls_16"):
+    with pytest.raises(UserError, match="statistics of inception, and the images are compared by dinov2_cls_16"):
         read_reference(str(tmp_path / "adm.npz"), space, None)
     np.savez(tmp_path / "broken.npz", mu=np.zeros(4))
     with pytest.raises(UserError, match="holds mu and sigma that are no mean"):
         read_reference(str(tmp_path / "broken.npz"), space, None)
     np.savez(tmp_path / "other.npz", x=np.zeros(4))
-    with pytest.raises(UserError, match="neither pictures"):
+    with pytest.raises(UserError, match="neither images"):
         read_reference(str(tmp_path / "other.npz"), space, None)

@@ -1,4 +1,4 @@
-"""Colour voting: what CLIP is shown of an object, against pixels counted by hand, and a vote with a planted outcome."""
+"""Color voting: what CLIP is shown of an object, against pixels counted by hand, and a vote with a planted outcome."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def segment(box: tuple[float, float, float, float], size: tuple[int, int]) -> Se
 # ---- the view ------------------------------------------------------------------------------------------------------
 
 
-def test_the_rest_of_the_picture_is_grey_and_the_box_is_cut_out() -> None:
+def test_the_rest_of_the_image_is_grey_and_the_box_is_cut_out() -> None:
     image = Image.new("RGB", (40, 30), VALUES["red"])
     cut = segment((10, 5, 30, 25), (40, 30))
     cut.mask[10:12, 10:30] = False  # a hole shows the background
@@ -78,7 +78,7 @@ def test_half_a_pixel_of_the_crop_is_rounded_to_even() -> None:
 
 
 class MeanColor:
-    """In place of CLIP: an image's embedding is its mean colour, a text's the colour that it names, if any."""
+    """In place of CLIP: an image's embedding is its mean color, a text's the color that it names, if any."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -155,7 +155,7 @@ def test_scores_that_are_not_finite_are_refused() -> None:
     with torch.no_grad():
         model.visual_projection.weight.fill_(float("nan"))
     image = Image.new("RGB", (40, 40))
-    with pytest.raises(UserError, match="gave scores that are not finite on cpu in torch.float32: no colour is named"):
+    with pytest.raises(UserError, match="gave scores that are not finite on cpu in torch.float32: no color is named"):
         ColorVoter(model, tokenizer, "tiny").vote(image, [segment((0, 0, 40, 40), image.size)], "dog")
 
 

@@ -161,15 +161,15 @@ def noise(width: int, height: int, seed: int) -> Image.Image:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_batch_gives_what_single_pictures_give() -> None:
+def test_a_batch_gives_what_single_images_give() -> None:
     finder = InstanceDetector(tiny_mask2former(), "tiny", min_score=0.0, batch_size=2)
-    pictures = [noise(48, 32, 0), noise(32, 32, 1), noise(48, 32, 2), noise(48, 32, 3)]
-    together = finder.detect(pictures)
-    for picture, found in zip(pictures, together, strict=True):
-        (alone,) = finder.detect([picture])
+    images = [noise(48, 32, 0), noise(32, 32, 1), noise(48, 32, 2), noise(48, 32, 3)]
+    together = finder.detect(images)
+    for image, found in zip(images, together, strict=True):
+        (alone,) = finder.detect([image])
         assert [each.label for each in alone[:5]] == [each.label for each in found[:5]]
         assert np.allclose([each.score for each in alone], [each.score for each in found], rtol=1e-4)
-        assert found[0].mask.shape == (picture.height, picture.width)
+        assert found[0].mask.shape == (image.height, image.width)
 
 
 class Planted:

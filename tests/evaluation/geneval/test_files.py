@@ -15,13 +15,13 @@ from unimm.evaluation.runs.records import Record
 BENCH, CLOCKS = official_prompts()[0], next(each for each in official_prompts() if each["tag"] == "counting")
 
 
-def make(folder: Path, name: str, metadata: dict | None, pictures: tuple[str, ...]) -> Path:
+def make(folder: Path, name: str, metadata: dict | None, images: tuple[str, ...]) -> Path:
     place = folder / name
     (place / "samples").mkdir(parents=True)
     if metadata is not None:
         (place / "metadata.jsonl").write_text(json.dumps(metadata))
-    for picture in pictures:
-        Image.new("RGB", (8, 8), "red").save(place / "samples" / picture, format="PNG")
+    for image in images:
+        Image.new("RGB", (8, 8), "red").save(place / "samples" / image, format="PNG")
     return folder
 
 
@@ -31,24 +31,24 @@ def test_any_number_of_digits_is_read_and_other_files_are_not(tmp_path: Path) ->
     (tmp_path / "notes").mkdir()
     found = read_folder(tmp_path)
     assert found.prompts == {"00007": BENCH, "00012": CLOCKS}
-    assert list(found.pictures) == [("00007", 0), ("00007", 1), ("00007", 12), ("00012", 0)]
-    assert [row[:2] for row in found.content()] == list(found.pictures)
-    assert len({row[2] for row in found.content()}) == 1  # four equal pictures
+    assert list(found.images) == [("00007", 0), ("00007", 1), ("00007", 12), ("00012", 0)]
+    assert [row[:2] for row in found.content()] == list(found.images)
+    assert len({row[2] for row in found.content()}) == 1  # four equal images
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     source = make(tmp_path / "in", "00007", BENCH, ("0000.png", "0003.png"))
     first = read_folder(source)
-    target = write_folder(tmp_path / "out" / "deep", first.prompts, first.pictures)
+    target = write_folder(tmp_path / "out" / "deep", first.prompts, first.images)
     second = read_folder(target)
     assert second.prompts == first.prompts
     assert second.content() == first.content()
-    assert [path.relative_to(target).as_posix() for path in second.pictures.values()] == [
+    assert [path.relative_to(target).as_posix() for path in second.images.values()] == [
         "00007/samples/00000.png",
         "00007/samples/00003.png",
     ]
     with pytest.raises(UserError, match="is not an empty folder: choose another"):
-        write_folder(target, first.prompts, first.pictures)
+        write_folder(target, first.prompts, first.images)
 
 
 def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
         read_folder(tmp_path)
     with pytest.raises(UserError, match="has no metadata.jsonl"):
         read_folder(make(tmp_path / "a", "00000", None, ("0.png",)))
-    with pytest.raises(UserError, match="holds no picture with a name such as 00000.png"):
+    with pytest.raises(UserError, match="holds no image with a name such as 00000.png"):
         read_folder(make(tmp_path / "b", "00000", BENCH, ("first.png",)))
     with pytest.raises(UserError, match="is no GenEval metadata"):
         read_folder(make(tmp_path / "c", "00000", {"prompt": "a bench"}, ("0.png",)))
@@ -69,7 +69,7 @@ def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
         read_folder(make(tmp_path / "e", "3", BENCH, ("0.png", "00.png")))
 
 
-def test_known_pictures_say_what_is_expected(tmp_path: Path) -> None:
+def test_known_images_say_what_is_expected(tmp_path: Path) -> None:
     make(tmp_path, "00000", BENCH | {"expected": True}, ("0.png",))
     make(tmp_path, "00001", CLOCKS | {"expected": False}, ("0.png", "1.png"))
     known = canaries_of(tmp_path)

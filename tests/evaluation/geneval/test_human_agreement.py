@@ -51,7 +51,7 @@ def test_planted_verdicts(unimm_data: Data) -> None:
     people = human_verdicts(annotations(unimm_data, "sdv2"), PROMPTS)
     rules = {key: verdict.rules for key, verdict in people.items()}
     perfect = compare(rules, rules)
-    assert (perfect.pictures, perfect.agreement, perfect.kappa) == (400, 1.0, 1.0)
+    assert (perfect.images, perfect.agreement, perfect.kappa) == (400, 1.0, 1.0)
     planted = {key: right ^ (index % 10 == 0) for index, (key, right) in enumerate(rules.items())}
     found = compare(planted, rules)
     assert found.agreement == 0.9
@@ -66,7 +66,7 @@ def test_tags_add_up(unimm_data: Data) -> None:
     people = human_verdicts(annotations(unimm_data, "clip"), PROMPTS)
     rules = {key: verdict.rules for key, verdict in people.items()}
     table = compare_by_tag(rules, {key: verdict.caption for key, verdict in people.items()}, PROMPTS)
-    assert table["all"].pictures == sum(row.pictures for tag, row in table.items() if tag != "all") == 400
+    assert table["all"].images == sum(row.images for tag, row in table.items() if tag != "all") == 400
     assert len(table) == 7
 
 
@@ -144,8 +144,8 @@ def test_kappa_of_a_known_table() -> None:
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
-def test_pictures_that_nobody_annotated() -> None:
-    with pytest.raises(UserError, match="None of the 1 judged pictures is among the 2 annotated ones"):
+def test_images_that_nobody_annotated() -> None:
+    with pytest.raises(UserError, match="None of the 1 judged images is among the 2 annotated ones"):
         compare({(7, 0): True}, {(1, 0): True, (2, 0): False})
 
 

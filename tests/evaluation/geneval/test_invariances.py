@@ -1,4 +1,4 @@
-"""What must not change a verdict, and what must turn it round, on every recorded picture."""
+"""What must not change a verdict, and what must turn it round, on every recorded image."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ Case = tuple[dict[str, Any], list[dict[str, Any]], int]
 
 @pytest.fixture(scope="module")
 def cases(unimm_data: Callable[[str], Path]) -> list[Case]:
-    """(metadata, detections, width) of every recorded picture."""
+    """(metadata, detections, width) of every recorded image."""
     prompts = official_prompts()
     lines = unimm_data("evaldata/fixtures/geneval_synthetic_cases.jsonl").read_text().splitlines()
     return [(prompts[case["meta_index"]], case["detections"], case["width"]) for case in map(json.loads, lines)]
@@ -28,11 +28,11 @@ def of(cases: list[Case], *tags: str) -> Iterator[Case]:
     return iter(found)
 
 
-def test_a_mirrored_picture_shows_the_mirrored_relation(cases: list[Case]) -> None:
+def test_a_mirrored_image_shows_the_mirrored_relation(cases: list[Case]) -> None:
     for metadata, detections, width in of(cases, "position"):
-        anchor, subject = metadata["include"]
-        relation, target = subject["position"]
-        turned = metadata | {"include": [anchor, subject | {"position": [MIRRORED[relation], target]}]}
+        anchor, evaluated = metadata["include"]
+        relation, target = evaluated["position"]
+        turned = metadata | {"include": [anchor, evaluated | {"position": [MIRRORED[relation], target]}]}
         flipped = []
         for each in detections:
             x1, y1, x2, y2 = each["box"]

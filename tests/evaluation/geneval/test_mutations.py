@@ -43,7 +43,7 @@ MUTATIONS = {
 
 @pytest.fixture(scope="module")
 def recorded(unimm_data: Data) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The recorded pictures, each with its prompt, and the recorded pairs of boxes."""
+    """The recorded images, each with its prompt, and the recorded pairs of boxes."""
 
     def lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in unimm_data(f"evaldata/fixtures/{name}").read_text().splitlines()]
@@ -62,7 +62,7 @@ def first_difference(rules: ModuleType, cases: list[dict[str, Any]], pairs: list
         judged = rules.verdict(case["prompt"], case["detections"])
         found = (judged.correct, sorted(judged.reasons), judged.counts)
         if found != (case["expected_correct"], sorted(case["expected_reason"]), case["expected_counts"]):
-            return f"picture {case['meta_index']}"
+            return f"image {case['meta_index']}"
     return None
 
 

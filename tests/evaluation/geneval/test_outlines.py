@@ -23,7 +23,7 @@ def filled(polygons: list[list[float]], height: int, width: int, zoom: int = 8) 
 
 @pytest.fixture
 def mask() -> np.ndarray:
-    """A ring cut off by the picture's edge, and a bar beside it."""
+    """A ring cut off by the image's edge, and a bar beside it."""
     rows, columns = np.mgrid[:60, :80]
     distance = np.hypot(rows - 28, columns - 18)
     return ((distance < 25) & (distance > 10)) | ((columns > 60) & (rows > 6) & (rows < 50))

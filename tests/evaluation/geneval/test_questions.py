@@ -71,7 +71,7 @@ def test_answers_are_read_or_refused(kind: str, answer: str, read: str | None) -
     assert read_answer(kind, answer) == read
 
 
-def test_one_wrong_answer_is_a_wrong_picture() -> None:
+def test_one_wrong_answer_is_a_wrong_image() -> None:
     asked = questions(BY_PROMPT["a photo of a blue elephant"])
     assert judge_answers(asked, ["Yes", "blue"]) == (True, 1.0, [], ["yes", "blue"])
     judged = judge_answers(asked, ["Yes", "red"])
@@ -83,16 +83,16 @@ def test_one_wrong_answer_is_a_wrong_picture() -> None:
         judge_answers([Question("existence", "Is it?", "yes")], [])
 
 
-def test_two_judges_are_compared_picture_by_picture() -> None:
+def test_two_judges_are_compared_image_by_image() -> None:
     first = {(0, 0): True, (0, 1): False, (1, 0): True, (2, 0): False}
     second = {(0, 0): True, (0, 1): True, (1, 0): False, (2, 0): False}
     found = agreement(first, second)
     assert found == (1, 1, [(1, 0)], [(0, 1)])
     assert found.rate == 0.5
-    with pytest.raises(ValueError, match="4 and 1 pictures"):
+    with pytest.raises(ValueError, match="4 and 1 images"):
         agreement(first, {(0, 0): True})
 
 
-def test_scores_are_means_over_pictures() -> None:
+def test_scores_are_means_over_images() -> None:
     rows = [{"tag": "colors", "score": 0.5}, {"tag": "colors", "score": 1.0}, {"tag": "counting", "score": 0.0}]
     assert mean_score(rows) == {"colors": 0.75, "counting": 0.0}

@@ -219,7 +219,7 @@ def test_overall_is_the_unweighted_mean_of_the_tags() -> None:
 
 def test_summary_refuses_missing_and_unknown_tags() -> None:
     rows = [{"tag": tag, "prompt": "p", "correct": True} for tag in TAGS]
-    with pytest.raises(ValueError, match="no picture of color_attr"):
+    with pytest.raises(ValueError, match="no image of color_attr"):
         summary(rows[:-1])
     with pytest.raises(ValueError, match="unknown tag 'scene'"):
         summary([*rows, {"tag": "scene", "prompt": "p", "correct": True}])

@@ -58,7 +58,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawing(prompts: Path, folder: Path) -> list[str]:
-    """The embedded default draws two pictures of three prompts, two at a time."""
+    """The embedded default draws two images of three prompts, two at a time."""
     sizes = ["--num-images=2", "--batch-size=2", "--seed=5"]
     return ["--shapes", "--prompts", str(prompts), "--output", str(folder), *sizes]
 
@@ -70,7 +70,7 @@ def result(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def preserve_rng_state(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     PartialState._reset_state()
     main(drawing(prompts, folder))
@@ -87,27 +87,27 @@ def run_and_wait(target: Callable[..., Any], *arguments: Any) -> int | None:
 # ---- a run of the embedded default ---------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_pictures_records_and_the_official_lines(undisturbed: Path) -> None:
-    names = set(result(undisturbed))
+def test_a_run_leaves_images_records_and_the_official_lines(preserve_rng_state: Path) -> None:
+    names = set(result(preserve_rng_state))
     assert {"manifest.json", "records.jsonl", "summary.json", "geneval_results.jsonl"} < names
-    records = read_records(undisturbed)
+    records = read_records(preserve_rng_state)
     assert [record.key for record in records] == [(f"{item:05d}", sample) for item in range(3) for sample in range(2)]
     for record in records:
         assert record.seed == sample_seed(5, "geneval", record.item, record.sample)
         assert record.inputs == PROMPTS[int(record.item)]
-        picture = Image.open(undisturbed / str(record.output_path)).convert("RGB")
-        (found,) = ShapesScorer().detections([picture], [record.inputs])
+        image = Image.open(preserve_rng_state / str(record.output_path)).convert("RGB")
+        (found,) = ShapesScorer().detections([image], [record.inputs])
         assert record.raw_scores["detections"] == found
         assert record.verdict == ShapesScorer().judge(record.inputs, found).correct
-    summary = json.loads((undisturbed / "summary.json").read_text())
+    summary = json.loads((preserve_rng_state / "summary.json").read_text())
     right = {record.inputs["tag"]: [] for record in records}
     for record in records:
         right[record.inputs["tag"]].append(record.verdict)
     assert summary["scores"] == {tag: sum(verdicts) / 2 for tag, verdicts in right.items()}
     assert summary["missing_tags"] == ["two_object", "position", "color_attr"]
-    lines = [json.loads(line) for line in (undisturbed / "geneval_results.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (preserve_rng_state / "geneval_results.jsonl").read_text().splitlines()]
     assert [line["correct"] for line in lines] == [record.verdict for record in records]
-    manifest = json.loads((undisturbed / "manifest.json").read_text())
+    manifest = json.loads((preserve_rng_state / "manifest.json").read_text())
     assert manifest["settings"]["track"] == "geneval-shapes-own-prompts"
     assert set(manifest["weights"]) == {"model"}
 
@@ -118,14 +118,14 @@ def killed_at_the_third_record(arguments: list[str]) -> None:
     def dying(store: RunStore, record: Record, **seconds: float) -> None:
         append(store, record, **seconds)
         written.append(record)
-        if len(written) == 3:  # the first of two pictures that were judged together
+        if len(written) == 3:  # the first of two images that were judged together
             os.kill(os.getpid(), signal.SIGKILL)
 
     RunStore.append = dying  # type: ignore[method-assign]
     main(arguments)
 
 
-def kill_between_two_pictures(prompts: Path, folder: Path) -> None:
+def kill_between_two_images(prompts: Path, folder: Path) -> None:
     save, saved = geneval_module.save_image_atomically, []
 
     def dying(image: Image.Image, path: Path) -> Path:
@@ -138,15 +138,15 @@ def kill_between_two_pictures(prompts: Path, folder: Path) -> None:
     main(drawing(prompts, folder))
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(prompts: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(prompts: Path, preserve_rng_state: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run_and_wait(killed_at_the_third_record, drawing(prompts, folder)) == -signal.SIGKILL
     assert len(list((folder / "images").iterdir())) == 4
-    assert run_and_wait(kill_between_two_pictures, prompts, folder) == -signal.SIGKILL
+    assert run_and_wait(kill_between_two_images, prompts, folder) == -signal.SIGKILL
     assert len(list((folder / "images").glob("*.png"))) == 5
     assert not (folder / "summary.json").exists()
     main(drawing(prompts, folder))
-    assert result(folder) == result(undisturbed)
+    assert result(folder) == result(preserve_rng_state)
 
 
 def drawing_a_share(prompts: Path, folder: Path) -> None:
@@ -159,37 +159,37 @@ def drawing_a_share(prompts: Path, folder: Path) -> None:
 
     RunStore.append = counted  # type: ignore[method-assign]
     main(drawing(prompts, folder))
-    assert len(appended) in (2, 4)  # three blocks of two pictures
+    assert len(appended) in (2, 4)  # three blocks of two images
 
 
-def test_two_processes_draw_the_pictures_of_one(prompts: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_two_processes_draw_the_images_of_one(prompts: Path, preserve_rng_state: Path, tmp_path: Path) -> None:
     on_two_ranks(drawing_a_share, prompts, tmp_path / "run")
-    assert result(tmp_path / "run") == result(undisturbed)
+    assert result(tmp_path / "run") == result(preserve_rng_state)
 
 
 def test_a_finished_run_draws_nothing_and_other_settings_are_another_run(
-    prompts: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    prompts: Path, preserve_rng_state: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished run draws again")
 
     monkeypatch.setattr(geneval_module, "draw_prompts", forbidden)
-    before = result(undisturbed)
-    main([*drawing(prompts, undisturbed), "--export", str(tmp_path / "official")])
-    assert result(undisturbed) == before
+    before = result(preserve_rng_state)
+    main([*drawing(prompts, preserve_rng_state), "--export", str(tmp_path / "official")])
+    assert result(preserve_rng_state) == before
     exported = read_folder(tmp_path / "official")
     assert list(exported.prompts.values()) == PROMPTS
-    assert len(exported.pictures) == 6
+    assert len(exported.images) == 6
     with pytest.raises(UserError, match=r"differs in seed \(5, now 6\)"):
-        main([*drawing(prompts, undisturbed), "--seed=6"])
+        main([*drawing(prompts, preserve_rng_state), "--seed=6"])
     with pytest.raises(UserError, match=r"settings.sampling.guidance_scale \(null, now 2.0\)"):
-        main([*drawing(prompts, undisturbed), "--guidance-scale=2"])
+        main([*drawing(prompts, preserve_rng_state), "--guidance-scale=2"])
 
 
-# ---- pictures of somebody else -------------------------------------------------------------------------------------
+# ---- images of somebody else -------------------------------------------------------------------------------------
 
 
-def picture_of(*objects: SceneObject) -> Image.Image:
+def image_of(*objects: SceneObject) -> Image.Image:
     return render(Scene(objects=objects, background="white"))
 
 
@@ -198,17 +198,17 @@ RING = SceneObject("ring", "red", 20, 20, 10)
 
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
-    """One right and one wrong picture of a red ring."""
+    """One right and one wrong image of a red ring."""
     place = tmp_path / "given" / "00001"
     (place / "samples").mkdir(parents=True)
     (place / "metadata.jsonl").write_text(json.dumps(PROMPTS[1]))
-    picture_of(RING).save(place / "samples" / "0000.png")
-    picture_of(SceneObject("ring", "blue", 20, 20, 10)).save(place / "samples" / "0001.png")
+    image_of(RING).save(place / "samples" / "0000.png")
+    image_of(SceneObject("ring", "blue", 20, 20, 10)).save(place / "samples" / "0001.png")
     return place.parent
 
 
 class ScriptedJudge:
-    """Answers every question about colours with red, and every other with yes."""
+    """Answers every question about colors with red, and every other with yes."""
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         assert len(images) == len(questions)
@@ -221,7 +221,7 @@ class ScriptedJudge:
 def test_a_folder_is_judged_by_two_judges(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(command, "load_judge", lambda path, device: ScriptedJudge())
+    monkeypatch.setattr(command, "load_vqa_model", lambda path, device: ScriptedJudge())
     folder, report = tmp_path / "run", tmp_path / "report.json"
     arguments = ["--shapes", "--images", str(given), "--output", str(folder), "--json", str(report), "--vqa", "any"]
     main(arguments)
@@ -243,13 +243,13 @@ def test_a_folder_is_judged_by_two_judges(
     for name in ("records.jsonl", "summary.json", "disagreements.jsonl", "questions/records.jsonl"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     shown = capsys.readouterr().out
-    assert "judged by shapes (13 known pictures judged rightly)" in shown
-    assert "the two judges agree on 50.0% of the pictures; 1 to look at in disagreements.jsonl" in shown
+    assert "judged by shapes (13 known images judged rightly)" in shown
+    assert "the two judges agree on 50.0% of the images; 1 to look at in disagreements.jsonl" in shown
 
 
 @pytest.fixture
 def small_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A detector that finds up to ten of `NAMED` in any picture, at 64 pixels instead of 800, and a CLIP."""
+    """A detector that finds up to ten of `NAMED` in any image, at 64 pixels instead of 800, and a CLIP."""
     monkeypatch.setattr(detector_module, "SHORT_SIDE", 64)
     monkeypatch.setattr(detector_module, "LONG_SIDE", 107)
     detector, clip = save_scorer(tmp_path, found=NAMED)
@@ -257,7 +257,7 @@ def small_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]
 
 
 def fill(folder: Path, prompts: Sequence[dict[str, Any]], count: int = 1) -> Path:
-    """`count` green pictures of each prompt in the official layout."""
+    """`count` green images of each prompt in the official layout."""
     for index, prompt in enumerate(prompts):
         place = folder / f"{index:05d}"
         (place / "samples").mkdir(parents=True)
@@ -267,12 +267,12 @@ def fill(folder: Path, prompts: Sequence[dict[str, Any]], count: int = 1) -> Pat
     return folder
 
 
-def test_geneval_hf_scores_after_a_known_picture_only(tmp_path: Path, small_detector: list[str]) -> None:
+def test_geneval_hf_scores_after_a_known_image_only(tmp_path: Path, small_detector: list[str]) -> None:
     given = fill(tmp_path / "given", [PLAIN, COLORED])
     known = fill(tmp_path / "known", [PLAIN | {"expected": True}])
     wrong = fill(tmp_path / "wrong", [PLAIN | {"expected": False}])
     arguments = ["--images", str(given), "--output", str(tmp_path / "run"), *small_detector]
-    with pytest.raises(UserError, match="geneval-hf fails on a picture that is known: of 00000/0 .*: right"):
+    with pytest.raises(UserError, match="geneval-hf fails on an image that is known: of 00000/0 .*: right"):
         main([*arguments, "--canary", str(wrong)])
     assert not (tmp_path / "run").exists()
     main([*arguments, "--canary", str(known), "--counting-threshold=0.8"])
@@ -320,7 +320,7 @@ def test_calibration_of_planted_verdicts(
     main(["--calibrate", str(annotations), "--verdicts", str(tmp_path), "--json", str(report)])
     found = json.loads(report.read_text())["annotations_sdv2.csv.gz"]
     assert found["rules"]["all"]["agreement"] == 0.75
-    assert found["rules"]["all"]["pictures"] == 400
+    assert found["rules"]["all"]["images"] == 400
     assert set(found["caption"]) == {*(prompt["tag"] for prompt in official_prompts()), "all"}
     assert "rules, as most raters have it (the paper's detector: 83%)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--calibrate needs --verdicts DIR"):

@@ -1,4 +1,4 @@
-"""Scorers refuse to score when a known picture comes out wrong, and name colours only where they are asked for."""
+"""Scorers refuse to score when a known image comes out wrong, and name colors only where they are asked for."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,11 +18,11 @@ from unimm.evaluation.geneval.scorers import Canary, DetectorScorer, ShapesScore
 
 DOG, CAT, PERSON, CUP = (COCO_CLASSES.index(name) for name in ("dog", "cat", "person", "cup"))
 RED_DOG = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}
-PICTURE = Image.new("RGB", (20, 10))
+IMAGE = Image.new("RGB", (20, 10))
 
 
 class ScriptedDetector:
-    """Says of every picture what it was told, by the picture's size."""
+    """Says of every image what it was told, by the image's size."""
 
     min_score, fingerprint = 0.05, "detector's"
 
@@ -43,7 +43,7 @@ class ScriptedDetector:
 
 
 class ScriptedVoter:
-    """Names the colours in a given order, or that of a plain picture; remembers how many it was asked for."""
+    """Names the colors in a given order, or that of a plain image; remembers how many it was asked for."""
 
     background, crop, name, fingerprint = "#999", True, "scripted", "voter's"
 
@@ -65,13 +65,13 @@ def scorer(
     found: list[tuple[int, float]], colors: Sequence[str] = ("red",) * 20, **thresholds: float
 ) -> tuple[DetectorScorer, ScriptedVoter]:
     voter = ScriptedVoter(colors)
-    return DetectorScorer(ScriptedDetector({PICTURE.size: found}), voter, Thresholds(**thresholds)), voter  # type: ignore[arg-type]
+    return DetectorScorer(ScriptedDetector({IMAGE.size: found}), voter, Thresholds(**thresholds)), voter  # type: ignore[arg-type]
 
 
-# ---- the picture world ---------------------------------------------------------------------------------------------
+# ---- the shapes data set ---------------------------------------------------------------------------------------------
 
 
-def test_the_shapes_scorer_knows_its_own_pictures() -> None:
+def test_the_shapes_scorer_knows_its_own_images() -> None:
     judge = ShapesScorer()
     known = judge.canaries()
     assert judge.check(known) == 13
@@ -82,7 +82,7 @@ def test_the_shapes_scorer_knows_its_own_pictures() -> None:
 def test_a_scorer_that_sees_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     judge = ShapesScorer()
     monkeypatch.setattr(geneval_scorers, "detect", lambda image: [])
-    with pytest.raises(UserError, match="shapes fails on a picture that is known: of a scene of .* found 0"):
+    with pytest.raises(UserError, match="shapes fails on an image that is known: of a scene of .* found 0"):
         judge.check(judge.canaries())
 
 
@@ -91,7 +91,7 @@ def test_a_scorer_that_sees_what_is_not_there_is_refused(monkeypatch: pytest.Mon
     first = judge.canaries()[0]
     seen = geneval_scorers.detect(first.image)
     monkeypatch.setattr(geneval_scorers, "detect", lambda image: seen)
-    with pytest.raises(UserError, match="of an empty picture it says of .*: right"):
+    with pytest.raises(UserError, match="of an empty image it says of .*: right"):
         judge.check(judge.canaries()[:2])
 
 
@@ -108,7 +108,7 @@ def test_scores_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_colours_are_asked_for_where_the_prompt_names_one() -> None:
     judge, voter = scorer([(DOG, 0.9), (CAT, 0.8), (DOG, 0.31), (DOG, 0.3), (DOG, 0.1)], colors=("red", "blue"))
-    (found,) = judge.detections([PICTURE], [RED_DOG])
+    (found,) = judge.detections([IMAGE], [RED_DOG])
     assert voter.asked == [("dog", 2)]  # 0.3 does not exceed the threshold
     assert [each.get("color") for each in found] == ["red", None, "blue", None, None]
     assert [each.get("color_votes") for each in found] == [{"red": 0.9}, None, {"blue": 0.9}, None, None]
@@ -118,21 +118,21 @@ def test_colours_are_asked_for_where_the_prompt_names_one() -> None:
     assert not any("outline" in each for each in found[3:])  # what does not count is not drawn
     assert judge.judge(RED_DOG, found).correct
     judge, voter = scorer([(DOG, 0.9), (CAT, 0.8)])
-    (found,) = judge.detections([PICTURE], [official_prompts()[0]])
+    (found,) = judge.detections([IMAGE], [official_prompts()[0]])
     assert voter.asked == []
     assert [each["label"] for each in found] == ["dog", "cat"]
 
 
 def test_at_most_as_many_colours_as_objects_count() -> None:
     judge, voter = scorer([(DOG, 0.9)] * 20, max_objects=5)
-    (found,) = judge.detections([PICTURE], [RED_DOG])
+    (found,) = judge.detections([IMAGE], [RED_DOG])
     assert voter.asked == [("dog", 5)]
     assert judge.judge(RED_DOG, found).counts == {"dog": 5}
 
 
 def test_thresholds_are_options_and_stand_beside_the_number() -> None:
     judge, _ = scorer([(DOG, 0.4)], threshold=0.5)
-    assert not judge.judge(RED_DOG, judge.detections([PICTURE], [RED_DOG])[0]).correct
+    assert not judge.judge(RED_DOG, judge.detections([IMAGE], [RED_DOG])[0]).correct
     described = judge.describe()
     assert (described["name"], described["thresholds"]["threshold"]) == ("geneval-hf", 0.5)
     assert judge.weights() == {"detector": "detector's", "clip": "voter's"}
@@ -161,34 +161,34 @@ def test_known_photographs() -> None:
         judge.check(judge.canaries())
     zebra = COCO_CLASSES.index("zebra")
     judge = photographs(chelsea=zebra, astronaut=zebra, coffee=zebra)
-    with pytest.raises(UserError, match="geneval-hf fails on a picture that is known"):
+    with pytest.raises(UserError, match="geneval-hf fails on an image that is known"):
         judge.check(judge.canaries()[1:])
 
 
 def test_plain_colours() -> None:
     judge = DetectorScorer(ScriptedDetector({}), ScriptedVoter(("red",)))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="scripted calls a picture of plain green red: no colour is named with it"):
+    with pytest.raises(UserError, match="scripted calls an image of plain green red: no color is named with it"):
         judge.canaries()
 
 
-def test_no_known_picture_is_no_licence() -> None:
-    with pytest.raises(UserError, match="has no known picture to judge first: give --canary"):
+def test_no_known_image_is_no_licence() -> None:
+    with pytest.raises(UserError, match="has no known image to judge first: give --canary"):
         scorer([])[0].check([])
     judge, _ = scorer([(DOG, 0.9)])
-    assert judge.check([Canary("mine", PICTURE, RED_DOG, True)]) == 1
+    assert judge.check([Canary("mine", IMAGE, RED_DOG, True)]) == 1
 
 
 @pytest.mark.parametrize(("share", "plain"), [(0.9, True), (0.51, True), (0.5, False), (0.2, False)])
 def test_a_color_without_a_majority_is_a_guess(share: float, plain: bool) -> None:
-    """The official verdict takes the best of ten colours, however close they are; the plain one does not."""
+    """The official verdict takes the best of ten colors, however close they are; the plain one does not."""
     judge, _ = scorer([(DOG, 0.9), (DOG, 0.8)])
-    (found,) = judge.detections([PICTURE], [RED_DOG])
+    (found,) = judge.detections([IMAGE], [RED_DOG])
     for each in found:
         each["color_votes"] = {"red": share, "brown": 1 - share}
     assert judge.judge(RED_DOG, found).correct
     assert judge.plain(RED_DOG, found) == (plain, 0 if plain else 1)  # one dog is asked for, and one is looked at
     single = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
-    assert judge.plain(single, found) == (True, 0)  # no colour is asked for
+    assert judge.plain(single, found) == (True, 0)  # no color is asked for
 
 
 def test_a_color_that_is_measured_is_no_guess() -> None:

@@ -34,7 +34,7 @@ def test_scores_are_the_unweighted_mean_of_the_tags() -> None:
     assert found["failed"] == {"too many": 3}
 
 
-def test_intervals_resample_prompts_not_pictures() -> None:
+def test_intervals_resample_prompts_not_images() -> None:
     """Two prompts of counting, one all right and one all wrong: a resample of prompts gives 0, 0.5 or 1."""
     found = summarize_records(full((True,) * 4 + (False,) * 4))
     assert found["intervals"]["counting"] == [0.0, 1.0]
@@ -47,7 +47,7 @@ def test_without_all_tags_there_is_no_overall() -> None:
     found = summarize_records(rows)
     assert set(found["scores"]) == {"counting", "colors"}
     assert found["missing_tags"] == ["single_object", "two_object", "position", "color_attr"]
-    assert "no overall: no picture of single_object, two_object, position, color_attr" in table(found)
+    assert "no overall: no image of single_object, two_object, position, color_attr" in table(found)
     one = summarize_records(rows[:1])
     assert one["intervals"] == {"colors": None}  # one prompt says nothing about others
     assert "colors             1.000\n" in table(one)
@@ -56,7 +56,7 @@ def test_without_all_tags_there_is_no_overall() -> None:
 def test_table_names_every_score_in_the_order_of_the_tags() -> None:
     lines = table(summarize_records(full((True, False)))).splitlines()
     assert [line.split()[0] for line in lines[:-2]] == [*TAGS, "overall", "correct_images", "correct_prompts"]
-    assert lines[-1].strip() == "12 pictures of 12 prompts; failed: too many 1"
+    assert lines[-1].strip() == "12 images of 12 prompts; failed: too many 1"
 
 
 def test_guessed_colors_are_counted_and_left_out_of_the_plain_scores() -> None:

@@ -46,7 +46,7 @@ def test_difference_of_two_equal_models_is_covered_and_its_p_is_uniform() -> Non
 
 def test_pairing_sees_what_two_separate_intervals_do_not() -> None:
     rng = np.random.default_rng(2)
-    a = rng.normal(30, 5, size=200)  # PSNR of 200 pictures, hard and easy ones
+    a = rng.normal(30, 5, size=200)  # PSNR of 200 images, hard and easy ones
     b = a + rng.normal(0.2, 0.3, size=200)
     difference = paired_bootstrap(a, b, range(200))
     assert difference.value == pytest.approx((b - a).mean())
@@ -106,12 +106,12 @@ def test_clusters_of_unequal_size_count_by_their_samples() -> None:
 def test_any_function_of_the_weights() -> None:
     rng = np.random.default_rng(6)
     expected, said = rng.random(300) < 0.5, rng.random(300) < 0.5
-    pictures = np.repeat(np.arange(50), 6).tolist()
+    images = np.repeat(np.arange(50), 6).tolist()
 
     def f1(weights: np.ndarray) -> np.ndarray:
         return 2 * (weights @ (expected & said)) / (weights @ expected.astype(float) + weights @ said.astype(float))
 
-    ours = bootstrap(f1, pictures)
+    ours = bootstrap(f1, images)
     assert ours.value == pytest.approx(2 * (expected & said).sum() / (expected.sum() + said.sum()))
     assert ours.low is not None and ours.high is not None and ours.low < ours.value < ours.high
     assert ours.clusters == 50

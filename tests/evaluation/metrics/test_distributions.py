@@ -95,13 +95,13 @@ def test_inception_score_of_certain_and_of_useless_classifiers():
     assert inception_score(torch.full((40, 8), 1 / 8)).mean == pytest.approx(1)
 
 
-def test_too_few_pictures_are_an_error(recorded):
+def test_too_few_images_are_an_error(recorded):
     real, fake = recorded["real"], recorded["fake"]
     with pytest.raises(ValueError, match="subsets of 1000 need as many features; there are 240 and 200"):
         kernel_distance(real, fake)
     with pytest.raises(ValueError, match="blocks of 1000"):
         block_kernel_distance(real, fake)
-    with pytest.raises(ValueError, match="10 splits need as many pictures; there are 9"):
+    with pytest.raises(ValueError, match="10 splits need as many images; there are 9"):
         inception_score(recorded["probs"][:9])
     with pytest.raises(ValueError, match="5 neighbours need more features; there are 240 and 5"):
         manifolds(real, fake[:5])

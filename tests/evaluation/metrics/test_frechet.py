@@ -73,7 +73,7 @@ def test_streams_are_numpys_covariance_however_they_are_split(recorded):
     whole = FeatureStatistics(24)
     for part in parts:
         whole.merge(part)
-    whole.merge(FeatureStatistics(24))  # a process without pictures
+    whole.merge(FeatureStatistics(24))  # a process without images
     moments = whole.moments
     np.testing.assert_allclose(moments.mean, features.astype(np.float64).mean(axis=0), rtol=1e-14)
     np.testing.assert_allclose(moments.covariance, np.cov(features.astype(np.float64), rowvar=False), atol=1e-11)
@@ -92,7 +92,7 @@ def test_what_is_no_number_is_an_error(recorded):
     with pytest.raises(ValueError, match="width 5 cannot join features of width 24"):
         statistics.merge(FeatureStatistics(5))
     real, fake = moments_of(recorded["real"]), moments_of(recorded["fake"])
-    with pytest.raises(UserError, match="240 and 200 pictures"):
+    with pytest.raises(UserError, match="240 and 200 images"):
         require_same_count(real, fake)
     with pytest.raises(ValueError, match="widths 24 and 1 "):
         frechet_distance(real, Moments(np.zeros(1), np.eye(1)))

@@ -18,7 +18,7 @@ def pair() -> tuple[Tensor, Tensor]:
     return (reference + 0.1 * torch.randn(reference.shape)).clamp(0, 1), reference
 
 
-def test_psnr_is_per_picture_with_data_range_one(pair: tuple[Tensor, Tensor]) -> None:
+def test_psnr_is_per_image_with_data_range_one(pair: tuple[Tensor, Tensor]) -> None:
     expected = [peak_signal_noise_ratio(x[None], y[None], data_range=1.0) for x, y in zip(*pair, strict=True)]
     torch.testing.assert_close(psnr(*pair), torch.stack(expected).double(), atol=1e-4, rtol=0)
 
@@ -30,7 +30,7 @@ def test_psnr_of_known_errors() -> None:
     assert math.isinf(psnr(reference, reference)[0])
 
 
-def test_ssim_is_that_of_torchmetrics_inside_the_picture(pair: tuple[Tensor, Tensor]) -> None:
+def test_ssim_is_that_of_torchmetrics_inside_the_image(pair: tuple[Tensor, Tensor]) -> None:
     """Its mean also takes positions where the window lies over a reflected border; without them the maps agree."""
     x, y = (each.double() for each in pair)
     options = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
@@ -54,11 +54,11 @@ def test_ssim_of_llamagen_is_that_of_scikit_image_at_a_data_range_of_two(pair: t
     assert (found > ssim(*pair)).all()
 
 
-def test_ssim_of_equal_pictures_is_one(pair: tuple[Tensor, Tensor]) -> None:
+def test_ssim_of_equal_images_is_one(pair: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(ssim(pair[1], pair[1]), torch.ones(3, dtype=torch.float64))
 
 
-def test_unlike_or_tiny_pictures_are_refused() -> None:
+def test_unlike_or_tiny_images_are_refused() -> None:
     small = torch.zeros(1, 3, 10, 32)
     with pytest.raises(ValueError, match=r"at least 11 x 11 pixels, not 10 x 32"):
         ssim(small, small)

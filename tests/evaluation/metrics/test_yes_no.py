@@ -114,7 +114,7 @@ def test_pope_by_split_and_by_reading() -> None:
     assert found["plain"]["mean_f1"] == (1.0 + 0.0) / 2 and found["plain"]["pooled"]["accuracy"] == 4 / 5
 
 
-def test_mme_adds_accuracy_and_the_share_of_pictures_with_both() -> None:
+def test_mme_adds_accuracy_and_the_share_of_images_with_both() -> None:
     asked = []
     for name, answers in {"a": ("yes", "no"), "b": ("yes", "yes"), "c": ("hm", "no")}.items():
         for answer, expected in zip(answers, ("yes", "no"), strict=True):
@@ -128,8 +128,8 @@ def test_mme_adds_accuracy_and_the_share_of_pictures_with_both() -> None:
     assert found["cognition"] == 50.0 and found["unparsed"] == 1
 
 
-def test_mme_refuses_half_a_picture_and_unknown_categories() -> None:
-    with pytest.raises(UserError, match="asks 2 questions about each picture, a has 1"):
+def test_mme_refuses_half_a_image_and_unknown_categories() -> None:
+    with pytest.raises(UserError, match="asks 2 questions about each image, a has 1"):
         mme_scores(rows("yes", expected="yes", category="count", question_id="a"))
     with pytest.raises(UserError, match="no category 'colour'"):
         mme_scores(rows("yes", "no", expected="yes", category="colour", question_id="a"))

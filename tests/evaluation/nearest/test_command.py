@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Value
-from PIL import Image as Pictures
+from PIL import Image as Images
 
 from unimm.errors import UserError
 from unimm.evaluation.nearest import command as nearest
@@ -15,9 +15,9 @@ from unimm.evaluation.nearest import command as nearest
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
-    pictures = [Pictures.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(6)]
+    images = [Images.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(6)]
     path = tmp_path_factory.mktemp("captioned") / "captioned.parquet"
-    rows = {"image": pictures, "text": [f"thing {i // 2}" for i in range(6)]}
+    rows = {"image": images, "text": [f"thing {i // 2}" for i in range(6)]}
     Dataset.from_dict(rows, features=Features({"image": Image(), "text": Value("string")})).to_parquet(path)
     return path
 
@@ -29,10 +29,10 @@ def run(model_folder, source, output, *more) -> dict:
 
 
 def planted(shift: int):
-    """A painter that draws the picture `shift` rows further on."""
+    """A painter that draws the image `shift` rows further on."""
 
-    def draw(subject, names, originals, seeds, sampling):
-        return [Pictures.fromarray(picture) for picture in np.roll(originals, shift, axis=0)]
+    def draw(evaluated, names, originals, seeds, sampling):
+        return [Images.fromarray(image) for image in np.roll(originals, shift, axis=0)]
 
     return draw
 
@@ -74,6 +74,6 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model_folder, source, tmp_path, 
 def test_bad_input(model_folder, tokenizer_folder, source, tmp_path):
     with pytest.raises(UserError, match="cannot draw"):
         run(tokenizer_folder, source, tmp_path / "out")
-    with pytest.raises(UserError, match="at least two pictures, each with a caption"):
+    with pytest.raises(UserError, match="at least two images, each with a caption"):
         run(model_folder, source, tmp_path / "out", "--num-images", "1")
     assert not (tmp_path / "out").exists()

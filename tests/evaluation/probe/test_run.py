@@ -1,4 +1,4 @@
-"""The linear probe: its optimiser against the formula, and verdicts on vectors whose answer is known."""
+"""The linear probe: its optimizer against the formula, and verdicts on vectors whose answer is known."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""Real pictures through eval/reconstruction.py with the embedded tokenizer, to a page that a browser shows."""
+"""Real images through eval/reconstruction.py with the embedded tokenizer, to a page that a browser shows."""
 
 import importlib
 import json
@@ -19,12 +19,12 @@ Data = Callable[[str], Path]
 
 @in_a_browser
 @pytest.mark.parametrize(("source", "count"), [("data/cc0", 8), ("data/photos/test.parquet", 12)])
-def test_a_page_of_real_pictures(source: str, count: int, unimm_data: Data, tmp_path: Path) -> None:
+def test_a_page_of_real_images(source: str, count: int, unimm_data: Data, tmp_path: Path) -> None:
     run, page, shot = tmp_path / "run", tmp_path / "page.html", tmp_path / "shot.png"
     main(["--source", str(unimm_data(source)), "--num-images", str(count), "--output", str(run)])
     summary = json.loads((run / "summary.json").read_text())
     assert summary["num_images"] == count and summary["distances"]["fd_own_encoder"] > 0
-    assert summary["reconstruction"]["psnr"] > 10  # the embedded tokenizer has seen the picture world alone
+    assert summary["reconstruction"]["psnr"] > 10  # the embedded tokenizer has seen the shapes data set alone
     write_report(run, page)
     browse(page, f"--screenshot={shot}", height=2600)
     pixels = np.asarray(Image.open(shot).convert("RGB"))
@@ -33,8 +33,8 @@ def test_a_page_of_real_pictures(source: str, count: int, unimm_data: Data, tmp_
         assert shows(pixels, np.asarray(Image.open(run / path).convert("RGB"))), path
 
 
-def shows(pixels: np.ndarray, picture: np.ndarray) -> bool:
-    """Whether the colours of a picture, which the browser enlarges without mixing them, stand on the screen."""
+def shows(pixels: np.ndarray, image: np.ndarray) -> bool:
+    """Whether the colors of an image, which the browser enlarges without mixing them, stand on the screen."""
     weights = np.array([1, 256, 65536])
-    wanted = np.unique(picture.astype(int)[8::16, 8::16] @ weights)
+    wanted = np.unique(image.astype(int)[8::16, 8::16] @ weights)
     return bool(np.isin(wanted, pixels.astype(int) @ weights).mean() > 0.9)

@@ -1,4 +1,4 @@
-"""Reconstruction of real pictures: figures against scikit-image on what `compared_pictures` shows, and bad input."""
+"""Reconstruction of real images: figures against scikit-image on what `compared_pictures` shows, and bad input."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.mllm.tiny import image_tokenizer
 from unimm.errors import UserError, run_main
-from unimm.evaluation.reconstruction.run import Compared, ReconstructionPlan, evaluate_pictures
+from unimm.evaluation.reconstruction.run import Compared, ReconstructionPlan, evaluate_images
 from unimm.networks.perceptual import LPIPS
 from unimm.tokenizer import ImageTokenizerProcessor
 
@@ -36,11 +36,11 @@ def tokenizer():
 def measured(tokenizer, **fields):
     seen: list[Compared] = []
     processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
-    found = evaluate_pictures(tokenizer, processor, ReconstructionPlan(**fields), on_batch=seen.append)
+    found = evaluate_images(tokenizer, processor, ReconstructionPlan(**fields), on_batch=seen.append)
     return found, seen
 
 
-def test_rows_are_scikit_images_figures_of_the_pictures_that_were_compared(folder, tokenizer):
+def test_rows_are_scikit_images_figures_of_the_images_that_were_compared(folder, tokenizer):
     found, seen = measured(tokenizer, source=str(folder), num_images=None, batch_size=3)
     assert [row["name"] for row in found.rows] == [f"{i}.png" for i in range(7)]
     originals, drawn = (np.concatenate([getattr(batch, part) for batch in seen]) for part in ("originals", "drawn"))
@@ -66,10 +66,10 @@ def test_lpips_is_the_networks_distance_of_each_pair(folder, tokenizer):
     network = LPIPS(((4,), (4,)))
     processor, seen = ImageTokenizerProcessor.for_tokenizer(tokenizer.config), list[Compared]()
     plan = ReconstructionPlan(str(folder), num_images=None, batch_size=4)
-    found = evaluate_pictures(tokenizer, processor, plan, on_batch=seen.append, lpips=network)
+    found = evaluate_images(tokenizer, processor, plan, on_batch=seen.append, lpips=network)
     pairs = [pair for batch in seen for pair in zip(batch.drawn, batch.originals, strict=True)]
     for row, pair in zip(found.rows, pairs, strict=True):
-        drawn, original = (torch.from_numpy(picture)[None].permute(0, 3, 1, 2) / 255 for picture in pair)
+        drawn, original = (torch.from_numpy(image)[None].permute(0, 3, 1, 2) / 255 for image in pair)
         assert row["lpips_vgg"] == pytest.approx(float(network(drawn, original)), rel=1e-4, abs=1e-9)
     assert found.scores["lpips_vgg"] > 0
 
@@ -96,7 +96,7 @@ def test_bad_plans(folder, tokenizer):
         ReconstructionPlan(str(folder), protocol="center")
     with pytest.raises(UserError, match="num_images is 0"):
         ReconstructionPlan(str(folder), num_images=0)
-    with pytest.raises(UserError, match="7 pictures and 8 are asked for"):
+    with pytest.raises(UserError, match="7 images and 8 are asked for"):
         measured(tokenizer, source=str(folder), num_images=8)
 
 
@@ -111,7 +111,7 @@ def test_the_command(folder, tokenizer, tmp_path, capsys):
     assert report["space"]["name"] == "own_encoder"
     assert report["distances"]["count"] == 7 and report["distances"]["fd_own_encoder"] > 0
     assert 0 < report["reconstruction"]["ssim"] < report["reconstruction"]["ssim_llamagen_compat"] < 1
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     try:
         assert run_main(lambda: main(arguments)) == 0  # it is named, and the others are measured
     finally:

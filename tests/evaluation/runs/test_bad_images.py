@@ -23,7 +23,7 @@ from unimm.errors import UserError, run_main
 from unimm.evaluation.generation.run import PairedSets, collect
 from unimm.evaluation.metrics.image_metrics import HIGHEST_PSNR
 from unimm.evaluation.runs.bad_images import judged_or_error
-from unimm.evaluation.runs.image_sets import picture_set
+from unimm.evaluation.runs.image_sets import image_set
 from unimm.evaluation.runs.records import read_manifest, read_records, read_summary
 from unimm.evaluation.shapes.run import ShapesPlan, evaluate_reconstruction, strict_scores
 from unimm.runs.report import Report
@@ -134,15 +134,15 @@ def test_a_single_image_whose_features_are_not_finite_is_left_out(folder: Path) 
     class Overflowing:
         name = "overflowing"
 
-        def features(self, pictures: np.ndarray) -> dict[str, torch.Tensor]:
-            pool = torch.from_numpy(pictures.reshape(len(pictures), -1)[:, :6].astype(np.float32))
-            pool[(pictures == 0).all(axis=(1, 2, 3))] = math.inf
+        def features(self, images: np.ndarray) -> dict[str, torch.Tensor]:
+            pool = torch.from_numpy(images.reshape(len(images), -1)[:, :6].astype(np.float32))
+            pool[(images == 0).all(axis=(1, 2, 3))] = math.inf
             return {"pool": pool}
 
         def describe(self) -> dict[str, Any]:
             return {}
 
-    collected = collect(Overflowing(), picture_set(str(folder)), batch_size=4)
+    collected = collect(Overflowing(), image_set(str(folder)), batch_size=4)
     assert (collected.count, collected.unreadable) == (10, [BLACK])
     assert torch.isfinite(collected.all("pool")).all()
     pairs, black = PairedSets(Overflowing()), np.zeros((4, 8, 8, 3), np.uint8)
@@ -178,7 +178,7 @@ def test_geneval_by_both_judges(folder: Path, tmp_path: Path, monkeypatch: pytes
             return {"name": "scripted", "sha256": "0"}
 
     command = importlib.import_module("unimm.evaluation.geneval.command")
-    monkeypatch.setattr(command, "load_judge", lambda path, device: Scripted())
+    monkeypatch.setattr(command, "load_vqa_model", lambda path, device: Scripted())
     given, run = official_folder(folder, tmp_path / "given"), tmp_path / "run"
     report = tmp_path / "report.json"
     command.main(["--shapes", "--images", str(given), "--vqa=any", "--output", str(run), "--json", str(report)])

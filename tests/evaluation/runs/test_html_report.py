@@ -18,7 +18,7 @@ from unimm.evaluation.runs.records import Manifest, Record, to_line
 from unimm.runs.provenance import write_atomically
 
 MASK = (45, 183, 255)  # of the style sheet
-MARK = (0, 160, 60)  # a colour that nothing else on the page has
+MARK = (0, 160, 60)  # a color that nothing else on the page has
 HOSTILE = '<script>alert("x")</script>'
 
 
@@ -36,9 +36,9 @@ def drawings(folder: Path, wrong: int, bench: str = "toy") -> Path:
     (folder / "images").mkdir(parents=True)
     records = []
     for number in range(6):
-        picture = Image.new("RGB", (48, 48), "white")
-        ImageDraw.Draw(picture).rectangle((8, 12, 31, 35), fill=MARK)
-        picture.save(folder / f"images/{number}.png")
+        image = Image.new("RGB", (48, 48), "white")
+        ImageDraw.Draw(image).rectangle((8, 12, 31, 35), fill=MARK)
+        image.save(folder / f"images/{number}.png")
         reason = "" if number >= wrong else f"expected square>=2, found 1\nno target for {HOSTILE} to be left of"
         seen = {
             "outline": [[8, 12, 32, 12, 32.0, 36, 8, 36.5]],
@@ -152,7 +152,7 @@ def test_distances_of_sets_stand_beside_those_of_another_run_of_their_scale(tmp_
     ):
         assert write_report(mine, tmp_path / "page.html", other) == []
         said = Tags((tmp_path / "page.html").read_text()).text
-        assert "50 pictures against 50 real ones, by\ninception, sha256 aaaaaaaaaaaa" in said
+        assert "50 images against 50 real ones, by\ninception, sha256 aaaaaaaaaaaa" in said
         cells = re.findall(r"<td[^>]*>([^<]*)</td>", (tmp_path / "page.html").read_text())
         assert " ".join(cells).startswith(shown)
         assert "Scores" not in said and "count reference" not in said
@@ -171,7 +171,7 @@ def test_the_page_stays_light(tmp_path: Path) -> None:
     write_report(tmp_path, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert len(page) < 250_000 and page.count("<article") == MAX_CARDS
-    assert page.count("data:image/jpeg;base64,") == 1  # the worst one is shown, and a lost picture is said to be lost
+    assert page.count("data:image/jpeg;base64,") == 1  # the worst one is shown, and a lost image is said to be lost
     assert "images/gone.png is missing" in page
 
 
@@ -187,7 +187,7 @@ def test_a_filter_hides_what_does_not_fail_its_rule(folder: Path, tmp_path: Path
 
 @pytest.mark.slow
 @in_a_browser
-def test_a_browser_shows_pictures_boxes_and_bars(folder: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_images_boxes_and_bars(folder: Path, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
     write_report(folder / "a", tmp_path / "page.html")
     browse(tmp_path / "page.html", f"--screenshot={shot}")
@@ -198,14 +198,14 @@ def test_a_browser_shows_pictures_boxes_and_bars(folder: Path, tmp_path: Path) -
 
     squares = like(tuple(round(0.88 * own + 0.12 * over) for own, over in zip(MARK, MASK, strict=True)))
     assert like(MARK, 2).sum() < 6 * 100  # each lies under its mask, which lets it through
-    assert squares.sum() > 6 * 1000  # six squares of a quarter of a picture, a picture at least 100 px wide
+    assert squares.sum() > 6 * 1000  # six squares of a quarter of an image, an image at least 100 px wide
     columns = np.flatnonzero(squares.any(axis=0))
     assert np.diff(columns).max() > 20  # side by side, with cards between them
     assert like((255, 45, 149), 30).sum() > 6 * 100  # the boxes around them
     assert like((251, 250, 248), 2).mean() > 0.3  # the page's own ground: its style sheet was read
     accent = (
         abs(pixels - (107, 131, 218)).max(axis=-1) <= 25
-    )  # bars: the accent, three quarters opaque, on the line colour
+    )  # bars: the accent, three quarters opaque, on the line color
     assert accent.sum() > 500
 
 

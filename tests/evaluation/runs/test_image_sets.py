@@ -1,4 +1,4 @@
-"""Picture sets and protocols: nothing repeated, resized or skipped in silence; the crops of ADM and torchvision."""
+"""Image sets and protocols: nothing repeated, resized or skipped in silence; the crops of ADM and torchvision."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 
 from unimm.errors import UserError
 from unimm.evaluation.generation.class_samples import write_npz
-from unimm.evaluation.runs.image_sets import PROTOCOLS, adm_crop, picture_set, source_sha256, torchvision_crop
+from unimm.evaluation.runs.image_sets import PROTOCOLS, adm_crop, image_set, source_sha256, torchvision_crop
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -23,26 +23,26 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_the_first_pictures_by_name_or_a_sample_without_repetition(folder):
-    assert picture_set(str(folder)).names == ["0/0.png", "0/2.png", "0/4.png", "1/1.png", "1/3.png"]
-    assert picture_set(str(folder), 2).names == ["0/0.png", "0/2.png"]
-    drawn = picture_set(str(folder), 4, seed=3)
-    assert len(set(drawn.names)) == 4 and drawn.names == picture_set(str(folder), 4, seed=3).names
+def test_the_first_images_by_name_or_a_sample_without_repetition(folder):
+    assert image_set(str(folder)).names == ["0/0.png", "0/2.png", "0/4.png", "1/1.png", "1/3.png"]
+    assert image_set(str(folder), 2).names == ["0/0.png", "0/2.png"]
+    drawn = image_set(str(folder), 4, seed=3)
+    assert len(set(drawn.names)) == 4 and drawn.names == image_set(str(folder), 4, seed=3).names
     for batch in drawn.batches(3):
         for name, image in batch:
             assert image.tobytes() == Image.open(folder / name).tobytes()
     assert [len(batch) for batch in drawn.batches(3)] == [3, 1]
 
 
-def test_an_npz_holds_the_pictures_that_were_written(tmp_path):
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    write_npz(tmp_path / "x.npz", pictures.shape, [pictures])
-    found = picture_set(str(tmp_path / "x.npz"))
-    assert np.array_equal(np.stack([np.asarray(found.load(i)) for i in range(3)]), pictures)
+def test_an_npz_holds_the_images_that_were_written(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    write_npz(tmp_path / "x.npz", images.shape, [images])
+    found = image_set(str(tmp_path / "x.npz"))
+    assert np.array_equal(np.stack([np.asarray(found.load(i)) for i in range(3)]), images)
 
 
 def one_file(tmp_path, changed):
-    """The pictures in a parquet file, the second of them changed or not."""
+    """The images in a parquet file, the second of them changed or not."""
     images = [noise(9, 8, 77 if changed and index == 1 else index) for index in range(3)]
     path = tmp_path / f"{changed}" / "test.parquet"
     path.parent.mkdir(exist_ok=True)
@@ -72,20 +72,20 @@ def test_what_is_measured_is_known_by_its_bytes(folder, tmp_path):
 
 
 def test_what_cannot_be_measured_is_said(folder, tmp_path):
-    with pytest.raises(UserError, match="holds 5 pictures and 6 are asked for"):
-        picture_set(str(folder), 6)
-    (folder / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="holds 5 images and 6 are asked for"):
+        image_set(str(folder), 6)
+    (folder / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="broken.png"):
-        list(picture_set(str(folder)).batches(2))
+        list(image_set(str(folder)).batches(2))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
     with pytest.raises(UserError, match=r"arr_0 of float64 \[2, 4, 4, 3\]"):
-        picture_set(str(tmp_path / "floats.npz"))
+        image_set(str(tmp_path / "floats.npz"))
     (tmp_path / "text.npz").write_text("no")
     with pytest.raises(UserError, match="cannot be read as an npz"):
-        picture_set(str(tmp_path / "text.npz"))
+        image_set(str(tmp_path / "text.npz"))
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{"a": 1}]))
     with pytest.raises(UserError, match="cannot be read as an npz"):
-        picture_set(str(tmp_path / "objects.npz"))
+        image_set(str(tmp_path / "objects.npz"))
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 31), (31, 40), (16, 16), (100, 67), (17, 90)])
@@ -110,7 +110,7 @@ def test_torchvision_crop_truncates_the_long_side():
     assert torchvision_crop(image, 16).tobytes() == image.resize((20, 16), 2).crop((2, 0, 18, 16)).tobytes()
 
 
-def test_every_protocol_cuts_squares_and_leaves_pictures_of_the_right_size():
+def test_every_protocol_cuts_squares_and_leaves_images_of_the_right_size():
     for protocol in PROTOCOLS.values():
         assert protocol.cut(noise(50, 37), 16).size == (16, 16)
         same = noise(16, 16)

@@ -15,7 +15,7 @@ JUDGE = {"name": "detector", "version": "2", "sha256": "ab" * 32, "precision": "
 
 
 def drawn(right: Callable[[int], bool], judge: dict | None = None) -> list[Record]:
-    """Two tags of 5 and 10 prompts, 4 pictures each; and one part without verdicts."""
+    """Two tags of 5 and 10 prompts, 4 images each; and one part without verdicts."""
     rows = []
     for number in range(15):
         inputs = {"part": "drawing", "tag": "counting" if number < 5 else "colors"}
@@ -55,7 +55,7 @@ def test_a_second_reading_is_averaged_as_the_verdict_is(name: str) -> None:
 
 
 def test_a_cluster_may_be_wider_than_an_item() -> None:
-    """Six questions about one picture, as in POPE."""
+    """Six questions about one image, as in POPE."""
     coin = by_coin(1)
     rows = [Record("toy", f"q{n:02}", inputs={"cluster": n // 6}, verdict=coin(n)) for n in range(60)]
     (score,) = measures(rows)

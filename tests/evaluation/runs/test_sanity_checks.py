@@ -1,4 +1,4 @@
-"""Judges are asked about known pictures first: right answers in any form pass, every wrong one is told."""
+"""Judges are asked about known images first: right answers in any form pass, every wrong one is told."""
 
 import json
 import math
@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from unimm.errors import UserError
-from unimm.evaluation.runs.sanity_checks import KnownAnswer, check_judge, known_answers, photographs
+from unimm.evaluation.runs.sanity_checks import KnownAnswer, check_vqa_model, known_answers, photographs
 from unimm.evaluation.vqa import YesNo
 
 
 class Scripted:
-    """Looks the answer up by the size of the picture and the question."""
+    """Looks the answer up by the size of the image and the question."""
 
     name = "scripted"
 
@@ -42,7 +42,7 @@ def test_photographs_of_a_cat_a_person_and_a_cup() -> None:
         ("Is there a cup?", "yes"),
         ("Is there a zebra?", "no"),
     ]
-    assert check_judge(judge(), known) == 6
+    assert check_vqa_model(judge(), known) == 6
 
 
 @pytest.mark.parametrize(
@@ -53,17 +53,17 @@ def test_photographs_of_a_cat_a_person_and_a_cup() -> None:
     ],
 )
 def test_a_wrong_answer_is_told(seen: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=f"scripted fails on a picture that is known: {message}. It judges nothing"):
-        check_judge(judge(**seen), known_answers())
+    with pytest.raises(UserError, match=f"scripted fails on an image that is known: {message}. It judges nothing"):
+        check_vqa_model(judge(**seen), known_answers())
 
 
 def test_a_score_that_is_not_finite_is_told() -> None:
     with pytest.raises(UserError, match="scripted gives scores that are not finite for the photograph of a cat"):
-        check_judge(judge(math.nan), known_answers())
-    assert check_judge(judge(0.9), known_answers()) == 6
+        check_vqa_model(judge(math.nan), known_answers())
+    assert check_vqa_model(judge(0.9), known_answers()) == 6
 
 
-def test_a_persons_own_pictures(tmp_path: Path) -> None:
+def test_a_persons_own_images(tmp_path: Path) -> None:
     Image.new("RGB", (7, 5), "blue").save(tmp_path / "sea.png")
     row = {"image": "sea.png", "question": "Is it blue?", "answer": "yes"}
     (tmp_path / "canaries.jsonl").write_text(json.dumps(row) + "\n")
@@ -73,11 +73,11 @@ def test_a_persons_own_pictures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as lines of image, question and answer: KeyError"):
         known_answers(tmp_path)
     (tmp_path / "canaries.jsonl").write_text("")
-    with pytest.raises(UserError, match="no known picture to be asked about first"):
-        check_judge(judge(), known_answers(tmp_path))
+    with pytest.raises(UserError, match="no known image to be asked about first"):
+        check_vqa_model(judge(), known_answers(tmp_path))
     with pytest.raises(UserError, match="absent/canaries.jsonl cannot be read"):
         known_answers(tmp_path / "absent")
 
 
-def test_a_known_answer_has_its_picture() -> None:
+def test_a_known_answer_has_its_image() -> None:
     assert all(isinstance(each, KnownAnswer) and each.image.mode == "RGB" for each in known_answers())

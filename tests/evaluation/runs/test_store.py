@@ -44,7 +44,7 @@ def summarize(records: list[Record]) -> dict[str, float]:
 
 
 def measure(folder: Path, keys: Sequence[Key] = KEYS, stop: Callable[[RunStore, Record], None] | None = None) -> int:
-    """A run of the toy benchmark: a picture and a score, both functions of the sample's seed. Gives what it did."""
+    """A run of the toy benchmark: an image and a score, both functions of the sample's seed. Gives what it did."""
     with RunStore.open(folder, MANIFEST) as store:
         todo = store.split(keys)
         for item, sample in todo:
@@ -69,7 +69,7 @@ def result(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def preserve_rng_state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     PartialState._reset_state()
     assert measure(folder) == len(KEYS)
@@ -118,20 +118,20 @@ def before_the_last_record(store: RunStore, record: Record) -> None:
     ("stop", "left"), [(in_the_middle_of_a_line, 15), (before_the_first_record, 24), (before_the_last_record, 1)]
 )
 def test_a_killed_run_goes_on_at_the_missing_samples(
-    stop: Any, left: int, tmp_path: Path, undisturbed: dict[str, bytes]
+    stop: Any, left: int, tmp_path: Path, preserve_rng_state: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "run"
     assert run_and_wait(measure, folder, KEYS, stop) == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
     assert measure(folder) == left
-    assert result(folder) == undisturbed
+    assert result(folder) == preserve_rng_state
     assert not list(folder.rglob(".*.tmp*"))
     timings = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
     assert [(row["item"], row["sample"]) for row in timings] == KEYS
 
 
 def test_a_run_killed_while_it_finishes(
-    tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, preserve_rng_state: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """records.jsonl is there, summary.json is not, and the parts still hold every record a second time."""
     write = store_module.write_atomically
@@ -144,9 +144,9 @@ def test_a_run_killed_while_it_finishes(
         assert run_and_wait(measure, tmp_path / "run") == -signal.SIGKILL
     assert (tmp_path / "run/records.jsonl").exists() and (tmp_path / "run/parts/rank-0.jsonl").exists()
     assert measure(tmp_path / "run") == 0
-    assert result(tmp_path / "run") == undisturbed
+    assert result(tmp_path / "run") == preserve_rng_state
     assert measure(tmp_path / "run") == 0  # and a finished run is finished again
-    assert result(tmp_path / "run") == undisturbed
+    assert result(tmp_path / "run") == preserve_rng_state
 
 
 def test_blocks_come_whole_until_nothing_of_them_is_missing(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_blocks_come_whole_until_nothing_of_them_is_missing(tmp_path: Path) -> N
             store.finish(len)  # type: ignore[arg-type]
 
 
-def test_order_does_not_matter(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_order_does_not_matter(tmp_path: Path, preserve_rng_state: dict[str, bytes]) -> None:
     measure(tmp_path, KEYS[::-1])
-    assert result(tmp_path) == undisturbed
+    assert result(tmp_path) == preserve_rng_state
     assert [record.key for record in read_records(tmp_path)] == KEYS
 
 
@@ -179,15 +179,15 @@ def be_refused(folder: Path) -> None:
         RunStore.open(folder, replace(MANIFEST, seed=8))
 
 
-def test_two_processes_write_the_files_of_one(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_two_processes_write_the_files_of_one(tmp_path: Path, preserve_rng_state: dict[str, bytes]) -> None:
     on_two_ranks(measure_a_share, tmp_path / "run")
-    assert result(tmp_path / "run") == undisturbed
+    assert result(tmp_path / "run") == preserve_rng_state
 
 
-def test_two_processes_go_on_with_what_one_began(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_two_processes_go_on_with_what_one_began(tmp_path: Path, preserve_rng_state: dict[str, bytes]) -> None:
     run_and_wait(measure, tmp_path / "run", KEYS, in_the_middle_of_a_line)
     on_two_ranks(measure_a_share, tmp_path / "run")
-    assert result(tmp_path / "run") == undisturbed
+    assert result(tmp_path / "run") == preserve_rng_state
 
 
 def test_two_processes_are_refused_together(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_seeds_are_those_of_the_specification() -> None:
     assert len(seeds) == 2 * 2 * 20 * 4
 
 
-def test_pictures_of_different_items_never_share_a_file(tmp_path: Path) -> None:
+def test_images_of_different_items_never_share_a_file(tmp_path: Path) -> None:
     with RunStore.open(tmp_path, MANIFEST) as store:
         items = ["a/b", "a b", "A b", "../..", "", "写真", "x" * 300, "CON", "."]
         paths = {store.image_path(item, sample) for item in items for sample in (0, 1)}

@@ -1,4 +1,4 @@
-"""Yes-or-no questions about the picture world: balanced, true, repeatable, and rightly sorted into POPE's kinds."""
+"""Yes-or-no questions about the shapes data set: balanced, true, repeatable, and rightly sorted into POPE's kinds."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""The picture-world benchmark: its judgement on oracles, its numbers on a tiny random model, its driver."""
+"""The image-world benchmark: its judgement on oracles, its numbers on a tiny random model, its driver."""
 
 import importlib
 import json
@@ -42,7 +42,7 @@ main = importlib.import_module("eval.shapes").main
 
 
 class Mirror:
-    """A tokenizer whose decoder gives back the last pictures, after `damage`; the ids of each are 0, 1, 2, 3."""
+    """A tokenizer whose decoder gives back the last images, after `damage`; the ids of each are 0, 1, 2, 3."""
 
     device = torch.device("cpu")
     config = SimpleNamespace(codebook_size=8, grid=(8, 8))
@@ -154,8 +154,8 @@ def test_generation_of_an_oracle(monkeypatch: pytest.MonkeyPatch, draws_what_is_
     assert all(row["reasons"] for row in rows) != draws_what_is_asked
 
 
-def test_pictures_are_judged_by_their_own_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the first picture of each prompt is right: half of the pictures, whatever the batches."""
+def test_images_are_judged_by_their_own_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first image of each prompt is right: half of the images, whatever the batches."""
     asked = {p.prompt: p for tag in (*TAGS, None) for p in held_out_prompts(PLAN, tag)}
     rng = np.random.default_rng(0)
 
@@ -163,7 +163,7 @@ def test_pictures_are_judged_by_their_own_prompt(monkeypatch: pytest.MonkeyPatch
         model: Any, processor: Any, prompts: list[str], seeds: list[int], count: int, **sampling: Any
     ) -> list[Image.Image]:
         white = Image.new("RGB", (64, 64), "white")
-        return [picture for prompt in prompts for picture in (render(scene_for(rng, asked[prompt])), white)]
+        return [image for prompt in prompts for image in (render(scene_for(rng, asked[prompt])), white)]
 
     monkeypatch.setattr(shapes, "draw_prompts", draw)
     for size in (1, 4, 7, 64):
@@ -227,10 +227,10 @@ def test_plan_is_a_function_of_its_seed() -> None:
 
 def test_drawings_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = unified()
-    pictures: dict[int, list[bytes]] = {}
+    images: dict[int, list[bytes]] = {}
     judge = shapes._judge
     for size in (2, 6):
-        seen = pictures.setdefault(size, [])
+        seen = images.setdefault(size, [])
 
         def remember(prompt: Any, image: Image.Image, seen: list[bytes] = seen) -> dict[str, Any]:
             seen.append(image.tobytes())
@@ -238,8 +238,8 @@ def test_drawings_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setattr(shapes, "_judge", remember)
         evaluate_generation(model, processor, ShapesPlan(prompts=1, images_per_prompt=2, batch_size=size))
-    assert pictures[2] == pictures[6]
-    assert len(set(pictures[2])) == len(pictures[2]) == 14
+    assert images[2] == images[6]
+    assert len(set(images[2])) == len(images[2]) == 14
 
 
 def test_driver_writes_the_named_keys(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -35,7 +35,7 @@ def test_without_lmms_eval_one_is_told_what_to_install(tmp_path: Path, monkeypat
     [
         (["--tasks", "mme,vqav2"], "There is no understanding task vqav2; there are mme, pope"),
         (["--tasks", "mme,mme"], "each of them once"),
-        (["--tasks", "mme", "--limit", "3"], "limit is 3: MME asks two questions about each picture"),
+        (["--tasks", "mme", "--limit", "3"], "limit is 3: MME asks two questions about each image"),
         (["--tasks", "gqa", "--limit", "0"], "limit is 0; it must be at least 1"),
         (["--tasks", "mme", "--data", "/nowhere"], "There is no folder /nowhere"),
         (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
@@ -64,7 +64,7 @@ def test_a_summary_is_a_function_of_the_records() -> None:
         Record(
             "pope",
             f"{number:06d}",
-            inputs={"prompt": "?", "expected": "yes", "category": "random", "image": f"picture {number // 2}"},
+            inputs={"prompt": "?", "expected": "yes", "category": "random", "image": f"image {number // 2}"},
             raw_scores={"answer": answer, "prompt_tokens": 9, "new_tokens": 1 + number},
         )
         for number, answer in enumerate(["yes", "Yes.", "no", "hm"])
@@ -73,4 +73,4 @@ def test_a_summary_is_a_function_of_the_records() -> None:
     assert found["answers"] == 4 and found["mean_new_tokens"] == 2.5
     assert found["official"]["pooled"]["accuracy"] == found["verdict"]["value"] == 3 / 4
     assert found["plain"]["pooled"]["accuracy"] == 2 / 4 and found["verdict"]["clusters"] == 2
-    assert found["verdict"]["low"] == 1 / 2 and found["verdict"]["high"] == 1.0  # whole pictures are drawn again
+    assert found["verdict"]["low"] == 1 / 2 and found["verdict"]["high"] == 1.0  # whole images are drawn again

@@ -32,7 +32,7 @@ def unified(family: str, mode: str = "1d") -> tuple[Any, Any, Any]:
 
 
 def sentences(model: Any) -> tuple[Tensor, Tensor]:
-    """Three rows, padded on the left: two pictures, one picture, none. input_ids and mask [3, 24]."""
+    """Three rows, padded on the left: two images, one image, none. input_ids and mask [3, 24]."""
     torch.manual_seed(4)
     seen = [model.config.image_token_id] * 4
     text = torch.randint(10, 200, (60,)).tolist()
@@ -43,7 +43,7 @@ def sentences(model: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", HOSTS)
-def test_positions_of_seen_pictures_are_the_stock_models(family: str) -> None:
+def test_positions_of_seen_images_are_the_stock_models(family: str) -> None:
     model, _, host = unified(family)
     ids, mask = sentences(model)
     expected, deltas = host.model.get_rope_index(
@@ -99,18 +99,18 @@ def test_logits_are_the_stock_models_for_the_same_features(family: str) -> None:
 def test_greedy_texts_are_those_of_runs_without_a_cache(family: str) -> None:
     model, processor, _ = unified(family)
     chats = [
-        [tiny.user(tiny.picture("red"), "is there a blue ring? ", tiny.picture("blue"), "yes")],
+        [tiny.user(tiny.image("red"), "is there a blue ring? ", tiny.image("blue"), "yes")],
         [tiny.user("no")],
-        [tiny.user(tiny.picture("green"), "one")],
+        [tiny.user(tiny.image("green"), "one")],
     ]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     batch = processor.apply_chat_template(chats, processor_kwargs={"padding": True}, **options)
     written = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=[], pad_token_id=0)
     for n, chat in enumerate(chats):
         inputs = processor.apply_chat_template(chat, **options)
-        ids, pictures = inputs["input_ids"], {k: v for k, v in inputs.items() if k == "pixel_values"}
+        ids, images = inputs["input_ids"], {k: v for k, v in inputs.items() if k == "pixel_values"}
         for _ in range(8):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pictures).logits[:, -1]
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[:, -1]
             ids = torch.cat([ids, logits[:, : model.config.text_vocab_size].argmax(-1, keepdim=True)], 1)
         assert torch.equal(written[n, -8:], ids[0, -8:])
 
@@ -133,7 +133,7 @@ def test_greedy_drawings_are_those_of_runs_without_a_cache(family: str, mode: st
 
 
 @torch.no_grad()
-def test_modes_of_positions_differ_in_drawn_pictures_only() -> None:
+def test_modes_of_positions_differ_in_drawn_images_only() -> None:
     model, _, _ = unified("qwen2_5_vl", "2d")
     base = model.config.image_vocab_start
     ids = torch.tensor([[10, 11, *range(base, base + 16), 12]])
@@ -149,7 +149,7 @@ def test_modes_of_positions_differ_in_drawn_pictures_only() -> None:
     assert torch.equal(model.token_positions(seen, mask), one)
 
 
-def test_positions_of_pictures_that_follow_each_other_directly() -> None:
+def test_positions_of_images_that_follow_each_other_directly() -> None:
     places = torch.tensor([[False, *[True] * 8, False]])
     found = mrope_positions(torch.ones(1, 10, dtype=torch.long), [(places, 2, 2)])
     assert found[1, 0].tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
@@ -206,7 +206,7 @@ def test_what_these_hosts_cannot_do_is_refused() -> None:
     model, processor, host = unified("qwen3_vl", "2d")
     with pytest.raises(UserError, match="rows and columns"):
         causal_lm(model)
-    with pytest.raises(UserError, match="stock qwen3_vl reads patches of any picture size"):
+    with pytest.raises(UserError, match="stock qwen3_vl reads patches of any image size"):
         stock_understanding(model, processor)
     with pytest.raises(UserError, match="tower or projector was replaced"):
         detach(model)

@@ -70,9 +70,9 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def a_batch(model: Any) -> dict[str, torch.Tensor]:
     start = model.config.image_vocab_start
     input_ids = torch.tensor([[25, 26, model.config.boi_token_id, start, start + 3, model.config.eoi_token_id, 27]])
-    picture = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     seen = torch.tensor([[29] + [model.config.image_token_id] * 16 + [28]])
-    return {"input_ids": torch.cat([input_ids, seen], dim=1), "pixel_values": picture}
+    return {"input_ids": torch.cat([input_ids, seen], dim=1), "pixel_values": image}
 
 
 def test_adapters_projector_and_new_rows_learn_and_nothing_else(trained: tuple[Path, HostTrainer], base: Path) -> None:
@@ -195,9 +195,9 @@ def test_a_quantized_base_keeps_its_ids_and_learns(kind: Any, base: Path) -> Non
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
     lora = LoraSettings(r=2, quantize=kind, dtype="float32")
     model = load(base, device="cpu", **lora.loading())[0]
-    picture = torch.randn(2, 3, 64, 64)
+    image = torch.randn(2, 3, 64, 64)
     plain = load(base)[0]
-    assert torch.equal(model.get_image_tokens(picture), plain.get_image_tokens(picture))
+    assert torch.equal(model.get_image_tokens(image), plain.get_image_tokens(image))
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if name.endswith("q_proj")}
     assert {("Linear" if "vision_tower" in name else "quantized") for name in kinds} == {"Linear", "quantized"}
     assert all((kind == "Linear") == ("vision_tower" in name) for name, kind in kinds.items())

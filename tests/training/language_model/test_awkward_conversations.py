@@ -58,16 +58,16 @@ VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-PICTURE = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
+IMAGE = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
 
 
 def text(rng: random.Random) -> str:
     return "".join(rng.choices(PIECES, k=rng.choice([0, 0, 1, 2, 5])))
 
 
-def record(rng: random.Random, pictures: list[str]) -> dict[str, Any]:
+def record(rng: random.Random, raw_images: list[str]) -> dict[str, Any]:
     questions = [text(rng) for _ in range(rng.randint(1, 4))]
-    images = rng.choices(pictures, k=rng.choice([0, 1, 1, 2, 3]))
+    images = rng.choices(raw_images, k=rng.choice([0, 1, 1, 2, 3]))
     for _ in images:
         turn = rng.randrange(len(questions))
         cut = rng.randint(0, len(questions[turn]))
@@ -78,16 +78,16 @@ def record(rng: random.Random, pictures: list[str]) -> dict[str, Any]:
     if rng.random() < 0.1:
         turns.append({"from": "human", "value": "unanswered"})
     if sum(turn["value"].count("<image>") for turn in turns) != len(images):
-        return record(rng, pictures)  # pieces of two placeholders met and spelt a third
+        return record(rng, raw_images)  # pieces of two placeholders met and spelt a third
     return {"image": images[0] if len(images) == 1 else images, "conversations": turns}
 
 
 def shown(question: str) -> str:
-    """A question as LLaVA shows it: its only picture in front, several where they stand."""
+    """A question as LLaVA shows it: its only image in front, several where they stand."""
     if question.count("<image>") == 1:
         rest = question.replace("<image>", "").strip()
-        return PICTURE + (f"\n{rest}" if rest else "")
-    return question.replace("<image>", PICTURE)
+        return IMAGE + (f"\n{rest}" if rest else "")
+    return question.replace("<image>", IMAGE)
 
 
 def chatml(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:

@@ -25,11 +25,11 @@ def host() -> tuple[Any, UnimmProcessor]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The picture world, written to a folder with captions."""
-    from unimm.data.shapes.datasets import ShapesPictures
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shapes data set, written to a folder with captions."""
+    from unimm.data.shapes.datasets import ShapesImages
 
-    folder, world = tmp_path_factory.mktemp("pictures"), ShapesPictures(12, 0)
+    folder, world = tmp_path_factory.mktemp("pictures"), ShapesImages(12, 0)
     for n in range(12):
         world[n]["image"].save(folder / f"{n:02d}.png")
         (folder / f"{n:02d}.txt").write_text(world[n]["text"])
@@ -42,9 +42,9 @@ def encode(tokenizer: ImageTokenizer, processor: Any, source: Path, folder: Path
 
 
 @pytest.fixture(scope="module")
-def ids(host: tuple[Any, UnimmProcessor], pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ids(host: tuple[Any, UnimmProcessor], images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, processor = host
-    return encode(model.image_tokenizer, processor.image_processor, pictures, tmp_path_factory.mktemp("ids"))
+    return encode(model.image_tokenizer, processor.image_processor, images, tmp_path_factory.mktemp("ids"))
 
 
 def loss_of(
@@ -70,9 +70,9 @@ def samples_of(source: Path, null: float = 0.3) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("pack_length", [None, 120])
 def test_the_loss_from_ids_is_that_from_pixels(
-    host: tuple[Any, UnimmProcessor], pictures: Path, ids: Path, tmp_path: Path, pack_length: int | None
+    host: tuple[Any, UnimmProcessor], images: Path, ids: Path, tmp_path: Path, pack_length: int | None
 ) -> None:
-    drawn, encoded = samples_of(pictures, 0.0), samples_of(ids, 0.0)
+    drawn, encoded = samples_of(images, 0.0), samples_of(ids, 0.0)
     texts = [[s["messages"][0]["content"][0]["text"] for s in samples] for samples in (drawn, encoded)]
     assert texts[0] == texts[1]
     from_pixels = loss_of(host, tmp_path, drawn, pack_length)
@@ -92,7 +92,7 @@ def test_the_order_is_a_function_of_the_position(ids: Path) -> None:
 
 
 def test_ids_of_another_tokenizer_are_refused(
-    host: tuple[Any, UnimmProcessor], pictures: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    host: tuple[Any, UnimmProcessor], images: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, processor = host
 
@@ -102,7 +102,7 @@ def test_ids_of_another_tokenizer_are_refused(
     assert 0 < entropies(ids)["draw"] <= 3.4658
     assert "draw: 12 sequences of ids; unigram entropy" in capsys.readouterr().out
     other = tiny_image_tokenizer()
-    theirs = encode(other, processor.image_processor, pictures, tmp_path)
+    theirs = encode(other, processor.image_processor, images, tmp_path)
     names = f"tokenizer {other.fingerprint[:12]} .* names the tokenizer {model.image_tokenizer.fingerprint[:12]}"
     with pytest.raises(UserError, match=names):
         entropies(theirs)

@@ -36,7 +36,7 @@ def drawings(count: int) -> list[dict[str, Any]]:
 
 
 def texts(count: int) -> list[dict[str, Any]]:
-    """Conversations without a picture, of very different lengths."""
+    """Conversations without an image, of very different lengths."""
     return [
         {
             "flow": "text",
@@ -132,7 +132,7 @@ def test_a_packed_sample_sees_nothing_of_the_others(host: tuple[Any, UnimmProces
     assert torch.allclose(alone[0], logits[0, start:end], atol=1e-5)
 
 
-def test_drawn_pictures_follow_their_captions(host: tuple[Any, UnimmProcessor]) -> None:
+def test_drawn_images_follow_their_captions(host: tuple[Any, UnimmProcessor]) -> None:
     model, processor = host
     samples = drawings(7)
     padded, packed = (FlowCollator(processor, pack_length=length)(samples)["drawing"] for length in (None, 90))
@@ -158,7 +158,7 @@ def test_drawn_pictures_follow_their_captions(host: tuple[Any, UnimmProcessor]) 
 def test_what_cannot_be_packed_is_refused(host: tuple[Any, UnimmProcessor]) -> None:
     _, processor = host
     seen = Mixture(MixtureConfig({"talk": FlowConfig("conversation")}))
-    with pytest.raises(UserError, match="'talk' has pictures to look at"):
+    with pytest.raises(UserError, match="'talk' has images to look at"):
         FlowCollator(processor, pack_length=CAPACITY)([seen[0]])
     with pytest.raises(UserError, match=r"has \d+ tokens and a packed row 20: raise train.pack_length"):
         FlowCollator(processor, pack_length=20)(drawings(2))

@@ -240,7 +240,7 @@ def test_muon_takes_the_blocks_matrices_and_resumes_to_the_bit(tmp_path):
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_batch_without_pictures_reaches_the_projector_with_zeros(tmp_path: Path) -> None:
+def test_a_batch_without_images_reaches_the_projector_with_zeros(tmp_path: Path) -> None:
     """Else the other processes of a run would wait, and a run of the projector alone would have nothing to follow."""
     trainer = build(tmp_path, TALK)
     train_projector_only(trainer.model)

@@ -22,7 +22,7 @@ def logged(folder: Path) -> EventAccumulator:
     return events
 
 
-def test_a_run_logs_its_losses_norm_speed_and_pictures(tmp_path: Path) -> None:
+def test_a_run_logs_its_losses_norm_speed_and_images(tmp_path: Path) -> None:
     trainer(tmp_path, 1, steps=4, log_steps=2, panel_steps=4).train()
     events = logged(tmp_path)
     assert {"loss", "pixel", "grad_norm", "images_per_second", "samples_seen", "peak_memory_gib"} <= set(
@@ -51,11 +51,11 @@ def test_wandb_gets_the_same_under_a_name_that_a_resumed_run_finds_again(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = RunLog(tmp_path / "stage1", ["wandb"], step=0, main=True)
     log.scalars({"loss": 1.0}, 1)
-    log.picture("panel", torch.zeros(3, 4, 8), 1)
+    log.image("panel", torch.zeros(3, 4, 8), 1)
     log.close()
-    settings, scalars, picture, end = said
+    settings, scalars, image, end = said
     assert settings["id"] == f"{tmp_path.name}-stage1" and settings["resume"] == "allow"
-    assert (scalars, picture, end) == (({"loss": 1.0}, 1), ({"panel": (4, 8, 3)}, 1), "finished")
+    assert (scalars, image, end) == (({"loss": 1.0}, 1), ({"panel": (4, 8, 3)}, 1), "finished")
 
 
 def test_a_tracker_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

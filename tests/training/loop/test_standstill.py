@@ -69,7 +69,7 @@ def test_a_part_that_stops_later_is_found_in_the_next_window() -> None:
 @pytest.mark.parametrize(("part", "named"), [("optimizer", "The tokenizer's"), ("adversary", "The discriminator's")])
 def test_a_tokenizers_run_stops_when_it_stands_still(tmp_path: Path, part: str, named: str) -> None:
     run = trainer(tmp_path, 2, gan=GANConfig(start=0, warmup_steps=0), log_steps=4, mixed_precision="no")
-    owner: Any = run if part == "optimizer" else run.adversary
+    owner: Any = run if part == "optimizer" else run.gan_trainer
     owner.optimizer.step = lambda: None
     with pytest.raises(UserError, match=rf"^{named} \w+ did not move in the last [34] steps up to step 4"):
         run.train()

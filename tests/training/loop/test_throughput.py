@@ -38,7 +38,7 @@ def test_a_unified_models_flops_are_those_that_torch_counts(trains: str, tmp_pat
     assert float(work.flops) == pytest.approx(counted(lambda: trainer.compute_loss(model, batch)), rel=0.02)
     texts, drawings = batch["conversation"], batch["drawing"]
     assert int(work.tokens) == int(texts["attention_mask"].sum() + drawings["attention_mask"].sum())
-    assert work.pictures == len(texts["pixel_values"]) + len(drawings["drawn_pixel_values"]) == 8
+    assert work.images == len(texts["pixel_values"]) + len(drawings["drawn_pixel_values"]) == 8
 
 
 def test_the_class_conditional_models_flops_are_those_that_torch_counts(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_the_class_conditional_models_flops_are_those_that_torch_counts(tmp_path
     expected = counted(lambda: trainer.model.train()(batch["class_labels"], batch["ids"]).loss)
     work = trainer.work_of(batch)
     assert work.flops == pytest.approx(expected, rel=0.02)
-    assert (work.pictures, work.tokens) == (4, 4 * FIELDS["grid"][0] * FIELDS["grid"][1])
+    assert (work.images, work.tokens) == (4, 4 * FIELDS["grid"][0] * FIELDS["grid"][1])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -57,13 +57,13 @@ def test_a_tokenizers_flops_are_those_that_torch_counts(stage: int) -> None:
     set_trainable(model, stage)
     teacher = torch.zeros(3, 16, 32) if stage == 2 else None
     objective = TokenizerObjective(ObjectiveConfig(perceptual=NO_JUDGE))
-    pictures = torch.randn(3, 3, 32, 32)
+    images = torch.randn(3, 3, 32, 32)
 
     def loss() -> torch.Tensor:
         if stage == 2:
             with torch.no_grad():
-                model.hidden_states(pictures)
-        return objective.total(objective.terms(model.reconstruct(pictures), model.denormalize(pictures), teacher))
+                model.hidden_states(images)
+        return objective.total(objective.terms(model.reconstruct(images), model.denormalize(images), teacher))
 
     cost = TokenizerCost.of(model, stage)
     assert cost.training(3) == pytest.approx(counted(loss), rel=0.035)  # the first layer has no gradient to pass on
@@ -94,7 +94,7 @@ def test_the_meter_divides_by_the_time_of_the_steps_alone(monkeypatch: pytest.Mo
     meter = Meter(Accelerator(cpu=True))
     meter.peak = 1000.0
     for _ in range(2):
-        meter.add(Work(pictures=3, tokens=torch.tensor(50), flops=torch.tensor(400.0)))
+        meter.add(Work(images=3, tokens=torch.tensor(50), flops=torch.tensor(400.0)))
         now[0] += 2
     with meter.paused():
         now[0] += 50

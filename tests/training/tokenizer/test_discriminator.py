@@ -58,7 +58,7 @@ def test_patchgan_gives_one_logit_per_16_pixels_up_to_16(side: int, logits: int)
     assert PatchGAN(width=32)(torch.rand(2, 3, side, side)).shape == (2, 1, logits, logits)
 
 
-def test_patchgan_takes_pictures_that_are_not_square() -> None:
+def test_patchgan_takes_images_that_are_not_square() -> None:
     assert PatchGAN(width=32)(torch.rand(1, 3, 64, 32)).shape == (1, 1, 4, 2)
 
 
@@ -81,7 +81,7 @@ def test_dino_heads_have_the_published_size(trunk: DinoTrunk) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (256, 240), (256, 200)])
-def test_dino_resizes_any_picture(trunk: DinoTrunk, size: tuple[int, int]) -> None:
+def test_dino_resizes_any_image(trunk: DinoTrunk, size: tuple[int, int]) -> None:
     assert DinoDiscriminator(trunk)(torch.rand(1, 3, *size)).shape == (1, 980)
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tests.conftest import ROOT
 from tests.tokenizer.conftest import tiny
 from unimm.config.loading import load_config
-from unimm.training.tokenizer.gan_trainer import Adversary
+from unimm.training.tokenizer.gan_trainer import GANTrainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -23,13 +23,13 @@ def test_ideals_discriminator_follows_the_schedule_of_the_run(step: int) -> None
     gan, total, warmup = settings.loss.gan, 250_228, 20_018
     begin = settings.train.steps - 2 if step == total else step
     gan.start, gan.discriminator, gan.weights = begin, "patchgan", None
-    adversary = Adversary(gan, settings.train, 32, Accelerator(cpu=True, mixed_precision="no"))
+    gan_trainer = GANTrainer(gan, settings.train, 32, Accelerator(cpu=True, mixed_precision="no"))
     for _ in range(2 if step == total else 0):
-        adversary.optimizer.step()
-        adversary.scheduler.step()
+        gan_trainer.optimizer.step()
+        gan_trainer.scheduler.step()
     cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (total - warmup)))
     expected = 1e-4 * (step / warmup if step < warmup else cosine)
-    assert adversary.optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9)
+    assert gan_trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_ideals_discriminator_is_weighed_and_decayed_as_released() -> None:
@@ -39,11 +39,13 @@ def test_ideals_discriminator_is_weighed_and_decayed_as_released() -> None:
     assert gan.start == 20_000 and gan.consistency_weight / gan.discriminator_weight == 8.0
     assert (gan.lecam, gan.lecam_weight, gan.weight) == ("elementwise", 0.001, 0.5)
     gan.discriminator, gan.weights = "patchgan", None
-    adversary = Adversary(gan, settings.train, 32, Accelerator(cpu=True, mixed_precision="no"))
-    decays = {p.ndim < 2: group["weight_decay"] for group in adversary.optimizer.param_groups for p in group["params"]}
+    gan_trainer = GANTrainer(gan, settings.train, 32, Accelerator(cpu=True, mixed_precision="no"))
+    decays = {
+        p.ndim < 2: group["weight_decay"] for group in gan_trainer.optimizer.param_groups for p in group["params"]
+    }
     assert decays == {True: 0.0, False: 0.05}
-    groups = adversary.optimizer.param_groups
-    assert sum(len(group["params"]) for group in groups) == len(list(adversary.discriminator.parameters()))
+    groups = gan_trainer.optimizer.param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(gan_trainer.discriminator.parameters()))
     assert all((p.ndim < 2) == (group["weight_decay"] == 0) for group in groups for p in group["params"])
 
 

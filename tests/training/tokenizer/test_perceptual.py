@@ -29,7 +29,7 @@ def tiny_convnext() -> ConvNeXt:
     return ConvNeXt(depths=(1, 2, 1, 1), widths=(8, 12, 16, 20), num_classes=7)
 
 
-def pictures(side: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
+def images(side: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(2, 3, side, side, generator=generator), torch.rand(2, 3, side, side, generator=generator)
 
@@ -63,7 +63,7 @@ def plain_lpips(state: dict[str, Tensor], first: Tensor, second: Tensor) -> Tens
 
 def test_lpips_equals_a_plain_reimplementation() -> None:
     network = randomised(LPIPS(TINY_VGG))
-    first, second = pictures()
+    first, second = images()
     expected = plain_lpips(network.state_dict(), first, second).item()
     assert network(first, second).item() == pytest.approx(expected, rel=1e-5)
     assert network(first, first).item() == 0.0
@@ -75,7 +75,7 @@ def test_lpips_has_no_nan_gradient_where_all_features_are_dead() -> None:
     network = LPIPS(TINY_VGG)
     for parameter in network.parameters():
         parameter.data.zero_()
-    first, second = pictures()
+    first, second = images()
     first.requires_grad_()
     network(first, second).backward()
     assert first.grad.isfinite().all()
@@ -100,16 +100,16 @@ def test_convnext_equals_transformers() -> None:
     with torch.no_grad():  # both register their tensors in the order of computation, a block's layer scale first
         for target, source in zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True):
             target.copy_(source.reshape(target.shape))
-    pixels, _ = pictures(224)
+    pixels, _ = images(224)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         expected = theirs((pixels - mean[:, None, None]) / std[:, None, None]).logits
         assert torch.allclose(ours.logits(pixels), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_convnext_resizes_both_pictures() -> None:
+def test_convnext_resizes_both_images() -> None:
     network = randomised(tiny_convnext())
-    first, second = pictures(40)
+    first, second = images(40)
     with torch.no_grad():
         expected = (network.logits(first) - network.logits(second)).square().mean()
         assert network(first, second).item() == pytest.approx(expected.item())
@@ -121,7 +121,7 @@ def judges() -> tuple[nn.Module, nn.Module]:
 
 
 def test_weighted_average_times_1_1_is_the_sum(judges: tuple[nn.Module, nn.Module]) -> None:
-    first, second = pictures()
+    first, second = images()
     lpips, convnext = judges
     pairs = {"lpips": (1.0, lpips), "convnext_s": (0.1, convnext)}
     expected = (lpips(first, second) + 0.1 * convnext(first, second)).item()
@@ -134,7 +134,7 @@ def test_weighted_average_times_1_1_is_the_sum(judges: tuple[nn.Module, nn.Modul
 
 def test_only_the_prediction_gets_gradients_and_the_judges_stay_frozen(judges: tuple[nn.Module, nn.Module]) -> None:
     loss = PerceptualLoss({"lpips": (1.0, judges[0]), "convnext_s": (0.1, judges[1])}).train()
-    predicted, target = (picture.requires_grad_() for picture in pictures())
+    predicted, target = (image.requires_grad_() for image in images())
     with torch.autocast("cpu", torch.bfloat16):
         value = loss(predicted, target)
     value.backward()
@@ -144,7 +144,7 @@ def test_only_the_prediction_gets_gradients_and_the_judges_stay_frozen(judges: t
 
 
 def test_none_is_zero() -> None:
-    first, second = pictures()
+    first, second = images()
     assert build_perceptual("none")(first, second).item() == 0.0
 
 
@@ -185,7 +185,7 @@ def test_files_load_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch.save(convnext.state_dict(), tmp_path / "convnext.pth")
     loaded = load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
-    first, second = pictures()
+    first, second = images()
     assert torch.equal(load_convnext(tmp_path / "convnext.pth")(first, second), convnext(first, second))
 
 
@@ -197,7 +197,7 @@ def test_feature_loss_is_two_minus_two_cosines() -> None:
         tokens = pixels.flatten(2).transpose(1, 2)
         return [torch.zeros(1), tokens, tokens @ torch.diag(torch.tensor([1.0, 5.0, -2.0]))]
 
-    first, second = pictures(4)
+    first, second = images(4)
     value = FeaturePerceptualLoss(states, layers=(1, -1))(first, second)
     pairs = zip(states(first)[1:], states(second)[1:], strict=True)
     cosines = [F.cosine_similarity(u, v, dim=-1).mean().item() for u, v in pairs]
@@ -216,7 +216,7 @@ def test_features_of_a_siglip_judge_a_frozen_copy() -> None:
     encoder = SiglipVisionModel(config)
     features = FeaturePerceptualLoss(frozen_hidden_states(encoder, (0.5,) * 3, (0.5,) * 3), layers=(1, 2))
     loss = build_perceptual("features", features=features)
-    first, second = pictures()
+    first, second = images()
     first.requires_grad_()
     before = loss(first, second)
     before.backward()
@@ -229,7 +229,7 @@ def test_features_of_a_siglip_judge_a_frozen_copy() -> None:
     assert torch.equal(loss(first, second), before)
 
 
-def test_bad_pictures_are_refused(judges: tuple[nn.Module, nn.Module]) -> None:
+def test_bad_images_are_refused(judges: tuple[nn.Module, nn.Module]) -> None:
     loss = PerceptualLoss({"lpips": (1.0, judges[0])})
     with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\).*\(2, 3, 16, 16\)"):
         loss(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 16, 16))

@@ -99,9 +99,9 @@ def test_the_sum_of_the_terms_has_the_given_weights(kind: str, pixel_values: tor
 
 def trainer(kind: str, output_dir: Any, stage: int = 1, loss: dict[str, Any] | None = None) -> TokenizerTrainer:
     """Three steps with a GAN from the second on."""
-    steps = {"steps": 3, "warmup_steps": 1, "save_steps": 3, "log_steps": 3, "panel_steps": 3, "revive_steps": 2}
+    steps = {"steps": 3, "warmup_steps": 1, "save_steps": 3, "log_steps": 3, "panel_steps": 3, "restart_steps": 2}
     config = TokenizerTrainingConfig(
-        output_dir=str(output_dir), stage=stage, batch_size=4, codebook_init="data", codebook_init_pictures=12, **steps
+        output_dir=str(output_dir), stage=stage, batch_size=4, codebook_init="data", codebook_init_images=12, **steps
     )
     gan = GANConfig(start=1, warmup_steps=1, weight=0.5) if stage == 1 else GANConfig()
     gan.generator = "softplus" if kind == "vfmtok" else "hinge"
@@ -123,7 +123,7 @@ def test_stage_1_moves_all_but_the_encoder(kind: str, tmp_path: Any) -> None:
     rest = {"sampler", "quantizer", "decoder", "pixel_head"}
     assert moved(before, run.tokenizer) == rest
     saved = TOKENIZERS[kind].from_pretrained(tmp_path)
-    assert moved(before, saved) == rest and run.adversary is not None
+    assert moved(before, saved) == rest and run.gan_trainer is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,7 +132,7 @@ def test_stage_3_moves_the_decoder_and_no_id(kind: str, tmp_path: Any, pixel_val
     before = {name: tensor.clone() for name, tensor in run.tokenizer.state_dict().items()}
     run.tokenizer.eval()
     ids = run.tokenizer.encode(pixel_values).ids
-    run.config.revive_steps = None
+    run.config.restart_steps = None
     run.train()
     assert moved(before, run.tokenizer) == {"decoder", "pixel_head"}
     assert torch.equal(run.tokenizer.eval().encode(pixel_values).ids, ids)
@@ -148,8 +148,8 @@ def test_a_collage_needs_whole_fields(tmp_path: Any) -> None:
     with pytest.raises(UserError, match="32 pixels are no multiple of 3 tokens"):
         trainer("vfmtok", tmp_path, loss={"context_weight": 1.0})
     run = trainer("ideal", tmp_path, loss={"context_weight": 1.0})
-    output, collage = run.reconstruct(torch.randn(2, 3, 32, 32), 5)
-    assert collage.kept.shape == (2, 16) and collage.latents.shape == output.latents.shape
+    output, patch_mix = run.reconstruct(torch.randn(2, 3, 32, 32), 5)
+    assert patch_mix.kept.shape == (2, 16) and patch_mix.latents.shape == output.latents.shape
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tests.tokenizer.conftest import tiny_vqrae
-from unimm.data.image_streams import PictureConfig, picture_stream
+from unimm.data.image_streams import ImageDataConfig, image_stream
 from unimm.errors import UserError
 from unimm.tokenizer import VQRAE
 from unimm.training.loop.arguments import TokenizerTrainingConfig
@@ -19,7 +19,7 @@ from unimm.training.tokenizer.objective import (
     PerceptualConfig,
     TokenizerObjective,
     context_loss,
-    make_collage,
+    mix_patches,
 )
 from unimm.training.tokenizer.parameters import parameter_groups, set_trainable
 from unimm.training.tokenizer.trainer import TokenizerTrainer
@@ -99,16 +99,16 @@ def alone_and_on_one_thread() -> Iterator[None]:
 
 
 class Small:
-    """Scenes of the picture world at 32 px."""
+    """Scenes of the shapes data set at 32 px."""
 
     def __init__(self, length: int) -> None:
-        self.pictures = picture_stream(PictureConfig(), length, seed=0)
+        self.images = image_stream(ImageDataConfig(), length, seed=0)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.pictures[index]["image"].resize((32, 32))}
+        return {"image": self.images[index]["image"].resize((32, 32))}
 
 
 def trainer(
@@ -120,7 +120,7 @@ def trainer(
     context_weight: float = 0.0,
     **fields: Any,
 ) -> TokenizerTrainer:
-    """Six steps on the picture world at 32 px; `stop` interrupts after that many, at a checkpoint."""
+    """Six steps on the shapes data set at 32 px; `stop` interrupts after that many, at a checkpoint."""
     config = TokenizerTrainingConfig(
         output_dir=str(output_dir),
         stage=stage,
@@ -135,9 +135,9 @@ def trainer(
         }
         | fields,
     )
-    pictures = Small(max(24, 4 * config.steps))
+    images = Small(max(24, 4 * config.steps))
     objective = ObjectiveConfig(perceptual=NO_JUDGE, gan=gan or GANConfig(), context_weight=context_weight)
-    built = TokenizerTrainer(tiny_vqrae(), pictures, config, objective)
+    built = TokenizerTrainer(tiny_vqrae(), images, config, objective)
     if stop is not None:
         step, save = built._optimizer_step, built._save
 
@@ -153,7 +153,7 @@ def trainer(
 @pytest.mark.parametrize("stage", [1, 2])
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, stage):
     gan = GANConfig(start=2, warmup_steps=1) if stage == 2 else None
-    fields = {"gan": gan, "revive_steps": 3 if stage == 2 else None, "context_weight": stage - 1.0}
+    fields = {"gan": gan, "restart_steps": 3 if stage == 2 else None, "context_weight": stage - 1.0}
     whole = trainer(tmp_path / "whole", stage, **fields)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
@@ -195,9 +195,9 @@ def test_stage_2_moves_the_encoder_and_never_the_teacher(tmp_path):
 
 def test_the_discriminator_rests_until_its_start(tmp_path):
     run = trainer(tmp_path, 2, gan=GANConfig(start=6))
-    before = {k: v.clone() for k, v in run.adversary.discriminator.state_dict().items()}
+    before = {k: v.clone() for k, v in run.gan_trainer.discriminator.state_dict().items()}
     run.train()
-    assert all(torch.equal(v, before[k]) for k, v in run.adversary.discriminator.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in run.gan_trainer.discriminator.state_dict().items())
 
 
 def test_groups_of_the_optimizer():
@@ -212,14 +212,14 @@ def test_groups_of_the_optimizer():
 
 
 def test_codebook_from_data_starts_in_use(tmp_path):
-    run = trainer(tmp_path, 1, codebook_init="data", codebook_init_pictures=24)
+    run = trainer(tmp_path, 1, codebook_init="data", codebook_init_images=24)
     assert torch.equal(run.tokenizer.quantizer.projection.weight, torch.eye(48))
 
 
-def test_a_loss_that_is_not_finite_names_the_pictures(tmp_path):
+def test_a_loss_that_is_not_finite_names_the_images(tmp_path):
     run = trainer(tmp_path, 1)
     run.tokenizer.pixel_head.projection.bias.data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"step 0 \(pixel\), pictures 0 to 3"):
+    with pytest.raises(UserError, match=r"step 0 \(pixel\), images 0 to 3"):
         run.train()
 
 
@@ -229,14 +229,14 @@ def test_asking_for_lpips_without_weights_says_what_to_get():
 
 
 def test_a_collage_exchanges_whole_patches_with_the_row_before():
-    pictures = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 8, 12).contiguous()
-    collages, kept = make_collage([pictures], patch_size=4, seed=0)
+    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 8, 12).contiguous()
+    patch_mixes, kept = mix_patches([images], patch_size=4, seed=0)
     assert kept.shape == (3, 6) and kept.any() and not kept.all()
     for row in range(3):
         for token in range(6):
             y, x = token // 3 * 4, token % 3 * 4
             expected = row if kept[row, token] else (row - 1) % 3
-            assert (collages[row, :, y : y + 4, x : x + 4] == expected).all()
+            assert (patch_mixes[row, :, y : y + 4, x : x + 4] == expected).all()
 
 
 def test_the_context_term_is_zero_where_ids_depend_on_their_patch_alone():
@@ -249,7 +249,7 @@ def test_the_context_term_is_zero_where_ids_depend_on_their_patch_alone():
 
 
 def context_of(tokenizer: VQRAE, pixel_values: torch.Tensor) -> float:
-    mixed, kept = make_collage([pixel_values], tokenizer.config.patch_size, seed=3)
+    mixed, kept = mix_patches([pixel_values], tokenizer.config.patch_size, seed=3)
     with torch.no_grad():
         codes = tokenizer.encode(pixel_values).codes
         return float(context_loss(tokenizer.latents(tokenizer.features(mixed)), [codes], kept))
@@ -279,7 +279,7 @@ def test_stage_3_moves_the_decoder_and_no_id(tmp_path, pixel_values):
 
 def test_refit_spreads_the_codes_of_the_saved_tokenizer(tmp_path):
     plain = trainer(tmp_path / "plain", 2)
-    spread = trainer(tmp_path / "spread", 2, refit_rounds=3, codebook_init_pictures=12)
+    spread = trainer(tmp_path / "spread", 2, reestimation_rounds=3, codebook_init_images=12)
     for run in (plain, spread):
         run.train()
 

@@ -1,4 +1,4 @@
-"""The picture world: a seeded, unlimited, offline source of scenes, prompts and conversations.
+"""The shapes data set: a seeded, unlimited, offline source of scenes, prompts and conversations.
 
 Scenes hold one to four flat objects with anti-aliased edges at free positions on a plain background (`world`).
 What is said about them (`prompts`, `conversations`) follows from the scene by rule, so every answer and verdict is

@@ -1,4 +1,4 @@
-"""Conversations about scenes of the picture world: every answer follows from the scene by rule."""
+"""Conversations about scenes of the shapes data set: every answer follows from the scene by rule."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def _listing(scene: Scene) -> str:
 
 
 def _existence(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    """Yes and no are equally likely; half of the wrong pairs join a colour and a shape that are both there."""
+    """Yes and no are equally likely; half of the wrong pairs join a color and a shape that are both there."""
     present = {(o.color, o.shape) for o in scene.objects}
     shapes, colors = {o.shape for o in scene.objects}, {o.color for o in scene.objects}
     yes, form = bool(rng.random() < 0.5), int(rng.integers(4))
@@ -85,7 +85,7 @@ def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 
 def _place(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    """In which of nine fields of the picture the centre of an object lies that a name tells apart."""
+    """In which of nine fields of the image the centre of an object lies that a name tells apart."""
     names = [_name(o) for o in scene.objects]
     obj = _pick(rng, [o for o in scene.objects if names.count(_name(o)) == 1])
     if obj is None:
@@ -123,7 +123,7 @@ KIND_SHARES = dict(zip(KINDS, (0.2, 0.15, 0.2, 0.25, 0.1, 0.04, 0.06), strict=Tr
 
 
 def sample_talking_scene(rng: np.random.Generator) -> Scene:
-    """A scene to talk about: half of them repeat shapes or colours, so that counting is a question."""
+    """A scene to talk about: half of them repeat shapes or colors, so that counting is a question."""
     if rng.random() < 0.5:
         return sample_scene(rng)
     shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[: int(rng.integers(1, 4))]]

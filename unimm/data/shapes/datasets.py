@@ -1,4 +1,4 @@
-"""The picture world as map-style datasets: item n is a pure function of (seed, n), so a run resumes at any position."""
+"""The shapes data set as map-style datasets: item n is a pure function of (seed, n), so runs resume at any position."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from unimm.data.shapes.world import render, sample_scene
 from unimm.data.shuffling import Rows
 
 
-class ShapesPictures(Rows):
+class ShapesImages(Rows):
     """`{"image": PIL, "text": what it shows, "key": n}` for `length` scenes; `allow_withheld` also draws the withheld
     pairs."""
 

@@ -1,10 +1,10 @@
-"""Reads a picture of the shapes world back into objects, without any learning.
+"""Reads an image of the shapes world back into objects, without any learning.
 
-Special here: after a component is found, everything about it follows in closed form. Its colour is the median of its
-inner pixels, its coverage the projection of each pixel on the line from background to that colour, and for each
+After a component is found, everything about it follows in closed form. Its color is the median of its
+inner pixels, its coverage the projection of each pixel on the line from background to that color, and for each
 candidate shape the coverage's area and centroid give centre and size to a fraction of a pixel (blur moves neither).
 The shape whose analytic template overlaps the coverage best is the answer, and that overlap (a soft intersection over
-union) is the score. Pictures of a tokenizer are soft and speckled: templates come sharp and blurred,
+union) is the score. Images of a tokenizer are soft and speckled: templates come sharp and blurred,
 thresholds are relative to the contrast nearby, and small specks are dropped.
 """
 
@@ -48,7 +48,7 @@ class Detection:
 def detect(
     image: Image.Image | np.ndarray, *, min_area: float = MIN_AREA, min_score: float = MIN_SCORE
 ) -> list[Detection]:
-    """Objects of a picture (PIL, or uint8 [H, W, 3]), from top to bottom.
+    """Objects of an image (PIL, or uint8 [H, W, 3]), from top to bottom.
 
     Components smaller than `min_area` pixels or less like any shape than `min_score` are left out.
     Raises ValueError for an array of another type or layout.
@@ -65,7 +65,7 @@ def detect(
 
 
 def detect_background(image: Image.Image | np.ndarray) -> str:
-    """Name of the background tone, judged by the border of the picture. Raises as `detect` does."""
+    """Name of the background tone, judged by the border of the image. Raises as `detect` does."""
     return _nearest(_background_tone(_as_float(image)), _TONE_NAMES, _TONE_VALUES)
 
 
@@ -102,7 +102,7 @@ def label_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _read(pixels: np.ndarray, tone: np.ndarray, labels: np.ndarray, index: int) -> Detection:
-    """Colour, shape and box of one component."""
+    """Color, shape and box of one component."""
     ys, xs = np.nonzero(labels == index)
     y1, y2 = max(int(ys[0]) - MARGIN, 0), min(int(ys[-1]) + 1 + MARGIN, labels.shape[0])
     x1, x2 = max(int(xs.min()) - MARGIN, 0), min(int(xs.max()) + 1 + MARGIN, labels.shape[1])
@@ -169,7 +169,7 @@ def _as_float(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _background_tone(pixels: np.ndarray) -> np.ndarray:
-    """Median colour of the border, two pixels wide: objects keep away from it. [3]"""
+    """Median color of the border, two pixels wide: objects keep away from it. [3]"""
     sides = (pixels[:2], pixels[-2:], pixels[2:-2, :2], pixels[2:-2, -2:])
     return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
 

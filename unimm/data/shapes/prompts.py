@@ -1,6 +1,6 @@
-"""Text-to-image prompts of the picture world, in GenEval's grammar (arXiv 2310.11513; class = shape name).
+"""Text-to-image prompts of the shapes data set, in GenEval's grammar (arXiv 2310.11513; class = shape name).
 
-Special here: a prompt carries GenEval's rule metadata, so the benchmark's own verdict scores a drawing of it. The texts
+A prompt carries GenEval's rule metadata, so the benchmark's own verdict scores a drawing of it. The texts
 are split into "train" and "test" by a hash of the text itself: a fifth of all wordings never occurs in training,
 whatever the seed.
 """
@@ -48,7 +48,7 @@ OPENINGS = tuple(
 )
 TEST_SHARE = 5  # one text in TEST_SHARE is kept for evaluation
 # How often each kind of caption is drawn in training: the hard ones more often. "scene" names one to four objects with
-# their colours.
+# their colors.
 TRAINING_SHARES = {
     "single_object": 0.08,
     "two_object": 0.12,
@@ -68,7 +68,7 @@ def split_of(text: str) -> Split:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text-to-image prompt with GenEval's rules; `pairs` and `background` say what a training picture of it must
+    """A text-to-image prompt with GenEval's rules; `pairs` and `background` say what a training image of it must
     show."""
 
     tag: str

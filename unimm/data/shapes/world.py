@@ -1,7 +1,7 @@
-"""Scenes of the picture world and how they become pixels.
+"""Scenes of the shapes data set and how they become pixels.
 
-Special here: objects are signed distance functions, so edges are anti-aliased at any position and size (nothing snaps
-to a patch grid), and a picture is a pure function of its `Scene`. Lengths are in pixels; x grows to the right and y
+Objects are signed distance functions, so edges are anti-aliased at any position and size (nothing snaps
+to a patch grid), and an image is a pure function of its `Scene`. Lengths are in pixels; x grows to the right and y
 down, and the centre of the top-left pixel is (0.5, 0.5).
 """
 
@@ -138,7 +138,7 @@ def render_array(scene: Scene) -> np.ndarray:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of `scene.image_size` pixels a side."""
+    """The scene as an RGB image of `scene.image_size` pixels a side."""
     return Image.fromarray(render_array(scene))
 
 

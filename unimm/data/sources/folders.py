@@ -1,4 +1,4 @@
-"""Pictures in a folder, captions beside them: `name.txt` beside `name.jpg`, or `metadata.jsonl` as Hugging Face's
+"""Images in a folder, captions beside them: `name.txt` beside `name.jpg`, or `metadata.jsonl` as Hugging Face's
 imagefolder has it ({"file_name": "name.jpg", "text": ...}, in the folder or in folders below)."""
 
 import json
@@ -10,36 +10,36 @@ from unimm.data.shuffling import Rows
 from unimm.data.sources.rows import ReadOptions
 from unimm.errors import UserError, printable
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"
 
 
-class FolderPictures(Rows):
-    """Every picture below a folder, in the order of its path; rows are `{"image", "text", "key"}`.
+class FolderImages(Rows):
+    """Every image below a folder, in the order of its path; rows are `{"image", "text", "key"}`.
 
     Raises:
-        UserError: no picture, or a metadata.jsonl that cannot be read.
+        UserError: no image, or a metadata.jsonl that cannot be read.
     """
 
     def __init__(self, folder: Path, options: ReadOptions | None = None) -> None:
         self.folder, self.options = folder, options or ReadOptions()
         files = sorted(path for path in folder.rglob("*") if not path.is_dir())
-        self.paths = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+        self.paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         if not self.paths:
-            raise UserError(f"{folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}).")
+            raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
         self.captions: dict[Path, Any] = {}
         for path in files:
             if path.name == METADATA:
                 self.captions |= _metadata(path, self.options.text_column)
         if not self.captions and not any(path.suffix == ".txt" for path in files):
-            self.caption_gap = f"no picture of it has a .txt beside it, and there is no {METADATA}"
+            self.caption_gap = f"no image of it has a .txt beside it, and there is no {METADATA}"
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
-        image = self.options.picture(path, str(path))
+        image = self.options.image(path, str(path))
         return {"image": image, "text": self._caption(path), "key": printable(path.relative_to(self.folder).as_posix())}
 
     def _caption(self, path: Path) -> str:
@@ -56,7 +56,7 @@ class FolderPictures(Rows):
 
 
 def _metadata(path: Path, column: str) -> dict[Path, Any]:
-    """{picture: caption} of one metadata.jsonl."""
+    """{image: caption} of one metadata.jsonl."""
     captions: dict[Path, Any] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -1,9 +1,9 @@
-"""Pictures as ids on disk: encoded once by a tokenizer, trained on many times.
+"""Images as ids on disk: encoded once by a tokenizer, trained on many times.
 
     FOLDER/manifest.json            which shards there are, of how many rows; written last (`recipes/encode.py`)
     FOLDER/ids-00000.parquet        rows `ids` (M uint16), and `text`, `key`, `class_label` where they are known
 
-Special here: the tokenizer's fingerprint, the codebook size, the grid and what the pictures were stand in every file's
+The tokenizer's fingerprint, the codebook size, the grid and what the images were stand in every file's
 metadata, so ids of another tokenizer are refused instead of trained on. A file appears whole or not at all.
 Text-to-image reads folders of shards (`IdsFolder`), class-conditional drawing one file
 (`unimm.class_conditional.ids`).
@@ -34,7 +34,7 @@ POOLED_ROWS = 65_536
 
 @dataclass(frozen=True)
 class IdsInfo:
-    """What the metadata of a file of ids says; `made_from` says in words which pictures it holds."""
+    """What the metadata of a file of ids says; `made_from` says in words which images it holds."""
 
     tokenizer_fingerprint: str
     codebook_size: int

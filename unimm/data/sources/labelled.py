@@ -1,4 +1,4 @@
-"""Pictures with a class: labelled parquet files, and a labelled corner of the picture world that needs no file."""
+"""Images with a class: labelled parquet files, and a labelled corner of the shapes data set that needs no file."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from unimm.data.held_out import PartOfRows
 from unimm.data.shapes.prompts import Split
 from unimm.data.shapes.world import SHAPES, render, sample_scene
 from unimm.data.sources.storage import data_path
-from unimm.data.sources.tables import parquet_pictures
+from unimm.data.sources.tables import parquet_images
 from unimm.errors import UserError
 
 LABEL = "label"
 
 
-class LabelledPictures(Dataset):
+class LabelledImages(Dataset):
     """The first `count` rows (None: all) of a parquet file as `{"image": PIL RGB, "label": int}`.
 
     Args:
@@ -26,17 +26,17 @@ class LabelledPictures(Dataset):
     """
 
     def __init__(self, source: str, count: int | None = None, part: tuple[float, Split] | None = None) -> None:
-        pictures = parquet_pictures([data_path(source)])
-        names = pictures.table.column_names
+        images = parquet_images([data_path(source)])
+        names = images.table.column_names
         if LABEL not in names:
             raise UserError(f"{source} has no column {LABEL!r}; its columns are {', '.join(names)}.")
-        self.rows = PartOfRows(pictures, *part, source) if part else pictures
+        self.rows = PartOfRows(images, *part, source) if part else images
         chosen = [self.rows.number(n) for n in range(len(self.rows))[:count]]
-        labels = np.asarray(pictures.table[LABEL])[chosen]
+        labels = np.asarray(images.table[LABEL])[chosen]
         if not np.issubdtype(labels.dtype, np.integer):
             raise UserError(f"The column {LABEL!r} of {source} holds {labels.dtype}, not whole numbers.")
         if count is not None and len(labels) < count:
-            raise UserError(f"{source} holds {len(labels)} pictures and {count} are asked for.")
+            raise UserError(f"{source} holds {len(labels)} images and {count} are asked for.")
         self.labels = labels.astype(np.int64)  # [n]
 
     def __len__(self) -> int:
@@ -65,16 +65,16 @@ class LabelledShapes(Dataset):
         return {"image": render(scene), "label": SHAPES.index(scene.objects[0].shape)}
 
 
-def labelled_pictures(
+def labelled_images(
     source: str, count: int | None = None, *, seed: int = 0, part: tuple[float, Split] | None = None
-) -> LabelledPictures | LabelledShapes:
-    """The labelled pictures of `source`: a parquet file, or "shapes" with a `count` and a seed.
+) -> LabelledImages | LabelledShapes:
+    """The labelled images of `source`: a parquet file, or "shapes" with a `count` and a seed.
 
     Raises:
-        UserError: the source cannot be read, has no labels, or holds fewer than `count` pictures.
+        UserError: the source cannot be read, has no labels, or holds fewer than `count` images.
     """
     if source != "shapes":
-        return LabelledPictures(source, count, part)
+        return LabelledImages(source, count, part)
     if count is None:
-        raise UserError("The picture world has no end: say how many pictures of it are wanted.")
+        raise UserError("The shapes data set has no end: say how many images of it are wanted.")
     return LabelledShapes(count, seed)

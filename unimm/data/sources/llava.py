@@ -1,9 +1,9 @@
-"""Conversations in LLaVA's format: a JSON list or JSON lines, beside a folder of pictures.
+"""Conversations in LLaVA's format: a JSON list or JSON lines, beside a folder of images.
 
     {"image": "1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}]}
 
-Special here: the whole file is looked through before the first step. Rows that cannot be used (`BadRow`) are skipped,
-counted by reason and named in a log file, and a share of them above a limit stops the run. A picture that turns out to
+The whole file is looked through before the first step. Rows that cannot be used (`BadRow`) are skipped,
+counted by reason and named in a log file, and a share of them above a limit stops the run. An image that turns out to
 be cut off only when it is read counts too; the next row stands in for it, so sample n stays a function of n. Rows are
 kept as one block of bytes, which worker processes share.
 
@@ -44,19 +44,19 @@ LLAVA_SUFFIXES = (".json", ".jsonl")
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_LENGTH = 128
-"""Words that a picture counts for where rows are grouped by length, as in LLaVA's `lengths`."""
+"""Words that an image counts for where rows are grouped by length, as in LLaVA's `lengths`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is kept of a row: names of pictures, turns of (role, text with placeholders)."""
+    """What is kept of a row: names of images, turns of (role, text with placeholders)."""
 
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
 
     @property
     def length(self) -> int:
-        """Words and pictures, as LLaVA's sampler counts them; below zero without a picture."""
+        """Words and images, as LLaVA's sampler counts them; below zero without an image."""
         words = sum(len(text.split()) for _, text in self.turns)
         return words + IMAGE_LENGTH if self.images else -words
 
@@ -66,10 +66,10 @@ class LlavaOptions:
     """How a file is read.
 
     Args:
-        image_folder: what the names of the pictures are relative to.
+        image_folder: what the names of the images are relative to.
         max_bad_share: share of the rows that may be skipped before the run stops.
-        drop_questions: the user's turns are their pictures alone, as in LLaVA's pretraining.
-        reserved: strings that stand for pictures in the model's text; a row that writes one cannot be used.
+        drop_questions: the user's turns are their images alone, as in LLaVA's pretraining.
+        reserved: strings that stand for images in the model's text; a row that writes one cannot be used.
         log: file that the skipped rows are named in, one JSON object a line; its name with .report.json gets the
             counts. None writes nothing.
     """
@@ -138,7 +138,7 @@ class LlavaConversations:
         return Row(tuple(images), tuple((role, text) for role, text in turns))
 
     def messages(self, index: int) -> list[Message]:
-        """Row `index` modulo their number; where a picture of it is damaged, the next row with whole pictures."""
+        """Row `index` modulo their number; where an image of it is damaged, the next row with whole images."""
         for step in range(len(self)):
             place = (index + step) % len(self)
             row = self.row(place)
@@ -148,20 +148,20 @@ class LlavaConversations:
                 self._skip_damaged(int(self.numbers[place]), str(error))
                 continue
             return list(messages_of(row, images, self.options.drop_questions))
-        raise UserError(f"No row of {self.path} is left whose pictures can be read.")
+        raise UserError(f"No row of {self.path} is left whose images can be read.")
 
     def _skip_damaged(self, number: int, detail: str) -> None:
-        """Name a row whose picture broke while it was read, once; worker processes meet in the log."""
+        """Name a row whose image broke while it was read, once; worker processes meet in the log."""
         if number in self._damaged:
             return
         self._damaged.add(number)
-        found = [Skipped(n, "damaged picture", detail) for n in sorted(self._damaged)]
+        found = [Skipped(n, "damaged image", detail) for n in sorted(self._damaged)]
         if self.options.log is not None:
             with self.options.log.open("a", encoding="utf-8") as log:
-                log.write(Skipped(number, "damaged picture", detail).line)
+                log.write(Skipped(number, "damaged image", detail).line)
             lines = self.options.log.read_text(encoding="utf-8").splitlines()
             named = {line["row"]: Skipped(**line) for line in map(json.loads, lines)}
-            found = [line for n, line in named.items() if line.reason == "damaged picture"]
+            found = [line for n, line in named.items() if line.reason == "damaged image"]
         self._stop_if_too_many([*self.skipped, *found])
 
     def _write_log(self) -> None:
@@ -174,7 +174,7 @@ class LlavaConversations:
             "source": str(self.path),
             "rows": self.total,
             "usable": len(self),
-            "with pictures": int((self.modality_lengths > 0).sum()),
+            "with images": int((self.modality_lengths > 0).sum()),
             "skipped": dict(Counter(line.reason for line in self.skipped)),
             "max_bad_share": self.options.max_bad_share,
         }
@@ -199,7 +199,7 @@ def require_files(path: Path, image_folder: Path) -> None:
             f"There is no file {path} with conversations; set $UNIMM_DATA to the folder that holds the data."
         )
     if not image_folder.is_dir():
-        raise UserError(f"The folder of the pictures of {path}, image_folder, is {image_folder}: no such folder.")
+        raise UserError(f"The folder of the images of {path}, image_folder, is {image_folder}: no such folder.")
 
 
 @lru_cache(maxsize=4)
@@ -208,7 +208,7 @@ def _opened(path: Path, options: LlavaOptions, changed: int) -> LlavaConversatio
 
 
 def parse_row(record: Any, reserved: Sequence[str] = ()) -> Row:
-    """A record of the file, checked: turns in order, an answer, as many placeholders as pictures.
+    """A record of the file, checked: turns in order, an answer, as many placeholders as images.
 
     Raises:
         BadRow: with the reason.
@@ -220,16 +220,16 @@ def parse_row(record: Any, reserved: Sequence[str] = ()) -> Row:
         raise BadRow("wrong image field", f"image is {images!r:.80}")
     for role, text in turns:
         if role != "user" and PLACEHOLDER in text:
-            raise BadRow("picture outside a question", f"the {role}'s turn {text!r:.80} holds {PLACEHOLDER}")
+            raise BadRow("image outside a question", f"the {role}'s turn {text!r:.80} holds {PLACEHOLDER}")
         for marker in reserved:
             if marker in text:
                 raise BadRow("marker in the text", f"the {role}'s turn {text!r:.80} holds {marker}")
     placeholders = sum(text.count(PLACEHOLDER) for _, text in turns)
-    if images and not placeholders:  # some files leave it out: the pictures come first
+    if images and not placeholders:  # some files leave it out: the images come first
         first = next(n for n, (role, _) in enumerate(turns) if role == "user")
         turns[first] = ("user", PLACEHOLDER * len(images) + turns[first][1])
     elif placeholders != len(images):
-        raise BadRow("pictures do not match", f"{len(images)} pictures and {placeholders} {PLACEHOLDER}")
+        raise BadRow("images do not match", f"{len(images)} images and {placeholders} {PLACEHOLDER}")
     return Row(tuple(images), tuple(turns))
 
 
@@ -265,8 +265,8 @@ def messages_of(row: Row, images: Sequence[Image.Image], drop_questions: bool = 
     """Yield the turns of a row with its images in the place of their names."""
     remaining = iter(images)
     for role, text in row.turns:
-        pictures = text.count(PLACEHOLDER)
-        if pictures == 1:
+        raw_images = text.count(PLACEHOLDER)
+        if raw_images == 1:
             rest = text.replace(PLACEHOLDER, "").strip()
             pieces = ["", f"\n{rest}" if rest else ""]
         else:
@@ -319,9 +319,9 @@ def _parsed(records: Iterable[Any], reserved: Sequence[str]) -> Iterator[Row | B
 
 
 def _unreadable(names: Iterable[str], folder: Path) -> dict[str, BadRow]:
-    """Those of the pictures whose file is missing or does not begin like a picture."""
+    """Those of the images whose file is missing or does not begin like an image."""
     paths = {folder / name: name for name in names}
     return {
-        paths[path]: BadRow("unreadable picture" if os.path.exists(path) else "missing picture", str(error))
+        paths[path]: BadRow("unreadable image" if os.path.exists(path) else "missing image", str(error))
         for path, error in unreadable_images(paths).items()
     }

@@ -1,4 +1,4 @@
-"""Pictures and their captions from wherever they lie: one function decides by what the source looks like.
+"""Images and their captions from wherever they lie: one function decides by what the source looks like.
 
 | source | is read as |
 |---|---|
@@ -6,7 +6,7 @@
 | `FILE.parquet`, `FILE.tar`, a folder that holds such files | one or many shards |
 | `DIR/{000..009}.tar`, `DIR/*.parquet` | the shards that the pattern names |
 | a URL of any of these (`hf://`, `s3://`, `https://`, ...) | the same, read in place |
-| any other folder | its pictures, captions beside them |
+| any other folder | its images, captions beside them |
 """
 
 import os
@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unimm.data.shuffling import Rows
-from unimm.data.sources.folders import FolderPictures
+from unimm.data.sources.folders import FolderImages
 from unimm.data.sources.rows import ReadOptions
 from unimm.data.sources.storage import filled, is_pattern, is_url, listed
-from unimm.data.sources.tables import ParquetShards, TablePictures, parquet_pictures
-from unimm.data.sources.tars import TarPictures
+from unimm.data.sources.tables import ParquetShards, TableImages, parquet_images
+from unimm.data.sources.tars import TarImages
 from unimm.errors import UserError, reading
 
 HUB = "hub:"
 SHARDS = (".parquet", ".tar")
 
 
-def open_pictures(source: str | Path, options: ReadOptions | None = None) -> Rows:
+def open_images(source: str | Path, options: ReadOptions | None = None) -> Rows:
     """The rows of `source`, each `{"image": PIL RGB, "text": str, "key": str}` with what else it holds.
 
     Raises:
@@ -33,7 +33,7 @@ def open_pictures(source: str | Path, options: ReadOptions | None = None) -> Row
     """
     place, options = filled(str(source)), options or ReadOptions()
     if place.startswith(HUB):
-        return hub_pictures(place.removeprefix(HUB), options)
+        return hub_images(place.removeprefix(HUB), options)
     if is_pattern(place):
         return _shards(listed(place), place, options)
     if is_url(place):
@@ -44,17 +44,17 @@ def open_pictures(source: str | Path, options: ReadOptions | None = None) -> Row
     for suffix in SHARDS:
         if found := sorted(str(each) for each in path.rglob(f"*{suffix}")):
             return _shards(found, place, options)
-    return FolderPictures(path, options)
+    return FolderImages(path, options)
 
 
-def hub_pictures(name: str, options: ReadOptions) -> Rows:
+def hub_images(name: str, options: ReadOptions) -> Rows:
     """A data set of the hub: copied to the cache, or with `streaming` its parquet or tar files read in place."""
     from datasets import load_dataset, load_dataset_builder
 
     with reading("The hub data set", name):
         if not options.streaming:
             table = load_dataset(name, options.subset, split=options.split, cache_dir=os.environ.get("UNIMM_CACHE"))
-            return TablePictures(table, name, options)
+            return TableImages(table, name, options)
         files = load_dataset_builder(name, options.subset).config.data_files or {}
     if options.split not in files:
         raise UserError(
@@ -66,11 +66,11 @@ def hub_pictures(name: str, options: ReadOptions) -> Rows:
 def _shards(places: Sequence[str], source: str, options: ReadOptions) -> Rows:
     suffixes = {Path(place).suffix for place in places}
     if suffixes == {".tar"}:
-        return TarPictures(places, source, options)
+        return TarImages(places, source, options)
     if suffixes == {".parquet"}:
         if options.streaming or any(map(is_url, places)):
             return ParquetShards(places, source, options)
-        return parquet_pictures([Path(place) for place in places], options, source)
+        return parquet_images([Path(place) for place in places], options, source)
     if all(Path(place).exists() or is_url(place) for place in places):
         known = " or ".join(SHARDS)
         raise UserError(f"{source} names files that end in {', '.join(sorted(suffixes))}: shards end in {known}.")

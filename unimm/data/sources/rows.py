@@ -15,14 +15,14 @@ from unimm.errors import UserError
 
 @dataclass
 class ReadOptions:
-    """How a source of pictures is read.
+    """How a source of images is read.
 
     Args:
         split, subset: of a hub data set.
         streaming: read the parquet or tar files in place, shard by shard, instead of copying tables to the cache first.
-        image_column, text_column: of tables; `text_column` also of the .json and metadata.jsonl beside pictures.
-        max_aspect_ratio: pictures whose longer side is more times the shorter are left out.
-        min_side: pictures whose shorter side has fewer pixels are left out.
+        image_column, text_column: of tables; `text_column` also of the .json and metadata.jsonl beside images.
+        max_aspect_ratio: images whose longer side is more times the shorter are left out.
+        min_side: images whose shorter side has fewer pixels are left out.
     """
 
     split: str = "train"
@@ -58,8 +58,8 @@ class ReadOptions:
         parts += [f"max_aspect_ratio {self.max_aspect_ratio}"] if self.max_aspect_ratio is not None else []
         return ", ".join(parts)
 
-    def picture(self, value: Any, name: str) -> Image.Image:
-        """The picture of a file's bytes, a path, or a table's {"bytes", "path"}. Raises `BadRow`."""
+    def image(self, value: Any, name: str) -> Image.Image:
+        """The image of a file's bytes, a path, or a table's {"bytes", "path"}. Raises `BadRow`."""
         if isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         try:
@@ -70,8 +70,8 @@ class ReadOptions:
         except BadRow:
             raise
         except UserError as error:
-            raise BadRow("damaged picture", str(error)) from None
-        raise BadRow("no picture", f"{name} holds {type(value).__name__} where its picture should be")
+            raise BadRow("damaged image", str(error)) from None
+        raise BadRow("no image", f"{name} holds {type(value).__name__} where its image should be")
 
     def caption(self, value: Any, name: str) -> str:
         """The caption that a row holds, of several the first, empty for none. Raises `BadRow`."""

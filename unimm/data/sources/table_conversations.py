@@ -80,9 +80,9 @@ def read_messages(given: Any, image: Image.Image) -> list[Message]:
     check_order([message["role"] for message in messages])
     shown = [message["role"] for message in messages for part in message["content"] if part["type"] == "image"]
     if "assistant" in shown or "system" in shown:
-        raise BadRow("picture outside a question", f"an image stands in a turn of the {shown[0]}")
+        raise BadRow("image outside a question", f"an image stands in a turn of the {shown[0]}")
     if len(shown) > 1:
-        raise BadRow("pictures do not match", f"the row has one image and its turns name {len(shown)}")
+        raise BadRow("images do not match", f"the row has one image and its turns name {len(shown)}")
     if not shown:
         first = next(message for message in messages if message["role"] == "user")
         first["content"].insert(0, {"type": "image", "image": image})

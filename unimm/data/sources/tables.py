@@ -1,4 +1,4 @@
-"""Pictures in tables: parquet files through `datasets` (memory-mapped, any row at once), or in place, row group by row
+"""Images in tables: parquet files through `datasets` (memory-mapped, any row at once), or in place, row group by row
 group, where the files are too large to copy or lie elsewhere."""
 
 import os
@@ -15,11 +15,11 @@ POOLED_ROWS = 2048
 """Rows of a table read in place that are shuffled together, and kept in memory for it."""
 
 
-class TablePictures(Rows):
+class TableImages(Rows):
     """The rows of a `datasets.Dataset` as `{"image": PIL RGB, "text": str, "key": str}` and their other columns.
 
     Raises:
-        UserError: no column of pictures.
+        UserError: no column of images.
     """
 
     def __init__(self, table: Any, source: str, options: ReadOptions | None = None) -> None:
@@ -42,9 +42,9 @@ class TablePictures(Rows):
         return _row(self.table[index], f"row {index} of {self.source}", str(index), self.options)
 
 
-def parquet_pictures(paths: Sequence[Path], options: ReadOptions | None = None, source: str = "") -> TablePictures:
+def parquet_images(paths: Sequence[Path], options: ReadOptions | None = None, source: str = "") -> TableImages:
     """The rows of local parquet files, one behind the other."""
-    from datasets import Dataset  # the train extra: heavy, and not needed for the picture world
+    from datasets import Dataset  # the train extra: heavy, and not needed for the shapes data set
     from datasets.exceptions import DatasetGenerationError
 
     for path in paths:
@@ -55,7 +55,7 @@ def parquet_pictures(paths: Sequence[Path], options: ReadOptions | None = None, 
         table = Dataset.from_parquet([str(path) for path in paths], cache_dir=os.environ.get("UNIMM_CACHE"))
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise UserError(f"{source} is not a readable parquet file: {error}.") from error
-    return TablePictures(table, source, options)
+    return TableImages(table, source, options)
 
 
 class ParquetShards(Rows):
@@ -89,5 +89,5 @@ def _caption_gap(columns: Sequence[str], options: ReadOptions) -> str | None:
 
 
 def _row(row: Mapping[str, Any], name: str, key: str, options: ReadOptions) -> dict[str, Any]:
-    image = options.picture(row[options.image_column], name)
+    image = options.image(row[options.image_column], name)
     return {**row, "key": key, "text": options.caption(row.get(options.text_column), name), "image": image}

@@ -27,9 +27,9 @@ from unimm.data.sources.storage import cache_folder, is_url, of_all, opened_plac
 from unimm.errors import UserError, printable
 from unimm.runs.provenance import write_atomically
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
-READ = (*PICTURES, *CAPTIONS, "cls")
+READ = (*IMAGES, *CAPTIONS, "cls")
 POOL = 8
 """Shards whose rows are shuffled together."""
 _BLOCK = 512
@@ -37,7 +37,7 @@ _KEPT_INDICES = POOL + 1  # what stands in for a skipped row may lie behind the 
 _INDEX_VERSION = 2
 
 
-class TarPictures(Rows):
+class TarImages(Rows):
     """The rows of tar files at any place, `{"image", "text", "key"}` and the fields of their .json.
 
     Raises:
@@ -51,7 +51,7 @@ class TarPictures(Rows):
         sizes = of_all(self.places, size_of, "tar")
         self.blocks = np.array([rows for rows, _ in sizes], dtype=np.int64)
         if not self.blocks.all():
-            raise UserError(f"{self.places[int(self.blocks.argmin())]} holds no picture ({', '.join(PICTURES)}).")
+            raise UserError(f"{self.places[int(self.blocks.argmin())]} holds no image ({', '.join(IMAGES)}).")
         if not any(captioned for _, captioned in sizes):
             self.caption_gap = f"no row of it has one of .{', .'.join(CAPTIONS)}"
         self.starts = np.concatenate([[0], np.cumsum(self.blocks)])
@@ -68,14 +68,14 @@ class TarPictures(Rows):
             raise BadRow(entry["bad"][0], f"{name}: {entry['bad'][1]}")
         chosen = _chosen(entry["members"], name)
         parts = _members(self.places[shard], chosen)
-        picture = next((parts[kind] for kind in PICTURES if kind in parts), None)
-        if picture is None:
-            raise BadRow("no picture", f"{name} has no picture, only .{', .'.join(entry['members'])}")
+        raw_image = next((parts[kind] for kind in IMAGES if kind in parts), None)
+        if raw_image is None:
+            raise BadRow("no image", f"{name} has no image, only .{', .'.join(entry['members'])}")
         fields = _json(parts["json"], name) if "json" in parts else {}
         text = _text(parts["txt"], name) if "txt" in parts else fields.get(self.options.text_column)
         if "cls" in parts:
             fields |= {"cls": _label(parts["cls"], name)}
-        image = self.options.picture(picture, name)
+        image = self.options.image(raw_image, name)
         return {**fields, "key": printable(entry["key"]), "text": self.options.caption(text, name), "image": image}
 
     def _index(self, shard: int) -> list[dict[str, Any]]:
@@ -176,7 +176,7 @@ def _last(kind: str) -> str:
 def _chosen(members: dict[str, Sequence[int]], name: str) -> dict[str, Sequence[int]]:
     """The members that are read, under their plain kinds. Raises BadRow if several could be meant."""
     chosen = {kind: place for kind, place in members.items() if kind in READ}
-    for kinds in (PICTURES, ("txt",), ("json",), ("cls",)):
+    for kinds in (IMAGES, ("txt",), ("json",), ("cls",)):
         dotted = [kind for kind in members if _last(kind) in kinds]
         if any(kind in chosen for kind in kinds) or not dotted:
             continue

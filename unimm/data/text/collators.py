@@ -1,10 +1,10 @@
 """Samples of messages -> padded tensors with exact label masks, one batch for each flow.
 
-Special here: labels come from the chat template's own `{% generation %}` spans (`unimm.data.text.label_spans`), never from
+Labels come from the chat template's own `{% generation %}` spans (`unimm.data.text.label_spans`), never from
 tokenizing pieces again, and a sample whose spans and turns do not match is an error, not a silently empty row. Rows are
 padded within their flow only, on the right, and cut behind the last label, so that short drawings do not pay for long
 conversations; or several share a row (`unimm.data.text.packing`).
-The processor is given; any of the usual contract will do. B rows, L tokens, I pictures.
+The processor is given; any of the usual contract will do. B rows, L tokens, I images.
 """
 
 from collections.abc import Sequence
@@ -64,20 +64,20 @@ class FlowCollator:
         labels [B, L]: conversations: what the assistant says, its closing token included; drawings: the placeholders of
             the drawn image tokens only (to be replaced by their ids); -100 elsewhere;
         drawn [B, L] bool: those placeholders;
-        pixel_values [I, 3, H, W]: pictures in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
+        pixel_values [I, 3, H, W]: images in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
             absent without any;
         drawn_ids [I, M]: in the place of drawn_pixel_values where drawings are ids already.
 
     With `max_length` a conversation ends after so many tokens, and one that has nothing left to learn is left out of
-    its batch with a warning (`unimm.data.text.truncation`). With `pack_length` the samples of a flow share rows of at most that
+    its batch with a warning (`truncation`). With `pack_length` the samples of a flow share rows of at most that
     many tokens; `position_ids` [R, P] stand in the place of the attention mask (`unimm.data.text.packing`).
 
     A drawing's text is the very prompt that generation starts from, so it needs nothing of the template for it.
 
     Raises:
         UserError: a sample without an assistant turn, or whose label spans do not match its assistant turns, or that
-        holds half a character; a drawing that does not end with one drawn picture. With `pack_length`: a sample that is
-        longer, or that holds a picture to look at. With `max_length`: a batch of which nothing is left.
+        holds half a character; a drawing that does not end with one drawn image. With `pack_length`: a sample that is
+        longer, or that holds an image to look at. With `max_length`: a batch of which nothing is left.
     """
 
     def __init__(
@@ -103,13 +103,13 @@ class FlowCollator:
             "labels": input_ids.masked_fill(~labelled, IGNORED)[:, :length],
             "drawn": rows.drawn[:, :length],
         }
-        batch |= _pictures(rows.inputs.get("pixel_values"), rows.drawings) | _ids(rows.samples)
+        batch |= _split_images(rows.inputs.get("pixel_values"), rows.drawings) | _ids(rows.samples)
         return batch if self.pack_length is None else self._packed(rows.samples, batch, self.pack_length)
 
     def _packed(self, samples: list[dict[str, Any]], batch: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
         flow = samples[0]["flow"]
         if "pixel_values" in batch:
-            raise UserError(f"The flow {flow!r} has pictures to look at; only drawings and texts are packed.")
+            raise UserError(f"The flow {flow!r} has images to look at; only drawings and texts are packed.")
         lengths = batch["attention_mask"].sum(1)
         if (longest := int(lengths.max())) > capacity:
             raise UserError(
@@ -125,7 +125,7 @@ class FlowCollator:
         conversations = [rendered(sample, processor.chat_template, tokens) for sample in marked]
         inputs = processor(
             text=[text for text, _ in conversations],
-            images=[part["image"] for sample in samples for part in _images(sample)],
+            images=[part["image"] for sample in samples for part in _image_parts(sample)],
             drawn=_drawings(samples),
             padding=True,
             padding_side="right",
@@ -164,13 +164,13 @@ class FlowCollator:
                 f"The flow {flow!r} has drawings inside conversations; they are not cut: no train.max_length."
             )
         mask = inputs["attention_mask"].astype(bool)
-        learns, kept_pictures = [], []
+        learns, kept_images = [], []
         for row, sample in enumerate(samples):
             ids = inputs["input_ids"][row, : mask[row].sum()]
             tokens, whole = fitting(ids, capacity, processor.image_token_id, processor.image_seq_length)
             mask[row, tokens:] = said[row, tokens:] = False
             learns.append(bool(said[row].any()))
-            kept_pictures += [learns[-1] and picture < whole for picture in range(len(_images(sample)))]
+            kept_images += [learns[-1] and image < whole for image in range(len(_image_parts(sample)))]
             if not learns[-1]:
                 logger.warning(
                     f"Sample {sample['index']} of the flow {flow!r} is left out: nothing is learned in its first "
@@ -182,8 +182,8 @@ class FlowCollator:
             )
         ids = np.where(mask, inputs["input_ids"], processor.tokenizer.pad_token_id)
         inputs["input_ids"], inputs["attention_mask"] = ids[learns], mask[learns].astype(np.int64)
-        if kept_pictures:
-            inputs["pixel_values"] = inputs["pixel_values"][kept_pictures]
+        if kept_images:
+            inputs["pixel_values"] = inputs["pixel_values"][kept_images]
         return [sample for sample, each in zip(samples, learns, strict=True) if each], said[learns]
 
     def _drawn(self, samples: list[dict[str, Any]]) -> _Rows:
@@ -194,23 +194,23 @@ class FlowCollator:
         asked = [self._marked(sample)[:-1] for sample in samples]
         prompts = processor.apply_chat_template(asked, add_generation_prompt=True)
         how = {"padding": True, "padding_side": "right", "return_tensors": "np"}
-        if _ids(samples):  # no picture from which the processor would know where to put placeholders
+        if _ids(samples):  # no image from which the processor would know where to put placeholders
             drawing = processor.boi_token + processor.image_token * processor.num_image_tokens
             inputs = processor.encode([prompt + drawing for prompt in prompts], **how)
         else:
             inputs = processor(
                 text=[prompt + processor.boi_token + processor.image_token for prompt in prompts],
-                images=[part["image"] for sample in samples for part in _images(sample)],
+                images=[part["image"] for sample in samples for part in _image_parts(sample)],
                 drawn=_drawings(samples),
                 **how,
             )
         image_tokens = torch.as_tensor(inputs["input_ids"]) == processor.image_token_id
-        from_the_end = image_tokens.flip(1).cumsum(1).flip(1)  # a picture to look at may come before the drawing
+        from_the_end = image_tokens.flip(1).cumsum(1).flip(1)  # an image to look at may come before the drawing
         drawn = image_tokens & (from_the_end <= processor.num_image_tokens)
         return _Rows(samples, inputs, _drawings(samples), drawn, drawn)
 
 
-def _images(sample: dict[str, Any]) -> list[dict[str, Any]]:
+def _image_parts(sample: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for turn in sample["messages"] for part in parts_of(turn) if part["type"] == "image"]
 
 
@@ -218,13 +218,13 @@ def _check_drawing(sample: dict[str, Any]) -> None:
     last = sample["messages"][-1]
     if last["role"] != "assistant" or [part["type"] for part in parts_of(last)] != ["image"]:
         raise UserError(
-            f"Sample {sample['index']} of the flow {sample['flow']!r} has nothing to learn: no drawn picture, which "
+            f"Sample {sample['index']} of the flow {sample['flow']!r} has nothing to learn: no drawn image, which "
             "must be all of the assistant's last turn."
         )
 
 
 def _drawings(samples: Sequence[dict[str, Any]]) -> list[bool]:
-    """For each picture, in reading order, whether the assistant drew it."""
+    """For each image, in reading order, whether the assistant drew it."""
     return [
         turn["role"] == "assistant"
         for sample in samples
@@ -236,16 +236,16 @@ def _drawings(samples: Sequence[dict[str, Any]]) -> list[bool]:
 
 def _ids(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """The drawings that are ids already, as a batch [I, M]."""
-    ids = [part["ids"] for sample in samples for part in _images(sample) if "ids" in part]
+    ids = [part["ids"] for sample in samples for part in _image_parts(sample) if "ids" in part]
     return {"drawn_ids": torch.from_numpy(np.stack(ids))} if ids else {}
 
 
-def _pictures(pixel_values: Any, drawings: Sequence[bool]) -> dict[str, Tensor]:
-    """Split the pictures [I, 3, H, W], which come in reading order, by who shows them; the flags of cut rows are left
+def _split_images(pixel_values: Any, drawings: Sequence[bool]) -> dict[str, Tensor]:
+    """Split the images [I, 3, H, W], which come in reading order, by who shows them; the flags of cut rows are left
     out, where nothing is drawn."""
     if pixel_values is None:
         return {}
     drawings = drawings or [False] * len(pixel_values)
     pixel_values, drawn = torch.as_tensor(pixel_values), torch.tensor(drawings)
-    pictures = {"pixel_values": pixel_values[~drawn], "drawn_pixel_values": pixel_values[drawn]}
-    return {name: values for name, values in pictures.items() if len(values)}
+    images = {"pixel_values": pixel_values[~drawn], "drawn_pixel_values": pixel_values[drawn]}
+    return {name: values for name, values in images.items() if len(values)}

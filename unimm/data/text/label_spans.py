@@ -2,7 +2,7 @@
 where a template without marks writes each answer.
 
 Nothing is tokenized in pieces. A turn's tokens are those that overlap its `{% generation %}` span in the
-rendered text, also where a token reaches over the span's edge (" yes" behind "ASSISTANT:") and where a picture's
+rendered text, also where a token reaches over the span's edge (" yes" behind "ASSISTANT:") and where an image's
 placeholder became many tokens in front of it. White space that a tokenizer leaves out of its offsets (ByteLevel's
 `trim_offsets`, as in Llama 3, reports an empty place for "\\n\\n") counts from the end of the token before. A turn
 without a span, a span without its turn's text and a turn without a token are errors that print the turn. T assistant

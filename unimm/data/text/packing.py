@@ -1,6 +1,6 @@
 """Several samples in one row, so that short ones do not pay for long ones, and each sample on its own.
 
-Special here: there is no attention mask. Positions restart at every sample, and transformers makes the block-diagonal
+There is no attention mask. Positions restart at every sample, and transformers makes the block-diagonal
 causal mask out of that where no cache is asked for (`use_cache=False`), so no sample sees another, to the last bit. The
 first token of a sample is never a label: what would predict it belongs to another sample. N samples, R rows, P tokens.
 """

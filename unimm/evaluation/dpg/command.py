@@ -10,21 +10,21 @@ from unimm.evaluation.dpg.run import (
     BENCH,
     GET_CSV,
     OFFICIAL_CSV,
-    DrawnPictures,
-    GridPictures,
-    Pictures,
+    DrawnImages,
+    GridImages,
+    Images,
     Prompts,
-    judge_pictures,
+    judge_images,
     read_prompts,
     read_question_file,
     table,
     write_grids,
 )
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
-from unimm.evaluation.runs.evaluated_model import Subject, load_subject
-from unimm.evaluation.runs.sanity_checks import KnownAnswer, check_judge, known_answers
+from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
+from unimm.evaluation.runs.sanity_checks import KnownAnswer, check_vqa_model, known_answers
 from unimm.evaluation.runs.store import Manifest, RunStore, content_sha256, processes
-from unimm.evaluation.vqa import Judge, load_judge
+from unimm.evaluation.vqa import Judge, load_vqa_model
 from unimm.runs.provenance import model_fingerprint
 from unimm.runs.report import Report
 
@@ -39,23 +39,23 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     asked.add_argument("--dpg-csv", metavar="FILE", help="the benchmark's question file, dpg_bench.csv")
     asked.add_argument("--prompts", metavar="FILE", help="lines of item_id and prompt: draw only, ask nothing")
     asked.add_argument("--limit", type=int, help="the first prompts only")
-    pictures = made.add_argument_group("pictures")
-    pictures.add_argument("--model", help="a unified model that draws; the default comes with the library")
-    pictures.add_argument("--images", metavar="DIR", help="judge these grids, ITEM.png, instead of drawing")
-    pictures.add_argument("--resolution", type=int, help="with --images: the side of one picture of a grid")
-    pictures.add_argument("--allow-missing", action="store_true", help="with --images: count missing grids, go on")
-    pictures.add_argument("--num-images", type=int, default=4, help="pictures of a prompt; the benchmark draws 4")
-    pictures.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
-    pictures.add_argument("--temperature", type=float, help="default: the checkpoint's own")
-    pictures.add_argument("--seed", type=int, default=0)
+    images = made.add_argument_group("images")
+    images.add_argument("--model", help="a unified model that draws; the default comes with the library")
+    images.add_argument("--images", metavar="DIR", help="judge these grids, ITEM.png, instead of drawing")
+    images.add_argument("--resolution", type=int, help="with --images: the side of one image of a grid")
+    images.add_argument("--allow-missing", action="store_true", help="with --images: count missing grids, go on")
+    images.add_argument("--num-images", type=int, default=4, help="images of a prompt; the benchmark draws 4")
+    images.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
+    images.add_argument("--temperature", type=float, help="default: the checkpoint's own")
+    images.add_argument("--seed", type=int, default=0)
     judging = made.add_argument_group("judge")
     judging.add_argument("--judge", metavar="PATH", help="BLIP-VQA, ViLT, a chat model, or mplug (the official one)")
     judging.add_argument("--judge-kind", help="blip, vilt, chat or mplug; read from its configuration unless given")
     judging.add_argument("--judge-batch-size", type=int, default=16)
-    judging.add_argument("--allow-self-judge", action="store_true", help="let the model judge its own pictures")
+    judging.add_argument("--allow-self-judge", action="store_true", help="let the model judge its own images")
     known = judging.add_mutually_exclusive_group()
-    known.add_argument("--canary", metavar="DIR", help="known pictures: canaries.jsonl of image, question and answer")
-    known.add_argument("--no-canary", action="store_true", help="let the judge judge without known pictures")
+    known.add_argument("--canary", metavar="DIR", help="known images: canaries.jsonl of image, question and answer")
+    known.add_argument("--no-canary", action="store_true", help="let the judge judge without known images")
     made.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
     made.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     add_run_arguments(made)
@@ -71,50 +71,50 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
     if prompts.blob not in (None, OFFICIAL_CSV) and processes().is_main_process:
         report.say(f"{arguments.dpg_csv} is not the published question file: its git name is {prompts.blob}.")
     prompts = prompts.limited(arguments.limit)
-    grids, subject, judge = None, None, None
+    grids, evaluated, judge = None, None, None
     with report.timed("load"):
         if arguments.images is not None:
             options = {"num_images": arguments.num_images, "allow_missing": arguments.allow_missing}
-            grids = GridPictures(arguments.images, prompts, arguments.resolution, **options)
+            grids = GridImages(arguments.images, prompts, arguments.resolution, **options)
         else:
-            subject = load_subject(arguments.model, arguments.device)
+            evaluated = load_evaluated_model(arguments.model, arguments.device)
         if arguments.judge is not None:
             options = {"device": arguments.device, "batch_size": arguments.judge_batch_size}
-            judge = load_judge(arguments.judge, arguments.judge_kind, **options)
+            judge = load_vqa_model(arguments.judge, arguments.judge_kind, **options)
     known = [] if judge is None or arguments.no_canary else known_answers(arguments.canary)
-    manifest = _manifest(arguments, prompts, grids, subject, judge, known)
+    manifest = _manifest(arguments, prompts, grids, evaluated, judge, known)
     if judge is not None and not arguments.no_canary:
         with report.timed("canary"):
-            report.add(canaries=check_judge(judge, known))
+            report.add(canaries=check_vqa_model(judge, known))
     with report.timed("score"), RunStore.open(arguments.output, manifest) as store:
-        pictures: Pictures | None = grids
-        if pictures is None:
-            assert subject is not None
+        images: Images | None = grids
+        if images is None:
+            assert evaluated is not None
             count, sampling = arguments.num_images, _sampling(arguments)
-            pictures = DrawnPictures(subject.model, subject.processor, prompts, store, count, sampling)
-        summary = judge_pictures(store, pictures, prompts, judge)
+            images = DrawnImages(evaluated.model, evaluated.processor, prompts, store, count, sampling)
+        summary = judge_images(store, images, prompts, judge)
     missing = grids.missing if grids is not None else []
     if processes().is_main_process:
         report.say(table(summary))
         if judge is not None:
-            report.say("no known picture was asked about" if not known else f"{len(known)} known answers were right")
+            report.say("no known image was asked about" if not known else f"{len(known)} known answers were right")
         if missing:
             report.say(f"{len(missing)} of {len(prompts.texts)} prompts have no grid and no score.")
         if grids is None:
-            report.say(str(write_grids(store.folder / "grids", {key: store.image_path(*key) for key in pictures.keys})))
+            report.say(str(write_grids(store.folder / "grids", {key: store.image_path(*key) for key in images.keys})))
         report.add(**summary, missing=missing)
         report.write()
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
-        raise UserError("--output DIR is not given: pictures, answers and scores are kept there.")
+        raise UserError("--output DIR is not given: images, answers and scores are kept there.")
     if (arguments.dpg_csv is None) == (arguments.prompts is None):
         raise UserError(f"Give either --dpg-csv FILE ({GET_CSV}), to draw and ask, or --prompts FILE, to draw only.")
     if (arguments.dpg_csv is None) != (arguments.judge is None):
         raise UserError("A judge needs questions and questions a judge: give --dpg-csv and --judge together.")
     if arguments.images is not None and (arguments.resolution is None or arguments.dpg_csv is None):
-        raise UserError("--images needs --resolution, the side of one picture of a grid, and --dpg-csv.")
+        raise UserError("--images needs --resolution, the side of one image of a grid, and --dpg-csv.")
     for name in ("num_images", "limit", "resolution", "judge_batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
@@ -128,19 +128,19 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, float]:
 def _manifest(
     arguments: argparse.Namespace,
     prompts: Prompts,
-    grids: GridPictures | None,
-    subject: Subject | None,
+    grids: GridImages | None,
+    evaluated: EvaluatedModel | None,
     judge: Judge | None,
     known: Sequence[KnownAnswer],
 ) -> Manifest:
     """How the run comes about. Raises UserError for a model that draws and judges, or cannot draw."""
     weights: dict[str, str] = {}
     settings: dict[str, Any] = {"num_images": arguments.num_images, "question_file": prompts.blob}
-    if subject is not None:
-        if subject.model is None:
+    if evaluated is not None:
+        if evaluated.model is None:
             raise UserError(f"{arguments.model} is an image tokenizer and cannot draw prompts: name a unified model.")
-        weights["model"] = model_fingerprint(subject.model)
-        settings |= {"sampling": _sampling(arguments), **subject.runs_on}
+        weights["model"] = model_fingerprint(evaluated.model)
+        settings |= {"sampling": _sampling(arguments), **evaluated.runs_on}
     if grids is not None:
         weights["images"] = content_sha256(grids.content())
         settings |= {"resolution": arguments.resolution, "missing": len(grids.missing)}

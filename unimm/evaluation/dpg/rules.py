@@ -1,13 +1,13 @@
-"""DPG-Bench (Hu et al. 2024, https://arxiv.org/abs/2403.05135): yes-or-no questions about pictures of dense prompts.
+"""DPG-Bench (Hu et al. 2024, https://arxiv.org/abs/2403.05135): yes-or-no questions about images of dense prompts.
 
-Pure scoring: no model, no files. A picture's score is the share of its questions that were answered yes, where a
-question counts as no when one of those that it depends on does; a prompt's score is the mean over its pictures, DPG is
+Pure scoring: no model, no files. An image's score is the share of its questions that were answered yes, where a
+question counts as no when one of those that it depends on does; a prompt's score is the mean over its images, DPG is
 100 times the mean over prompts.
 
 Three rules stand side by side. `COMPAT` is the published script with its faults, which the published
 figures contain: the first row of the question file is skipped, a prompt whose question depends on a lost one is dropped
-without a word, an answer counts only as the exact string "yes", and the categories come from the last picture of a
-prompt, before zeroing. `FIXED` takes all rows, pictures and spellings; its zeroing is the same. `PLAIN` is that with
+without a word, an answer counts only as the exact string "yes", and the categories come from the last image of a
+prompt, before zeroing. `FIXED` takes all rows, images and spellings; its zeroing is the same. `PLAIN` is that with
 the first yes or no of an answer, whatever else it says. An answer that is neither yes nor no to a rule counts as a no,
 as the script has it, and is counted as `unparsed`.
 """
@@ -45,7 +45,7 @@ class Question:
     category: str
 
 
-class PictureScore(NamedTuple):
+class ImageScore(NamedTuple):
     """`raw` answers as 0 or 1, `kept` the same after zeroing, by question number; `score` is the mean of `kept`."""
 
     raw: dict[int, float]
@@ -60,7 +60,7 @@ class Rule:
     name: str
     skip_first_row: bool
     read: Callable[[str], str]
-    every_picture: bool
+    every_image: bool
     drops_errors: bool
 
     def is_yes(self, answer: str) -> bool:
@@ -71,9 +71,9 @@ class Rule:
         return self.read(answer) in ("yes", "no")
 
 
-COMPAT = Rule("official-compat", True, lambda answer: answer, every_picture=False, drops_errors=True)
-FIXED = Rule("fixed", False, normalize, every_picture=True, drops_errors=False)
-PLAIN = Rule("plain", False, plain_reading, every_picture=True, drops_errors=False)
+COMPAT = Rule("official-compat", True, lambda answer: answer, every_image=False, drops_errors=True)
+FIXED = Rule("fixed", False, normalize, every_image=True, drops_errors=False)
+PLAIN = Rule("plain", False, plain_reading, every_image=True, drops_errors=False)
 
 
 def read_questions(
@@ -104,8 +104,8 @@ def read_questions(
     return questions
 
 
-def score_picture(questions: Sequence[Question], answers: Answers, rule: Rule = FIXED) -> PictureScore:
-    """One picture's score by its answers.
+def score_image(questions: Sequence[Question], answers: Answers, rule: Rule = FIXED) -> ImageScore:
+    """One image's score by its answers.
 
     Raises:
         KeyError: an answer is missing, or a question depends on one that is not there.
@@ -115,19 +115,19 @@ def score_picture(questions: Sequence[Question], answers: Answers, rule: Rule = 
     for question in questions:  # in the order of the rows: zeros go on to what follows
         if any(kept[parent] == 0 for parent in question.parents if parent != NO_PARENT):
             kept[question.number] = 0.0
-    return PictureScore(raw, kept, float(np.mean(list(kept.values()))))
+    return ImageScore(raw, kept, float(np.mean(list(kept.values()))))
 
 
-def score_prompt(questions: Sequence[Question], answers: Sequence[Answers], rule: Rule = FIXED) -> list[PictureScore]:
-    """The scores of a prompt's pictures. Raises as `score_picture`."""
-    return [score_picture(questions, each, rule) for each in answers]
+def score_prompt(questions: Sequence[Question], answers: Sequence[Answers], rule: Rule = FIXED) -> list[ImageScore]:
+    """The scores of a prompt's images. Raises as `score_picture`."""
+    return [score_image(questions, each, rule) for each in answers]
 
 
 def category_answers(
-    questions: Sequence[Question], scores: Sequence[PictureScore], rule: Rule = FIXED
+    questions: Sequence[Question], scores: Sequence[ImageScore], rule: Rule = FIXED
 ) -> list[tuple[str, float, float]]:
-    """(category, raw, kept) of the answers that the rule counts: of every picture, or of the last one."""
-    counted = scores if rule.every_picture else scores[-1:]
+    """(category, raw, kept) of the answers that the rule counts: of every image, or of the last one."""
+    counted = scores if rule.every_image else scores[-1:]
     return [(q.category, score.raw[q.number], score.kept[q.number]) for score in counted for q in questions]
 
 
@@ -138,7 +138,7 @@ def summarize(
 
     Args:
         questions: of `read_questions`, by the same rule.
-        answers: per prompt the answers about each of its pictures.
+        answers: per prompt the answers about each of its images.
 
     Returns:
         `dpg`, None where no prompt is left; `prompts`, their number; `dropped`, the prompts that the compatible rule
@@ -155,19 +155,19 @@ def summarize(
         if not questions.get(item):
             raise UserError(f"The question file has no questions about the prompt {item}.")
         try:
-            pictures = score_prompt(questions[item], answers[item], rule)
+            images = score_prompt(questions[item], answers[item], rule)
         except KeyError:
             if not rule.drops_errors:
                 raise
             dropped.append(item)
             continue
-        scores[item] = float(np.mean([picture.score for picture in pictures]))
-        found += category_answers(questions[item], pictures, rule)
+        scores[item] = float(np.mean([image.score for image in images]))
+        found += category_answers(questions[item], images, rule)
     dpg = 100 * float(np.mean(list(scores.values()))) if scores else None
     result: dict[str, Any] = {"dpg": dpg, "prompts": len(scores)}
     result |= {"dropped": dropped, "scores": scores}
     columns = {"": [(name, raw) for name, raw, _ in found]}
-    if rule.every_picture:
+    if rule.every_image:
         columns["_kept"] = [(name, kept) for name, _, kept in found]
     for suffix, column in columns.items():
         result[f"categories{suffix}"] = _means(column)

@@ -1,8 +1,8 @@
-"""DPG-Bench: prompts drawn, or a folder of 2 x 2 grids read, and every question asked about every picture.
+"""DPG-Bench: prompts drawn, or a folder of 2 x 2 grids read, and every question asked about every image.
 
-Special here: a picture depends on its prompt, its number and the run's seed only, and a prompt's pictures are always
+An image depends on its prompt, its number and the run's seed only, and a prompt's images are always
 drawn together; so interruptions and processes leave no trace. A record holds the question rows and the answers as
-written: all rules of `unimm.evaluation.dpg.rules` are pure functions of the records. The figures of one run come from one
+written: all of `rules.py` are pure functions of the records. The figures of one run come from one
 judge.
 """
 
@@ -90,8 +90,8 @@ def read_prompts(path: str | Path) -> Prompts:
     return Prompts(texts)
 
 
-class Pictures(Protocol):
-    """Where pictures come from."""
+class Images(Protocol):
+    """Where images come from."""
 
     keys: list[Key]
 
@@ -102,8 +102,8 @@ class Pictures(Protocol):
     def seed(self, key: Key) -> int: ...
 
 
-class DrawnPictures:
-    """Pictures that a unified model draws; a file that is there is not drawn again."""
+class DrawnImages:
+    """Images that a unified model draws; a file that is there is not drawn again."""
 
     def __init__(
         self, model: Any, processor: Any, prompts: Prompts, store: RunStore, num_images: int, sampling: dict[str, Any]
@@ -125,7 +125,7 @@ class DrawnPictures:
         return sample_seed(self.store.manifest.seed, BENCH, *key)
 
 
-class GridPictures:
+class GridImages:
     """Read the images of a folder in the official layout: ITEM.png, a grid of 2 x 2 images of `resolution` pixels. A
     file that cannot be read gives rows that say so.
 
@@ -137,7 +137,7 @@ class GridPictures:
         self, folder: str | Path, prompts: Prompts, resolution: int, num_images: int, *, allow_missing: bool = False
     ) -> None:
         if not 1 <= num_images <= GRID_SIDE**2:
-            raise UserError(f"A grid holds up to {GRID_SIDE**2} pictures, not {num_images}.")
+            raise UserError(f"A grid holds up to {GRID_SIDE**2} images, not {num_images}.")
         self.folder, self.resolution = Path(folder), resolution
         present = [item for item in prompts.texts if self._path(item).is_file()]
         self.missing = sorted(set(prompts.texts) - set(present))
@@ -182,20 +182,20 @@ class GridPictures:
         side = GRID_SIDE * self.resolution
         if grid.size != (side, side):
             raise UserError(
-                f"{self._path(item)} has {grid.width} x {grid.height} pixels; a grid of pictures of {self.resolution} "
-                f"has {side} x {side}: give the side of one picture as --resolution."
+                f"{self._path(item)} has {grid.width} x {grid.height} pixels; a grid of images of {self.resolution} "
+                f"has {side} x {side}: give the side of one image as --resolution."
             )
 
 
-def judge_pictures(store: RunStore, pictures: Pictures, prompts: Prompts, judge: Judge | None) -> dict[str, Any]:
-    """Ask about every picture that the run has no record of, and finish it; gives its summary.
+def judge_images(store: RunStore, images: Images, prompts: Prompts, judge: Judge | None) -> dict[str, Any]:
+    """Ask about every image that the run has no record of, and finish it; gives its summary.
 
-    Without a judge the pictures are drawn and nothing is asked.
+    Without a judge the images are drawn and nothing is asked.
     """
     described = {} if judge is None else judge.describe()
-    size = len({sample for _, sample in pictures.keys})
-    for block in tqdm(store.split_blocks(pictures.keys, size), desc="DPG", unit="prompt"):
-        start, loaded = time.perf_counter(), pictures.load(block)
+    size = len({sample for _, sample in images.keys})
+    for block in tqdm(store.split_blocks(images.keys, size), desc="DPG", unit="prompt"):
+        start, loaded = time.perf_counter(), images.load(block)
         rows = prompts.rows.get(block[0][0], [])  # a block is one prompt's
         found = judged_or_error([image for _, image in loaded], functools.partial(_ask, judge, rows))
         for key, (path, _), scores in zip(block, loaded, found, strict=True):
@@ -206,7 +206,7 @@ def judge_pictures(store: RunStore, pictures: Pictures, prompts: Prompts, judge:
                 BENCH,
                 item,
                 sample,
-                seed=pictures.seed(key),
+                seed=images.seed(key),
                 inputs={"prompt": prompts.texts[item], "rows": rows},
                 output_path=str(path),
                 raw_scores=_unanswered(rows) if isinstance(scores, UserError) else scores,
@@ -239,7 +239,7 @@ def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
 def table(summary: Mapping[str, Any]) -> str:
     """The summary for a person: both rules side by side, the judge above them."""
     if FIXED.name not in summary:
-        return f"{summary['pictures']} pictures of {summary['prompts']} prompts"
+        return f"{summary['pictures']} images of {summary['prompts']} prompts"
     rules, judge = [summary[rule.name] for rule in (COMPAT, FIXED, PLAIN)], summary["judge"]
     lost = summary["unreadable"]
     lines = [f"{len(lost)} images cannot be read, of {', '.join(dict.fromkeys(lost))}"] if lost else []

@@ -1,8 +1,8 @@
-"""Many pictures of a class-conditional model in the file that the ADM evaluator reads (arXiv 2105.05233, its
+"""Many images of a class-conditional model in the file that the ADM evaluator reads (arXiv 2105.05233, its
 `evaluations/`): one npz whose `arr_0` is uint8 [N, H, W, 3].
 
-Special here: pictures are written as they are drawn, N of them never stand in memory, and the file appears whole or
-not at all. Picture k is of class k modulo the number of classes and depends on (seed, k) only.
+Images are written as they are drawn, N of them never stand in memory, and the file appears whole or
+not at all. Image k is of class k modulo the number of classes and depends on (seed, k) only.
 """
 
 import zipfile
@@ -34,13 +34,13 @@ class SamplesPlan:
 
 
 def write_samples(drawer: ClassDrawer, path: str | Path, plan: SamplesPlan, sampling: ImageSampling) -> tuple[int, ...]:
-    """Draw `plan.num_images` pictures into the npz at `path`; returns the array's shape.
+    """Draw `plan.num_images` images into the npz at `path`; returns the array's shape.
 
     Raises:
-        UserError: a plan of less than one picture, or a place that cannot be written to (told before the drawing).
+        UserError: a plan of less than one image, or a place that cannot be written to (told before the drawing).
     """
     if min(plan.num_images, plan.batch_size) < 1:
-        raise UserError(f"{plan.num_images} pictures in batches of {plan.batch_size}: both must be at least 1.")
+        raise UserError(f"{plan.num_images} images in batches of {plan.batch_size}: both must be at least 1.")
     size = plan.image_size or drawer.tokenizer.config.grid[0] * drawer.tokenizer.config.decoded_patch_size
     shape = (plan.num_images, size, size, 3)
     write_npz(Path(path), shape, drawn_batches(drawer, plan, sampling))
@@ -50,7 +50,7 @@ def write_samples(drawer: ClassDrawer, path: str | Path, plan: SamplesPlan, samp
 def drawn_batches(drawer: ClassDrawer, plan: SamplesPlan, sampling: ImageSampling) -> Iterable[np.ndarray]:
     """uint8 [b, H, W, 3], one batch after the other."""
     classes = drawer.model.config.num_classes
-    for start in tqdm(range(0, plan.num_images, plan.batch_size), desc="pictures", unit="batch"):
+    for start in tqdm(range(0, plan.num_images, plan.batch_size), desc="images", unit="batch"):
         labels = [k % classes for k in range(start, min(start + plan.batch_size, plan.num_images))]
         images = drawer.draw(
             labels, sampling, seed=plan.seed, first_image=start, guidance_interval=plan.guidance_interval
@@ -75,8 +75,8 @@ def write_npz(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray])
             np.lib.format.write_array_header_1_0(file, header)
             for batch in batches:
                 if batch.shape[1:] != shape[1:] or batch.dtype != np.uint8:
-                    raise UserError(f"Pictures of {batch.shape[1:]} do not fit a file of {shape[1:]}.")
+                    raise UserError(f"Images of {batch.shape[1:]} do not fit a file of {shape[1:]}.")
                 file.write(np.ascontiguousarray(batch).tobytes())
                 written += len(batch)
         if written != shape[0]:
-            raise UserError(f"{written} pictures do not fill a file of {shape[0]}.")
+            raise UserError(f"{written} images do not fill a file of {shape[0]}.")

@@ -1,4 +1,4 @@
-"""The command that compares drawn pictures with real ones: `unimm eval generation`, eval/generation.py."""
+"""The command that compares drawn images with real ones: `unimm eval generation`, eval/generation.py."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from unimm.evaluation.generation.run import (
     collect,
     compare,
     read_reference,
-    write_pictures_npz,
+    write_images_npz,
     write_statistics,
 )
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
-from unimm.evaluation.runs.image_sets import picture_set, source_sha256
+from unimm.evaluation.runs.image_sets import image_set, source_sha256
 from unimm.evaluation.runs.store import Manifest, Record, RunStore, content_sha256, processes
 from unimm.runs.provenance import git_commit
 from unimm.runs.report import Report
 
 BENCH = "generation"
-KEY = ("sets", 0)  # a run has one record: figures belong to a set, not to a picture
+KEY = ("sets", 0)  # a run has one record: figures belong to a set, not to an image
 
 Figures = dict[str, Any]
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
     if not processes().is_main_process:
         return
     if arguments.write_npz is not None:
-        write_pictures_npz(arguments.samples, arguments.write_npz, arguments.num_images, found.get("unreadable", []))
+        write_images_npz(arguments.samples, arguments.write_npz, arguments.num_images, found.get("unreadable", []))
     for name, value in found.items():
         report.say(f"{name:<24} {value}" if not isinstance(value, float) else f"{name:<24} {value:12.5f}")
     report.say(f"{'features':<24} {space.name}, sha256 {described['sha256']}")
@@ -69,7 +69,7 @@ def _compared(arguments: argparse.Namespace, space: FeatureSpace) -> Figures:
 
 
 def _collected(arguments: argparse.Namespace, space: FeatureSpace) -> Collected:
-    return collect(space, picture_set(arguments.samples, arguments.num_images), arguments.batch_size)
+    return collect(space, image_set(arguments.samples, arguments.num_images), arguments.batch_size)
 
 
 def _recorded(arguments: argparse.Namespace, space: FeatureSpace, described: dict[str, Any]) -> Figures:
@@ -107,7 +107,7 @@ def _manifest(arguments: argparse.Namespace, described: dict[str, Any]) -> Manif
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.samples is None or arguments.reference is None:
-        raise UserError("Name two sets: --samples, the drawn pictures, and --reference, the real ones.")
+        raise UserError("Name two sets: --samples, the drawn images, and --reference, the real ones.")
     if (arguments.inception is None) == (arguments.encoder is None):
         raise UserError("Name the network that compares: either --inception FILE or --encoder PATH.")
     for name in ("num_images", "kernel_size", "batch_size"):
@@ -121,12 +121,12 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         description=description or __doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--samples", metavar="SET", help="the drawn pictures: a folder, a parquet file or an npz")
+    made.add_argument("--samples", metavar="SET", help="the drawn images: a folder, a parquet file or an npz")
     made.add_argument("--reference", metavar="SET", help="the real ones, or their statistics")
     made.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
     made.add_argument("--encoder", metavar="PATH", help="a vision encoder instead: SigLIP, CLIP, DINOv2, ...")
     made.add_argument("--num-images", type=int, help="take the first N of each set; all unless given")
-    made.add_argument("--kernel-size", type=int, help="pictures in one subset of KID; 1000, or all of fewer")
+    made.add_argument("--kernel-size", type=int, help="images in one subset of KID; 1000, or all of fewer")
     made.add_argument("--batch-size", type=int, default=50)
     made.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
     made.add_argument("--write-npz", metavar="FILE", help="write the samples as arr_0")

@@ -1,8 +1,8 @@
-"""Networks in whose features sets of pictures are compared: Inception from a user's file, any vision encoder, or an
+"""Networks in whose features sets of images are compared: Inception from a user's file, any vision encoder, or an
 image tokenizer's own encoder.
 
-Special here: a space has a name, and figures carry it (`fid` is Inception's alone, `fd_dinov2_cls_224` another scale);
-its description holds the weights' sha256, the layer and the preprocessing. Every space takes the same 8-bit pictures.
+A space has a name, and figures carry it (`fid` is Inception's alone, `fd_dinov2_cls_224` another scale);
+its description holds the weights' sha256, the layer and the preprocessing. Every space takes the same 8-bit images.
 """
 
 from pathlib import Path
@@ -24,12 +24,12 @@ POOL, SPATIAL, PROBABILITIES = "pool", "spatial", "probabilities"
 
 
 class FeatureSpace(Protocol):
-    """`features` of pictures uint8 [B, H, W, 3]: always `pool` [B, D]; Inception's also `spatial` and
+    """`features` of images uint8 [B, H, W, 3]: always `pool` [B, D]; Inception's also `spatial` and
     `probabilities`."""
 
     name: str
 
-    def features(self, pictures: np.ndarray) -> dict[str, Tensor]: ...
+    def features(self, images: np.ndarray) -> dict[str, Tensor]: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -43,9 +43,9 @@ class InceptionSpace:
         self.network, self.sha256 = network, sha256
 
     @torch.inference_mode()
-    def features(self, pictures: np.ndarray) -> dict[str, Tensor]:
+    def features(self, images: np.ndarray) -> dict[str, Tensor]:
         device = self.network.fc.weight.device
-        found = self.network(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device))
+        found = self.network(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
         return {name: value.cpu() for name, value in found._asdict().items()}
 
     def describe(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class InceptionSpace:
 class EncoderSpace:
     """A pretrained vision encoder: its CLS token behind the final norm, or the mean of the patches where it has none.
 
-    Pictures are resized to the encoder's own size (bicubic, no crop), as dgm-eval does for DINOv2.
+    Images are resized to the encoder's own size (bicubic, no crop), as dgm-eval does for DINOv2.
     """
 
     def __init__(self, path: str | Path, device: torch.device) -> None:
@@ -69,9 +69,9 @@ class EncoderSpace:
         self.name = f"{self.encoder.config.model_type}_{self.layer}_{self.side}"
 
     @torch.inference_mode()
-    def features(self, pictures: np.ndarray) -> dict[str, Tensor]:
+    def features(self, images: np.ndarray) -> dict[str, Tensor]:
         size = {"interpolate_pos_encoding": True} if self.family.asks_to_interpolate else {}
-        pixel_values = _normalised(_resized(pictures, self.side), self.mean, self.std, self.encoder.device)
+        pixel_values = _normalised(_resized(images, self.side), self.mean, self.std, self.encoder.device)
         states = self.encoder(pixel_values, output_hidden_states=True, **size).hidden_states[-1]
         tokens = final_norm(self.encoder)(states)
         return {POOL: (tokens[:, 0] if self.family.cls_token else tokens.mean(dim=1)).cpu()}
@@ -84,7 +84,7 @@ class EncoderSpace:
 class TokenizerSpace:
     """The mean patch feature of an image tokenizer's encoder.
 
-    It flatters the tokenizer: a decoder that was trained towards these features makes them right before the picture
+    It flatters the tokenizer: a decoder that was trained towards these features makes them right before the image
     is. `original` says that the encoder is the one that the tokenizer began with.
     """
 
@@ -93,9 +93,9 @@ class TokenizerSpace:
         self.name = "original_encoder" if original else "own_encoder"
 
     @torch.inference_mode()
-    def features(self, pictures: np.ndarray) -> dict[str, Tensor]:
+    def features(self, images: np.ndarray) -> dict[str, Tensor]:
         config = self.tokenizer.config
-        resized = _resized(pictures, config.image_size)
+        resized = _resized(images, config.image_size)
         pixel_values = _normalised(resized, config.image_mean, config.image_std, self.tokenizer.device)
         return {POOL: self.tokenizer.features(pixel_values).mean(dim=1).float().cpu()}
 
@@ -124,14 +124,14 @@ def space_settings(described: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in described.items() if name != "sha256"}
 
 
-def _resized(pictures: np.ndarray, side: int) -> np.ndarray:
-    if pictures.shape[1:3] == (side, side):
-        return pictures
-    resized = [Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
+def _resized(images: np.ndarray, side: int) -> np.ndarray:
+    if images.shape[1:3] == (side, side):
+        return images
+    resized = [Image.fromarray(raw_image).resize((side, side), Image.Resampling.BICUBIC) for raw_image in images]
     return np.stack([np.asarray(image) for image in resized])
 
 
-def _normalised(pictures: np.ndarray, mean: Any, std: Any, device: torch.device) -> Tensor:
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device).float() / 255
+def _normalised(images: np.ndarray, mean: Any, std: Any, device: torch.device) -> Tensor:
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 255
     channels = [torch.tensor(values, device=device, dtype=torch.float32).view(1, 3, 1, 1) for values in (mean, std)]
     return (pixels - channels[0]) / channels[1]

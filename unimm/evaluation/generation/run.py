@@ -1,4 +1,4 @@
-"""Sets of drawn pictures against sets of real ones: FID, sFID, inception score, kernel distance, precision and recall.
+"""Sets of drawn images against sets of real ones: FID, sFID, inception score, kernel distance, precision and recall.
 
 The same code compares reconstructions with their originals. Sets come from a folder, a parquet file or the ADM
 evaluator's npz; a reference npz may hold statistics (`mu`, `sigma`, `mu_s`, `sigma_s`) instead of images or beside
@@ -32,7 +32,7 @@ from unimm.evaluation.metrics.distributions import (
     manifolds,
 )
 from unimm.evaluation.metrics.frechet import FeatureStatistics, Moments, frechet_distance, require_same_count
-from unimm.evaluation.runs.image_sets import PictureSet, picture_set, read_npz
+from unimm.evaluation.runs.image_sets import ImageSet, image_set, read_npz
 from unimm.evaluation.runs.store import processes
 from unimm.runs.provenance import appearing
 
@@ -107,25 +107,25 @@ class PairedSets:
         self.drawn.add(pair[1])
 
     def figures(self) -> dict[str, Any]:
-        """Those of `compare`, the reference being the same pictures before they were reconstructed."""
+        """Those of `compare`, the reference being the same images before they were reconstructed."""
         moments = {kind: statistics.moments for kind, statistics in self.originals.statistics.items()}
         reference = Reference(moments, self.originals.all(POOL))
         found = compare(self.drawn, reference, space=self.space)
         return found | ({"left_out": self.left_out} if self.left_out else {})
 
 
-def collect(space: FeatureSpace, pictures: PictureSet, batch_size: int = 50) -> Collected:
+def collect(space: FeatureSpace, images: ImageSet, batch_size: int = 50) -> Collected:
     """The features of a set, shared by all processes in contiguous parts.
 
     Raises:
         UserError: too many images differ from the first one in size, or fewer than two can be read.
     """
-    first, size = _first_readable(pictures)
-    state, total = processes(), len(pictures)
+    first, size = _first_readable(images)
+    state, total = processes(), len(images)
     own = range(
         total * state.process_index // state.num_processes, total * (state.process_index + 1) // state.num_processes
     )
-    part = PictureSet(lambda i: pictures.load(own[i]), [pictures.names[i] for i in own])
+    part = ImageSet(lambda i: images.load(own[i]), [images.names[i] for i in own])
     collected = Collected()
     batches = part.batches(batch_size, bad=lambda name, error: collected.unreadable.append(name))
     odd = 0
@@ -162,40 +162,40 @@ def finite_rows(features: dict[str, Tensor]) -> Tensor:
     return torch.stack([torch.isfinite(values).flatten(1).all(dim=1) for values in features.values()]).all(dim=0)
 
 
-def _first_readable(pictures: PictureSet) -> tuple[str, tuple[int, int]]:
+def _first_readable(images: ImageSet) -> tuple[str, tuple[int, int]]:
     """Return the name and the size of the first image that can be read. Raises UserError if there is none, or one
     image only."""
-    if len(pictures) < 2:
-        raise UserError(f"{len(pictures)} pictures are no distribution: give at least 2.")
+    if len(images) < 2:
+        raise UserError(f"{len(images)} images are no distribution: give at least 2.")
     reason: UserError | None = None
-    for index, name in enumerate(pictures.names):
+    for index, name in enumerate(images.names):
         try:
-            return name, pictures.load(index).size
+            return name, images.load(index).size
         except UserError as error:
             reason = reason or error
-    raise UserError(f"None of {len(pictures)} images can be read; the first: {reason}")
+    raise UserError(f"None of {len(images)} images can be read; the first: {reason}")
 
 
 def read_reference(source: str, space: FeatureSpace, count: int | None, batch_size: int = 50) -> Reference:
-    """The reference set: ADM's npz with statistics, pictures or both, or pictures from elsewhere.
+    """The reference set: ADM's npz with statistics, images or both, or images from elsewhere.
 
     Raises:
         UserError: as `collect`; statistics of another width or for another space than Inception.
     """
     path = data_path(source)
     moments: dict[str, Moments] = {}
-    pictures = True
+    images = True
     if path.suffix == ".npz":
         arrays = read_npz(path)
         moments = {kind: _moments(arrays, names, path) for kind, names in ADM_STATISTICS.items() if names[0] in arrays}
-        pictures = "arr_0" in arrays
+        images = "arr_0" in arrays
         if moments and space.name != (written := str(arrays.get("space", "inception"))):
-            raise UserError(f"{path} holds statistics of {written}, and the pictures are compared by {space.name}.")
-    if not pictures and not moments:
-        raise UserError(f"{path} holds neither pictures (arr_0) nor statistics (mu, sigma).")
-    if not pictures:
+            raise UserError(f"{path} holds statistics of {written}, and the images are compared by {space.name}.")
+    if not images and not moments:
+        raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma).")
+    if not images:
         return Reference(moments)
-    collected = collect(space, picture_set(source, None if moments else count), batch_size)
+    collected = collect(space, image_set(source, None if moments else count), batch_size)
     own = {kind: statistics.moments for kind, statistics in collected.statistics.items()}
     return Reference(own | moments, collected.all(POOL), tuple(collected.unreadable))
 
@@ -205,12 +205,12 @@ def compare(
 ) -> dict[str, Any]:
     """The figures of one set against another, each as far as the space and the reference allow.
 
-    `fid` and `sfid` (Inception), `fd_NAME` (any other space); `kid` over `kernel_size` pictures a subset (1000, or as
+    `fid` and `sfid` (Inception), `fd_NAME` (any other space); `kid` over `kernel_size` images a subset (1000, or as
     many as there are), `precision`, `recall`, `density`, `coverage`; `inception_score` over 10 splits of a fixed
     permutation and `inception_score_adm` over blocks of 5000 in the given order; `count` and `count_reference`.
 
     Raises:
-        UserError: the sets differ in number, or hold fewer pictures than a figure needs.
+        UserError: the sets differ in number, or hold fewer images than a figure needs.
     """
     inception, found = space.name == "inception", dict[str, Any]()
     found |= {"count": generated.count, "count_reference": reference.moments[POOL].count}
@@ -237,7 +237,7 @@ def compare(
             size = min(size, smaller)
         if smaller <= PRDC_NEIGHBOURS or size > smaller:
             raise UserError(
-                f"Subsets of {size} pictures and {PRDC_NEIGHBOURS} neighbours need more than {smaller} pictures."
+                f"Subsets of {size} images and {PRDC_NEIGHBOURS} neighbours need more than {smaller} images."
             )
         distance = kernel_distance(reference.pool, pool, subsets=KERNEL_SUBSETS, size=size)
         found |= {"kid": distance.mean, "kid_std": distance.std, "kid_subset_size": size}
@@ -245,7 +245,7 @@ def compare(
     if probabilities is not None:
         if len(probabilities) < SCORE_SPLITS:
             raise UserError(
-                f"The inception score takes {SCORE_SPLITS} splits; {len(probabilities)} pictures are too few."
+                f"The inception score takes {SCORE_SPLITS} splits; {len(probabilities)} images are too few."
             )
         score = inception_score(probabilities, splits=SCORE_SPLITS)
         found |= {"inception_score": score.mean, "inception_score_std": score.std}
@@ -258,7 +258,7 @@ def _whole(moments: Moments, unreadable: Sequence[str]) -> Moments:
     return replace(moments, count=None if moments.count is None else moments.count + len(unreadable))
 
 
-def write_pictures_npz(
+def write_images_npz(
     source: str, path: str | Path, count: int | None = None, unreadable: Sequence[str] = ()
 ) -> tuple[int, ...]:
     """Write a set of images, but for the `unreadable` ones, as the ADM evaluator's npz; returns the array's shape.
@@ -266,11 +266,11 @@ def write_pictures_npz(
     Raises:
         UserError: another image cannot be read, sizes differ, or the file cannot be written.
     """
-    pictures = picture_set(source, count)
-    kept = [index for index, name in enumerate(pictures.names) if name not in set(unreadable)]
-    width, height = pictures.load(kept[0]).size
+    images = image_set(source, count)
+    kept = [index for index, name in enumerate(images.names) if name not in set(unreadable)]
+    width, height = images.load(kept[0]).size
     shape = (len(kept), height, width, 3)
-    write_npz(Path(path), shape, (to_array([pictures.load(index)]) for index in kept))
+    write_npz(Path(path), shape, (to_array([images.load(index)]) for index in kept))
     return shape
 
 

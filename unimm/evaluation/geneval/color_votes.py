@@ -1,6 +1,6 @@
-"""The colour of an object, as GenEval's scorer asks for it: CLIP (https://arxiv.org/abs/2103.00020) among ten colours.
+"""The color of an object, as GenEval's scorer asks for it: CLIP (https://arxiv.org/abs/2103.00020) among ten colors.
 
-Special here: what lies outside the object's mask becomes grey, the box is cut out, and CLIP's own preparation cuts the
+What lies outside the object's mask becomes gray, the box is cut out, and CLIP's own preparation cuts the
 ends off what is longer than wide; all three are the benchmark's and stay. Each class has a text classifier of its own,
 three wordings averaged on the sphere.
 """
@@ -33,20 +33,20 @@ LOGIT_SCALE = 100.0
 
 
 class Vote(NamedTuple):
-    """The colour of an object, and the share of the vote (softmax over the ten) that each colour has."""
+    """The color of an object, and the share of the vote (softmax over the ten) that each color has."""
 
     color: str
     shares: dict[str, float]
 
 
 class ColorVoter:
-    """Names the colours of objects.
+    """Names the colors of objects.
 
     Args:
         model: a CLIP, in evaluation mode.
         text_tokenizer: its own.
         name: where it comes from.
-        background: what the rest of the picture is painted in; "original" keeps it.
+        background: what the rest of the image is painted in; "original" keeps it.
         crop: whether the object's box is cut out.
         batch_size: objects in a forward.
     """
@@ -95,13 +95,13 @@ class ColorVoter:
         logits: Tensor = LOGIT_SCALE * images @ self._classifier(class_name).T
         if not torch.isfinite(logits).all():
             raise UserError(
-                f"{self.name} gave scores that are not finite on {self.model.device} in {self.model.dtype}: no colour "
+                f"{self.name} gave scores that are not finite on {self.model.device} in {self.model.dtype}: no color "
                 "is named with it. Try another --dtype or --device, or fetch the checkpoint anew."
             )
         return logits
 
     def _classifier(self, class_name: str) -> Tensor:
-        """[10, D]: per colour the mean of its wordings, on the unit sphere."""
+        """[10, D]: per color the mean of its wordings, on the unit sphere."""
         if class_name not in self._classifiers:
             texts = [template.format(color=color, name=class_name) for color in COLORS for template in TEMPLATES]
             tokens = self.text_tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
@@ -112,14 +112,14 @@ class ColorVoter:
 
 
 def object_view(image: Image.Image, segment: Segment, background: str = GREY, *, crop: bool = True) -> Image.Image:
-    """What CLIP is shown of an object in an upright RGB picture."""
+    """What CLIP is shown of an object in an upright RGB image."""
     blank = image if background == KEEP else Image.new("RGB", image.size, color=background)
     alone = Image.composite(image, blank, Image.fromarray(segment.mask))
     return alone.crop(segment.box) if crop else alone  # Pillow rounds the corners, halves to even
 
 
 def prepare_view(view: Image.Image, size: int) -> Tensor:
-    """CLIP's own preparation: the short side to `size` (bicubic), the centre cut out, normalised; [3, size, size].
+    """CLIP's own preparation: the short side to `size` (bicubic), the centre cut out, normalized; [3, size, size].
 
     Half a pixel of the crop's offset is rounded to even, as the original code does; transformers rounds it down.
     """

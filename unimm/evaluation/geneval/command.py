@@ -1,6 +1,6 @@
-"""The command of GenEval, eval/geneval.py: draw or read pictures, check the scorer on known ones, judge them.
+"""The command of GenEval, eval/geneval.py: draw or read images, check the scorer on known ones, judge them.
 
-A second judge may answer questions about the same pictures (`--vqa`). Instead of scoring it calibrates verdicts against
+A second judge may answer questions about the same images (`--vqa`). Instead of scoring it calibrates verdicts against
 people (`--calibrate`), looks for the prompts in training captions (`--contamination`), or writes the prompts
 (`--write-prompts`).
 """
@@ -17,7 +17,7 @@ from unimm.errors import UserError
 from unimm.evaluation.geneval.color_votes import GREY, load_color_voter
 from unimm.evaluation.geneval.contamination import overlap, read_captions
 from unimm.evaluation.geneval.detector import load_detector
-from unimm.evaluation.geneval.files import PictureFolder, canaries_of, official_results, read_folder, write_folder
+from unimm.evaluation.geneval.files import ImageFolder, canaries_of, official_results, read_folder, write_folder
 from unimm.evaluation.geneval.human_agreement import (
     PAPER_AGREEMENT,
     agreement_table,
@@ -35,24 +35,24 @@ from unimm.evaluation.geneval.prompts import (
     track_of,
 )
 from unimm.evaluation.geneval.question_scorer import BENCH as QUESTIONS_BENCH
-from unimm.evaluation.geneval.question_scorer import DISAGREEMENTS, compare_judges, question_pictures
+from unimm.evaluation.geneval.question_scorer import DISAGREEMENTS, compare_judges, question_images
 from unimm.evaluation.geneval.run import (
     BENCH,
     SHAPES_TRACK,
-    DrawnPictures,
+    DrawnImages,
     GenevalPlan,
-    GivenPictures,
-    Pictures,
-    score_pictures,
+    GivenImages,
+    Images,
+    score_images,
     shapes_track,
 )
 from unimm.evaluation.geneval.scorers import DetectorScorer, Scorer, ShapesScorer, Thresholds
 from unimm.evaluation.geneval.summary import table
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
-from unimm.evaluation.runs.evaluated_model import Subject, load_subject
+from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.records import read_records
 from unimm.evaluation.runs.store import Key, Manifest, RunStore, content_sha256, processes
-from unimm.evaluation.vqa import load_judge
+from unimm.evaluation.vqa import load_vqa_model
 from unimm.runs.provenance import model_fingerprint, write_atomically
 from unimm.runs.report import Report
 
@@ -69,27 +69,27 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     add_run_arguments(made)
     made.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
-    source = made.add_argument_group("pictures")
+    source = made.add_argument_group("images")
     source.add_argument("--model", help="a unified model; the default comes with the library")
     source.add_argument("--images", metavar="DIR", help="judge this folder (official layout) instead of drawing")
     source.add_argument("--prompts", metavar="FILE", help="another list (JSONL), reported as a track of its own")
-    source.add_argument("--shapes", action="store_true", help="the picture world: its prompts, its own detector")
-    source.add_argument("--num-images", type=int, default=4, help="pictures of each prompt (default 4)")
+    source.add_argument("--shapes", action="store_true", help="the shapes data set: its prompts, its own detector")
+    source.add_argument("--num-images", type=int, default=4, help="images of each prompt (default 4)")
     source.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each tag")
     source.add_argument("--seed", type=int, default=0, help="default 0")
-    source.add_argument("--batch-size", type=int, default=8, help="pictures in one forward (default 8)")
+    source.add_argument("--batch-size", type=int, default=8, help="images in one forward (default 8)")
     source.add_argument("--guidance-scale", type=float, help="of drawing; default: the checkpoint's own")
     source.add_argument("--temperature", type=float, help="of drawing; default: the checkpoint's own")
-    source.add_argument("--export", metavar="DIR", help="also copy the pictures into the official layout")
+    source.add_argument("--export", metavar="DIR", help="also copy the images into the official layout")
     judge = made.add_argument_group("judges")
     judge.add_argument("--detector", metavar="DIR", help="a Mask2Former for COCO's instances")
     judge.add_argument("--clip", metavar="DIR", help="a CLIP that names colours")
-    judge.add_argument("--vqa", metavar="DIR", help="a second judge that answers questions about the pictures")
-    judge.add_argument("--canary", metavar="DIR", help="known pictures (official layout, with `expected`)")
+    judge.add_argument("--vqa", metavar="DIR", help="a second judge that answers questions about the images")
+    judge.add_argument("--canary", metavar="DIR", help="known images (official layout, with `expected`)")
     judge.add_argument("--device", help="of the judges and the model (default: the GPU when there is one)")
     judge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the judges")
     judge.add_argument("--background", default=GREY, help='around an object whose colour is named; "original" keeps it')
-    judge.add_argument("--no-crop", action="store_true", help="show the colour classifier the whole picture")
+    judge.add_argument("--no-crop", action="store_true", help="show the colour classifier the whole image")
     for option in fields(Thresholds):
         kind = int if option.name == "max_objects" else float
         name = f"--{option.name.replace('_', '-')}"
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
 
 def _score(arguments: argparse.Namespace, report: Report) -> None:
     if arguments.output is None:
-        raise UserError("--output DIR is not given: pictures, detections and verdicts are kept there.")
+        raise UserError("--output DIR is not given: images, detections and verdicts are kept there.")
     if arguments.export is not None and Path(arguments.export).exists():
         raise UserError(f"--export {arguments.export} exists: choose a new folder, nothing is overwritten.")
     plan, given = _plan(arguments), _given(arguments)
@@ -134,30 +134,30 @@ def _score(arguments: argparse.Namespace, report: Report) -> None:
     with report.timed("load"):
         scorer = _scorer(arguments)
         _check_classes(prompts, scorer)
-        subject = _subject(arguments) if given is None else None
+        evaluated = _evaluated(arguments) if given is None else None
     with report.timed("canary"):
         known = scorer.check(scorer.canaries() if arguments.canary is None else canaries_of(arguments.canary))
     weights = scorer.weights()
     settings: dict[str, Any] = {"track": track.name, "batch_size": plan.batch_size, "judge": scorer.describe()}
     if given is not None:
         weights["images"] = content_sha256(given.content())
-    if subject is not None:
-        weights["model"] = model_fingerprint(subject.model)
+    if evaluated is not None:
+        weights["model"] = model_fingerprint(evaluated.model)
         settings |= {"num_images": plan.num_images, "limit": plan.limit, "sampling": plan.sampling}
-        settings |= subject.runs_on
+        settings |= evaluated.runs_on
     asked = content_sha256(prompts.items())
     manifest = Manifest(BENCH, asked, plan.seed, settings, weights, arguments=recorded_arguments(arguments))
     with report.timed("score"), RunStore.open(arguments.output, manifest) as store:
-        pictures: Pictures
-        if subject is not None:
-            pictures = DrawnPictures(subject.model, subject.processor, prompts, plan, store)
+        images: Images
+        if evaluated is not None:
+            images = DrawnImages(evaluated.model, evaluated.processor, prompts, plan, store)
         else:
             assert given is not None
-            pictures = GivenPictures(given)
-        summary = score_pictures(store, pictures, scorer, plan.batch_size)
-    paths = dict(zip(pictures.keys, pictures.paths(pictures.keys), strict=True))
+            images = GivenImages(given)
+        summary = score_images(store, images, scorer, plan.batch_size)
+    paths = dict(zip(images.keys, images.paths(images.keys), strict=True))
     if processes().is_main_process:
-        report.say(f"{track.name}, judged by {scorer.name} ({known} known pictures judged rightly)\n{table(summary)}")
+        report.say(f"{track.name}, judged by {scorer.name} ({known} known images judged rightly)\n{table(summary)}")
         report.add(track=track.name, scorer=scorer.name, canaries=known, **summary)
         folder = Path(arguments.output)
         write_atomically(folder / RESULTS, official_results(read_records(folder), scorer))
@@ -167,22 +167,22 @@ def _score(arguments: argparse.Namespace, report: Report) -> None:
         _second_judge(arguments, report, paths, prompts, manifest)
 
 
-def _given(arguments: argparse.Namespace) -> PictureFolder | None:
+def _given(arguments: argparse.Namespace) -> ImageFolder | None:
     """The folder to judge, if one is. Raises UserError where it is also said how to draw."""
     if arguments.images is None:
         return None
     drawing = ("model", "prompts", "limit", "guidance_scale", "temperature")
     if unused := [f"--{name.replace('_', '-')}" for name in drawing if getattr(arguments, name) is not None]:
-        raise UserError(f"--images judges pictures that are there already: leave out {', '.join(unused)}.")
+        raise UserError(f"--images judges images that are there already: leave out {', '.join(unused)}.")
     return read_folder(arguments.images)
 
 
-def _subject(arguments: argparse.Namespace) -> Subject:
+def _evaluated(arguments: argparse.Namespace) -> EvaluatedModel:
     """The model under test. Raises UserError for an image tokenizer alone."""
-    subject = load_subject(arguments.model, arguments.device)
-    if subject.model is None:
+    evaluated = load_evaluated_model(arguments.model, arguments.device)
+    if evaluated.model is None:
         raise UserError(f"{arguments.model} is an image tokenizer and cannot draw: give a unified model.")
-    return subject
+    return evaluated
 
 
 def _check_classes(prompts: Mapping[str, Metadata], scorer: Scorer) -> None:
@@ -200,25 +200,25 @@ def _check_classes(prompts: Mapping[str, Metadata], scorer: Scorer) -> None:
 def _second_judge(
     arguments: argparse.Namespace,
     report: Report,
-    pictures: Mapping[Key, Path],
+    images: Mapping[Key, Path],
     prompts: Mapping[str, Metadata],
     manifest: Manifest,
 ) -> None:
-    """The same pictures judged by answers, and where the two judges part."""
+    """The same images judged by answers, and where the two judges part."""
     with report.timed("load_vqa"):
-        judge = load_judge(arguments.vqa, device=arguments.device)
+        judge = load_vqa_model(arguments.vqa, device=arguments.device)
     folder, described = Path(arguments.output), judge.describe()
     settings = manifest.settings | {"judge": described}
     weights = manifest.weights | {"vqa": described["sha256"]}
     asked = replace(manifest, bench=QUESTIONS_BENCH, settings=settings, weights=weights)
     with report.timed("questions"), RunStore.open(folder / QUESTIONS, asked) as store:
-        summary = question_pictures(store, pictures, prompts, judge, arguments.batch_size)
+        summary = question_images(store, images, prompts, judge, arguments.batch_size)
     if not processes().is_main_process:
         return
     found = compare_judges(read_records(folder), read_records(folder / QUESTIONS), folder)
     report.say(f"{settings['track']}, judged by the answers of {described['name']}\n{table(summary)}")
     parted = len(found.only_first) + len(found.only_second)
-    report.say(f"  the two judges agree on {found.rate:.1%} of the pictures; {parted} to look at in {DISAGREEMENTS}")
+    report.say(f"  the two judges agree on {found.rate:.1%} of the images; {parted} to look at in {DISAGREEMENTS}")
     report.add(questions=summary, judges_agree=found.rate)
 
 
@@ -229,7 +229,7 @@ def _plan(arguments: argparse.Namespace) -> GenevalPlan:
     return GenevalPlan(arguments.num_images, arguments.limit, arguments.seed, arguments.batch_size, sampling)
 
 
-def _track_of_folder(folder: PictureFolder) -> PromptTrack:
+def _track_of_folder(folder: ImageFolder) -> PromptTrack:
     prompts = list(folder.prompts.values())
     return PromptTrack(track_of(prompts), prompts)
 
@@ -265,7 +265,7 @@ def _scorer(arguments: argparse.Namespace) -> Scorer:
 def _calibrate(arguments: argparse.Namespace, report: Report) -> None:
     """Verdicts against the majority of people, per tag."""
     if arguments.verdicts is None:
-        raise UserError("--calibrate needs --verdicts DIR, the folder of a finished run on the annotated pictures.")
+        raise UserError("--calibrate needs --verdicts DIR, the folder of a finished run on the annotated images.")
     records = read_records(arguments.verdicts)
     verdicts = {(int(record.item), record.sample): bool(record.verdict) for record in records}
     prompts = official_prompts()

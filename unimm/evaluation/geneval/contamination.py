@@ -1,8 +1,8 @@
-"""How many training captions are prompts of the benchmark, or could have been: exact, normalised, and by template.
+"""How many training captions are prompts of the benchmark, or could have been: exact, normalized, and by template.
 
-Special here: training data grown from GenEval's own grammar ("a photo of a C1 X and a C2 Y") lifts the score without a
+Training data grown from GenEval's own grammar ("a photo of a C1 X and a C2 Y") lifts the score without a
 single prompt being copied, so every sentence that the grammar could have written is counted by itself: once with the
-benchmark's own classes and colours, once with any nouns in their places.
+benchmark's own classes and colors, once with any nouns in their places.
 """
 
 import json
@@ -50,7 +50,7 @@ def normalize_caption(text: str) -> str:
 
 
 def overlap(captions: Iterable[str], prompts: Sequence[str]) -> Overlap:
-    """Compare captions with prompts. A normalised match is no exact one, and a template match neither of the two."""
+    """Compare captions with prompts. A normalized match is no exact one, and a template match neither of the two."""
     exact, normalized = set(prompts), {normalize_caption(prompt): prompt for prompt in prompts}
     closed, any_class = _templates(_words(COCO_CLASSES), _words(COLORS)), _templates(_NOUN, _words(COLORS))
     result, met = Overlap(), set[str]()

@@ -2,7 +2,7 @@
 
 Special here is what stands around the network. The library's own post-processing scores masks at 384 x 384 and gives
 one label per query; the benchmark's detector does neither, so its steps are written out below: the 100 best pairs of
-query and class, masks at the picture's own size, class probability times mask quality, boxes from masks. Preparation
+query and class, masks at the image's own size, class probability times mask quality, boxes from masks. Preparation
 follows it too: bilinear without antialiasing, the short side 800 and the long side at most 1333, zeros on the right and
 below up to a multiple of 32.
 
@@ -45,7 +45,7 @@ class Segment(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """(height, width) of a picture, of its resized form, and of that with the padding that the network sees."""
+    """(height, width) of an image, of its resized form, and of that with the padding that the network sees."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -66,7 +66,7 @@ class InstanceDetector:
         model: a Mask2Former for those classes, in evaluation mode.
         name: where it comes from.
         min_score: segments with a lower score are left out; below every threshold that will be asked for.
-        batch_size: pictures of one size in a forward.
+        batch_size: images of one size in a forward.
     """
 
     def __init__(self, model: Any, name: str, *, min_score: float = 0.05, batch_size: int = 4) -> None:
@@ -75,7 +75,7 @@ class InstanceDetector:
 
     @torch.inference_mode()
     def detect(self, images: Sequence[Image.Image]) -> list[list[Segment]]:
-        """The segments of each upright RGB picture, the best first.
+        """The segments of each upright RGB image, the best first.
 
         Raises:
             UserError: the network gave scores that are not finite.
@@ -112,7 +112,7 @@ class InstanceDetector:
 
 
 def prepare(images: Sequence[Image.Image], geometry: Geometry) -> Tensor:
-    """Pictures of one size as the network's input [B, 3, H, W]: resized, rounded to 8 bits, normalised, padded."""
+    """Images of one size as the network's input [B, 3, H, W]: resized, rounded to 8 bits, normalized, padded."""
     pixels = torch.from_numpy(to_array(images)).permute(0, 3, 1, 2).float()
     resized = F.interpolate(pixels, geometry.resized, mode="bilinear", align_corners=False).round()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -121,7 +121,7 @@ def prepare(images: Sequence[Image.Image], geometry: Geometry) -> Tensor:
 
 
 def segments_of(class_logits: Tensor, mask_logits: Tensor, geometry: Geometry, min_score: float) -> list[Segment]:
-    """Segments of one picture, the best first.
+    """Segments of one image, the best first.
 
     Args:
         class_logits: [Q, 81], the last for "no object".
@@ -135,7 +135,7 @@ def segments_of(class_logits: Tensor, mask_logits: Tensor, geometry: Geometry, m
     scores, queries, classes = best.values[kept], best.indices[kept] // labels, best.indices[kept] % labels
     found = []
     for query in queries.unique().tolist():
-        logits = _at_picture_size(mask_logits[query], geometry)
+        logits = _at_image_size(mask_logits[query], geometry)
         mask = logits > 0
         quality = (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)
         box = box_of(mask)
@@ -212,8 +212,8 @@ def check_classes(names: dict[int, str], source: Path) -> None:
             raise UserError(f"{source} calls class {index} {name!r}, in COCO's order it is {expected!r}.")
 
 
-def _at_picture_size(mask_logits: Tensor, geometry: Geometry) -> Tensor:
-    """Mask logits [h, w] over the padded input -> [H, W] over the picture."""
+def _at_image_size(mask_logits: Tensor, geometry: Geometry) -> Tensor:
+    """Mask logits [h, w] over the padded input -> [H, W] over the image."""
     padded = F.interpolate(mask_logits[None, None], geometry.padded, mode="bilinear", align_corners=False)
     inside = padded[..., : geometry.resized[0], : geometry.resized[1]]
     return F.interpolate(inside, geometry.original, mode="bilinear", align_corners=False)[0, 0]

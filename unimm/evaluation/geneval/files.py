@@ -1,9 +1,9 @@
-"""GenEval's folders of pictures, in and out, and its file of results.
+"""GenEval's folders of images, in and out, and its file of results.
 
     FOLDER/00000/metadata.jsonl          the prompt's line of metadata
-    FOLDER/00000/samples/00000.png       pictures; any number of digits is read, five are written
+    FOLDER/00000/samples/00000.png       images; any number of digits is read, five are written
 
-Special here: a folder that anybody's model filled is judged like our own, and the official scorer and
+A folder that anybody's model filled is judged like our own, and the official scorer and
 `summary_scores.py` read what is written here.
 """
 
@@ -23,18 +23,18 @@ from unimm.evaluation.runs.records import Key, Record
 from unimm.runs.provenance import write_atomically
 
 METADATA, SAMPLES = "metadata.jsonl", "samples"
-_PICTURE = re.compile(r"(\d+)\.png")
+_IMAGE = re.compile(r"(\d+)\.png")
 
 
-class PictureFolder(NamedTuple):
-    """A folder of the official layout: per item its metadata, per (item, sample) a picture."""
+class ImageFolder(NamedTuple):
+    """A folder of the official layout: per item its metadata, per (item, sample) an image."""
 
     prompts: dict[str, Metadata]
-    pictures: dict[Key, Path]
+    images: dict[Key, Path]
 
     def content(self) -> list[tuple[str, int, str]]:
-        """(item, sample, sha256 of the file) of every picture: what a result on this folder is a result on."""
-        return [(*key, sha256(path.read_bytes()).hexdigest()) for key, path in sorted(self.pictures.items())]
+        """(item, sample, sha256 of the file) of every image: what a result on this folder is a result on."""
+        return [(*key, sha256(path.read_bytes()).hexdigest()) for key, path in sorted(self.images.items())]
 
 
 def item_name(index: int) -> str:
@@ -42,11 +42,11 @@ def item_name(index: int) -> str:
     return f"{index:05d}"
 
 
-def read_folder(folder: str | Path) -> PictureFolder:
-    """Pictures and metadata of a folder in the official layout.
+def read_folder(folder: str | Path) -> ImageFolder:
+    """Images and metadata of a folder in the official layout.
 
     Raises:
-        UserError: another layout, a folder without metadata or pictures, or two pictures of one number.
+        UserError: another layout, a folder without metadata or images, or two images of one number.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -57,26 +57,26 @@ def read_folder(folder: str | Path) -> PictureFolder:
             f"{folder} is no GenEval folder: it has no folders such as 00000 with {METADATA} and {SAMPLES}/00000.png."
         )
     prompts: dict[str, Metadata] = {}
-    pictures: dict[Key, Path] = {}
+    images: dict[Key, Path] = {}
     for place in places:
         item = item_name(_number(place))
         if item in prompts:
             raise UserError(f"{folder} has two folders with the number {_number(place)}: keep one of them.")
         prompts[item] = _metadata(place)
         for path in sorted((place / SAMPLES).glob("*.png")):
-            if (match := _PICTURE.fullmatch(path.name)) is None:
+            if (match := _IMAGE.fullmatch(path.name)) is None:
                 continue
             key = item, int(match[1])
-            if key in pictures:
-                raise UserError(f"{pictures[key]} and {path.name} are one sample, {key[1]}: keep one of them.")
-            pictures[key] = path
-        if not any(key[0] == item for key in pictures):
-            raise UserError(f"{place / SAMPLES} holds no picture with a name such as 00000.png.")
-    return PictureFolder(prompts, pictures)
+            if key in images:
+                raise UserError(f"{images[key]} and {path.name} are one sample, {key[1]}: keep one of them.")
+            images[key] = path
+        if not any(key[0] == item for key in images):
+            raise UserError(f"{place / SAMPLES} holds no image with a name such as 00000.png.")
+    return ImageFolder(prompts, images)
 
 
-def write_folder(target: str | Path, prompts: Mapping[str, Metadata], pictures: Mapping[Key, Path]) -> Path:
-    """Copy pictures into the official layout, metadata last: a folder with metadata is complete.
+def write_folder(target: str | Path, prompts: Mapping[str, Metadata], images: Mapping[Key, Path]) -> Path:
+    """Copy images into the official layout, metadata last: a folder with metadata is complete.
 
     Raises:
         UserError: the target holds something already, or cannot be written to.
@@ -85,19 +85,19 @@ def write_folder(target: str | Path, prompts: Mapping[str, Metadata], pictures: 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--export {target} is not an empty folder: choose another, nothing is overwritten.")
     try:
-        for (item, sample), path in sorted(pictures.items()):
+        for (item, sample), path in sorted(images.items()):
             place = target / item / SAMPLES
             place.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place / f"{sample:05d}.png")
-        for item in dict.fromkeys(item for item, _ in sorted(pictures)):
+        for item in dict.fromkeys(item for item, _ in sorted(images)):
             write_atomically(target / item / METADATA, json.dumps(prompts[item]) + "\n")
     except OSError as error:
-        raise UserError(f"Cannot write the pictures into {target}: {error.strerror or error}.") from None
+        raise UserError(f"Cannot write the images into {target}: {error.strerror or error}.") from None
     return target
 
 
 def official_results(records: Iterable[Record], scorer: Scorer) -> str:
-    """The official scorer's lines (filename, tag, prompt, correct, reason, metadata, details), one per picture."""
+    """The official scorer's lines (filename, tag, prompt, correct, reason, metadata, details), one per image."""
     lines = []
     for record in records:
         objects = scorer.objects(record.inputs, record.raw_scores.get("detections", []))
@@ -120,15 +120,15 @@ def official_results(records: Iterable[Record], scorer: Scorer) -> str:
 
 
 def canaries_of(folder: str | Path) -> list[Canary]:
-    """A person's own known pictures: the official layout, with `"expected": true` or false in each metadata.jsonl.
+    """A person's own known images: the official layout, with `"expected": true` or false in each metadata.jsonl.
 
     Raises:
         UserError: another layout, or a metadata.jsonl that does not say what is expected.
     """
-    pictures = read_folder(folder)
+    images = read_folder(folder)
     known = []
-    for (item, sample), path in sorted(pictures.pictures.items()):
-        metadata = pictures.prompts[item]
+    for (item, sample), path in sorted(images.images.items()):
+        metadata = images.prompts[item]
         if not isinstance(metadata.get("expected"), bool):
             raise UserError(f'{folder}/{item}: its metadata.jsonl needs "expected": true or false, the right verdict.')
         known.append(Canary(f"{item}/{sample}", load_image(path), metadata, metadata["expected"]))
@@ -138,7 +138,7 @@ def canaries_of(folder: str | Path) -> list[Canary]:
 def _metadata(place: Path) -> Metadata:
     path = place / METADATA
     if not path.is_file():
-        raise UserError(f"{place} has no {METADATA}: it says what its pictures should show.")
+        raise UserError(f"{place} has no {METADATA}: it says what its images should show.")
     return check_prompt(path.read_text(encoding="utf-8"), str(path))
 
 

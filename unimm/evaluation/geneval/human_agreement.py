@@ -1,9 +1,9 @@
-"""How far a scorer's verdicts agree with people: GenEval's own annotations, five raters a picture (arXiv 2310.11513).
+"""How far a scorer's verdicts agree with people: GenEval's own annotations, five raters an image (arXiv 2310.11513).
 
-Special here: a rater was not asked whether a picture is right but how many objects there are, which colours they have
-and where they stand, so what he thinks of the prompt follows by rule from his answers; a picture is right for people
+A rater was not asked whether an image is right but how many objects there are, which colors they have
+and where they stand, so what he thinks of the prompt follows by rule from his answers; an image is right for people
 when most of its raters say so. Beside it stands what most raters said of the caption as a whole (`caption`: it fully
-captures the meaning). The paper's detector agrees with the majority on 83 % of the pictures.
+captures the meaning). The paper's detector agrees with the majority on 83 % of the images.
 
 Some rows of one published file are torn in two at a line break inside a rater's free text; they are joined again.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from unimm.errors import UserError, one_line
 
-FULLY_CAPTURED = "4"  # of the raters' four grades of how a picture fits its caption
+FULLY_CAPTURED = "4"  # of the raters' four grades of how an image fits its caption
 PAPER_AGREEMENT = 0.83
 _COLUMNS = ("Input.index", "Input.caption", "Answer.task-count-0", "Answer.task-color-0", "Answer.task-quality")
 _AXES = {"left of": ("x", "left"), "right of": ("x", "right"), "above": ("y", "above"), "below": ("y", "below")}
@@ -28,7 +28,7 @@ Key = tuple[int, int]  # (prompt index, sample)
 
 
 class HumanVerdict(NamedTuple):
-    """What most raters of one picture say: by the prompt's rules, and of the caption as a whole."""
+    """What most raters of one image say: by the prompt's rules, and of the caption as a whole."""
 
     rules: bool
     caption: bool
@@ -36,9 +36,9 @@ class HumanVerdict(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A scorer against people on the same pictures."""
+    """A scorer against people on the same images."""
 
-    pictures: int
+    images: int
     agreement: float
     kappa: float
     both_right: int
@@ -48,7 +48,7 @@ class Comparison(NamedTuple):
 
 
 def read_annotations(path: str | Path) -> list[dict[str, str]]:
-    """The rows of an annotation file (`.csv` or `.csv.gz`), one per picture and rater.
+    """The rows of an annotation file (`.csv` or `.csv.gz`), one per image and rater.
 
     Raises:
         UserError: the file cannot be read, or is none of GenEval's annotation files.
@@ -68,7 +68,7 @@ def read_annotations(path: str | Path) -> list[dict[str, str]]:
 def human_verdicts(
     annotations: Iterable[Mapping[str, str]], prompts: Sequence[Mapping[str, Any]]
 ) -> dict[Key, HumanVerdict]:
-    """The majority per picture, keyed by (prompt index, sample).
+    """The majority per image, keyed by (prompt index, sample).
 
     Raises:
         UserError: an annotated caption is not the prompt of that index.
@@ -89,9 +89,9 @@ def human_verdicts(
 
 
 def fulfils(row: Mapping[str, str], prompt: Mapping[str, Any]) -> bool:
-    """Whether one rater's answers describe a picture of the prompt.
+    """Whether one rater's answers describe an image of the prompt.
 
-    Counting prompts want the very number, the others at least one of each; a colour must be among those that the rater
+    Counting prompts want the very number, the others at least one of each; a color must be among those that the rater
     named; object 1 stands to object 0 as he said.
     """
     exact = bool(prompt.get("exclude"))
@@ -109,16 +109,16 @@ def fulfils(row: Mapping[str, str], prompt: Mapping[str, Any]) -> bool:
 
 
 def compare(verdicts: Mapping[Key, bool], people: Mapping[Key, bool]) -> Comparison:
-    """Agreement, confusion and Cohen's kappa on the pictures that both judged.
+    """Agreement, confusion and Cohen's kappa on the images that both judged.
 
     Raises:
-        UserError: there is no such picture.
+        UserError: there is no such image.
     """
     shared = sorted(verdicts.keys() & people.keys())
     if not shared:
         raise UserError(
-            f"None of the {len(verdicts)} judged pictures is among the {len(people)} annotated ones: score the "
-            "annotated pictures (djghosh/aigen-images on the Hub) under their official numbers."
+            f"None of the {len(verdicts)} judged images is among the {len(people)} annotated ones: score the "
+            "annotated images (djghosh/aigen-images on the Hub) under their official numbers."
         )
     scorer = np.array([verdicts[key] for key in shared])
     human = np.array([people[key] for key in shared])
@@ -141,11 +141,11 @@ def compare_by_tag(
 
 def agreement_table(rows: Mapping[str, Comparison]) -> str:
     """For a person: one line per tag with agreement, kappa and the four cells of the confusion."""
-    titles = ("pictures", "agree", "kappa", "both", "people", "scorer", "neither")
+    titles = ("images", "agree", "kappa", "both", "people", "scorer", "neither")
     lines = ["  " + " " * 14 + "".join(f"{title:>10}" for title in titles)]
     for tag, row in rows.items():
         cells = (row.both_right, row.only_people, row.only_scorer, row.both_wrong)
-        numbers = f"{row.pictures:>10}{row.agreement:>10.3f}{row.kappa:>10.3f}"
+        numbers = f"{row.images:>10}{row.agreement:>10.3f}{row.kappa:>10.3f}"
         lines.append(f"  {tag:<14}{numbers}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 

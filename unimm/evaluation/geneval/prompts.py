@@ -1,8 +1,8 @@
 """GenEval's 553 prompts, grown from its grammar instead of shipped (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
 
-Special here: one random stream, drawn from in the order of the tags, gives the official list byte for byte: the same
+One random stream, drawn from in the order of the tags, gives the official list byte for byte: the same
 prompts, order and metadata. Exact duplicates are dropped, so each tag has at most 100. The grammar's oddities are the
-benchmark's own and stay: "two benchs", "a skis", no coloured person. Any other file of prompts is a track of its own:
+benchmark's own and stay: "two benchs", "a skis", no colored person. Any other file of prompts is a track of its own:
 rewritten prompts are easier, and a score on them is never GenEval's.
 """
 

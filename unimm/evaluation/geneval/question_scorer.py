@@ -1,4 +1,4 @@
-"""The second judge of GenEval's pictures: a model that answers questions about them, and where the two part.
+"""The second judge of GenEval's images: a model that answers questions about them, and where the two part.
 
 Its verdicts are records of a run of their own, beside the detector's, and never stand in one column with them.
 """
@@ -28,27 +28,27 @@ DISAGREEMENTS = "disagreements.jsonl"
 
 
 class AnswersQuestions(Protocol):
-    """What a judge must be able to do; `unimm.evaluation.vqa.load_judge` gives one."""
+    """What a judge must be able to do; `unimm.evaluation.vqa.load_vqa_model` gives one."""
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]: ...
 
     def describe(self) -> dict[str, Any]: ...
 
 
-def question_pictures(
+def question_images(
     store: RunStore,
-    pictures: Mapping[Key, Path],
+    raw_images: Mapping[Key, Path],
     prompts: Mapping[str, Metadata],
     judge: AnswersQuestions,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Ask about every picture that the run has no record of, and finish it; gives its summary."""
+    """Ask about every image that the run has no record of, and finish it; gives its summary."""
     described = judge.describe()
-    blocks = store.split_blocks(sorted(pictures), batch_size)
+    blocks = store.split_blocks(sorted(raw_images), batch_size)
     for block in tqdm(blocks, desc="questions", unit="batch", disable=not blocks):
         start = time.perf_counter()
         asked = [questions(prompts[item]) for item, _ in block]
-        images = each_or_error([pictures[key] for key in block], load_image)
+        images = each_or_error([raw_images[key] for key in block], load_image)
         pairs = zip(images, asked, strict=True)
         shown = [image if isinstance(image, UserError) else (image, each) for image, each in pairs]
         given = judged_or_error(shown, functools.partial(_answers, judge))
@@ -60,7 +60,7 @@ def question_pictures(
                 BENCH,
                 *key,
                 inputs=dict(prompts[key[0]]),
-                output_path=str(pictures[key]),
+                output_path=str(raw_images[key]),
                 judge=described,
                 **_judged(each, answers),
             )
@@ -90,10 +90,10 @@ def _judged(asked: Sequence[Question], answers: list[str] | UserError) -> dict[s
 
 
 def compare_judges(first: Sequence[Record], second: Sequence[Record], folder: Path) -> Agreement:
-    """Agreement of the detector's and the questions' verdicts; the pictures that they part on, as JSON lines.
+    """Agreement of the detector's and the questions' verdicts; the images that they part on, as JSON lines.
 
     Raises:
-        ValueError: the two did not judge the same pictures.
+        ValueError: the two did not judge the same images.
     """
     by_key = {record.key: record for record in first}
     answered = {record.key: record for record in second}

@@ -1,8 +1,8 @@
 """GenEval's rules asked as questions: a second judge of the same prompts, one that answers instead of detecting.
 
-Special here: questions and right answers follow from the metadata by rule, so no data set of questions is needed. A
-picture is right when every answer is; its `score` is the share of right answers. An answer from which no yes, number or
-colour can be read is counted as `unparsed` and wrong: nothing is guessed. Where this judge and the detector disagree is
+Questions and right answers follow from the metadata by rule, so no data set of questions is needed. A
+image is right when every answer is; its `score` is the share of right answers. An answer from which no yes, number or
+color can be read is counted as `unparsed` and wrong: nothing is guessed. Where this judge and the detector disagree is
 where people should look first (https://arxiv.org/abs/2512.16853 shows how far a detector alone can drift).
 """
 
@@ -19,7 +19,7 @@ _OTHER_COLORS = frozenset({"gray", "grey", "gold", "silver", "beige", "cyan", "m
 
 
 class Question(NamedTuple):
-    """`kind`: existence, count, color or position; `expected`: yes, digits or a colour's name."""
+    """`kind`: existence, count, color or position; `expected`: yes, digits or a color's name."""
 
     kind: str
     text: str
@@ -27,7 +27,7 @@ class Question(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What the answers say about one picture; `read` holds what was understood of each, None where nothing was."""
+    """What the answers say about one image; `read` holds what was understood of each, None where nothing was."""
 
     correct: bool
     score: float
@@ -36,7 +36,7 @@ class Answered(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Two judges on the same pictures: counts of each pair of verdicts, and the pictures that they part on."""
+    """Two judges on the same images: counts of each pair of verdicts, and the images that they part on."""
 
     both_right: int
     both_wrong: int
@@ -50,7 +50,7 @@ class Agreement(NamedTuple):
 
 
 def questions(metadata: Mapping[str, Any]) -> list[Question]:
-    """What must be answered rightly about a picture of this prompt."""
+    """What must be answered rightly about an image of this prompt."""
     asked = []
     counted = {rule["class"] for rule in metadata.get("exclude", ())}
     include = metadata["include"]
@@ -70,7 +70,7 @@ def questions(metadata: Mapping[str, Any]) -> list[Question]:
 
 
 def read_answer(kind: str, answer: str) -> str | None:
-    """Yes or no, the one number, or the one colour that an answer holds; None where it holds none, or several."""
+    """Yes or no, the one number, or the one color that an answer holds; None where it holds none, or several."""
     words = re.findall(r"[a-z0-9]+", normalize(answer))
     if kind in ("existence", "position"):
         return words[0] if words and words[0] in ("yes", "no") else None
@@ -82,7 +82,7 @@ def read_answer(kind: str, answer: str) -> str | None:
 
 
 def judge_answers(asked: Sequence[Question], answers: Sequence[str]) -> Answered:
-    """The verdict on one picture. Raises ValueError where answers and questions differ in number."""
+    """The verdict on one image. Raises ValueError where answers and questions differ in number."""
     reasons, read = [], []
     for question, answer in zip(asked, answers, strict=True):
         understood = read_answer(question.kind, answer)
@@ -98,10 +98,10 @@ def agreement(first: Mapping[Any, bool], second: Mapping[Any, bool]) -> Agreemen
     """Compare two judges, each a mapping from (item, sample) to a verdict.
 
     Raises:
-        ValueError: they did not judge the same pictures.
+        ValueError: they did not judge the same images.
     """
     if first.keys() != second.keys():
-        raise ValueError(f"the judges saw {len(first)} and {len(second)} pictures, not the same ones")
+        raise ValueError(f"the judges saw {len(first)} and {len(second)} images, not the same ones")
     parted: dict[bool, list[tuple[Any, Any]]] = {True: [], False: []}
     same = {True: 0, False: 0}
     for key in sorted(first):
@@ -113,7 +113,7 @@ def agreement(first: Mapping[Any, bool], second: Mapping[Any, bool]) -> Agreemen
 
 
 def mean_score(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The share of right answers per tag, averaged over pictures; rows with `tag` and `score`."""
+    """The share of right answers per tag, averaged over images; rows with `tag` and `score`."""
     by_tag: dict[str, list[float]] = {}
     for row in rows:
         by_tag.setdefault(row["tag"], []).append(row["score"])

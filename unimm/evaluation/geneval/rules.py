@@ -1,12 +1,12 @@
-"""GenEval's rules: does a picture, given what a detector found in it, show what its prompt asked for?
+"""GenEval's rules: does an image, given what a detector found in it, show what its prompt asked for?
 
-Pure numpy: no detector, no colour classifier, no files. Special about these rules (Ghosh et al. 2023,
+Pure numpy: no detector, no color classifier, no files. Special about these rules (Ghosh et al. 2023,
 https://arxiv.org/abs/2310.11513):
 
 - objects of a class are ordered by confidence and only the `count` most confident ones are judged, so extra objects
   are harmless unless the metadata excludes them (only the counting prompts do);
 - counting prompts use a confidence threshold of their own, 0.9 instead of 0.3;
-- the direction of an offset is normalised by the offset *before* the dead zone was subtracted, so that a diagonal
+- the direction of an offset is normalized by the offset *before* the dead zone was subtracted, so that a diagonal
   neighbour may stand in two relations, one, or none.
 
 Scores and boxes are compared in float32, as the detectors give them. x points right, y down; a box is (x1, y1, x2,
@@ -37,7 +37,7 @@ COCO_CLASSES = tuple(_COCO_NAMES.split(","))
 
 
 class Verdict(NamedTuple):
-    """What the rules say about one picture: `counts` are the kept detections per class."""
+    """What the rules say about one image: `counts` are the kept detections per class."""
 
     correct: bool
     reasons: list[str]
@@ -71,13 +71,13 @@ def verdict(
     max_overlap: float = 1.0,
     position_threshold: float = 0.1,
 ) -> Verdict:
-    """Judge one picture by its prompt's metadata.
+    """Judge one image by its prompt's metadata.
 
     Args:
         metadata: one line of GenEval's metadata: `tag`, `include` (class, count, optional color and position) and
             optional `exclude` (class, count).
         detections: mappings with `label` (index into `class_names`, or the class name itself), `box` (xyxy), `score`
-            and, where a prompt asks for a colour, `color`.
+            and, where a prompt asks for a color, `color`.
         threshold, counting_threshold: confidence that a detection must exceed; the second holds for the counting tag.
         max_objects: per class, the most confident ones are kept.
         max_overlap: a detection that overlaps a better one of its class by this IoU or more is dropped; 1 is off.
@@ -115,13 +115,13 @@ def failed_rule(reason: str) -> str | None:
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Scores of many judged pictures, each a mapping with `tag`, `prompt` and `correct`.
+    """Scores of many judged images, each a mapping with `tag`, `prompt` and `correct`.
 
     Returns the mean per tag; `overall`, the unweighted mean of the six tags; `correct_images`, the mean over all
-    pictures; and `correct_prompts`, the share of prompts with at least one right picture.
+    images; and `correct_prompts`, the share of prompts with at least one right image.
 
     Raises:
-        ValueError: a tag is unknown, or one of the six has no picture.
+        ValueError: a tag is unknown, or one of the six has no image.
     """
     by_tag: dict[str, list[bool]] = {tag: [] for tag in TAGS}
     by_prompt: dict[tuple[str, str], bool] = defaultdict(bool)
@@ -131,7 +131,7 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         by_tag[row["tag"]].append(bool(row["correct"]))
         by_prompt[row["tag"], row["prompt"]] |= bool(row["correct"])
     if missing := [tag for tag, correct in by_tag.items() if not correct]:
-        raise ValueError(f"no picture of {', '.join(missing)}: overall is the mean of all {len(TAGS)} tags")
+        raise ValueError(f"no image of {', '.join(missing)}: overall is the mean of all {len(TAGS)} tags")
     scores = {tag: float(np.mean(correct)) for tag, correct in by_tag.items()}
     overall = float(np.mean(list(scores.values())))
     images = float(np.mean([verdict for correct in by_tag.values() for verdict in correct]))

@@ -1,6 +1,6 @@
-"""GenEval (https://arxiv.org/abs/2310.11513): prompts drawn, or a folder of pictures read, then detected and judged.
+"""GenEval (https://arxiv.org/abs/2310.11513): prompts drawn, or a folder of images read, then detected and judged.
 
-Special here: picture (item, sample) depends on the run's seed and its own number only, and batches are always the same
+Image (item, sample) depends on the run's seed and its own number only, and batches are always the same
 neighbours, so one process or several, at once or after interruptions, give the same bytes. What is judged is the file
 on disk. Every record holds all detections, from which the table can be made again under other thresholds.
 """
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from unimm.data.images import load_image, save_image_atomically
 from unimm.data.shapes import TAGS
 from unimm.errors import UserError
-from unimm.evaluation.geneval.files import PictureFolder, item_name
+from unimm.evaluation.geneval.files import ImageFolder, item_name
 from unimm.evaluation.geneval.prompts import Metadata, PromptTrack
 from unimm.evaluation.geneval.scorers import Detection, Scorer
 from unimm.evaluation.geneval.summary import summarize_records
@@ -35,9 +35,9 @@ class GenevalPlan:
     """How much is drawn, and how.
 
     Args:
-        num_images: pictures of each prompt; the benchmark draws four.
+        num_images: images of each prompt; the benchmark draws four.
         limit: prompts of each tag, None for all.
-        batch_size: pictures in one forward; the last bits of a result may depend on it, so it is part of the run.
+        batch_size: images in one forward; the last bits of a result may depend on it, so it is part of the run.
         sampling: `guidance_scale`, `temperature`, `top_k`, `top_p` in place of the checkpoint's own.
     """
 
@@ -66,8 +66,8 @@ class GenevalPlan:
         return [(item, sample) for item in prompts for sample in range(self.num_images)]
 
 
-class Pictures(Protocol):
-    """Where pictures come from."""
+class Images(Protocol):
+    """Where images come from."""
 
     keys: list[Key]
 
@@ -75,16 +75,16 @@ class Pictures(Protocol):
     def prompts(self) -> Mapping[str, Metadata]: ...
 
     def paths(self, block: Sequence[Key]) -> list[Path]:
-        """The files of these pictures, which exist afterwards."""
+        """The files of these images, which exist afterwards."""
         ...
 
     def seed(self, key: Key) -> int:
-        """What the picture was drawn with, 0 where nobody knows."""
+        """What the image was drawn with, 0 where nobody knows."""
         ...
 
 
-class DrawnPictures:
-    """Pictures that a unified model draws, each once: a file that is there is not drawn again."""
+class DrawnImages:
+    """Images that a unified model draws, each once: a file that is there is not drawn again."""
 
     def __init__(
         self, model: Any, processor: Any, prompts: Mapping[str, Metadata], plan: GenevalPlan, store: RunStore
@@ -106,26 +106,26 @@ class DrawnPictures:
         return sample_seed(self.plan.seed, BENCH, *key)
 
 
-class GivenPictures:
-    """Pictures of a folder in the official layout."""
+class GivenImages:
+    """Images of a folder in the official layout."""
 
-    def __init__(self, folder: PictureFolder) -> None:
-        self.prompts, self.pictures, self.keys = folder.prompts, folder.pictures, sorted(folder.pictures)
+    def __init__(self, folder: ImageFolder) -> None:
+        self.prompts, self.images, self.keys = folder.prompts, folder.images, sorted(folder.images)
 
     def paths(self, block: Sequence[Key]) -> list[Path]:
-        return [self.pictures[key] for key in block]
+        return [self.images[key] for key in block]
 
     def seed(self, key: Key) -> int:
         return 0
 
 
-def score_pictures(store: RunStore, pictures: Pictures, scorer: Scorer, batch_size: int) -> dict[str, Any]:
-    """Judge every picture that the run has no record of, and finish it; gives its summary."""
+def score_images(store: RunStore, raw_images: Images, scorer: Scorer, batch_size: int) -> dict[str, Any]:
+    """Judge every image that the run has no record of, and finish it; gives its summary."""
     judge = scorer.describe()
-    blocks = store.split_blocks(pictures.keys, batch_size)
+    blocks = store.split_blocks(raw_images.keys, batch_size)
     for block in tqdm(blocks, desc="GenEval", unit="batch", disable=not blocks):
         start = time.perf_counter()
-        paths, prompts = pictures.paths(block), [pictures.prompts[item] for item, _ in block]
+        paths, prompts = raw_images.paths(block), [raw_images.prompts[item] for item, _ in block]
         images = each_or_error(paths, load_image)
         pairs = zip(images, prompts, strict=True)
         shown = [image if isinstance(image, UserError) else (image, prompt) for image, prompt in pairs]
@@ -138,7 +138,7 @@ def score_pictures(store: RunStore, pictures: Pictures, scorer: Scorer, batch_si
             record = Record(
                 BENCH,
                 *key,
-                seed=pictures.seed(key),
+                seed=raw_images.seed(key),
                 inputs=dict(prompt),
                 output_path=str(path),
                 judge=judge,
@@ -159,6 +159,6 @@ def _judged(scorer: Scorer, prompt: Metadata, detections: list[Detection] | User
 
 
 def shapes_track(seed: int, prompts_per_tag: int) -> PromptTrack:
-    """Held-out prompts of the picture world, `prompts_per_tag` of each tag."""
+    """Held-out prompts of the shapes data set, `prompts_per_tag` of each tag."""
     plan = ShapesPlan(prompts=prompts_per_tag, seed=seed)
     return PromptTrack(SHAPES_TRACK, [prompt.metadata() for tag in TAGS for prompt in held_out_prompts(plan, tag)])

@@ -1,6 +1,6 @@
-"""What finds the objects that GenEval's rules judge: a detector with a colour classifier, or the picture world's own.
+"""What finds the objects that GenEval's rules judge: a detector with a color classifier, or the shapes data set's own.
 
-Special here: no scorer scores before it has judged known pictures rightly. A detector on the wrong device or with the
+No scorer scores before it has judged known images rightly. A detector on the wrong device or with the
 wrong configuration gives numbers, too, and nothing else would show that they are bad.
 """
 
@@ -49,7 +49,7 @@ class Thresholds:
 
 
 class Canary(NamedTuple):
-    """A known picture: its name, what is asked of it, and the only right verdict."""
+    """A known image: its name, what is asked of it, and the only right verdict."""
 
     name: str
     image: Image.Image
@@ -71,14 +71,14 @@ def color_is_known(detection: Mapping[str, Any]) -> bool:
 
 
 class Scorer:
-    """Detections of pictures, and the rules' verdicts on them."""
+    """Detections of images, and the rules' verdicts on them."""
 
     name: str
     class_names: Sequence[str]
     thresholds: Thresholds
 
     def detections(self, images: Sequence[Image.Image], prompts: Sequence[Metadata]) -> list[list[Detection]]:
-        """Per upright RGB picture what the rules read: label (a class name), box, score, and color where asked for; for
+        """Per upright RGB image what the rules read: label (a class name), box, score, and color where asked for; for
         the page also `outline` and `color_votes`, where the scorer has them."""
         raise NotImplementedError
 
@@ -91,7 +91,7 @@ class Scorer:
         return {}
 
     def canaries(self) -> list[Canary]:
-        """Known pictures that come with the scorer."""
+        """Known images that come with the scorer."""
         raise NotImplementedError
 
     def judge(self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> Verdict:
@@ -116,13 +116,13 @@ class Scorer:
         )
 
     def check(self, canaries: Sequence[Canary]) -> int:
-        """Judge known pictures; gives their number.
+        """Judge known images; gives their number.
 
         Raises:
             UserError: there is none, a score is not finite, or a verdict is wrong.
         """
         if not canaries:
-            raise UserError(f"{self.name} has no known picture to judge first: give --canary FOLDER.")
+            raise UserError(f"{self.name} has no known image to judge first: give --canary FOLDER.")
         found = self.detections([each.image for each in canaries], [each.metadata for each in canaries])
         for canary, detections in zip(canaries, found, strict=True):
             if not all(np.isfinite([each["score"], *each["box"]]).all() for each in detections):
@@ -131,14 +131,14 @@ class Scorer:
             if judged.correct != canary.expected:
                 said = "; ".join(judged.reasons) or "right"
                 raise UserError(
-                    f"{self.name} fails on a picture that is known: of {canary.name} it says of "
+                    f"{self.name} fails on an image that is known: of {canary.name} it says of "
                     f"{canary.metadata['prompt']!r}: {said}. Nothing is scored with it; check its weights and --device."
                 )
         return len(canaries)
 
 
 class ShapesScorer(Scorer):
-    """The picture world's analytic detector. Its score is a geometric overlap, no confidence: what it accepts
+    """The shapes data set's analytic detector. Its score is a geometric overlap, no confidence: what it accepts
     counts."""
 
     name = "shapes"
@@ -154,22 +154,22 @@ class ShapesScorer(Scorer):
         return {"name": self.name, "thresholds": asdict(self.thresholds)}
 
     def canaries(self) -> list[Canary]:
-        """Of every tag a picture that shows its prompt and an empty one; of positions also the mirrored one."""
+        """Of every tag an image that shows its prompt and an empty one; of positions also the mirrored one."""
         rng, known = np.random.default_rng(0), list[Canary]()
         for tag in TAGS:
             prompt = sample_prompt(rng, tag, split="test")
             scene = scene_for(rng, prompt)
-            picture, rules = render(scene), prompt.metadata()
-            known.append(Canary(f"a scene of {tag}", picture, rules, True))
+            image, rules = render(scene), prompt.metadata()
+            known.append(Canary(f"a scene of {tag}", image, rules, True))
             empty = render(Scene(background=scene.background, objects=()))
-            known.append(Canary("an empty picture", empty, rules, False))
+            known.append(Canary("an empty image", empty, rules, False))
             if tag == "position":
-                known.append(Canary("a scene turned round", ImageOps.flip(ImageOps.mirror(picture)), rules, False))
+                known.append(Canary("a scene turned round", ImageOps.flip(ImageOps.mirror(image)), rules, False))
         return known
 
 
 class DetectorScorer(Scorer):
-    """`geneval-hf`: a Mask2Former finds objects, a CLIP names the colours that a prompt asks about."""
+    """`geneval-hf`: a Mask2Former finds objects, a CLIP names the colors that a prompt asks about."""
 
     name = "geneval-hf"
     class_names = COCO_CLASSES
@@ -196,12 +196,12 @@ class DetectorScorer(Scorer):
         """Three photographs that scikit-image brings: a cat, a person, a cup, and none of them a zebra.
 
         Raises:
-            UserError: scikit-image is not installed, or the colour classifier fails on plain colours already.
+            UserError: scikit-image is not installed, or the color classifier fails on plain colors already.
         """
-        pictures = photographs()
+        images = photographs()
         self._check_plain_colors()
         known = []
-        for name, image in pictures.items():
+        for name, image in images.items():
             for asked in (name, ABSENT):
                 rules = {
                     "tag": "single_object",
@@ -218,12 +218,12 @@ class DetectorScorer(Scorer):
             (vote,) = self.voter.vote(Image.new("RGB", (CANARY_SIZE, CANARY_SIZE), value), [whole], "apple")
             if vote.color != color:
                 raise UserError(
-                    f"{self.voter.name} calls a picture of plain {color} {vote.color}: no colour is named with it."
+                    f"{self.voter.name} calls an image of plain {color} {vote.color}: no color is named with it."
                 )
 
     def _described(self, image: Image.Image, segments: Sequence[Segment], prompt: Metadata) -> list[Detection]:
         """Detections, those above the threshold with the outline of their mask, and those of them that may be asked for
-        their colour with the vote on it."""
+        their color with the vote on it."""
         limit = np.float32(self.thresholds.limit(prompt))
         above = [index for index, each in enumerate(segments) if np.float32(each.score) > limit]
         rows: list[Detection] = [  # the best first

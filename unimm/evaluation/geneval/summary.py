@@ -1,8 +1,8 @@
-"""GenEval's table from the records of a run: six tags, their mean, intervals by prompt, and why pictures failed.
+"""GenEval's table from the records of a run: six tags, their mean, intervals by prompt, and why images failed.
 
 Nothing but the records is read, so the table can be made again, later and without a model. `overall` is
-the unweighted mean of the six tags and is given only where all six have pictures; beside it stands the mean over
-pictures. Four pictures of one prompt are no four independent ones: intervals resample prompts, within their tags.
+the unweighted mean of the six tags and is given only where all six have images; beside it stands the mean over
+images. Four images of one prompt are no four independent ones: intervals resample prompts, within their tags.
 """
 
 import re
@@ -82,10 +82,10 @@ def table(summarized: dict[str, Any]) -> str:
         lines.append(f"  {len(lost)} images cannot be read, of {', '.join(dict.fromkeys(lost))}")
     lines.append(f"  {summarized['unparsed']} colors or answers had to be guessed or could not be read")
     if summarized["missing_tags"]:
-        lines.append(f"  no overall: no picture of {', '.join(summarized['missing_tags'])}")
+        lines.append(f"  no overall: no image of {', '.join(summarized['missing_tags'])}")
     failed = ", ".join(f"{name} {count}" for name, count in summarized["failed"].items())
     return "\n".join(
-        [*lines, f"  {summarized['images']} pictures of {summarized['prompts']} prompts; failed: {failed or 'none'}"]
+        [*lines, f"  {summarized['images']} images of {summarized['prompts']} prompts; failed: {failed or 'none'}"]
     )
 
 

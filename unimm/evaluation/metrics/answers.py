@@ -1,4 +1,4 @@
-"""Comparing short answers: a colour, a number, yes or no, a relation.
+"""Comparing short answers: a color, a number, yes or no, a relation.
 
 Strict on content, lenient on form: case, articles, punctuation at the ends, repeated spaces and "2" for "two" do not
 matter, any other word does. "No, there is none" is not "no".

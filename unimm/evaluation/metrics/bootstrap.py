@@ -1,6 +1,6 @@
 """Bootstrap intervals of scores whose samples come in clusters.
 
-Four drawings of one prompt, or six questions about one picture, are not independent: whole clusters are drawn again
+Four drawings of one prompt, or six questions about one image, are not independent: whole clusters are drawn again
 (Efron & Tibshirani 1993, chapter 8), else the interval is too narrow. With strata, such as GenEval's tags, clusters
 are drawn within each stratum, and the score is the mean of the strata's means. Intervals are percentiles of 2000
 resamples of a fixed seed.

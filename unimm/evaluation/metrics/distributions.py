@@ -1,4 +1,4 @@
-"""Two sets of pictures compared by their features, beside the Fréchet distance: kernel distance, inception score,
+"""Two sets of images compared by their features, beside the Fréchet distance: kernel distance, inception score,
 precision, recall, density and coverage.
 
 Pure functions of features [N, D] and probabilities [N, classes]; float64 inside. Special here is what decides the
@@ -86,7 +86,7 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int | None
     """
     count = len(probabilities)
     if count < splits:
-        raise ValueError(f"{splits} splits need as many pictures; there are {count}")
+        raise ValueError(f"{splits} splits need as many images; there are {count}")
     if seed is not None:
         probabilities = probabilities[torch.from_numpy(np.random.RandomState(seed).permutation(count))]
     bounds = [i * count // splits for i in range(splits + 1)]
@@ -95,7 +95,7 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int | None
 
 
 def adm_inception_score(probabilities: Tensor, split: int = ADM_SPLIT) -> float:
-    """ADM's: the mean over consecutive blocks. Pictures that come class by class make it collapse."""
+    """ADM's: the mean over consecutive blocks. Images that come class by class make it collapse."""
     return float(np.mean([_score(block) for block in probabilities.split(split)]))
 
 

@@ -2,12 +2,12 @@
 
     ‖μ_x - μ_y‖² + tr Σ_x + tr Σ_y - 2 tr (Σ_x Σ_y)^½        (Heusel et al. 2017, https://arxiv.org/abs/1706.08500)
 
-Special here: everything is float64, means and scatters merge exactly over batches and processes (Chan et al. 1983), and
+Everything is float64, means and scatters merge exactly over batches and processes (Chan et al. 1983), and
 the last trace is the sum of the square roots of the eigenvalues of Σ_x^½ Σ_y Σ_x^½, which is symmetric. ADM's evaluator
 takes scipy's square root of the product instead; that agrees to 1e-12 on covariances of full rank and fails on others,
 which any N below the features' width gives (`adm_frechet_distance`).
 
-The distance falls with N whatever the pictures are: figures of different N are figures of different scales.
+The distance falls with N whatever the images are: figures of different N are figures of different scales.
 """
 
 from dataclasses import dataclass
@@ -113,11 +113,9 @@ def adm_frechet_distance(x: Moments, y: Moments, epsilon: float = 1e-6) -> float
 
 
 def require_same_count(x: Moments, y: Moments) -> None:
-    """Raises UserError where two sets that are compared picture by picture differ in their number."""
+    """Raises UserError where two sets that are compared image by image differ in their number."""
     if x.count != y.count:
-        raise UserError(
-            f"The sets hold {x.count} and {y.count} pictures; the distance depends on N: use equal numbers."
-        )
+        raise UserError(f"The sets hold {x.count} and {y.count} images; the distance depends on N: use equal numbers.")
 
 
 def _without_cross(x: Moments, y: Moments) -> float:

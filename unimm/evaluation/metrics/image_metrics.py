@@ -1,13 +1,13 @@
-"""How close pictures are to their originals: PSNR, SSIM, and the picture that any tokenizer has to beat.
+"""How close images are to their originals: PSNR, SSIM, and the image that any tokenizer has to beat.
 
-All take pixels [B, 3, H, W] in [0, 1], score each picture by itself (float64 inside) and return [B]; averaging is the
+All take pixels [B, 3, H, W] in [0, 1], score each image by itself (float64 inside) and return [B]; averaging is the
 caller's. Papers disagree on these numbers mostly by convention, so ours are named: PSNR has data range 1. SSIM is
 Wang et al. 2004 (https://doi.org/10.1109/TIP.2003.819861) with an 11 x 11 Gaussian window of sigma 1.5, data range 1,
-population covariance, the mean over channels and over the positions where the window lies wholly inside the picture:
+population covariance, the mean over channels and over the positions where the window lies wholly inside the image:
 scikit-image's with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`. (torchmetrics has the
 same map, but also averages over positions that see a reflected border.) LlamaGen and those who took its script call
 scikit-image's default, a uniform 7 x 7 window with sample covariance, at a data range of 2, which is the range of
-[-1, 1], on pictures in [0, 1]: the constants are four times too large and the figure is higher
+[-1, 1], on images in [0, 1]: the constants are four times too large and the figure is higher
 (`ssim_llamagen_compat`; https://github.com/FoundationVision/LlamaGen/issues/72).
 """
 
@@ -25,7 +25,7 @@ LLAMAGEN_WINDOW, LLAMAGEN_DATA_RANGE = 7, 2.0
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per picture in dB, infinite for equal ones. Raises ValueError for unlike shapes."""
+    """Peak signal-to-noise ratio per image in dB, infinite for equal ones. Raises ValueError for unlike shapes."""
     _check_pair(pixels, reference)
     error = (pixels.double() - reference.double()).square().flatten(1).mean(dim=1)
     return -10 * torch.log10(error)
@@ -37,9 +37,9 @@ def capped_psnr(pixels: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity per picture, at most 1.
+    """Structural similarity per image, at most 1.
 
-    Raises ValueError for unlike shapes or for pictures smaller than the window.
+    Raises ValueError for unlike shapes or for images smaller than the window.
     """
     return _ssim(pixels, reference, _gaussian_means, window=SSIM_WINDOW, data_range=1.0)
 
@@ -68,7 +68,7 @@ def _ssim(
     _check_pair(pixels, reference)
     if min(pixels.shape[-2:]) < window:
         size = " x ".join(map(str, pixels.shape[-2:]))
-        raise ValueError(f"SSIM needs pictures of at least {window} x {window} pixels, not {size}")
+        raise ValueError(f"SSIM needs images of at least {window} x {window} pixels, not {size}")
     c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
     x, y = pixels.double(), reference.double()
     # One filter pass over the five maps whose local means the formula needs.
@@ -82,13 +82,13 @@ def _ssim(
 
 
 def mean_color_per_patch(pixels: Tensor, patch_size: int) -> Tensor:
-    """The pictures with every `patch_size` square painted in its mean colour: what plain colours could give.
+    """The images with every `patch_size` square painted in its mean color: what plain colors could give.
 
     Raises ValueError when the sides are no multiples of `patch_size`.
     """
     height, width = pixels.shape[-2:]
     if height % patch_size or width % patch_size:
-        raise ValueError(f"a picture of {height} x {width} pixels is no multiple of the patch size {patch_size}")
+        raise ValueError(f"an image of {height} x {width} pixels is no multiple of the patch size {patch_size}")
     means = F.avg_pool2d(pixels, patch_size)
     return means.repeat_interleave(patch_size, dim=-2).repeat_interleave(patch_size, dim=-1)
 

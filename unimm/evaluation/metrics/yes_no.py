@@ -129,18 +129,18 @@ def unparsed(answer: str, read: Callable[[str], str]) -> bool:
 
 
 def mme_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """MME: every picture has two questions; a category's score is the accuracy plus the share of pictures with both
+    """MME: every image has two questions; a category's score is the accuracy plus the share of images with both
     right, in percent.
 
     Args:
-        rows: `answer`, `expected`, `category` and `question_id`, which the two questions about a picture share.
+        rows: `answer`, `expected`, `category` and `question_id`, which the two questions about an image share.
 
     Returns:
         perception (at most 2000), cognition (at most 800), their categories' acc, acc_plus and score, `unparsed`; and
         `plain`, the same by the plain reading.
 
     Raises:
-        UserError: a picture without its two questions, or an unknown category.
+        UserError: an image without its two questions, or an unknown category.
     """
     return {**_mme_scores(rows, mme_reading), "plain": _mme_scores(rows, plain_reading)}
 
@@ -161,9 +161,9 @@ def _mme_scores(rows: Sequence[Row], read: Callable[[str], str]) -> dict[str, An
 
 
 def _both(name: str, pair: Sequence[Row], read: Callable[[str], str]) -> int:
-    """How many of a picture's two questions are right."""
+    """How many of an image's two questions are right."""
     if len(pair) != 2:
-        raise UserError(f"MME asks 2 questions about each picture, {name} has {len(pair)}: give an even limit.")
+        raise UserError(f"MME asks 2 questions about each image, {name} has {len(pair)}: give an even limit.")
     return sum(read(row["answer"]) == row["expected"] for row in pair)
 
 

@@ -1,6 +1,6 @@
-"""The command that draws captioned pictures by their captions and looks for the nearest of them all: eval/nearest.py.
+"""The command that draws captioned images by their captions and looks for the nearest of them all: eval/nearest.py.
 
-Special here: a drawing is right where no other picture of the set is nearer to it, in pixels, than the one whose
+A drawing is right where no other image of the set is nearer to it, in pixels, than the one whose
 caption it was asked for. That is a check of what was learned by heart, so the tokenizer's own copies are measured
 beside it: nobody draws better than they are.
 """
@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from unimm.data.image_streams import crop, to_array
 from unimm.data.images import save_image_atomically
-from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.registry import open_images
 from unimm.data.sources.storage import data_path
 from unimm.errors import UserError
-from unimm.evaluation.nearest.rules import nearest_pictures
+from unimm.evaluation.nearest.rules import nearest_images
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
 from unimm.evaluation.runs.bad_images import each_or_error
-from unimm.evaluation.runs.evaluated_model import Subject, load_subject
+from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.html_report import write_report
 from unimm.evaluation.runs.records import UNREADABLE, unreadable, unreadable_names
 from unimm.evaluation.runs.store import Key, Manifest, Record, RunStore, content_sha256, sample_seed
@@ -33,7 +33,7 @@ from unimm.runs.report import Report
 
 BENCH = "nearest"
 PARTS = ("drawing", "reconstruction")
-JUDGE = {"name": "nearest picture of the set", "rule": "no other picture has a smaller mean squared difference"}
+JUDGE = {"name": "nearest image of the set", "rule": "no other image has a smaller mean squared difference"}
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
@@ -41,23 +41,23 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
     arguments = _parse(argv, description)
     report = Report(arguments.json)
     with report.timed("load"):
-        subject = load_subject(arguments.model)
-        if subject.model is None:
+        evaluated = load_evaluated_model(arguments.model)
+        if evaluated.model is None:
             raise UserError(f"{arguments.model} is an image tokenizer and cannot draw: give a unified model.")
-        size = subject.tokenizer.config.image_size
+        size = evaluated.tokenizer.config.image_size
         names, originals, bad = captioned(arguments.source, arguments.num_images, size)
     keys = [(f"{part} {row}: {name}", 0) for part in PARTS for row, name in enumerate(names)]
-    manifest = _manifest(subject, names, originals, arguments)
+    manifest = _manifest(evaluated, names, originals, arguments)
     with RunStore.open(arguments.output, manifest) as store, report.timed("nearest"):
         for key in store.split([(f"{UNREADABLE} {row}", 0) for row in bad]):
             store.append(Record(BENCH, *key, reason=unreadable(bad[int(key[0].split()[1])])))
         for part, wanted in zip(PARTS, (keys[: len(names)], keys[len(names) :]), strict=True):
-            _record(store, part, subject, names, originals, wanted, arguments)
+            _record(store, part, evaluated, names, originals, wanted, arguments)
         summary = store.finish(_summary)
     for part in PARTS:
         found = summary[part]
         report.say(
-            f"{part:<15} {found['matches']} of {found['pictures']} are nearest to their own picture "
+            f"{part:<15} {found['matches']} of {found['pictures']} are nearest to their own image "
             f"({found['share']:.1%}; by chance {1 / len(names):.2%}), mean rank {found['mean_rank']:.1f}"
         )
     if lost := summary["unreadable"]:
@@ -76,19 +76,19 @@ def captioned(source: str, count: int, size: int) -> tuple[list[str], np.ndarray
     Raises:
         UserError: it cannot be read, or has fewer than two captioned images.
     """
-    pictures = open_pictures(data_path(source))
-    read = each_or_error(range(min(count or len(pictures), len(pictures))), pictures.__getitem__)
+    images = open_images(data_path(source))
+    read = each_or_error(range(min(count or len(images), len(images))), images.__getitem__)
     rows = [row for row in read if not isinstance(row, UserError)]
     bad = {index: row for index, row in enumerate(read) if isinstance(row, UserError)}
     if len(rows) < 2 or not all(row["text"].strip() for row in rows):
-        raise UserError(f"{source} needs at least two pictures, each with a caption (column text).")
+        raise UserError(f"{source} needs at least two images, each with a caption (column text).")
     return [row["text"] for row in rows], to_array([crop(row["image"], size) for row in rows]), bad
 
 
 def _record(
     store: RunStore,
     part: str,
-    subject: Subject,
+    evaluated: EvaluatedModel,
     names: list[str],
     originals: np.ndarray,
     keys: list[Key],
@@ -100,9 +100,9 @@ def _record(
     for block in tqdm(store.split_blocks(keys, arguments.batch_size), desc=part, unit="batch"):
         rows = np.array([row_of[key] for key in block])
         seeds = [sample_seed(arguments.seed, BENCH, *key) for key in block]
-        pictures = make(subject, [names[row] for row in rows], originals[rows], seeds, _sampling(arguments))
-        nearest, ranks = nearest_pictures(to_array(pictures), originals, rows)
-        for key, row, seed, picture, found, rank in zip(block, rows, seeds, pictures, nearest, ranks, strict=True):
+        images = make(evaluated, [names[row] for row in rows], originals[rows], seeds, _sampling(arguments))
+        nearest, ranks = nearest_images(to_array(images), originals, rows)
+        for key, row, seed, image, found, rank in zip(block, rows, seeds, images, nearest, ranks, strict=True):
             if key in store.done:
                 continue
             original = Image.fromarray(originals[row])
@@ -119,7 +119,7 @@ def _record(
                             save_image_atomically(original, store.image_path(key[0], role="original"))
                         ),
                     },
-                    output_path=str(save_image_atomically(picture, store.image_path(key[0]))),
+                    output_path=str(save_image_atomically(image, store.image_path(key[0]))),
                     raw_scores={"rank": int(rank)},
                     verdict=bool(rank == 1),
                     reason="" if rank == 1 else f"nearer to another: {names[found]}",
@@ -128,19 +128,21 @@ def _record(
             )
 
 
-Draw = Callable[[Subject, list[str], np.ndarray, list[int], dict[str, Any]], list[Image.Image]]
+Draw = Callable[[EvaluatedModel, list[str], np.ndarray, list[int], dict[str, Any]], list[Image.Image]]
 
 
-def _drawn(subject: Subject, names: list[str], _: np.ndarray, seeds: list[int], sampling: dict) -> list[Image.Image]:
-    return draw_prompts(subject.model, subject.processor, names, seeds, **sampling)
+def _drawn(
+    evaluated: EvaluatedModel, names: list[str], _: np.ndarray, seeds: list[int], sampling: dict
+) -> list[Image.Image]:
+    return draw_prompts(evaluated.model, evaluated.processor, names, seeds, **sampling)
 
 
 @torch.inference_mode()
-def _copied(subject: Subject, _: list[str], originals: np.ndarray, *__: Any) -> list[Image.Image]:
+def _copied(evaluated: EvaluatedModel, _: list[str], originals: np.ndarray, *__: Any) -> list[Image.Image]:
     images = [Image.fromarray(original) for original in originals]
-    pixel_values = subject.image_processor(images=images, return_tensors="pt").pixel_values
-    ids = subject.tokenizer.encode(pixel_values.to(subject.tokenizer.device)).ids
-    return list(subject.processor.postprocess(subject.tokenizer.decode(ids)))
+    pixel_values = evaluated.image_processor(images=images, return_tensors="pt").pixel_values
+    ids = evaluated.tokenizer.encode(pixel_values.to(evaluated.tokenizer.device)).ids
+    return list(evaluated.processor.postprocess(evaluated.tokenizer.decode(ids)))
 
 
 _DRAW: dict[str, Draw] = {"drawing": _drawn, "reconstruction": _copied}
@@ -167,20 +169,22 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def _manifest(subject: Subject, names: list[str], originals: np.ndarray, arguments: argparse.Namespace) -> Manifest:
+def _manifest(
+    evaluated: EvaluatedModel, names: list[str], originals: np.ndarray, arguments: argparse.Namespace
+) -> Manifest:
     return Manifest(
         BENCH,
         content_sha256([*names, hashlib.sha256(originals.tobytes()).hexdigest()]),
         arguments.seed,
         settings={
             "source": arguments.source,
-            "sampling": subject.model.generation_config.image_generation | _sampling(arguments),
+            "sampling": evaluated.model.generation_config.image_generation | _sampling(arguments),
             "batch_size": arguments.batch_size,
-            "image_size": subject.tokenizer.config.image_size,
-            "device": subject.tokenizer.device.type,
-            "dtype": str(subject.model.dtype),
+            "image_size": evaluated.tokenizer.config.image_size,
+            "device": evaluated.tokenizer.device.type,
+            "dtype": str(evaluated.model.dtype),
         },
-        weights={"model": model_fingerprint(subject.model)},
+        weights={"model": model_fingerprint(evaluated.model)},
         arguments=recorded_arguments(arguments),
     )
 
@@ -190,7 +194,7 @@ def _parse(argv: Sequence[str] | None, description: str | None) -> argparse.Name
         description=description or __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a unified model; the default comes with the library")
-    parser.add_argument("--source", required=True, help="captioned pictures: a parquet file with image and text")
+    parser.add_argument("--source", required=True, help="captioned images: a parquet file with image and text")
     parser.add_argument("--num-images", type=int, default=0, help="the first so many; 0: all")
     parser.add_argument("--batch-size", type=int, default=64, help="drawings at a time")
     parser.add_argument("--guidance-scale", type=float, help="in place of the checkpoint's own, as the next three")
@@ -198,7 +202,7 @@ def _parse(argv: Sequence[str] | None, description: str | None) -> argparse.Name
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--page", metavar="FILE", help="write a page of prompts and pictures")
+    parser.add_argument("--page", metavar="FILE", help="write a page of prompts and images")
     parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     add_run_arguments(parser)
     arguments = parse_run(parser, argv, bench=BENCH)

@@ -1,9 +1,9 @@
-"""Which of many pictures another one is nearest to, pixel by pixel."""
+"""Which of many images another one is nearest to, pixel by pixel."""
 
 import numpy as np
 
 
-def nearest_pictures(drawn: np.ndarray, references: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_images(drawn: np.ndarray, references: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compare by the mean squared difference of all pixels.
 
     Args:
@@ -14,11 +14,11 @@ def nearest_pictures(drawn: np.ndarray, references: np.ndarray, own: np.ndarray)
         The nearest row of each drawing (the first of equals) and the rank of its own, 1 where none is nearer; both [n].
 
     Raises:
-        ValueError: pictures of another size.
+        ValueError: images of another size.
     """
     if drawn.shape[1:] != references.shape[1:]:
-        raise ValueError(f"drawings of {drawn.shape[1:]} cannot be compared with pictures of {references.shape[1:]}")
-    flat, table = (pictures.reshape(len(pictures), -1).astype(np.float64) for pictures in (drawn, references))
+        raise ValueError(f"drawings of {drawn.shape[1:]} cannot be compared with images of {references.shape[1:]}")
+    flat, table = (images.reshape(len(images), -1).astype(np.float64) for images in (drawn, references))
     # whole numbers below 2**53: exact, and so are the comparisons
     distances = (table**2).sum(axis=1) - 2 * flat @ table.T + (flat**2).sum(axis=1)[:, None]
     nearer = (distances < distances[np.arange(len(flat)), own][:, None]).sum(axis=1)

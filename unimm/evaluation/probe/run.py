@@ -1,9 +1,9 @@
-"""What a linear layer and a nearest-neighbour vote read from frozen features: the class of a picture.
+"""What a linear layer and a nearest-neighbour vote read from frozen features: the class of an image.
 
 Protocol: MAE's linear probe (arXiv 2111.06377, appendix A.2), BatchNorm without affine parameters and one linear layer,
-LARS, no weight decay, a cosine schedule after a warm-up, base rate x batch / 256. Two things are scaled down: pictures
+LARS, no weight decay, a cosine schedule after a warm-up, base rate x batch / 256. Two things are scaled down: images
 are seen as centre crops and their mirror images, encoded once, and the batch is smaller. The base rate is chosen on a
-tenth of the training pictures, then a head is trained on all of them; test pictures choose nothing. The vote is DINO's
+tenth of the training images, then a head is trained on all of them; test images choose nothing. The vote is DINO's
 (arXiv 2104.14294, appendix F.1): k nearest by cosine, weighted by exp(cosine / 0.07).
 """
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from unimm.data.image_streams import crop
-from unimm.data.sources.labelled import labelled_pictures
+from unimm.data.sources.labelled import labelled_images
 from unimm.errors import UserError
 from unimm.evaluation.probe.lars import LARS
 from unimm.evaluation.runs.image_sets import Bad
@@ -36,7 +36,7 @@ class ProbePlan:
 
     Args:
         source, test_source: labelled parquet files, or "shapes".
-        num_train, num_test: pictures; None takes all.
+        num_train, num_test: images; None takes all.
         level: which of the encoder's hidden states are the features; None takes the tokenizer's own.
         kinds: features, latents (before the quantizer), codes (after it) and lookup (the codes of the ids), each the
             mean over its tokens.
@@ -62,18 +62,18 @@ class ProbePlan:
 def probe_tokenizer(
     tokenizer: ImageTokenizer, image_processor: Any, plan: ProbePlan, bad: Bad | None = None
 ) -> dict[str, dict[str, Any]]:
-    """{kind: {"linear", "knn": accuracies on the test pictures, "base_rate": the chosen, "sweep": {rate: accuracy}}}.
+    """{kind: {"linear", "knn": accuracies on the test images, "base_rate": the chosen, "sweep": {rate: accuracy}}}.
 
     Args:
         bad: is told of each image that cannot be read, which is left out; without it, the error is raised.
 
     Raises:
-        UserError: pictures that cannot be read, a level that the encoder does not have, or a kind that is not known.
+        UserError: images that cannot be read, a level that the encoder does not have, or a kind that is not known.
     """
     if unknown := sorted(set(plan.kinds) - set(KINDS)):
         raise UserError(f"There is no representation {unknown[0]!r}; known are {', '.join(KINDS)}.")
-    train = labelled_pictures(plan.source, plan.num_train, seed=2 * plan.seed)
-    test = labelled_pictures(plan.test_source, plan.num_test, seed=2 * plan.seed + 1)
+    train = labelled_images(plan.source, plan.num_train, seed=2 * plan.seed)
+    test = labelled_images(plan.test_source, plan.num_test, seed=2 * plan.seed + 1)
     train_tables, train_labels = embed(tokenizer, image_processor, train, plan, flip=plan.flip, bad=bad)
     test_tables, test_labels = embed(tokenizer, image_processor, test, plan, flip=False, bad=bad)
     return {
@@ -90,22 +90,22 @@ def random_twin(tokenizer: ImageTokenizer, seed: int = 0) -> ImageTokenizer:
         return type(tokenizer)._from_config(config).eval().to(tokenizer.device)
 
 
-# ---- pictures -> one vector each ----
+# ---- images -> one vector each ----
 
 
 def embed(
     tokenizer: ImageTokenizer,
     image_processor: Any,
-    pictures: Any,
+    raw_images: Any,
     plan: ProbePlan,
     *,
     flip: bool,
     bad: Bad | None = None,
 ) -> tuple[dict[Kind, Tensor], Tensor]:
-    """{kind: [n, width]} and labels [n]; with `flip` each picture's mirror image is the row behind it."""
+    """{kind: [n, width]} and labels [n]; with `flip` each image's mirror image is the row behind it."""
     tables: dict[Kind, list[Tensor]] = {kind: [] for kind in plan.kinds}
     labels: list[int] = []
-    for images, classes in _batches(pictures, tokenizer.config.image_size, flip, bad):
+    for images, classes in _batches(raw_images, tokenizer.config.image_size, flip, bad):
         pixel_values = image_processor(images=images, return_tensors="pt").pixel_values.to(tokenizer.device)
         for kind, vectors in mean_vectors(tokenizer, pixel_values, plan.kinds, plan.level).items():
             tables[kind].append(vectors.cpu())
@@ -142,13 +142,13 @@ def _level(tokenizer: ImageTokenizer, pixel_values: Tensor, level: int) -> Tenso
 
 
 def _batches(
-    pictures: Any, size: int, flip: bool, bad: Bad | None, batch_size: int = 64
+    raw_images: Any, size: int, flip: bool, bad: Bad | None, batch_size: int = 64
 ) -> Iterator[tuple[list, list[int]]]:
-    for start in tqdm(range(0, len(pictures), batch_size), desc="pictures", unit="batch"):
+    for start in tqdm(range(0, len(raw_images), batch_size), desc="images", unit="batch"):
         rows = []
-        for index in range(start, min(start + batch_size, len(pictures))):
+        for index in range(start, min(start + batch_size, len(raw_images))):
             try:
-                rows.append(pictures[index])
+                rows.append(raw_images[index])
             except UserError as error:
                 if bad is None:
                     raise
@@ -169,7 +169,7 @@ def probe(
     train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, plan: ProbePlan, copies: int = 1
 ) -> dict[str, Any]:
     """Both verdicts on vectors train [n, width] and test [m, width]; see `probe_tokenizer`. `copies` rows of train, one
-    behind the other, are one picture.
+    behind the other, are one image.
 
     Raises:
         UserError: fewer than two classes or ten vectors, or a test class that training never shows.
@@ -183,7 +183,7 @@ def probe(
     order = torch.randperm(len(train) // copies, generator=torch.Generator().manual_seed(plan.seed))
     held_out = torch.zeros(len(order), dtype=torch.bool)
     held_out[order[: max(1, len(order) // 10)]] = True
-    held_out = held_out.repeat_interleave(copies)  # a picture and its mirror image stay together
+    held_out = held_out.repeat_interleave(copies)  # an image and its mirror image stay together
     sweep = {}
     for rate in plan.base_rates:
         head = train_head(train[~held_out], labels[~held_out], classes, rate, plan)

@@ -1,4 +1,4 @@
-"""The command that measures an image tokenizer on real pictures: `unimm eval tok`, eval/reconstruction.py."""
+"""The command that measures an image tokenizer on real images: `unimm eval tok`, eval/reconstruction.py."""
 
 import argparse
 import dataclasses
@@ -26,12 +26,12 @@ from unimm.evaluation.reconstruction.run import (
     ReconstructionPlan,
     Reconstructions,
     check_finite,
-    compared_pictures,
-    evaluate_pictures,
+    compared_images,
+    evaluate_images,
     summarized,
 )
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
-from unimm.evaluation.runs.evaluated_model import Subject, load_subject
+from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.image_sets import PROTOCOLS
 from unimm.evaluation.runs.records import unreadable
 from unimm.evaluation.runs.store import Key, Manifest, Record, RunStore, processes
@@ -58,18 +58,18 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
         score_size=arguments.score_size,
     )
     with report.timed("load"):
-        subject = load_subject(arguments.model)
-        reference = load_subject(arguments.reference).tokenizer if arguments.reference else None
+        evaluated = load_evaluated_model(arguments.model)
+        reference = load_evaluated_model(arguments.reference).tokenizer if arguments.reference else None
         lpips = load_lpips(arguments.lpips_trunk, arguments.lpips_heads) if arguments.lpips_trunk else None
         named = load_space(arguments.inception, arguments.fd_encoder)
-    space = named or TokenizerSpace(reference or subject.tokenizer, original=reference is not None)
-    compared = _may_compare(len(plan.pictures()), space, asked_for=named is not None)
+    space = named or TokenizerSpace(reference or evaluated.tokenizer, original=reference is not None)
+    compared = _may_compare(len(plan.images()), space, asked_for=named is not None)
     with report.timed("reconstruction"):
         if arguments.output is None:
             sets = PairedSets(space)
-            found = evaluate_pictures(
-                subject.tokenizer,
-                subject.image_processor,
+            found = evaluate_images(
+                evaluated.tokenizer,
+                evaluated.image_processor,
                 plan,
                 reference,
                 on_batch=lambda batch: sets.add(batch.originals, batch.drawn),
@@ -78,14 +78,14 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
             compared = compared and _may_compare(len(found.rows), space, asked_for=False)
             distances = sets.figures() if compared else None
         else:
-            manifest = _manifest(subject, plan, reference, named, arguments)
-            found, distances = recorded_pictures(
-                subject, plan, reference, arguments.output, manifest, space=space if compared else None, lpips=lpips
+            manifest = _manifest(evaluated, plan, reference, named, arguments)
+            found, distances = recorded_images(
+                evaluated, plan, reference, arguments.output, manifest, space=space if compared else None, lpips=lpips
             )
     if not processes().is_main_process:
         return
     if distances is None:
-        report.say(f"{len(found.rows)} pictures are no distribution: the sets are not compared.")
+        report.say(f"{len(found.rows)} images are no distribution: the sets are not compared.")
     for name, reason in found.unreadable.items():
         report.say(f"left out, {name}: {reason}")
     for name, value in found.scores.items():
@@ -113,8 +113,8 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
     report.write()
 
 
-def recorded_pictures(
-    subject: Subject,
+def recorded_images(
+    evaluated: EvaluatedModel,
     plan: ReconstructionPlan,
     reference: ImageTokenizer | None,
     folder: str,
@@ -123,19 +123,19 @@ def recorded_pictures(
     space: FeatureSpace | None = None,
     lpips: LPIPS | None = None,
 ) -> tuple[Reconstructions, dict[str, Any] | None]:
-    """As `evaluate_pictures`, with every picture recorded in `folder`, and how the sets differ in `space`, as they were
+    """As `evaluate_pictures`, with every image recorded in `folder`, and how the sets differ in `space`, as they were
     kept. An interrupted run goes on."""
-    size = subject.tokenizer.config.codebook_size
+    size = evaluated.tokenizer.config.codebook_size
     with RunStore.open(folder, manifest) as store:
-        todo = set(store.split([(name, 0) for name in plan.pictures().names], together=plan.batch_size))
+        todo = set(store.split([(name, 0) for name in plan.images().names], together=plan.batch_size))
 
         def bad(name: str, error: UserError) -> None:
             if (name, 0) in todo:
                 store.append(Record(BENCH, name, seed=plan.seed, reason=unreadable(error)))
 
-        batches = compared_pictures(
-            subject.tokenizer,
-            subject.image_processor,
+        batches = compared_images(
+            evaluated.tokenizer,
+            evaluated.image_processor,
             plan,
             reference,
             lpips,
@@ -151,7 +151,7 @@ def recorded_pictures(
 
 
 def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_size: int) -> None:
-    """Both pictures of every missing row, and its record."""
+    """Both images of every missing row, and its record."""
     for index, row in enumerate(batch.rows()):
         name = row.pop("name")
         if (name, 0) not in todo:
@@ -179,10 +179,10 @@ def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_
 
 
 def _may_compare(count: int, space: FeatureSpace, *, asked_for: bool) -> bool:
-    """Whether so many pictures are a distribution. Raises UserError for too few where a network was named."""
+    """Whether so many images are a distribution. Raises UserError for too few where a network was named."""
     least = max(PRDC_NEIGHBOURS + 1, SCORE_SPLITS if isinstance(space, InceptionSpace) else 0)
     if count < least and asked_for:
-        raise UserError(f"{count} pictures are no distribution: {space.name} compares sets of at least {least}.")
+        raise UserError(f"{count} images are no distribution: {space.name} compares sets of at least {least}.")
     return count >= least
 
 
@@ -216,7 +216,7 @@ def _reconstructions(records: list[Record], codebook_size: int) -> Reconstructio
     return summarized(rows, usage, lost)
 
 
-_OWN = ("ids", "entropy_of_picture")  # of one picture, and no mean of the set's
+_OWN = ("ids", "entropy_of_picture")  # of one image, and no mean of the set's
 
 
 def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:
@@ -226,13 +226,13 @@ def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:
 
 
 def _manifest(
-    subject: Subject,
+    evaluated: EvaluatedModel,
     plan: ReconstructionPlan,
     reference: ImageTokenizer | None,
     named: FeatureSpace | None,
     arguments: argparse.Namespace,
 ) -> Manifest:
-    tokenizer, space = subject.tokenizer, {}
+    tokenizer, space = evaluated.tokenizer, {}
     weights = {"tokenizer": model_fingerprint(tokenizer)}
     if named is not None:
         space = named.describe()
@@ -244,14 +244,14 @@ def _manifest(
             weights[name] = file_sha256(path)
     return Manifest(
         BENCH,
-        plan.pictures_sha256(),
+        plan.images_sha256(),
         plan.seed,
         settings={
             "protocol": _protocol(plan) | {"image_size": tokenizer.config.image_size},
             "space": space_settings(space),
             "kmeans_codes": plan.kmeans_codes,
-            "mean": list(subject.image_processor.image_mean),
-            "std": list(subject.image_processor.image_std),
+            "mean": list(evaluated.image_processor.image_mean),
+            "std": list(evaluated.image_processor.image_std),
             "device": tokenizer.device.type,
             "dtype": str(tokenizer.dtype),
         },
@@ -271,16 +271,16 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", help="an image tokenizer or a unified model; the default comes with the library")
-    parser.add_argument("--source", required=True, help="a parquet file or a folder of pictures")
-    parser.add_argument("--kmeans-source", help="pictures that the k-means baseline learns from")
+    parser.add_argument("--source", required=True, help="a parquet file or a folder of images")
+    parser.add_argument("--kmeans-source", help="images that the k-means baseline learns from")
     parser.add_argument("--reference", help="a tokenizer with the original encoder")
     parser.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
     parser.add_argument("--fd-encoder", metavar="PATH", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
     parser.add_argument("--lpips-trunk", metavar="FILE", help="torchvision's vgg16 weights: LPIPS is measured too")
     parser.add_argument("--lpips-heads", metavar="FILE", help="LPIPS v0.1 for VGG; those of an installed lpips")
     parser.add_argument("--num-images", type=int, default=1000, help="0: all, in the order of their names")
-    parser.add_argument("--protocol", default="adm", help=f"how pictures are cut: {', '.join(PROTOCOLS)}")
-    parser.add_argument("--score-size", type=int, help="pixels a side at which pictures are compared; as drawn")
+    parser.add_argument("--protocol", default="adm", help=f"how images are cut: {', '.join(PROTOCOLS)}")
+    parser.add_argument("--score-size", type=int, help="pixels a side at which images are compared; as drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     add_run_arguments(parser)

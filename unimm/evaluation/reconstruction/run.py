@@ -1,7 +1,7 @@
-"""Reconstruction of real pictures, beside what plain colours and plain k-means of patches would give.
+"""Reconstruction of real images, beside what plain colors and plain k-means of patches would give.
 
-Special here: the pictures are cut by a named protocol (`unimm.evaluation.runs.image_sets`), both sides of every metric are
-8-bit pictures, and each picture has a row of its own: the figures are means over the rows, with their standard errors.
+The images are cut by a named protocol (`unimm.evaluation.runs.image_sets`), both sides of every metric are
+8-bit images, and each image has a row of its own: the figures are means over the rows, with their standard errors.
 """
 
 import logging
@@ -26,7 +26,7 @@ from unimm.evaluation.metrics.image_metrics import (
     ssim_llamagen_compat,
     to_uint8,
 )
-from unimm.evaluation.runs.image_sets import PROTOCOLS, Bad, PictureSet, Protocol, picture_set, source_sha256
+from unimm.evaluation.runs.image_sets import PROTOCOLS, Bad, ImageSet, Protocol, image_set, source_sha256
 from unimm.networks.perceptual import LPIPS
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.codebook_usage import CodebookUsage
@@ -43,11 +43,11 @@ class ReconstructionPlan:
     """What is measured.
 
     Args:
-        source: as in the recipes' `data.source`, or an npz of pictures.
+        source: as in the recipes' `data.source`, or an npz of images.
         num_images: how many, drawn at random by `seed`; None is all of them, in the order of their names.
         kmeans_source: gives the patches that the k-means baseline learns from.
         protocol: a key of `unimm.evaluation.runs.image_sets.PROTOCOLS`.
-        score_size: pixels a side at which pictures are compared; None is what the tokenizer reads and draws.
+        score_size: pixels a side at which images are compared; None is what the tokenizer reads and draws.
     """
 
     source: str
@@ -70,18 +70,18 @@ class ReconstructionPlan:
     def rules(self) -> Protocol:
         return PROTOCOLS[self.protocol]
 
-    def pictures(self) -> PictureSet:
+    def images(self) -> ImageSet:
         """The set that is measured, in its order. Raises UserError where it cannot be had."""
-        return picture_set(self.source, self.num_images, self._drawn_by)
+        return image_set(self.source, self.num_images, self._drawn_by)
 
-    def pictures_sha256(self) -> str:
+    def images_sha256(self) -> str:
         """Of that set's names and files: changed data is another measurement."""
         return source_sha256(self.source, self.num_images, self._drawn_by)
 
-    def kmeans_pictures(self) -> PictureSet:
+    def kmeans_images(self) -> ImageSet:
         """What the k-means baseline learns from."""
         assert self.kmeans_source is not None
-        return picture_set(self.kmeans_source, KMEANS_IMAGES, self.seed)
+        return image_set(self.kmeans_source, KMEANS_IMAGES, self.seed)
 
     def kmeans_sha256(self) -> str:
         assert self.kmeans_source is not None
@@ -94,7 +94,7 @@ class ReconstructionPlan:
 
 @dataclass(frozen=True)
 class Compared:
-    """One batch: originals and their reconstructions as uint8 [B, H, W, 3], and what was measured of each picture."""
+    """One batch: originals and their reconstructions as uint8 [B, H, W, 3], and what was measured of each image."""
 
     names: list[str]
     originals: np.ndarray
@@ -117,7 +117,7 @@ class Reconstructions(NamedTuple):
     unreadable: dict[str, str]
 
 
-def evaluate_pictures(
+def evaluate_images(
     tokenizer: ImageTokenizer,
     image_processor: Any,
     plan: ReconstructionPlan,
@@ -141,7 +141,7 @@ def evaluate_pictures(
     def bad(name: str, error: UserError) -> None:
         unreadable[name] = one_line(error)
 
-    for batch in compared_pictures(tokenizer, image_processor, plan, reference, lpips, bad=bad):
+    for batch in compared_images(tokenizer, image_processor, plan, reference, lpips, bad=bad):
         for row, ids in zip(batch.rows(), batch.ids, strict=True):
             try:
                 check_finite(row)
@@ -179,7 +179,7 @@ def summarized(rows: list[Row], usage: CodebookUsage, unreadable: dict[str, str]
 
 
 @torch.inference_mode()
-def compared_pictures(
+def compared_images(
     tokenizer: ImageTokenizer,
     image_processor: Any,
     plan: ReconstructionPlan,
@@ -191,10 +191,10 @@ def compared_pictures(
     """Yield every image of the plan's set beside its reconstruction, batch by batch; only the batches whose names are
     `wanted`. `bad` is told of those that cannot be read."""
     size, patch_size = tokenizer.config.image_size, tokenizer.config.patch_size
-    pictures = plan.pictures()
+    raw_images = plan.images()
     patches = raw_patch_codebook(plan, size, patch_size) if plan.kmeans_source else None
-    with tqdm(total=len(pictures), desc="pictures") as bar:
-        for batch in pictures.batches(plan.batch_size, wanted, bad):
+    with tqdm(total=len(raw_images), desc="images") as bar:
+        for batch in raw_images.batches(plan.batch_size, wanted, bad):
             bar.update(len(batch))
             images = [plan.rules.cut(image, size) for _, image in batch]
             pixel_values = image_processor(images=images, return_tensors="pt").pixel_values.to(tokenizer.device)
@@ -223,7 +223,7 @@ def compared_pictures(
 def _scored(
     plan: ReconstructionPlan, size: int, images: list[Image.Image], drawn: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Originals, which the tokenizer read at `size`, and drawn pictures at the size that is scored."""
+    """Originals, which the tokenizer read at `size`, and drawn images at the size that is scored."""
     if plan.score_size is None and drawn.shape[1:3] != (size, size):
         raise UserError(
             f"The tokenizer draws {drawn.shape[2]} pixels a side and reads {size}: say at which size they are compared "
@@ -231,13 +231,13 @@ def _scored(
         )
     scored = plan.score_size or size
     originals = to_array([plan.rules.cut(image, scored) for image in images])
-    return originals, np.stack([plan.rules.resized(picture, scored) for picture in drawn])
+    return originals, np.stack([plan.rules.resized(raw_image, scored) for raw_image in drawn])
 
 
 def raw_patch_codebook(plan: ReconstructionPlan, size: int, patch_size: int, iterations: int = 15) -> Tensor:
     """`kmeans_codes` centres [K, 3*p*p] of the raw patches of `kmeans_source`."""
-    pictures = plan.kmeans_pictures()
-    batches = pictures.batches(plan.batch_size, bad=lambda _, error: logger.warning("k-means goes without: %s", error))
+    images = plan.kmeans_images()
+    batches = images.batches(plan.batch_size, bad=lambda _, error: logger.warning("k-means goes without: %s", error))
     cut = (pixels_of(to_array([plan.rules.cut(image, size) for _, image in batch])) for batch in batches)
     flat = torch.cat([to_patches(pixels, patch_size).flatten(0, 1) for pixels in cut])
     generator = torch.Generator().manual_seed(plan.seed)
@@ -262,6 +262,6 @@ def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
     return F.unfold(pixels, patch_size, stride=patch_size).transpose(1, 2)
 
 
-def pixels_of(pictures: np.ndarray) -> Tensor:
+def pixels_of(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] -> pixels [B, 3, H, W] in [0, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255

@@ -11,7 +11,7 @@ from unimm.tokenizer.loading import load_with_processor
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """An image tokenizer with its processor; `model` and `processor` are None where it stands alone."""
 
     tokenizer: ImageTokenizer
@@ -26,16 +26,16 @@ class Subject:
         return {"device": running.device.type, "dtype": str(running.dtype)}
 
 
-def load_subject(path: str | Path | None = None, device: str | None = None) -> Subject:
+def load_evaluated_model(path: str | Path | None = None, device: str | None = None) -> EvaluatedModel:
     """Load a unified model (None: the default of the library) or the folder of an image tokenizer, ready to use.
 
     Raises:
         UserError: nothing there, something else, or a broken checkpoint.
     """
     if path is not None and _is_image_tokenizer(Path(path)):
-        return Subject(*load_with_processor(path))
+        return EvaluatedModel(*load_with_processor(path))
     model, processor = load(path, device)
-    return Subject(model.image_tokenizer, processor.image_processor, model, processor)
+    return EvaluatedModel(model.image_tokenizer, processor.image_processor, model, processor)
 
 
 def _is_image_tokenizer(folder: Path) -> bool:

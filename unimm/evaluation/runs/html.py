@@ -1,4 +1,4 @@
-"""What our pages share: one look, and pictures inside the file, so that a page can be moved or mailed."""
+"""What our pages share: one look, and images inside the file, so that a page can be moved or mailed."""
 
 import base64
 import io
@@ -7,16 +7,16 @@ from importlib import resources
 from PIL import Image
 
 LOSSLESS_SIDE = 128
-"""Pictures up to this many pixels a side are PNG, larger ones JPEG."""
+"""Images up to this many pixels a side are PNG, larger ones JPEG."""
 
 
 def base_style() -> str:
-    """The CSS of colours, light and dark, and of text."""
+    """The CSS of colors, light and dark, and of text."""
     return resources.files("unimm.evaluation.runs").joinpath("page.css").read_text(encoding="utf-8")
 
 
 def data_uri(image: Image.Image, *, longest_side: int | None = None) -> str:
-    """The picture as a data URI, made smaller where a side is longer than `longest_side`."""
+    """The image as a data URI, made smaller where a side is longer than `longest_side`."""
     if longest_side is not None and max(image.size) > longest_side:
         image = image.copy()
         image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)

@@ -1,9 +1,9 @@
 """The report of a run's folder: one HTML file that needs no model, no network and nothing beside it.
 
 Scores with their intervals, judge and protocol; bars per tag; distances of whole sets; the samples, failed and worst
-ones first, with boxes, masks, colour
+ones first, with boxes, masks, color
 votes, seeds and reasons, to be filtered by the rule that failed; and, against a second run, paired
-differences. Pictures are small data URIs, and at most `MAX_CARDS` samples of a part are shown, so that the page stays
+differences. Images are small data URIs, and at most `MAX_CARDS` samples of a part are shown, so that the page stays
 light. All text that comes from records is escaped by the template.
 """
 
@@ -40,7 +40,7 @@ from unimm.runs.provenance import write_atomically
 MAX_CARDS = 240
 THUMBNAIL_SIDE = 224
 SHOWN_NUMBERS = 5  # of a sample; the records hold them all
-SHOWN_VOTES, LEAST_VOTE = 3, 0.01  # colours of an object
+SHOWN_VOTES, LEAST_VOTE = 3, 0.01  # colors of an object
 SET_SIZES = ("count", "count_reference")  # of the sets that were compared
 WORST_BY = "psnr"  # where there is no verdict, the lowest first
 
@@ -173,7 +173,7 @@ def rules_of(record: Record) -> list[str]:
 
 
 def _distances(run: Run, other: Run | None) -> list[tuple[str, float, float | None]]:
-    """Name, value, and the other run's where both are of one scale: the same features, and as many pictures."""
+    """Name, value, and the other run's where both are of one scale: the same features, and as many images."""
     alike = other is not None and (other.space, _sizes(other)) == (run.space, _sizes(run))
     theirs = other.distances if other is not None and alike else {}
     return [(name, value, theirs.get(name)) for name, value in run.distances.items() if name not in SET_SIZES]
@@ -206,11 +206,11 @@ def _badness(record: Record) -> tuple[float, float, Key]:
 
 def _card(run: Run, record: Record, other: Run | None, theirs: Record | None) -> dict[str, Any]:
     numbers = {name: value for name, value in record.raw_scores.items() if isinstance(value, int | float)}
-    pictures = [_picture(run, record.inputs.get("original_path"), "original", [])]
-    pictures.append(_picture(run, record.output_path, "this run", record.raw_scores.get("detections", [])))
+    images = [_image(run, record.inputs.get("original_path"), "original", [])]
+    images.append(_image(run, record.output_path, "this run", record.raw_scores.get("detections", [])))
     if other is not None and theirs is not None:
         boxes = theirs.raw_scores.get("detections", [])
-        pictures.append(_picture(other, theirs.output_path, "other run", boxes))
+        images.append(_image(other, theirs.output_path, "other run", boxes))
     inputs = record.inputs
     return {
         "name": f"{record.item} #{record.sample}",
@@ -219,7 +219,7 @@ def _card(run: Run, record: Record, other: Run | None, theirs: Record | None) ->
         "asked": inputs.get("prompt") or inputs.get("question"),
         "answer": record.raw_scores.get("answer"),
         "expected": inputs.get("expected"),
-        "pictures": [picture for picture in pictures if picture is not None],
+        "images": [image for image in images if image is not None],
         "numbers": [(name, figure(value)) for name, value in islice(numbers.items(), SHOWN_NUMBERS)],
         "detections": [_detection(item) for item in record.raw_scores.get("detections", [])],
         "failed": record.verdict is not None and record.verdict < 1,
@@ -241,13 +241,13 @@ def _verdict(record: Record) -> str | None:
     return figure(record.verdict, VERDICT)
 
 
-def _picture(run: Run, path: str | None, label: str, detections: Sequence[Any]) -> dict[str, Any] | None:
-    """A thumbnail with its boxes and outlines in the picture's own pixels; None where no picture was kept."""
+def _image(run: Run, path: str | None, label: str, detections: Sequence[Any]) -> dict[str, Any] | None:
+    """A thumbnail with its boxes and outlines in the image's own pixels; None where no image was kept."""
     if path is None:
         return None
     try:
         with Image.open(run.folder / path) as image:
-            picture = image.convert("RGB")
+            raw_image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError):  # what Pillow raises on damaged files
         return {"label": f"{label}: {path} is missing or damaged", "uri": None, "boxes": []}
     boxes = [
@@ -255,8 +255,8 @@ def _picture(run: Run, path: str | None, label: str, detections: Sequence[Any]) 
         for item in detections
         for x1, y1, x2, y2 in [item["box"][:4]]
     ]
-    uri = data_uri(picture, longest_side=THUMBNAIL_SIDE)
-    return {"label": label, "uri": uri, "boxes": boxes, "width": picture.width, "height": picture.height}
+    uri = data_uri(raw_image, longest_side=THUMBNAIL_SIDE)
+    return {"label": label, "uri": uri, "boxes": boxes, "width": raw_image.width, "height": raw_image.height}
 
 
 def _detection(item: dict[str, Any]) -> str:

@@ -17,10 +17,10 @@ from PIL import Image
 
 from unimm.data.image_streams import crop
 from unimm.data.resizing import resized_crop
-from unimm.data.shapes.datasets import ShapesPictures
+from unimm.data.shapes.datasets import ShapesImages
 from unimm.data.shuffling import EpochOrder
-from unimm.data.sources.folders import FolderPictures
-from unimm.data.sources.registry import open_pictures
+from unimm.data.sources.folders import FolderImages
+from unimm.data.sources.registry import open_images
 from unimm.data.sources.storage import data_path
 from unimm.errors import UserError, one_line, printable
 from unimm.evaluation.runs.records import UNREADABLE, content_sha256
@@ -65,26 +65,26 @@ class Protocol:
 
     Args:
         crop: a key of `CROPS`.
-        resize_filter: of the crop, and of a drawn picture that is scored at another size; a key of `FILTERS`.
+        resize_filter: of the crop, and of a drawn image that is scored at another size; a key of `FILTERS`.
         rounding: of drawn pixels to 8 bits, before any metric sees them.
-        reference: what the drawn pictures are compared with.
+        reference: what the drawn images are compared with.
     """
 
     name: str
     crop: str
     resize_filter: str = "bicubic"
     rounding: str = "nearest, half to even"
-    reference: str = "the same pictures, cut alike"
+    reference: str = "the same images, cut alike"
 
     def cut(self, image: Image.Image, size: int) -> Image.Image:
-        """The picture as it is measured, `size` pixels a side."""
+        """The image as it is measured, `size` pixels a side."""
         return CROPS[self.crop](image, size, self.resize_filter)
 
-    def resized(self, picture: np.ndarray, size: int) -> np.ndarray:
-        """A drawn picture, uint8 [H, W, 3], at the size that is scored."""
-        if picture.shape[:2] == (size, size):
-            return picture
-        return np.asarray(Image.fromarray(picture).resize((size, size), FILTERS[self.resize_filter]))
+    def resized(self, image: np.ndarray, size: int) -> np.ndarray:
+        """A drawn image, uint8 [H, W, 3], at the size that is scored."""
+        if image.shape[:2] == (size, size):
+            return image
+        return np.asarray(Image.fromarray(image).resize((size, size), FILTERS[self.resize_filter]))
 
 
 PROTOCOLS = {
@@ -102,8 +102,8 @@ Bad = Callable[[str, UserError], None]
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """Pictures that have names: a path inside a folder, or a row's number. `load` takes an index into `names`."""
+class ImageSet:
+    """Images that have names: a path inside a folder, or a row's number. `load` takes an index into `names`."""
 
     load: Callable[[int], Image.Image]
     names: Sequence[str]
@@ -135,8 +135,8 @@ class PictureSet:
                 yield batch
 
 
-def picture_set(source: str, count: int | None = None, seed: int | None = None) -> PictureSet:
-    """Pictures of "shapes", a parquet file, a folder, or the ADM evaluator's npz; none of them twice.
+def image_set(source: str, count: int | None = None, seed: int | None = None) -> ImageSet:
+    """Images of "shapes", a parquet file, a folder, or the ADM evaluator's npz; none of them twice.
 
     Args:
         source: as in the recipes' `data.source`, or a file that ends in .npz.
@@ -148,54 +148,54 @@ def picture_set(source: str, count: int | None = None, seed: int | None = None) 
     """
     if source == "shapes":
         if count is None:
-            raise UserError("The picture world has no end: say how many pictures.")
-        world = ShapesPictures(count, seed or 0, allow_withheld=True)
-        return PictureSet(lambda i: world[i]["image"], [_row_name(i) for i in range(count)])
+            raise UserError("The shapes data set has no end: say how many images.")
+        world = ShapesImages(count, seed or 0, allow_withheld=True)
+        return ImageSet(lambda i: world[i]["image"], [_row_name(i) for i in range(count)])
     load, names = _opened(data_path(source))
     if len(names) < (count or 1):
-        raise UserError(f"{source} holds {len(names)} pictures and {count or 1} are asked for.")
+        raise UserError(f"{source} holds {len(names)} images and {count or 1} are asked for.")
     order = None if seed is None else EpochOrder(len(names), seed)
     rows = [i if order is None else order.row(i) for i in range(len(names) if count is None else count)]
-    return PictureSet(lambda i: load(rows[i]), [names[row] for row in rows])
+    return ImageSet(lambda i: load(rows[i]), [names[row] for row in rows])
 
 
 def source_sha256(source: str, count: int | None = None, seed: int | None = None) -> str:
-    """sha256 over all that `picture_set` with these arguments would read: the names, and what they stand for.
+    """sha256 over all that `image_set` with these arguments would read: the names, and what they stand for.
 
-    Files are streamed, not decoded; of shards in a folder or on the hub every picture is looked at. Statistics in an
-    npz count as the pictures that they are of.
+    Files are streamed, not decoded; of shards in a folder or on the hub every image is looked at. Statistics in an
+    npz count as the images that they are of.
 
     Raises:
-        UserError: as `picture_set`.
+        UserError: as `image_set`.
     """
     path = data_path(source)
     if path.suffix == ".npz" and path.is_file():
         return content_sha256([file_sha256(path), count, seed])
-    pictures = picture_set(source, count, seed)
+    images = image_set(source, count, seed)
     if source == "shapes":
-        return content_sha256([seed, *pictures.names])
+        return content_sha256([seed, *images.names])
     if path.is_file():
-        return content_sha256([file_sha256(path), *pictures.names])
-    files = [path / name for name in pictures.names]
+        return content_sha256([file_sha256(path), *images.names])
+    files = [path / name for name in images.names]
     if all(file.is_file() for file in files):
-        return content_sha256([name, file_sha256(file)] for name, file in zip(pictures.names, files, strict=True))
-    return content_sha256([name, *_looked_at(pictures, i)] for i, name in enumerate(pictures.names))
+        return content_sha256([name, file_sha256(file)] for name, file in zip(images.names, files, strict=True))
+    return content_sha256([name, *_looked_at(images, i)] for i, name in enumerate(images.names))
 
 
-def _looked_at(pictures: PictureSet, index: int) -> tuple[int, int, str]:
+def _looked_at(images: ImageSet, index: int) -> tuple[int, int, str]:
     try:
-        image = pictures.load(index)
+        image = images.load(index)
     except UserError:
         return (0, 0, UNREADABLE)
     return (*image.size, hashlib.sha256(image.tobytes()).hexdigest())
 
 
-def read_pictures_npz(path: Path) -> np.ndarray:
+def read_images_npz(path: Path) -> np.ndarray:
     """`arr_0` of the ADM evaluator's file, uint8 [N, H, W, 3]. Raises UserError for anything else."""
     array = read_npz(path).get("arr_0")
     if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         found = "no arr_0" if array is None else f"arr_0 of {array.dtype} {list(array.shape)}"
-        raise UserError(f"{path} holds {found}; pictures stand in arr_0, uint8 [N, H, W, 3].")
+        raise UserError(f"{path} holds {found}; images stand in arr_0, uint8 [N, H, W, 3].")
     return array
 
 
@@ -212,14 +212,14 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _opened(path: Path) -> tuple[Callable[[int], Image.Image], list[str]]:
     if path.suffix == ".npz":
-        array = read_pictures_npz(path)
+        array = read_images_npz(path)
         return lambda i: Image.fromarray(array[i]), [_row_name(i) for i in range(len(array))]
-    pictures = open_pictures(path)
-    if isinstance(pictures, FolderPictures):
-        names = [printable(found.relative_to(path).as_posix()) for found in pictures.paths]
+    images = open_images(path)
+    if isinstance(images, FolderImages):
+        names = [printable(found.relative_to(path).as_posix()) for found in images.paths]
     else:
-        names = [_row_name(i) for i in range(len(pictures))]
-    return lambda i: pictures[i]["image"], names
+        names = [_row_name(i) for i in range(len(images))]
+    return lambda i: images[i]["image"], names
 
 
 def _row_name(row: int) -> str:

@@ -141,7 +141,7 @@ def _compared(part: str, name: str, first: list[Record], second: list[Record]) -
 
 
 def _clusters(records: Iterable[Record]) -> list[str]:
-    """A cluster lies in one tag: questions of two tags about one picture are drawn for each tag by itself."""
+    """A cluster lies in one tag: questions of two tags about one image are drawn for each tag by itself."""
     return [json.dumps([tag_of(record), record.inputs.get("cluster", record.item)]) for record in records]
 
 

@@ -1,7 +1,7 @@
 """What an evaluation run leaves behind, read without a model: one record per sample, and the manifest that says how.
 
-A record is one JSON line. Its key is (item, sample): `item` names what is asked (a prompt, a question, a picture),
-`sample` counts the pictures or answers for it. Times and dates stand elsewhere, so that the same run gives the same
+A record is one JSON line. Its key is (item, sample): `item` names what is asked (a prompt, a question, an image),
+`sample` counts the images or answers for it. Times and dates stand elsewhere, so that the same run gives the same
 bytes twice.
 """
 
@@ -32,8 +32,8 @@ class Record:
         bench, item, sample: whose it is; see the module.
         seed: what it was drawn or answered with.
         inputs: what was asked. Reports read `prompt` or `question`, `tag`, `part` (of a benchmark that measures
-            several things), `cluster` (what makes samples alike; default: the item) and `original_path` (a picture).
-        output_path: the picture, relative to the run's folder where it lies inside.
+            several things), `cluster` (what makes samples alike; default: the item) and `original_path` (an image).
+        output_path: the image, relative to the run's folder where it lies inside.
         raw_scores: everything measured or detected, before any rule; `detections` have `label`, `box` (xyxy) and
             `score`, and where they are known `outline` (polygons of the mask), `color` and `color_votes` (shares).
         verdict: what the rule says, None where there is none to say.

@@ -1,6 +1,6 @@
-"""Pictures whose content is known, for judges: one that fails on them is not asked about others.
+"""Images whose content is known, for judges: one that fails on them is not asked about others.
 
-Special here: a judge on the wrong device, with the wrong weights or the wrong preparation gives numbers, too, and
+A judge on the wrong device, with the wrong weights or the wrong preparation gives numbers, too, and
 nothing else would show that they are bad.
 """
 
@@ -24,7 +24,7 @@ CANARIES = "canaries.jsonl"
 
 
 class KnownAnswer(NamedTuple):
-    """A question about a picture, and the only right answer."""
+    """A question about an image, and the only right answer."""
 
     name: str
     image: Image.Image
@@ -42,7 +42,7 @@ def photographs() -> dict[str, Image.Image]:
         from skimage import data
     except ImportError:
         raise UserError(
-            "The known pictures come with scikit-image, which is not installed: install unimm[eval], or give pictures "
+            "The known images come with scikit-image, which is not installed: install unimm[eval], or give images "
             "of your own with --canary FOLDER."
         ) from None
     shown = {"cat": data.chelsea, "person": data.astronaut, "cup": data.coffee}
@@ -53,7 +53,7 @@ def known_answers(folder: str | Path | None = None) -> list[KnownAnswer]:
     """Questions about the photographs: whether they show what they do, and whether they show a zebra.
 
     Args:
-        folder: a person's own instead: pictures, and canaries.jsonl with a line {"image": a file of the folder,
+        folder: a person's own instead: images, and canaries.jsonl with a line {"image": a file of the folder,
             "question": ..., "answer": ...} for each question.
 
     Raises:
@@ -68,21 +68,21 @@ def known_answers(folder: str | Path | None = None) -> list[KnownAnswer]:
     ]
 
 
-def check_judge(judge: Judge, known: Sequence[KnownAnswer]) -> int:
+def check_vqa_model(judge: Judge, known: Sequence[KnownAnswer]) -> int:
     """Ask a judge what is known; gives the number of questions.
 
     Raises:
         UserError: there is none, a score is not finite, or an answer is wrong.
     """
     if not known:
-        raise UserError(f"{judge.name} has no known picture to be asked about first: give --canary FOLDER.")
+        raise UserError(f"{judge.name} has no known image to be asked about first: give --canary FOLDER.")
     said = judge.answer_yes_no([each.image for each in known], [each.question for each in known])
     for each, given in zip(known, said, strict=True):
         if given.probability is not None and not math.isfinite(given.probability):
             raise UserError(f"{judge.name} gives scores that are not finite for {each.name}: it judges nothing.")
         if not same_answer(given.answer, each.expected):
             raise UserError(
-                f"{judge.name} fails on a picture that is known: of {each.name} it answers {each.question!r} with "
+                f"{judge.name} fails on an image that is known: of {each.name} it answers {each.question!r} with "
                 f"{given.answer!r}, expected {each.expected!r}. It judges nothing; check its weights and --device, or "
                 "go on with --no-canary, which the result will say."
             )

@@ -1,13 +1,13 @@
 """The folder of an evaluation run: it survives a kill at any moment, and it holds the same bytes however it came about.
 
     folder/manifest.json            how the run came about; a run under another one is refused
-    folder/images/                  pictures
+    folder/images/                  images
     folder/parts/rank-0.jsonl       records as they come, one file per process; gone when the run is finished
     folder/timings.jsonl            seconds, the only file that differs from run to run
     folder/records.jsonl            all records in the order of their keys: written last, with
     folder/summary.json             a pure function of them
 
-Special here: processes (`accelerate launch`, `torchrun`) share nothing but the folder and barriers. Each takes every
+Processes (`accelerate launch`, `torchrun`) share nothing but the folder and barriers. Each takes every
 n-th of the missing keys, and the main process merges by key what all have written.
 """
 
@@ -128,7 +128,7 @@ class RunStore:
         return [found[key] for key in sorted(found)]
 
     def image_path(self, item: str, sample: int = 0, *, role: str = "") -> Path:
-        """Where the picture of a sample goes, or one of another `role` beside it; a file name on any system, and
+        """Where the image of a sample goes, or one of another `role` beside it; a file name on any system, and
         another one for every item."""
         readable = re.sub(r"[^a-z0-9]+", "-", item.lower()).strip("-")[:60] or "item"
         digest = hashlib.blake2b(item.encode(), digest_size=4).hexdigest()

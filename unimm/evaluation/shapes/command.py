@@ -1,4 +1,4 @@
-"""The command that measures a model on the picture world: `unimm eval shapes`, eval/shapes.py."""
+"""The command that measures a model on the shapes data set: `unimm eval shapes`, eval/shapes.py."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from unimm.data.images import save_image_atomically
 from unimm.data.shapes import TAGS
 from unimm.errors import UserError
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
-from unimm.evaluation.runs.evaluated_model import Subject, load_subject
+from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.store import Key, Manifest, Record, RunStore, content_sha256
 from unimm.evaluation.shapes.run import (
     PARTS,
@@ -52,25 +52,25 @@ Scores = dict[str, dict[str, Any]]
 class Part(NamedTuple):
     """How one part is measured at once, measured batch by batch, and summed up from its rows."""
 
-    evaluate: Callable[[Subject, ShapesPlan], tuple[dict[str, float], list[Row]]]
-    batches: Callable[[Subject, ShapesPlan, Wanted], Iterator[list[Shown]]]
+    evaluate: Callable[[EvaluatedModel, ShapesPlan], tuple[dict[str, float], list[Row]]]
+    batches: Callable[[EvaluatedModel, ShapesPlan, Wanted], Iterator[list[Shown]]]
     scores: Callable[[list[Row], int], dict[str, float]]
 
 
 MEASURES = {
     "reconstruction": Part(
-        lambda subject, plan: evaluate_reconstruction(subject.tokenizer, subject.image_processor, plan),
-        lambda subject, plan, wanted: reconstructions(subject.tokenizer, subject.image_processor, plan, wanted),
+        lambda evaluated, plan: evaluate_reconstruction(evaluated.tokenizer, evaluated.image_processor, plan),
+        lambda evaluated, plan, wanted: reconstructions(evaluated.tokenizer, evaluated.image_processor, plan, wanted),
         reconstruction_scores,
     ),
     "chat": Part(
-        lambda subject, plan: evaluate_chat(subject.model, subject.processor, plan),
-        lambda subject, plan, wanted: answers(subject.model, subject.processor, plan, wanted),
+        lambda evaluated, plan: evaluate_chat(evaluated.model, evaluated.processor, plan),
+        lambda evaluated, plan, wanted: answers(evaluated.model, evaluated.processor, plan, wanted),
         lambda rows, _: chat_scores(rows),
     ),
     "generation": Part(
-        lambda subject, plan: evaluate_generation(subject.model, subject.processor, plan),
-        lambda subject, plan, wanted: drawings(subject.model, subject.processor, plan, wanted),
+        lambda evaluated, plan: evaluate_generation(evaluated.model, evaluated.processor, plan),
+        lambda evaluated, plan, wanted: drawings(evaluated.model, evaluated.processor, plan, wanted),
         lambda rows, _: generation_scores(rows),
     ),
 }
@@ -81,26 +81,28 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
     arguments = _parse(argv, description)
     plan, report = _plan_of(arguments), Report(arguments.json)
     with report.timed("load"):
-        subject = load_subject(arguments.model)
-    if subject.model is None and arguments.parts != ["reconstruction"]:
+        evaluated = load_evaluated_model(arguments.model)
+    if evaluated.model is None and arguments.parts != ["reconstruction"]:
         raise UserError(
             f"{arguments.model} is an image tokenizer and cannot answer or draw: add --parts reconstruction."
         )
     if arguments.output is None:
-        scores, rows = _measured(subject, plan, arguments.parts, report)
+        scores, rows = _measured(evaluated, plan, arguments.parts, report)
     else:
-        scores, rows = _recorded(subject, plan, arguments, report)
+        scores, rows = _recorded(evaluated, plan, arguments, report)
     report.add(**scores, seed=plan.seed, commit=git_commit())
     if arguments.rows is not None:
         write_atomically(arguments.rows, "".join(json.dumps(row) + "\n" for row in rows))
     report.write()
 
 
-def _measured(subject: Subject, plan: ShapesPlan, parts: list[str], report: Report) -> tuple[Scores, list[Row]]:
+def _measured(
+    evaluated: EvaluatedModel, plan: ShapesPlan, parts: list[str], report: Report
+) -> tuple[Scores, list[Row]]:
     scores, strict, rows = Scores(), Scores(), list[Row]()
     for part in parts:
         with report.timed(part):
-            scores[part], judged = MEASURES[part].evaluate(subject, plan)
+            scores[part], judged = MEASURES[part].evaluate(evaluated, plan)
         strict[part] = strict_scores(part, judged)
         rows += [{"part": part, **row} for row in judged]
         report.say(_table({part: scores[part], STRICT: strict}))
@@ -115,27 +117,27 @@ def _present(strict: Scores) -> Scores:
 
 
 def _recorded(
-    subject: Subject, plan: ShapesPlan, arguments: argparse.Namespace, report: Report
+    evaluated: EvaluatedModel, plan: ShapesPlan, arguments: argparse.Namespace, report: Report
 ) -> tuple[Scores, list[Row]]:
-    """As `_measured`, with every picture and answer recorded in `--output`."""
-    size = subject.tokenizer.config.codebook_size
-    with RunStore.open(arguments.output, _manifest(subject, plan, arguments)) as store:
+    """As `_measured`, with every image and answer recorded in `--output`."""
+    size = evaluated.tokenizer.config.codebook_size
+    with RunStore.open(arguments.output, _manifest(evaluated, plan, arguments)) as store:
         for part in arguments.parts:
             with report.timed(part):
-                _record_part(store, subject, plan, part)
+                _record_part(store, evaluated, plan, part)
         scores: Scores = store.finish(lambda records: _scores(records, arguments.parts, size))
         rows = [{"part": _part(record), **_row_of(record)} for record in store.records()]
     report.say(_table(scores))
     return scores, rows
 
 
-def _record_part(store: RunStore, subject: Subject, plan: ShapesPlan, part: str) -> None:
+def _record_part(store: RunStore, evaluated: EvaluatedModel, plan: ShapesPlan, part: str) -> None:
     keys, together = part_keys(part, plan)
     todo = set(store.split(keys, together=together))
-    for batch in MEASURES[part].batches(subject, plan, lambda keys: any(key in todo for key in keys)):
-        for row, pictures in batch:
+    for batch in MEASURES[part].batches(evaluated, plan, lambda keys: any(key in todo for key in keys)):
+        for row, images in batch:
             if (row["item"], row["sample"]) in todo:
-                store.append(_record_of(store, plan, part, dict(row), pictures))
+                store.append(_record_of(store, plan, part, dict(row), images))
 
 
 def part_keys(part: str, plan: ShapesPlan) -> tuple[list[Key], int]:
@@ -154,19 +156,19 @@ def part_keys(part: str, plan: ShapesPlan) -> tuple[list[Key], int]:
     return keys, plan.prompts_at_once * plan.images_per_prompt
 
 
-def _record_of(store: RunStore, plan: ShapesPlan, part: str, row: Row, pictures: Mapping[str, Any]) -> Record:
+def _record_of(store: RunStore, plan: ShapesPlan, part: str, row: Row, images: Mapping[str, Any]) -> Record:
     item, sample = row.pop("item"), row.pop("sample")
     paths = {
         "drawn": store.image_path(item, sample),
         "original": store.image_path(item, sample, role="original"),
     }
-    for role, picture in pictures.items():
-        save_image_atomically(picture, paths[role])
+    for role, image in images.items():
+        save_image_atomically(image, paths[role])
     inputs: dict[str, Any] = {"part": WITHHELD if row.get("group") == WITHHELD else part}
     if tag := row.pop("tag", row.get("kind")):
         inputs["tag"] = tag
     inputs |= {name: row.pop(name) for name in ASKED if name in row}
-    if "original" in pictures:
+    if "original" in images:
         inputs["original_path"] = store.inside(paths["original"])
     verdict, reasons = row.pop("correct", None), row.pop("reasons", [])
     return Record(
@@ -175,7 +177,7 @@ def _record_of(store: RunStore, plan: ShapesPlan, part: str, row: Row, pictures:
         sample,
         seed=row.pop("seed", plan.seed),
         inputs=inputs,
-        output_path=str(paths["drawn"]) if "drawn" in pictures else None,
+        output_path=str(paths["drawn"]) if "drawn" in images else None,
         raw_scores=row,
         verdict=verdict,
         reason="\n".join(reasons),
@@ -203,7 +205,7 @@ def _scores(records: Iterable[Record], parts: Sequence[str], codebook_size: int)
     return scores | {STRICT: _present({part: strict_scores(part, own) for part, own in rows.items()})}
 
 
-def _manifest(subject: Subject, plan: ShapesPlan, arguments: argparse.Namespace) -> Manifest:
+def _manifest(evaluated: EvaluatedModel, plan: ShapesPlan, arguments: argparse.Namespace) -> Manifest:
     asked = [prompt.metadata() for tag in (*TAGS, None) for prompt in held_out_prompts(plan, tag)]
     amounts = ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt")
     return Manifest(
@@ -211,14 +213,14 @@ def _manifest(subject: Subject, plan: ShapesPlan, arguments: argparse.Namespace)
         content_sha256(asked),
         plan.seed,
         settings={
-            "protocol": "the picture world, held-out prompts, greedy answers",
+            "protocol": "the shapes data set, held-out prompts, greedy answers",
             "parts": sorted(arguments.parts),
             **{name: getattr(plan, name) for name in amounts},
             "sampling": plan.sampling or "the checkpoint's own",
-            "device": subject.tokenizer.device.type,
-            "dtype": str(subject.tokenizer.dtype),
+            "device": evaluated.tokenizer.device.type,
+            "dtype": str(evaluated.tokenizer.dtype),
         },
-        weights={"model": model_fingerprint(subject.model or subject.tokenizer)},
+        weights={"model": model_fingerprint(evaluated.model or evaluated.tokenizer)},
         arguments=recorded_arguments(arguments) | {"parts": ",".join(arguments.parts)},
     )
 
@@ -235,7 +237,7 @@ def _parse(argv: Sequence[str] | None, description: str | None) -> argparse.Name
     parser.add_argument("--model", help="a unified model or an image tokenizer; the default comes with the library")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(PARTS)}")
     parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
-    parser.add_argument("--rows", metavar="FILE", help="write one JSON line per picture and question")
+    parser.add_argument("--rows", metavar="FILE", help="write one JSON line per image and question")
     for name in ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt", "batch_size", "seed"):
         default = getattr(ShapesPlan, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")

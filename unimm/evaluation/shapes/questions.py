@@ -1,7 +1,7 @@
-"""Yes-or-no questions about the picture world in the schemas of MME and POPE, as parquet files that their tools read.
+"""Yes-or-no questions about the shapes data set in the schemas of MME and POPE, as parquet files that their tools read.
 
-Special here: every scene is asked one question whose answer is yes and one whose answer is no. A "no" that joins a
-colour and a shape which are both there, but not together, is POPE's adversarial kind; all others are its random kind.
+Every scene is asked one question whose answer is yes and one whose answer is no. A "no" that joins a
+color and a shape which are both there, but not together, is POPE's adversarial kind; all others are its random kind.
 """
 
 from collections.abc import Iterator
@@ -80,7 +80,7 @@ def write_shapes_questions(folder: Path, questions: int, seed: int) -> None:
 
 
 def write_parquet(table: list[Row], path: Path) -> None:
-    """Rows as a parquet file; columns of PIL pictures, single or in lists, are marked as pictures for its readers."""
+    """Rows as a parquet file; columns of PIL images, single or in lists, are marked as images for its readers."""
     from datasets import Dataset
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""How well a model reconstructs, answers and draws in the picture world, on scenes and prompts that it never saw.
+"""How well a model reconstructs, answers and draws in the shapes data set, on scenes and prompts that it never saw.
 
-Special here: nothing is judged by a model. The world's analytic detector reads pictures back into objects;
+Nothing is judged by a model. The world's analytic detector reads images back into objects;
 reconstructions are compared with their originals by what it reads, drawings with their prompts by GenEval's rules
 (https://arxiv.org/abs/2310.11513), and questions have one right answer. The detector's score is a geometric overlap,
 not a confidence: whatever it accepts counts for the rules, in counting prompts too. A strict detector reads the same
@@ -34,13 +34,13 @@ from unimm.tokenizer.codebook_usage import CodebookUsage
 
 PARTS = ("reconstruction", "chat", "generation")
 QUESTION_KINDS = ("existence", "color", "count", "position")
-WITHHELD = "withheld"  # the prompts that name a pair of colour and shape which training never shows
+WITHHELD = "withheld"  # the prompts that name a pair of color and shape which training never shows
 MAX_ANSWER_TOKENS = 16
 DRAWS_PER_PROMPT = 200  # tries for each new distinct prompt before one may repeat
 
 Row = dict[str, Any]
 Shown = tuple[Row, dict[str, Image.Image]]
-"""A row and its pictures: `original`, `drawn`."""
+"""A row and its images: `original`, `drawn`."""
 Wanted = Callable[[Sequence[Key]], bool]
 """Whether a batch of these keys is to be done."""
 Scored = tuple[dict[str, float], list[Row]]
@@ -52,12 +52,12 @@ class ShapesPlan:
     """How much is measured; everything that is asked, shown and drawn is a function of `seed`.
 
     Args:
-        num_scenes: pictures that are reconstructed and compared.
-        codebook_scenes: pictures whose ids are counted, the compared ones among them.
+        num_scenes: images that are reconstructed and compared.
+        codebook_scenes: images whose ids are counted, the compared ones among them.
         questions: questions of each kind.
         prompts: prompts of each tag, and as many that name a withheld pair.
         images_per_prompt: drawings of each prompt.
-        batch_size: pictures, questions or drawings in one forward; the drawings do not depend on it.
+        batch_size: images, questions or drawings in one forward; the drawings do not depend on it.
         sampling: `guidance_scale`, `temperature`, `top_k`, `top_p` in place of the checkpoint's own.
     """
 
@@ -91,7 +91,7 @@ class ShapesPlan:
 
 
 def evaluate_reconstruction(tokenizer: Any, image_processor: Any, plan: ShapesPlan) -> Scored:
-    """Pictures through their ids and back: `reconstruction_scores`, and one row per compared picture."""
+    """Images through their ids and back: `reconstruction_scores`, and one row per compared image."""
     rows = _rows(reconstructions(tokenizer, image_processor, plan))
     scores = reconstruction_scores(rows, tokenizer.config.codebook_size)
     return scores, [{name: row[name] for name in row if name != "ids"} for row in rows if "correct" in row]
@@ -101,7 +101,7 @@ def evaluate_reconstruction(tokenizer: Any, image_processor: Any, plan: ShapesPl
 def reconstructions(
     tokenizer: Any, image_processor: Any, plan: ShapesPlan, wanted: Wanted = bool
 ) -> Iterator[list[Shown]]:
-    """Rows with the `ids` of every picture; those that are compared say what the detector reads on both sides."""
+    """Rows with the `ids` of every image; those that are compared say what the detector reads on both sides."""
     rng = plan.rng("reconstruction")
     keys = [(f"reconstruction/{index:05}", 0) for index in range(max(plan.num_scenes, plan.codebook_scenes))]
     both_sides = set(keys[: plan.num_scenes])
@@ -122,7 +122,7 @@ def reconstructions(
 
 
 def reconstruction_scores(rows: Iterable[Row], codebook_size: int) -> dict[str, float]:
-    """agreement, the share of scenes from whose reconstruction the detector reads the same colours and shapes as from
+    """agreement, the share of scenes from whose reconstruction the detector reads the same colors and shapes as from
     the original; psnr and psnr_mean_color in dB; ssim; codebook_use and perplexity of all ids."""
     rows, usage = list(rows), CodebookUsage(codebook_size)
     usage.update(torch.tensor([row["ids"] for row in rows]))
@@ -148,14 +148,14 @@ def answers(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool)
     for batch in _progress(asked, plan.batch_size, "chat"):
         if not wanted([key for key, _ in batch]):
             continue
-        pictures = [render(scene) for _, (scene, _) in batch]
-        questions = [(picture, turn.question) for picture, (_, (_, turn)) in zip(pictures, batch, strict=True)]
+        images = [render(scene) for _, (scene, _) in batch]
+        questions = [(image, turn.question) for image, (_, (_, turn)) in zip(images, batch, strict=True)]
         shown: list[Shown] = []
-        for (key, (_, turn)), (picture, _), answer in zip(
+        for (key, (_, turn)), (image, _), answer in zip(
             batch, questions, _answer(model, processor, questions), strict=True
         ):
             row = _row(key, kind=turn.kind, question=turn.question, answer=answer, expected=turn.answer)
-            shown.append((row | {"correct": same_answer(answer, turn.answer)}, {"original": picture}))
+            shown.append((row | {"correct": same_answer(answer, turn.answer)}, {"original": image}))
         yield shown
 
 
@@ -166,14 +166,14 @@ def chat_scores(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def evaluate_generation(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
-    """Held-out prompts drawn and judged by GenEval's rules: `generation_scores`, and one row per picture."""
+    """Held-out prompts drawn and judged by GenEval's rules: `generation_scores`, and one row per image."""
     rows = _rows(drawings(model, processor, plan))
     return generation_scores(rows), rows
 
 
 @torch.inference_mode()
 def drawings(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -> Iterator[list[Shown]]:
-    """A row per picture."""
+    """A row per image."""
     groups = {tag: held_out_prompts(plan, tag) for tag in TAGS} | {WITHHELD: held_out_prompts(plan, None)}
     jobs = [
         (group, index, prompt, plan.number("generation", group, str(index)))
@@ -187,9 +187,9 @@ def drawings(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool
         if not wanted(keys):
             continue
         texts, seeds = [prompt.prompt for *_, prompt, _ in batch], [seed for *_, seed in batch]
-        pictures = draw_prompts(model, processor, texts, seeds, plan.images_per_prompt, **plan.sampling)
+        images = draw_prompts(model, processor, texts, seeds, plan.images_per_prompt, **plan.sampling)
         shown: list[Shown] = []
-        for index, (key, image) in enumerate(zip(keys, pictures, strict=True)):
+        for index, (key, image) in enumerate(zip(keys, images, strict=True)):
             group, _, prompt, seed = batch[index // plan.images_per_prompt]
             shown.append((_row(key, seed=seed, group=group) | _judge(prompt, image), {"drawn": image}))
         yield shown
@@ -225,7 +225,7 @@ def held_out_prompts(plan: ShapesPlan, tag: str | None) -> list[Prompt]:
 
 
 def read_objects(image: Image.Image | np.ndarray) -> Counter[tuple[str, str]]:
-    """What the detector sees: how often each (colour, shape) occurs."""
+    """What the detector sees: how often each (color, shape) occurs."""
     return Counter((item.color, item.shape) for item in detect(image))
 
 
@@ -262,7 +262,7 @@ def _compare(
 
 
 def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, str]]) -> list[str]:
-    """Greedy answers to (picture, question) pairs, one batch padded on the left."""
+    """Greedy answers to (image, question) pairs, one batch padded on the left."""
     messages = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
         for image, question in questions
@@ -289,9 +289,9 @@ def _refusals(prompt: Prompt, image: Image.Image) -> list[str]:
     return [*read.refusals, *judged.reasons, *surplus]
 
 
-def _arrays(pictures: torch.Tensor) -> np.ndarray:
+def _arrays(images: torch.Tensor) -> np.ndarray:
     """uint8 [B, 3, H, W] -> [B, H, W, 3]."""
-    return pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _names(objects: Counter[tuple[str, str]]) -> list[str]:

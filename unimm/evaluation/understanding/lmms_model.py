@@ -2,7 +2,7 @@
 
     lmms-eval --model unimm --model_args pretrained=PATH --tasks mme --batch_size 8
 
-Special here, against the wrappers that lmms-eval ships: `until` is applied, unknown generation settings of a task are
+Against the wrappers that lmms-eval ships: `until` is applied, unknown generation settings of a task are
 left out and unknown `--model_args` refused; an answer depends neither on its batch nor on the number of ranks; and
 the response cache, whose key knows the model by its `--model_args` only, is refused unless these name the weights.
 """
@@ -265,7 +265,7 @@ def _part(part: Any, task: str) -> dict[str, Any]:
     if part.type == "text":
         return {"type": "text", "text": part.text}
     if part.type != "image":
-        raise UserError(f"The task {task} shows {part.type}; unimm reads texts and pictures only.")
+        raise UserError(f"The task {task} shows {part.type}; unimm reads texts and images only.")
     try:
         image = read_image(part.url)
     except DECODER_ERRORS as error:

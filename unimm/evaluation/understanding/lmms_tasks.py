@@ -1,8 +1,8 @@
 """lmms-eval's understanding tasks on data from the hub or from a folder, and what one answer is worth by their rules.
 
-Special here: data in a folder is reached by an overlay of the shipped task, written when it runs, which keeps prompts
+Data in a folder is reached by an overlay of the shipped task, written when it runs, which keeps prompts
 and scoring as they are and has a name of its own (a shipped name would win over ours). Rows are read from the documents
-without their pictures, so that every score can be counted again from the records alone.
+without their images, so that every score can be counted again from the records alone.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Document = Mapping[str, Any]
 HUB_OWNER = "lmms-lab-encoder"
 OCR_PROMPT = {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase.", "ocr": True}
 BARE_PROMPT = {"pre_prompt": "", "post_prompt": ""}
-"""For models of the picture world, which know its questions word for word and nothing else."""
+"""For models of the shapes data set, which know its questions word for word and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _local(benchmark: Benchmark, data: Path) -> dict[str, Any]:
         )
     kept: dict[str, Any] = {"dataset_name": None}
     if benchmark.definition.startswith("gqa"):
-        kept["process_docs"] = None  # would fetch the pictures from the hub
+        kept["process_docs"] = None  # would fetch the images from the hub
     if (folder / "dataset_dict.json").is_file():
         return kept | {"dataset_path": str(folder), "dataset_kwargs": {"load_from_disk": True}}
     places = [folder / part for part in (benchmark.config, "data") if part is not None] + [folder]
@@ -280,7 +280,7 @@ def _check_columns(benchmark: Benchmark, file: Path) -> None:
 
     found = read_schema(file).names
     if missing := [name for name in benchmark.columns if name not in found]:
-        joined = " (GQA's pictures are a second table: join them by imageId first)" if "image" in missing else ""
+        joined = " (GQA's images are a second table: join them by imageId first)" if "image" in missing else ""
         raise UserError(f"{file} has no column {', '.join(missing)}{joined}; it has {', '.join(found)}.")
 
 

@@ -219,7 +219,7 @@ class Rule:
         verdict: what one answer is worth by the benchmark's own reading, in [0, 1].
         plain: the same by the plain reading.
         unparsed: whether the benchmark's own reading finds nothing in an answer, or guesses.
-        cluster: answers with an equal value are not independent (questions about one picture, rotations of one).
+        cluster: answers with an equal value are not independent (questions about one image, rotations of one).
     """
 
     scores: Callable[[Sequence[Row]], dict[str, Any]]

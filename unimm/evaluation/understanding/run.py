@@ -1,8 +1,8 @@
 """The understanding benchmarks, as lmms-eval asks them: MME, POPE, GQA, TextVQA, MMBench, SEED, MMMU, AI2D.
 
-Special here: every answer is on disk the moment it is given, with all that its score needs, so a killed run goes on
+Every answer is on disk the moment it is given, with all that its score needs, so a killed run goes on
 where it stood, and the scores are a function of these records. They stand beside lmms-eval's own figures, and where
-papers count differently, each count is named (POPE by three readings, SEED's pictures and all, MME's two halves).
+papers count differently, each count is named (POPE by three readings, SEED's images and all, MME's two halves).
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class UnderstandingPlan:
         limit: the first documents of each task only.
         batch_size: conversations in one forward; the answers do not depend on it.
         default_max_new_tokens: longest answer where a task does not say.
-        questions: about the picture world, for SHAPES_TASKS.
+        questions: about the shapes data set, for SHAPES_TASKS.
         seed: of these questions.
     """
 
@@ -63,7 +63,7 @@ class UnderstandingPlan:
         if self.data is not None and not Path(self.data).is_dir():
             raise UserError(f"There is no folder {self.data} with the benchmarks' data.")
         if self.limit is not None and self.limit % 2 and {"mme", "shapes_mme"} & set(self.tasks):
-            raise UserError(f"limit is {self.limit}: MME asks two questions about each picture, give an even number.")
+            raise UserError(f"limit is {self.limit}: MME asks two questions about each image, give an even number.")
 
 
 class _Books:
@@ -196,7 +196,7 @@ def require_lmms_eval() -> None:
 
 
 def _prepare(plan: UnderstandingPlan, folder: Path) -> Path:
-    """Write the task files, and the questions about the picture world where they are asked, on the main process."""
+    """Write the task files, and the questions about the shapes data set where they are asked, on the main process."""
     from unimm.evaluation.understanding.lmms_tasks import write_overlays
 
     overlays, state = folder / "tasks", processes()

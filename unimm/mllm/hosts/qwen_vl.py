@@ -1,7 +1,7 @@
 """Qwen2.5-VL and Qwen3-VL as hosts: their language model and their merger, the image tokenizer in place of their tower.
 
-Special here: the hosts' own tower reads pictures of any size and leaves only because a tokenizer has one; so every
-picture has one known grid, and the three rows of M-RoPE positions (time, row, column: Qwen2-VL,
+The hosts' own tower reads images of any size and leaves only because a tokenizer has one; so every
+image has one known grid, and the three rows of M-RoPE positions (time, row, column: Qwen2-VL,
 https://arxiv.org/abs/2409.12191) follow from the token ids alone. B sequences, L tokens.
 """
 
@@ -36,18 +36,18 @@ from unimm.mllm.unified import UnifiedModelMixin
 from unimm.mllm.vocabulary import ImageVocabularyFields
 
 Cells = tuple[Tensor, int, int]
-"""Where pictures stand in sequences, [B, L] bool, and the rows and columns of each."""
+"""Where images stand in sequences, [B, L] bool, and the rows and columns of each."""
 
 
-def mrope_positions(mask: Tensor, pictures: Sequence[Cells]) -> Tensor:
+def mrope_positions(mask: Tensor, images: Sequence[Cells]) -> Tensor:
     """Positions [3, B, L] (time, row, column) of sequences with the attention mask [B, L].
 
-    A text token takes the next position in all three; the cells of a picture share one start, to which row and column
+    A text token takes the next position in all three; the cells of an image share one start, to which row and column
     are added, and what follows goes on behind the longer side. Masked tokens have position 0.
     """
     advance = mask.long()
     offsets = torch.zeros(3, *mask.shape, dtype=torch.long, device=mask.device)
-    for places, rows, columns in pictures:
+    for places, rows, columns in images:
         inside = places & mask.bool()
         cell = (inside.long().cumsum(1) - 1) % (rows * columns)
         advance = torch.where(inside, (cell == rows * columns - 1) * max(rows, columns), advance)
@@ -89,28 +89,28 @@ class _TokenizerInside:
     def get_image_features(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Merged patches as `pooler_output`, one [n, D] per picture of pixel_values [I, 3, H, W]; no deepstack
+        """Merged patches as `pooler_output`, one [n, D] per image of pixel_values [I, 3, H, W]; no deepstack
         features, as there is one tap. Raises UserError for the patches of the host's own processor."""
         if image_grid_thw is not None or pixel_values.ndim != 4:
-            raise UserError("These pictures come from another processor: use the one that was saved with this model.")
+            raise UserError("These images come from another processor: use the one that was saved with this model.")
         features = self.vision_tower(pixel_values).last_hidden_state
         merged = tuple(self.multi_modal_projector(features))
         return BaseModelOutputWithDeepstackFeatures(features, merged, deepstack_features=[])
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises UserError: the tokenizer reads pictures."""
-        raise UserError("This model reads pictures, not videos: its tower is an image tokenizer.")
+        """Raises UserError: the tokenizer reads images."""
+        raise UserError("This model reads images, not videos: its tower is an image tokenizer.")
 
     def token_positions(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Positions [3, B, L] of whole sequences; with `image_position_mode="2d"` drawn pictures have a grid too."""
+        """Positions [3, B, L] of whole sequences; with `image_position_mode="2d"` drawn images have a grid too."""
         config: Any = self.config  # type: ignore[attr-defined]
         (rows, columns), s = config.vision_config.patch_grid, config.spatial_merge_size
-        pictures: list[Cells] = [(input_ids == config.image_token_id, rows // s, columns // s)]
+        images: list[Cells] = [(input_ids == config.image_token_id, rows // s, columns // s)]
         if config.image_position_mode == "2d":
             start = config.image_vocab_start
             drawn = (input_ids >= start) & (input_ids < start + config.codebook_size)
-            pictures.append((drawn, *config.image_grid))
-        return mrope_positions(mask, pictures)
+            images.append((drawn, *config.image_grid))
+        return mrope_positions(mask, images)
 
     def compute_3d_position_ids(
         self,

@@ -1,6 +1,6 @@
 """Hosts: one small config and model subclass per family, so that a unified model saves and reloads like any other.
 
-Special here: the vision tower is the image tokenizer, entered by configuration (`vision_config` goes through
+The vision tower is the image tokenizer, entered by configuration (`vision_config` goes through
 `AutoConfig`), never by
 assignment: a tower that is assigned to a stock host is silently replaced by a random one on reload.
 A further family is one config + model pair here and one composing function in `attach.py`.
@@ -69,20 +69,20 @@ class UnimmInternVLConfig(ImageVocabularyFields, InternVLConfig):
 
 
 class UnimmInternVLForConditionalGeneration(UnifiedModelMixin, InternVLForConditionalGeneration):
-    """InternVL that draws; a seen picture takes a quarter of the tokens of a drawn one (pixel shuffle)."""
+    """InternVL that draws; a seen image takes a quarter of the tokens of a drawn one (pixel shuffle)."""
 
     config_class = UnimmInternVLConfig
     _output_class = InternVLCausalLMOutputWithPast
 
 
 class OneViewMixin:
-    """For hosts that tile pictures (AnyRes): with `image_sizes` they do, as their own processor asks for; without, a
-    picture is one view of the tokenizer's size, which is what `UnimmProcessor` makes and what is drawn."""
+    """For hosts that tile images (AnyRes): with `image_sizes` they do, as their own processor asks for; without, a
+    image is one view of the tokenizer's size, which is what `UnimmProcessor` makes and what is drawn."""
 
     tiles = True
 
     def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
-        """Projected patches as `pooler_output`, one [n, D] per picture."""
+        """Projected patches as `pooler_output`, one [n, D] per image."""
         if image_sizes is not None:
             return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
         inside: Any = self.model  # type: ignore[attr-defined]

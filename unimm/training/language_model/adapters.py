@@ -1,7 +1,7 @@
 """LoRA and QLoRA for unified models: what learns, and the one artefact that comes out of it.
 
 An artefact is a folder that PEFT can read: the adapters of the language model, the whole projector and the rows of the
-image ids and markers, with the processor beside them. Special here: the adapters are put into the host itself, which
+image ids and markers, with the processor beside them. The adapters are put into the host itself, which
 stays what it is, so trainers, `generate` and the tower's fp32 codebook know nothing of them; and an artefact remembers
 its base, so that it is never laid over another one.
 LoRA: https://arxiv.org/abs/2106.09685, QLoRA: https://arxiv.org/abs/2305.14314.

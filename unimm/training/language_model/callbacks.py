@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 
 from unimm.training.loop.ema import EMA
 from unimm.training.loop.interruption import Interruption
-from unimm.training.loop.rng import undisturbed
+from unimm.training.loop.rng import preserve_rng_state
 from unimm.training.loop.standstill import StandstillGuard
 
 Panel = Callable[[SummaryWriter, int], None]
-"""Writes pictures or text of the model as it is at a step."""
+"""Writes images or text of the model as it is at a step."""
 
 
 class UpdateEMA(TrainerCallback):
@@ -65,5 +65,5 @@ class DrawPanel(TrainerCallback):
         self.writer = writer
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        with undisturbed(args.device):
+        with preserve_rng_state(args.device):
             self.panel(self.writer, state.global_step)

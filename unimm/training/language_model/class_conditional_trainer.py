@@ -31,7 +31,7 @@ class ClassConditionalTrainer(StreamTrainer):
         )
 
     def work_of(self, inputs: Any) -> Work:
-        """Every picture is a class and its ids but the last, each of which looks at all before it."""
+        """Every image is a class and its ids but the last, each of which looks at all before it."""
         config, (rows, length) = self.model.config, inputs["ids"].shape
         cost = TransformerCost.of(self.model, config.num_hidden_layers, config.hidden_size)
         return Work(rows, rows * length, float(cost.training(rows * length, length)))

@@ -1,4 +1,4 @@
-"""One batch of sentences with its label mask in colour: what is learned stands out, in a terminal and as a page."""
+"""One batch of sentences with its label mask in color: what is learned stands out, in a terminal and as a page."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def rows_of(batch: Batch, processor: Any, per_flow: int = 2) -> list[tuple[str, 
 
 
 def in_terminal(rows: Sequence[tuple[str, list[Piece]]]) -> str:
-    """With ANSI colours: learned on green, the rest faint. Nothing in a sample may move the cursor."""
+    """With ANSI colors: learned on green, the rest faint. Nothing in a sample may move the cursor."""
     shown = []
     for flow, row in rows:
         words = (f"{_LEARNED if p.learned else _SEEN}{_printable(p.text)}{_END}" for p in row)

@@ -64,7 +64,7 @@ def host_trainer(
             "set the strategy to no."
         )
     if all(flow.kind == "drawing" for flow in data.flows.values()):
-        model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at pictures, decay would move it
+        model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at images, decay would move it
     return HostTrainer(
         model,
         args,

@@ -3,7 +3,7 @@
 Special here:
 - a batch is {flow: tensors}; the loss is the weighted sum over the flows of their mean over labelled tokens, counted
   over the whole batch (all processes and accumulation steps), and every flow's own mean is logged;
-- drawn pictures become image ids on the fly, in fp32, by the model's own `get_image_tokens`, or are ids already;
+- drawn images become image ids on the fly, in fp32, by the model's own `get_image_tokens`, or are ids already;
 - the head is computed at labelled positions only: it is as wide as text and codebook together.
 """
 
@@ -197,12 +197,12 @@ class HostTrainer(StreamTrainer):
             self._saw_images += seen
             self._held |= self.new_rows is not None and self.state.global_step < self.new_rows.steps
         if model.training and not seen and self._projector_learns:
-            loss = loss + self._no_picture()
+            loss = loss + self._no_image()
         loss = loss * self.args.world_size  # DDP divides the gradients by it; the counts above are global already
         return (loss, {}) if return_outputs else loss
 
-    def _no_picture(self) -> Tensor:
-        """Zero, through the tower and the projector: without pictures to look at other processes would wait for the
+    def _no_image(self) -> Tensor:
+        """Zero, through the tower and the projector: without images to look at other processes would wait for the
         projector's gradients, and a run that trains nothing else would have none. One process does it too: AdamW moves
         what has a gradient of zero, and leaves what has none, and several processes shall be as one."""
         size = self.model.image_tokenizer.config.image_size
@@ -262,7 +262,7 @@ class HostTrainer(StreamTrainer):
         return {f"model.{PROJECTOR}"} if held or not saw else set()
 
     def work_of(self, inputs: Batch) -> Work:
-        """Tokens, pictures and FLOPs of all flows."""
+        """Tokens, images and FLOPs of all flows."""
         self._cost = self._cost or HostCost(self.model)
         return sum(map(self._cost.of, inputs.values()), Work())
 

@@ -166,7 +166,7 @@ class PanelConfig:
     """What is drawn into tensorboard at every evaluation, by the same `generate` that users call.
 
     Args:
-        prompts: one picture each; none, no panel.
+        prompts: one image each; none, no panel.
         guidance_scale, temperature, seed: as in `generate`.
     """
 
@@ -176,8 +176,10 @@ class PanelConfig:
     seed: Seed = field(default=0, metadata=_PANEL)
 
 
-_FITS = used_when(lambda c: c.codebook_init == "data" or c.refit_rounds, "train.codebook_init data or refit_rounds")
-_RESTARTS = used_when(lambda c: c.revive_steps, "train.revive_steps")
+_FITS = used_when(
+    lambda c: c.codebook_init == "data" or c.reestimation_rounds, "train.codebook_init data or reestimation_rounds"
+)
+_RESTARTS = used_when(lambda c: c.restart_steps, "train.restart_steps")
 
 
 @dataclass
@@ -186,15 +188,23 @@ class TokenizerTrainingConfig:
     where `global_batch_size` is given, `gradient_accumulation_steps` follows from it).
 
     `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
-    Every `revive_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
-    share `revive_until` of the run (ours too; None = never); with `revive_redundant` so do codes that a more frequent
-    neighbour can stand in for (`SimVQ.redundant`). After the last step `refit_rounds` rounds of `SimVQ.refit` spread
-    the codes, each on `codebook_init_pictures` pictures; nothing else moves then.
+    Every `restart_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
+    share `restart_until` of the run (ours too; None = never); with `restart_redundant` so do codes that a more frequent
+    neighbour can stand in for (`SimVQ.redundant`). After the last step `reestimation_rounds` rounds of `reestimate` spread
+    the codes, each on `codebook_init_pictures` images; nothing else moves then.
 
     In stage 2 the encoder learns at `encoder_learning_rate`. Stage 3, ours, trains the decoder alone: ids and features
     stay what they are, so it may come after the language model. Every group ends at min(its rate,
     `end_learning_rate`). `mixed_precision` "auto" is bf16 where the device multiplies it fast, else "no".
     """
+
+    FORMER: ClassVar[dict[str, str]] = {
+        "codebook_init_pictures": "codebook_init_images",
+        "revive_steps": "restart_steps",
+        "revive_until": "restart_until",
+        "revive_redundant": "restart_redundant",
+        "refit_rounds": "reestimation_rounds",
+    }
 
     output_dir: str
     stage: Literal[1, 2, 3] = 1
@@ -214,11 +224,11 @@ class TokenizerTrainingConfig:
     ema_decay: Decay = 0.999
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     codebook_init: Literal["random", "data"] = "random"
-    codebook_init_pictures: Count = field(default=2048, metadata=_FITS)
-    revive_steps: Count | None = None
-    revive_until: Share = field(default=0.7, metadata=_RESTARTS)
-    revive_redundant: bool = field(default=False, metadata=_RESTARTS)
-    refit_rounds: Natural = 0
+    codebook_init_images: Count = field(default=2048, metadata=_FITS)
+    restart_steps: Count | None = None
+    restart_until: Share = field(default=0.7, metadata=_RESTARTS)
+    restart_redundant: bool = field(default=False, metadata=_RESTARTS)
+    reestimation_rounds: Natural = 0
     seed: Seed = 0
     num_workers: Natural = 0
     log_steps: Count = 50

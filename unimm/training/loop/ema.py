@@ -36,7 +36,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """shadow <- shadow + (1 - decay) (weight - shadow), once per optimiser step."""
+        """shadow <- shadow + (1 - decay) (weight - shadow), once per optimizer step."""
         decay = self.current_decay
         for name, tensor in self._matched(model).items():
             self.shadow[name] = as_sharded(self.shadow[name], tensor)  # once a model is sharded, its average is too

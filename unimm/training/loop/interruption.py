@@ -1,7 +1,7 @@
 """A run that is asked to stop: it ends its step, saves, says how to go on, and its processes exit with 0 together.
 
 SIGTERM is what schedulers and `accelerate launch` send, SIGUSR1 is Slurm's warning before it, SIGINT is ctrl-C; a
-second ctrl-C stops at once. Special here: whoever got the signal tells the other processes by a sum of one number a
+second ctrl-C stops at once. Whoever got the signal tells the other processes by a sum of one number a
 step, which is read one step later, so that no device waits for it; and data workers, to whom a scheduler sends the same
 signals, do not take them.
 """
@@ -72,7 +72,7 @@ class Interruption:
         self._asked = accelerator.reduce(mine, "sum")
         return before is not None and bool(before)
 
-    def goodbye(self, checkpoint: Path, step: int, steps: int) -> Interrupted:
+    def final_log_line(self, checkpoint: Path, step: int, steps: int) -> Interrupted:
         """What to raise when the checkpoint is written."""
         name = self.received.name if self.received else "a signal to another process"
         return Interrupted(

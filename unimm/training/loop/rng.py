@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 
-def undisturbed(device: torch.device) -> AbstractContextManager[None]:
+def preserve_rng_state(device: torch.device) -> AbstractContextManager[None]:
     """Within, random numbers may be drawn without changing what is trained: an evaluation, a panel."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 

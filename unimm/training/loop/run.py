@@ -3,7 +3,7 @@
     output_dir/config.yaml    the settings, run.json the versions, the command and the facts that no setting tells
     output_dir/.lock          held while the run goes on
 
-Special here: all recipes open their folder by `open_run`. What decides the result may not change between a checkpoint
+All recipes open their folder by `open_run`. What decides the result may not change between a checkpoint
 and the run that goes on from it; what may is listed in `MAY_CHANGE`, and every other difference is named.
 """
 

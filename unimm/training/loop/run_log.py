@@ -64,7 +64,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
-    def picture(self, name: str, pixels: Tensor, step: int) -> None:
+    def image(self, name: str, pixels: Tensor, step: int) -> None:
         """pixels [3, H, W] in [0, 1]."""
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, pixels, step)

@@ -35,7 +35,7 @@ def warmup_cosine_scheduler(
 ) -> LambdaLR:
     """`warmup_cosine` on every parameter group, from the group's own `lr` to min(its lr, `end_lr`).
 
-    Step it once per optimiser step. A group at or below `end_lr` (the encoder of VQRAE's stage 2) therefore stays
+    Step it once per optimizer step. A group at or below `end_lr` (the encoder of VQRAE's stage 2) therefore stays
     constant after its warm-up. `shared_lr_multiplier` gives TiTok's behaviour instead: one factor for all groups, from
     the group of the largest lr, so slower groups end below `end_lr`. The first step is `begin` of the schedule.
     """

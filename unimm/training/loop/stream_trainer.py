@@ -1,6 +1,6 @@
 """`StreamTrainer`: transformers' Trainer over a seeded stream of samples.
 
-Special here: the stream is addressed by position and checkpoints appear whole, so a run resumes to the bit on the CPU;
+The stream is addressed by position and checkpoints appear whole, so a run resumes to the bit on the CPU;
 a signal ends it after a step, with a checkpoint; averaged weights are evaluated and saved; a loss that is not finite
 stops the run, with the numbers of its samples, before it reaches a checkpoint.
 """
@@ -34,7 +34,7 @@ from unimm.training.loop.checkpoint import (
 from unimm.training.loop.ema import EMA
 from unimm.training.loop.global_batch import micro_batch
 from unimm.training.loop.interruption import Interruption
-from unimm.training.loop.rng import undisturbed
+from unimm.training.loop.rng import preserve_rng_state
 from unimm.training.loop.sharding import refuse_average
 from unimm.training.loop.throughput import Meter, Work
 
@@ -95,7 +95,7 @@ class StreamTrainer(Trainer):
             self.remove_callback(stop)
         self.remove_callback(TensorBoardCallback)  # a later evaluation would open another log
         if self.state.global_step < self.args.max_steps and stop.stopped:
-            raise interruption.goodbye(checkpoints(folder)[-1], self.state.global_step, self.args.max_steps)
+            raise interruption.final_log_line(checkpoints(folder)[-1], self.state.global_step, self.args.max_steps)
 
     def _forget_evaluation(self) -> None:
         """An evaluation before training marks the model as prepared, and accelerate prepares nothing twice: without
@@ -124,7 +124,7 @@ class StreamTrainer(Trainer):
         """As in Trainer, under the averaged weights where there are any, eager (no shape is worth compiling for), and
         without an influence on the random numbers of the steps to come."""
         eager = torch.compiler.set_stance("force_eager")
-        with self.averaged(), eager, undisturbed(self.args.device), self.meter.paused():
+        with self.averaged(), eager, preserve_rng_state(self.args.device), self.meter.paused():
             return super().evaluate(*args, **kwargs)
 
     # ---- guards ----
@@ -147,7 +147,7 @@ class StreamTrainer(Trainer):
 
     def work_of(self, inputs: Any) -> Work:
         """What a micro-batch was, for the log; a subclass knows more."""
-        return Work(pictures=len(inputs["pixel_values"]) if "pixel_values" in inputs else 0)
+        return Work(images=len(inputs["pixel_values"]) if "pixel_values" in inputs else 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer, with the throughput of the steps, unless the run is lost."""

@@ -1,4 +1,4 @@
-"""How fast a run goes: pictures and tokens a second, memory, and the share of the device's peak that the model uses.
+"""How fast a run goes: images and tokens a second, memory, and the share of the device's peak that the model uses.
 
 FLOPs are those of the matrix products, by formula: a token costs two for every weight that it passes and, in each
 layer of attention, four for every element of the width and every token that it looks at (arXiv 2001.08361, section
@@ -102,15 +102,15 @@ def _elements(matrix: nn.Linear | nn.Conv2d) -> int:
 class Work:
     """What a micro-batch was; tensors are counts that stay on the device until somebody asks."""
 
-    pictures: float = 0
+    images: float = 0
     tokens: float | Tensor = 0
     flops: float | Tensor = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.pictures + other.pictures, self.tokens + other.tokens, self.flops + other.flops)
+        return Work(self.images + other.images, self.tokens + other.tokens, self.flops + other.flops)
 
     def __mul__(self, times: float) -> "Work":
-        return Work(self.pictures * times, self.tokens * times, self.flops * times)
+        return Work(self.images * times, self.tokens * times, self.flops * times)
 
 
 class HostCost:
@@ -132,14 +132,14 @@ class HostCost:
         rows, length = batch["input_ids"].shape
         labels = (batch["labels"][:, 1:] != IGNORED).sum()
         seen = sum(len(batch[name]) for name in ("pixel_values", "drawn_pixel_values") if name in batch)
-        pictures = seen + (len(batch["drawn_ids"]) if "drawn_ids" in batch else 0)  # ids need no tower
+        images = seen + (len(batch["drawn_ids"]) if "drawn_ids" in batch else 0)  # ids need no tower
         reached = self.llm.learning or "pixel_values" in batch  # else no gradient passes
         llm = (self.llm.training if reached else self.llm.forward)(rows * length, length)
         head = (self.head.training if reached else self.head.forward)(1, 0)
         fixed = llm + seen * self.tower.forward(self.patches, self.patches)
         mask = batch.get("attention_mask")
         tokens = mask.sum() if mask is not None and mask.ndim == 2 else rows * length
-        return Work(pictures, tokens, fixed + labels.float() * head)
+        return Work(images, tokens, fixed + labels.float() * head)
 
 
 def counted_flops(run: Callable[[], Any]) -> int:
@@ -151,15 +151,15 @@ def counted_flops(run: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class TokenizerCost:
-    """FLOPs of training a tokenizer: of every picture, and of every batch (SimVQ projects its codebook once)."""
+    """FLOPs of training a tokenizer: of every image, and of every batch (SimVQ projects its codebook once)."""
 
-    picture: int
+    image: int
     batch: int
 
     @classmethod
     @torch.no_grad()
     def of(cls, tokenizer: ImageTokenizer, stage: int) -> "TokenizerCost":
-        """From forward passes of one picture and of two. The encoder learns in stage 2, beside a teacher; the search
+        """From forward passes of one image and of two. The encoder learns in stage 2, beside a teacher; the search
         for the nearest code has no backward; in stage 3 the decoder alone learns."""
         config, side = tokenizer.config, tokenizer.config.image_size
         one, two = (
@@ -174,9 +174,9 @@ class TokenizerCost:
             return cls(encoder + coded + 3 * drawn, fixed)
         return cls((4 if stage == 2 else 1) * encoder + 3 * (coded - search) + search + 3 * drawn, 2 * fixed)
 
-    def training(self, pictures: int) -> float:
+    def training(self, images: int) -> float:
         """Of one batch."""
-        return float(pictures * self.picture + self.batch)
+        return float(images * self.image + self.batch)
 
 
 # ---- what a run took ----
@@ -209,15 +209,15 @@ class Meter:
 
     def read(self, samples_seen: int) -> dict[str, float]:
         """What to log, of all processes together, and start anew; call it on all of them."""
-        total = [float(number) for number in (self.total.pictures, self.total.tokens, self.total.flops)]
+        total = [float(number) for number in (self.total.images, self.total.tokens, self.total.flops)]
         sums = torch.tensor(total, dtype=torch.float64)
         seconds = max(time.perf_counter() - self._begun - self._idle, 1e-9)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
-        pictures, tokens, flops = sums.tolist()
+        images, tokens, flops = sums.tolist()
         self.restart()
         logs = {"samples_seen": float(samples_seen), "peak_memory_gib": peak_memory(self.accelerator.device) / 2**30}
-        rates = {"images_per_second": pictures / seconds, "tokens_per_second": tokens / seconds}
+        rates = {"images_per_second": images / seconds, "tokens_per_second": tokens / seconds}
         logs |= {name: rate for name, rate in rates.items() if rate}
         if self.peak is not None and flops:
             logs["mfu"] = flops / seconds / (self.peak * self.accelerator.num_processes)

@@ -1,7 +1,7 @@
 """Differentiable augmentation of what a discriminator sees (DiffAugment, https://arxiv.org/abs/2006.10738), so that a
-small one does not learn its pictures by heart.
+small one does not learn its images by heart.
 
-Each of three families (colour, translation, cut-out) is applied to the whole batch with a given probability, its
+Each of three families (color, translation, cut-out) is applied to the whole batch with a given probability, its
 amounts drawn for each image. Random numbers come from torch's CPU generator, in every process and micro-batch for the
 images of the whole global batch, and none where nothing is applied.
 """
@@ -17,7 +17,7 @@ TRANSLATION = 0.125  # of a side, at most
 
 def change_colors(pixels: Tensor, amounts: Tensor) -> Tensor:
     """pixels [B, 3, H, W] in [0, 1] and amounts [B, 3] in [0, 1] for brightness (half of it is none), saturation (0
-    grey, 1/2 none, 1 twice) and contrast (0 half, 1/2 none, 1 one and a half)."""
+    gray, 1/2 none, 1 twice) and contrast (0 half, 1/2 none, 1 one and a half)."""
     brightness, saturation, contrast = amounts[:, :, None, None, None].unbind(1)
     pixels = pixels + (brightness - 0.5) / 2  # half a unit of [-1, 1]
     grey = pixels.mean(1, keepdim=True)
@@ -28,20 +28,20 @@ def change_colors(pixels: Tensor, amounts: Tensor) -> Tensor:
 
 def translate(pixels: Tensor, amounts: Tensor) -> Tensor:
     """pixels [B, 3, H, W] moved down and right by amounts [B, 2] in [-1, 1] of `TRANSLATION`, whole pixels; what comes
-    in is grey."""
+    in is gray."""
     height, width = pixels.shape[-2:]
     reach = (round(height * TRANSLATION), round(width * TRANSLATION))
     padded = F.pad(pixels, (reach[1], reach[1], reach[0], reach[0]), value=0.5)
     moves = [(round(y * reach[0]), round(x * reach[1])) for y, x in amounts.tolist()]
     views = [
-        picture[:, reach[0] - y : reach[0] - y + height, reach[1] - x : reach[1] - x + width]
-        for picture, (y, x) in zip(padded, moves, strict=True)
+        image[:, reach[0] - y : reach[0] - y + height, reach[1] - x : reach[1] - x + width]
+        for image, (y, x) in zip(padded, moves, strict=True)
     ]
     return torch.stack(views)
 
 
 def cut_out(pixels: Tensor, places: Tensor, share: float) -> Tensor:
-    """pixels [B, 3, H, W] with a grey field of `share` of each side, its centre at places [B, 2] in [0, 1]; fields may
+    """pixels [B, 3, H, W] with a gray field of `share` of each side, its centre at places [B, 2] in [0, 1]; fields may
     reach over the edge."""
     mask = torch.ones(len(pixels), 1, *pixels.shape[-2:], device=pixels.device)
     for row, place in zip(mask, places.tolist(), strict=True):

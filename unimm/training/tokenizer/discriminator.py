@@ -48,7 +48,7 @@ class PatchGAN(nn.Module):
     """TiTok's convolutional discriminator: pixels [B, 3, H, W] -> logits [B, 1, h, w]; 1.910 M parameters.
 
     One logit per 16 px, at most 16 x 16: 256 px and more give the published 16 x 16, 64 px gives 4 x 4, and 32 px
-    gives 2 x 2. A fixed 16 x 16 would stretch the 8 x 8 feature map of a 64 px picture and count every feature four
+    gives 2 x 2. A fixed 16 x 16 would stretch the 8 x 8 feature map of a 64 px image and count every feature four
     times.
     """
 
@@ -124,10 +124,10 @@ class DinoHead(nn.Module):
 class DinoDiscriminator(nn.Module):
     """Five heads over a frozen DINO: pixels [B, 3, H, W] -> logits [B, 980]; 7.386 M parameters, all in the heads.
 
-    A picture larger than 224 px is cropped with probability 1/2 (training only, torch's CPU generator, one place for
+    An image larger than 224 px is cropped with probability 1/2 (training only, torch's CPU generator, one place for
     the whole batch), otherwise area-resized; a smaller one is resized bicubically. The trunk stands outside
     registration: it follows `.to(device)`, yet is in no `parameters()` and no `state_dict()`, so it is neither
-    optimised nor saved, and it stays fp32.
+    optimized nor saved, and it stays fp32.
     """
 
     def __init__(self, trunk: DinoTrunk) -> None:
@@ -161,12 +161,12 @@ class DinoDiscriminator(nn.Module):
 
 
 def build_discriminator(kind: DiscriminatorKind, weights: str | None, image_size: int) -> PatchGAN | DinoDiscriminator:
-    """The discriminator named `kind` for pictures of `image_size` px; `weights` is DINO's file, None for PatchGAN.
+    """The discriminator named `kind` for images of `image_size` px; `weights` is DINO's file, None for PatchGAN.
 
-    Raises UserError for an unknown kind, for weights that are missing or out of place, and for pictures under 16 px.
+    Raises UserError for an unknown kind, for weights that are missing or out of place, and for images under 16 px.
     """
     if image_size < MIN_IMAGE_SIZE:
-        raise UserError(f"A discriminator needs pictures of at least {MIN_IMAGE_SIZE} px and got {image_size} px.")
+        raise UserError(f"A discriminator needs images of at least {MIN_IMAGE_SIZE} px and got {image_size} px.")
     if kind == "patchgan":
         if weights is not None:
             raise UserError(

@@ -36,7 +36,7 @@ from unimm.training.tokenizer.parameters import decay_groups
 _GENERATOR_LOSSES = {"hinge": hinge_g_loss, "softplus": softplus_g_loss}
 
 
-class Adversary:
+class GANTrainer:
     """Of images of `output_size` pixels a side; `gan.start` is a step."""
 
     def __init__(

@@ -31,7 +31,7 @@ _CONSISTENT = used_when(lambda c: c.start is not None and c.consistency_weight, 
 
 @dataclass
 class PerceptualConfig:
-    """`kind` names the judges ("lpips+0.1*convnext_s" is the paper's, "features" the encoder being tokenised, "none"
+    """`kind` names the judges ("lpips+0.1*convnext_s" is the paper's, "features" the encoder being tokenized, "none"
     none).
 
     Weight files are given by path and never downloaded. `feature_layers` are the hidden states that "features"
@@ -50,7 +50,7 @@ class GANConfig:
     """`start` is the step from which the discriminator learns and judges; None = no GAN (VQRAE's stage 1).
 
     `generator` is the tokenizer's side of it: the "hinge" -D, or VFMTok's "softplus" of it. IDEAL shows the
-    discriminator augmented pictures, each family of changes with `augment_probability`, and asks it with
+    discriminator augmented images, each family of changes with `augment_probability`, and asks it with
     `consistency_weight` to say the same of a view that is changed more; `cutout` and `strong_cutout` are the shares of
     a side that the two leave out. `discriminator_weight` is that of the discriminator's hinge and LeCAM, beside the
     consistency. LeCAM compares mean logits ("mean", TiTok's) or every logit ("elementwise", IDEAL's).
@@ -83,7 +83,7 @@ class ObjectiveConfig:
 
     `entropy_temperature` belongs to `entropy_weight`, see `tokenizer.quantizers.code_entropy`.
 
-    Two are ours and off by default: `l1_weight`, for worlds of flat colour, and `context_weight`, see `context_loss`.
+    Two are ours and off by default: `l1_weight`, for worlds of flat color, and `context_weight`, see `context_loss`.
     """
 
     pixel_weight: NonNegative = 1.0
@@ -108,7 +108,7 @@ class ObjectiveConfig:
 
 
 @dataclass
-class Collage:
+class PatchMix:
     """Images whose patches come from two images each: `kept` [B, M] bool says which are the row's own, the others are
     those of the row before in the global batch (cyclic) at the same place; `latents` [B, M, C] are its own, `codes`
     those of the images themselves, [B, M, C] for every micro-batch.
@@ -124,7 +124,7 @@ def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1, eps=1e-6).mean()
 
 
-def make_collage(window: Sequence[Tensor], patch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def mix_patches(window: Sequence[Tensor], patch_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """The pixel_values [B, 3, H, W] of every micro-batch -> (this one's collages [B, 3, H, W], kept [B, M]); half of
     the patches, which are what one image token covers, are exchanged."""
     pixel_values = window[micro_batch_index()]
@@ -164,10 +164,10 @@ class TokenizerObjective(nn.Module):
         output: ImageTokenizerOutput,
         pixels: Tensor,
         teacher_features: Tensor | None,
-        collage: Collage | None = None,
+        patch_mix: PatchMix | None = None,
     ) -> dict[str, Tensor]:
         """output of `reconstruct`, target pixels [B, 3, H, W] in [0, 1], the teacher's features [B, N, D] (stage 2) or
-        None, and the latents of a collage of the same pictures where `context_weight` asks for one."""
+        None, and the latents of a collage of the same images where `context_weight` asks for one."""
         predicted = output.pixels.float()
         terms = {
             "pixel": F.mse_loss(predicted, pixels),
@@ -187,8 +187,8 @@ class TokenizerObjective(nn.Module):
             target = targets[name].float()
             terms[f"{name}_cosine"] = cosine_loss(features, target)
             terms[f"{name}_mse"] = F.mse_loss(features.float(), target)
-        if collage is not None:
-            terms["context"] = context_loss(collage.latents, collage.codes, collage.kept)
+        if patch_mix is not None:
+            terms["context"] = context_loss(patch_mix.latents, patch_mix.codes, patch_mix.kept)
         return terms
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:

@@ -70,7 +70,7 @@ class FeaturePerceptualLoss(nn.Module):
         super().__init__()
         if not layers:
             raise ValueError("A feature loss needs at least one layer and got none.")
-        # A tuple keeps a module out of registration: it is not saved, moved or optimised with the loss.
+        # A tuple keeps a module out of registration: it is not saved, moved or optimized with the loss.
         self._encoder_forward = (encoder_forward,)
         self.layers = tuple(layers)
 
@@ -99,7 +99,7 @@ def frozen_hidden_states(
 ) -> HiddenStates:
     """For FeaturePerceptualLoss: a frozen copy of a Hugging Face vision model, on its device, as a callable.
 
-    It normalises pixels with the processor's mean and std and returns `hidden_states` [B, N, D]; `forward_options` go
+    It normalizes pixels with the processor's mean and std and returns `hidden_states` [B, N, D]; `forward_options` go
     to the model.
     """
     judge = copy.deepcopy(encoder).requires_grad_(False).eval()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput
 from unimm.training.loop.global_batch import as_mean, mean_over_processes, micro_batch
-from unimm.training.loop.rng import undisturbed
-from unimm.training.tokenizer.objective import Collage, make_collage
+from unimm.training.loop.rng import preserve_rng_state
+from unimm.training.tokenizer.objective import PatchMix, mix_patches
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Reconstruct(nn.Module):
         self.tokenizer, self.entropy_temperature = tokenizer, entropy_temperature
 
     def forward(
-        self, pixel_values: Tensor, collage_seed: int | None = None, window: Window | None = None
-    ) -> tuple[ImageTokenizerOutput, Collage | None]:
+        self, pixel_values: Tensor, patch_mix_seed: int | None = None, window: Window | None = None
+    ) -> tuple[ImageTokenizerOutput, PatchMix | None]:
         """`window` where the step has more micro-batches than this one."""
         tokenizer, window = self.tokenizer, window or Window([pixel_values])
         output = tokenizer.reconstruct(pixel_values)
@@ -43,18 +43,18 @@ class Reconstruct(nn.Module):
                 self.entropy_temperature,
                 share=lambda own: mean_over_processes(own) if window.shares is None else as_mean(own, window.shares),
             )
-        if collage_seed is None:
+        if patch_mix_seed is None:
             return output, None
-        mixed, kept = make_collage(window.pixel_values, cell_size(tokenizer), collage_seed)
+        mixed, kept = mix_patches(window.pixel_values, cell_size(tokenizer), patch_mix_seed)
         latents = tokenizer.latents(*tokenizer.sources(tokenizer.hidden_states(mixed)))
-        return output, Collage(kept, latents, window.codes or [output.codes.detach()])
+        return output, PatchMix(kept, latents, window.codes or [output.codes.detach()])
 
     @torch.no_grad()
-    def look_ahead(self, window: Window, *, collages: bool) -> Window:
+    def look_ahead(self, window: Window, *, patch_mixes: bool) -> Window:
         """The window with what the terms need of its other micro-batches, by a first pass that draws no random number
         of the run; unchanged where there is one micro-batch, or no such term."""
         count = len(window.pixel_values)
-        if count == 1 or not (collages or self.entropy_temperature is not None):
+        if count == 1 or not (patch_mixes or self.entropy_temperature is not None):
             return window
         codes, shares = list[Tensor](), list[Tensor]()
 
@@ -62,7 +62,7 @@ class Reconstruct(nn.Module):
             shares.append(mean_over_processes(own))
             return own
 
-        with undisturbed(window.pixel_values[0].device):
+        with preserve_rng_state(window.pixel_values[0].device):
             for index, pixel_values in enumerate(window.pixel_values):
                 with micro_batch(index, count):
                     output = self.tokenizer.encode(pixel_values)
@@ -70,7 +70,7 @@ class Reconstruct(nn.Module):
                     if self.entropy_temperature is not None:
                         self.tokenizer.quantizer.entropy(output.latents, self.entropy_temperature, share=keep)
         mean = torch.stack(shares).mean(0) if shares else None
-        return Window(window.pixel_values, codes if collages else (), mean)
+        return Window(window.pixel_values, codes if patch_mixes else (), mean)
 
 
 def cell_size(tokenizer: ImageTokenizer) -> int:

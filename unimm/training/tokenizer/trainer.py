@@ -1,9 +1,9 @@
-"""The training loop of the image tokenizers: the only hand-written one, because it has two optimisers (accelerate does
+"""The training loop of the image tokenizers: the only hand-written one, because it has two optimizers (accelerate does
 the rest).
 
 Stage 1 trains everything but the encoder, which is all that VFMTok and IDEAL need; stage 2 trains the encoder too, held
 near the frozen original by self-distillation, and may add a GAN (VQRAE, arXiv 2511.23386, sections 3.3 to 3.5 and table
-7); stage 3 trains the decoder alone. A checkpoint holds everything, and pictures are numbered, so that an interrupted
+7); stage 3 trains the decoder alone. A checkpoint holds everything, and images are numbered, so that an interrupted
 run and an uninterrupted one end with the same bits on the CPU.
 """
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from unimm.data.image_streams import Pictures
+from unimm.data.image_streams import Images
 from unimm.data.shuffling import OwnBatches
 from unimm.errors import UserError
 from unimm.runs.processes import refuse_together
@@ -43,42 +43,42 @@ from unimm.training.loop.ema import EMA
 from unimm.training.loop.global_batch import all_rows
 from unimm.training.loop.interruption import Interruption
 from unimm.training.loop.micro_batches import accumulating
-from unimm.training.loop.rng import random_states, set_random_states, undisturbed
+from unimm.training.loop.rng import preserve_rng_state, random_states, set_random_states
 from unimm.training.loop.run_log import RunLog, in_words
 from unimm.training.loop.schedules import warmup_cosine_scheduler
 from unimm.training.loop.sharding import check_strategy
 from unimm.training.loop.standstill import StandstillGuard
 from unimm.training.loop.throughput import Meter, TokenizerCost, Work
-from unimm.training.tokenizer.codebook_maintenance import CodebookUpkeep
-from unimm.training.tokenizer.gan_trainer import Adversary
+from unimm.training.tokenizer.codebook_maintenance import CodebookMaintenance
+from unimm.training.tokenizer.gan_trainer import GANTrainer
 from unimm.training.tokenizer.objective import ObjectiveConfig, TokenizerObjective
 from unimm.training.tokenizer.parameters import parameter_groups, set_trainable
 from unimm.training.tokenizer.perceptual import FeaturePerceptualLoss
 from unimm.training.tokenizer.reconstruct import Reconstruct, Window, cell_size
 from unimm.training.tokenizer.teacher import Teacher
 
-PANEL_PICTURES = 8
+PANEL_IMAGES = 8
 
 
 class TokenizerTrainer:
-    """Trains `tokenizer` in place on `pictures`; `evaluate(tokenizer)` may return scalars for the log at every panel
-    step. Panels show the `held_out` images, without them the first of `pictures`. A recipe does so within
+    """Trains `tokenizer` in place on `images`; `evaluate(tokenizer)` may return scalars for the log at every panel
+    step. Panels show the `held_out` images, without them the first of `images`. A recipe does so within
     `open_run`."""
 
     def __init__(
         self,
         tokenizer: ImageTokenizer,
-        pictures: Pictures,
+        images: Images,
         config: TokenizerTrainingConfig,
         objective: ObjectiveConfig,
         *,
         evaluate: Callable[[ImageTokenizer], dict[str, float]] | None = None,
-        held_out: Pictures | None = None,
+        held_out: Images | None = None,
     ) -> None:
         self.config = config
         self.evaluate = evaluate
-        self.pictures = pictures
-        self.shown = pictures if held_out is None else held_out
+        self.images = images
+        self.shown = images if held_out is None else held_out
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)  # the loop below accumulates itself
         kind = self.accelerator.distributed_type
         fsdp, deepspeed = kind == DistributedType.FSDP, kind == DistributedType.DEEPSPEED
@@ -92,13 +92,13 @@ class TokenizerTrainer:
         # The teacher and the feature judge are the encoder as it was before this stage.
         self.teacher = Teacher(tokenizer) if config.stage == 2 else None
         self.objective = TokenizerObjective(objective, self._feature_judge(objective))
-        self.collages = objective.context_weight > 0
-        if self.collages:
+        self.patch_mixes = objective.context_weight > 0
+        if self.patch_mixes:
             cell_size(tokenizer)
         self.entropy_temperature = objective.entropy_temperature if objective.entropy_weight else None
         self._prepare(objective)
         if config.codebook_init == "data" and not checkpoints(self.output_dir):
-            self.upkeep.fit()
+            self.maintenance.fit()
 
     # ---- building
     # ---------------------------------------------------------------------------------------------------------------
@@ -132,18 +132,18 @@ class TokenizerTrainer:
         self.guard = StandstillGuard(self.tokenizer, self.optimizer, "The tokenizer's")
         self.ema = EMA(self.tokenizer, decay=config.ema_decay)
         self.usage = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last log
-        self.upkeep = CodebookUpkeep(self.tokenizer, config, self._batches, len(self.pictures))
+        self.maintenance = CodebookMaintenance(self.tokenizer, config, self._batches, len(self.images))
         for module in (self.teacher, self.objective):
             if module is not None:
                 module.to(device)
-        self.adversary = None
+        self.gan_trainer = None
         if objective.gan.start is not None:
-            self.adversary = Adversary(objective.gan, config, self.tokenizer.config.output_size, self.accelerator)
+            self.gan_trainer = GANTrainer(objective.gan, config, self.tokenizer.config.output_size, self.accelerator)
 
-    def _batches(self, indices: Sequence[int], pictures: Pictures | None = None) -> Iterator[Tensor]:
-        """pixel_values of the pictures with these numbers, in order; None: of those that are trained on."""
+    def _batches(self, indices: Sequence[int], images: Images | None = None) -> Iterator[Tensor]:
+        """pixel_values of the images with these numbers, in order; None: of those that are trained on."""
         loader = DataLoader(
-            Subset(self.pictures if pictures is None else pictures, indices),
+            Subset(self.images if images is None else images, indices),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
             generator=torch.Generator(),  # a loader draws a number when it starts: not from ours, a resumed run has two
@@ -194,7 +194,7 @@ class TokenizerTrainer:
         bar.close()
         self.log.close()
         if self.step < config.steps:
-            raise interruption.goodbye(checkpoints(self.output_dir)[-1], self.step, config.steps)
+            raise interruption.final_log_line(checkpoints(self.output_dir)[-1], self.step, config.steps)
         self.save_pretrained()
 
     def _go_on(self) -> None:
@@ -210,32 +210,32 @@ class TokenizerTrainer:
             self._require_space(max(1, self.config.keep_last + 1 - len(found)), extra=model_bytes(self.tokenizer))
 
     def _remaining(self) -> OwnBatches:
-        """The numbers of this process' pictures from the current step on: processes take batches in turn."""
+        """The numbers of this process' images from the current step on: processes take batches in turn."""
         index, count = self.accelerator.process_index, self.accelerator.num_processes
         seen = self.step * self.samples_per_step
-        return OwnBatches(seen, len(self.pictures), size=self.config.batch_size, index=index, count=count)
+        return OwnBatches(seen, len(self.images), size=self.config.batch_size, index=index, count=count)
 
     def _optimizer_step(self, batches: Iterator[Tensor]) -> dict[str, Tensor]:
         """One step of everything that learns; the means of its terms over the micro-batches."""
         count = self.config.gradient_accumulation_steps
         window = Window([next(batches) for _ in range(count)])
         with self.accelerator.autocast():
-            window = self.reconstruct_module.look_ahead(window, collages=self.collages)
-        adversary = self.adversary if self.adversary is not None and self.step >= self.adversary.start else None
-        restarts = bool(self.config.revive_steps) and (self.step + 1) % (self.config.revive_steps or 1) == 0
+            window = self.reconstruct_module.look_ahead(window, patch_mixes=self.patch_mixes)
+        gan_trainer = self.gan_trainer if self.gan_trainer is not None and self.step >= self.gan_trainer.start else None
+        restarts = bool(self.config.restart_steps) and (self.step + 1) % (self.config.restart_steps or 1) == 0
         found, fake, latents = list[dict[str, Tensor]](), list[Tensor](), list[Tensor]()
         for index in range(count):
             with accumulating(index, count, self.accelerator, self.reconstruct):
-                terms, output = self._micro_batch(window, index, adversary)
+                terms, output = self._micro_batch(window, index, gan_trainer)
                 self.accelerator.backward(terms["loss"] / count)
             found.append({name: term.detach() for name, term in terms.items()})
-            if adversary is not None:
+            if gan_trainer is not None:
                 fake.append(output.pixels.detach())
             if restarts:
                 latents.append(all_rows(output.latents.detach()).flatten(0, 1))
             ids = all_rows(output.ids)
             self.usage.update(ids)
-            self.upkeep.chosen.update(ids)
+            self.maintenance.chosen.update(ids)
         norm = self.accelerator.clip_grad_norm_(self._trainable(), self.config.max_grad_norm)
         self.guard.begin_step()
         self.optimizer.step()
@@ -243,36 +243,36 @@ class TokenizerTrainer:
             self.guard.skip_step()
         self.optimizer.zero_grad()
         logged = {name: torch.stack([terms[name] for terms in found]).mean(0) for name in found[0]}
-        if adversary is not None:
+        if gan_trainer is not None:
             real = [self._target(pixel_values) for pixel_values in window.pixel_values]
-            logged |= adversary.step(real, fake, self.step)
+            logged |= gan_trainer.step(real, fake, self.step)
         self.scheduler.step()
         self.ema.update(self.tokenizer)
         self.step += 1
         if restarts:
-            self.upkeep.revive(self.step, torch.cat(latents))
+            self.maintenance.restart(self.step, torch.cat(latents))
         return logged | {"grad_norm": norm}
 
     def _micro_batch(
-        self, window: Window, index: int, adversary: Adversary | None
+        self, window: Window, index: int, gan_trainer: GANTrainer | None
     ) -> tuple[dict[str, Tensor], ImageTokenizerOutput]:
         """Every term of one micro-batch, their sum as "loss", and what they were computed of."""
         pixel_values = window.pixel_values[index]
         pixels = self._target(pixel_values)
         with self.accelerator.autocast():
             taught = None if self.teacher is None else self.teacher(pixel_values)
-            output, collage = self.reconstruct(pixel_values, self.step if self.collages else None, window)
-            terms = self.objective.terms(output, pixels, taught, collage)
+            output, patch_mix = self.reconstruct(pixel_values, self.step if self.patch_mixes else None, window)
+            terms = self.objective.terms(output, pixels, taught, patch_mix)
         loss = self.objective.total(terms)
-        if adversary is not None:
+        if gan_trainer is not None:
             last = index == len(window.pixel_values) - 1
-            terms["gan"] = adversary.generator_loss(output.pixels, self.step, last=last)
-            loss = loss + adversary.gan.weight * terms["gan"]
+            terms["gan"] = gan_trainer.generator_loss(output.pixels, self.step, last=last)
+            loss = loss + gan_trainer.gan.weight * terms["gan"]
         self._refuse_nan(loss, terms)
         return terms | {"loss": loss}, output
 
     def _target(self, pixel_values: Tensor) -> Tensor:
-        """The pixels to reach, resized where the tokenizer draws pictures of another size than it reads."""
+        """The pixels to reach, resized where the tokenizer draws images of another size than it reads."""
         pixels = self.tokenizer.denormalize(pixel_values)
         q, p = self.tokenizer.config.output_size, self.tokenizer.config.image_size
         if q == p:
@@ -282,7 +282,7 @@ class TokenizerTrainer:
 
     def modules(self) -> list[nn.Module]:
         """All that takes part in a step."""
-        judges = [] if self.adversary is None else [self.adversary.discriminator]
+        judges = [] if self.gan_trainer is None else [self.gan_trainer.discriminator]
         return [self.tokenizer, self.objective, *([] if self.teacher is None else [self.teacher]), *judges]
 
     def _trainable(self) -> list[Tensor]:
@@ -299,8 +299,8 @@ class TokenizerTrainer:
         size = self.samples_per_step
         bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "the sum"
         raise UserError(
-            f"The loss is not finite at step {self.step} ({bad}), pictures {self.step * size} to "
-            f"{(self.step + 1) * size - 1}; lower the learning rate or look at these pictures. "
+            f"The loss is not finite at step {self.step} ({bad}), images {self.step * size} to "
+            f"{(self.step + 1) * size - 1}; lower the learning rate or look at these images. "
             "The last checkpoint is untouched."
         )
 
@@ -313,7 +313,7 @@ class TokenizerTrainer:
         return dict(zip(scalars, values.tolist(), strict=True))
 
     def _log(self, scalars: dict[str, float], bar: tqdm) -> None:
-        for part in (self, self.adversary):
+        for part in (self, self.gan_trainer):
             if part is not None:
                 part.guard.check(self.step)
         usage, self.usage = self.usage, CodebookUsage(self.tokenizer.config.codebook_size)
@@ -330,13 +330,13 @@ class TokenizerTrainer:
         if not self.accelerator.is_main_process:
             return
         self.tokenizer.eval()
-        with self.ema.swapped(self.tokenizer), undisturbed(self.accelerator.device):
-            pixel_values = next(self._batches(range(min(PANEL_PICTURES, len(self.shown))), self.shown))
+        with self.ema.swapped(self.tokenizer), preserve_rng_state(self.accelerator.device):
+            pixel_values = next(self._batches(range(min(PANEL_IMAGES, len(self.shown))), self.shown))
             pixels = self.tokenizer.decode(self.tokenizer.encode(pixel_values).ids)
             scalars = self.evaluate(self.tokenizer) if self.evaluate else {}
         original = F.interpolate(self.tokenizer.denormalize(pixel_values), size=pixels.shape[-2:]).clamp(0, 1)
         panel = torch.cat([torch.cat(list(original), dim=2), torch.cat(list(pixels), dim=2)], dim=1)
-        self.log.picture("reconstruction", panel, self.step)
+        self.log.image("reconstruction", panel, self.step)
         self.log.scalars({f"evaluation/{name}": value for name, value in scalars.items()}, self.step)
         for name, value in scalars.items():
             print(f"step {self.step}: {name} {value:.4f}")
@@ -345,8 +345,8 @@ class TokenizerTrainer:
     def checkpoint_bytes(self) -> int:
         """What one takes on the disk."""
         size = model_bytes(self.tokenizer) + bytes_of(self.ema.shadow.values()) + optimizer_bytes(self.optimizer)
-        if self.adversary is not None:
-            size += model_bytes(self.adversary.discriminator) + optimizer_bytes(self.adversary.optimizer)
+        if self.gan_trainer is not None:
+            size += model_bytes(self.gan_trainer.discriminator) + optimizer_bytes(self.gan_trainer.optimizer)
         return size
 
     def _require_space(self, copies: int, extra: int = 0) -> None:
@@ -361,10 +361,10 @@ class TokenizerTrainer:
         self.accelerator.wait_for_everyone()
 
     def save_pretrained(self) -> None:
-        """The averaged weights, their codes spread by `refit_rounds`, as an ordinary checkpoint with its processor."""
+        """Save the averaged weights, codes spread by `reestimation_rounds`, as an ordinary checkpoint and processor."""
         if self.accelerator.is_main_process:
             with self.ema.swapped(self.tokenizer):
-                self.upkeep.refit()
+                self.maintenance.reestimate()
                 save_whole(self.output_dir, self.tokenizer, self.processor)
         self.accelerator.wait_for_everyone()
 
@@ -376,9 +376,9 @@ class TokenizerTrainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "ema": self.ema.state_dict(),
-            "chosen": self.upkeep.chosen.counts,
+            "chosen": self.maintenance.chosen.counts,
             "rng": random_states(self.accelerator),
-            **(self.adversary.state_dict() if self.adversary is not None else {}),
+            **(self.gan_trainer.state_dict() if self.gan_trainer is not None else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -388,7 +388,7 @@ class TokenizerTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.ema.load_state_dict(state["ema"])
-        self.upkeep.chosen.counts.copy_(state["chosen"])
+        self.maintenance.chosen.counts.copy_(state["chosen"])
         set_random_states(state["rng"], self.accelerator)
-        if self.adversary is not None:
-            self.adversary.load_state_dict(state)
+        if self.gan_trainer is not None:
+            self.gan_trainer.load_state_dict(state)
