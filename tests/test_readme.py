@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT
 from unimm.cli import build_parser
@@ -57,3 +58,21 @@ def test_every_command_is_shown() -> None:
 def test_files_that_the_text_names_exist() -> None:
     for path in re.findall(r"`(?:python )?((?:recipes|eval|configs|docs)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_it_opens_with_an_image_of_the_demo() -> None:
+    opening, _, _ = README.partition("## Two commands")
+    (path,) = re.findall(r'<img src="([^"]+)"', opening)
+    assert (ROOT / path).stat().st_size < 200_000
+    with Image.open(ROOT / path) as image:
+        assert min(image.size) > 600
+
+
+def test_the_jobs_stand_in_order() -> None:
+    headings = re.findall(r"^## (.*)$", README, flags=re.MULTILINE)
+    assert headings == ["Two commands", "Plug in", "Train", "Evaluate", "Documentation"]
+
+
+def test_every_page_is_linked() -> None:
+    linked = set(re.findall(r"\]\(docs/(\w+\.md)\)", README))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}

@@ -1,9 +1,9 @@
 """YAML -> typed dataclasses, and back.
 
-What a run does stands in one dataclass per recipe, with nested dataclasses for its parts. Special here:
+What a run does stands in one dataclass per recipe, with nested dataclasses for its parts:
 
-- every key and type is checked (`unimm.config.schema`); Hugging Face's dataclasses (`TrainingArguments`, `SFTConfig`) nest
-  like any other and are not re-declared;
+- every key and type is checked (`unimm.config.schema`); dataclasses of Hugging Face (`TrainingArguments`) nest like others
+  and are not re-declared;
 - `base: other.yaml` (relative to the file) is read first and the file is laid over it, then the `a.b=c` overrides; an
   empty mapping (`config: {}`) drops what the base has there;
 - YAML is read as version 1.2 means it, within bounds (`unimm.config.yaml_text`);

@@ -190,8 +190,8 @@ class TokenizerTrainingConfig:
     `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
     Every `restart_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
     share `restart_until` of the run (ours too; None = never); with `restart_redundant` so do codes that a more frequent
-    neighbour can stand in for (`SimVQ.redundant`). After the last step `reestimation_rounds` rounds of `reestimate` spread
-    the codes, each on `codebook_init_pictures` images; nothing else moves then.
+    neighbor can stand in for (`SimVQ.redundant`). After the last step `reestimation_rounds` rounds of `reestimate`
+    spread the codes, each on `codebook_init_images` images; nothing else moves then.
 
     In stage 2 the encoder learns at `encoder_learning_rate`. Stage 3, ours, trains the decoder alone: ids and features
     stay what they are, so it may come after the language model. Every group ends at min(its rate,

@@ -37,7 +37,7 @@ class CodebookMaintenance:
 
     @torch.no_grad()
     def reestimate(self) -> None:
-        """Spread the codes in rounds, each on other images of the stream; the last checkpoint is older and unchanged."""
+        """Spread the codes in rounds, each on other images of the stream; the last checkpoint stays as it is."""
         count = self.config.codebook_init_images
         for number in range(self.config.reestimation_rounds):
             latents = self._latents(range(number * count, min((number + 1) * count, self.num_images)))
