@@ -69,6 +69,8 @@ BAD: list[tuple[str, Any]] = [
     ("no conversation", None),
     ("no conversation", []),
     ("no conversation", "null"),
+    ("half a character", '[{"role": "user", "content": "a \\ud83d"}, {"role": "assistant", "content": "yes"}]'),
+    ("half a character", asked(parts("b \ud83d", None))),
     ("no conversation", 3),
     ("not JSON", "[{"),
     ("not JSON", "[" * 100_000),

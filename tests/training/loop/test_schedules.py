@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from unimm.errors import UserError
 from unimm.training.loop.schedules import warmup_cosine, warmup_cosine_scheduler
 
 
@@ -25,7 +26,7 @@ def test_edges() -> None:
     assert warmup_cosine(0, 10, 0, 1.0, 0.0) == 1.0
     assert warmup_cosine(5, 10, 10, 1.0, 0.0) == 0.5
     assert warmup_cosine(10, 10, 10, 1.0, 0.0) == 0.0
-    with pytest.raises(ValueError, match="11 steps does not fit into 10"):
+    with pytest.raises(UserError, match="11 steps does not fit into 10 steps: set train.warmup_steps"):
         warmup_cosine(0, 10, 11, 1.0, 0.0)
 
 

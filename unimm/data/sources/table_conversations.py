@@ -1,12 +1,12 @@
-"""Conversations in tables: a column of images beside a column `messages` (or `conversations`).
+"""Conversations in tables: a column of images and a column `messages` (or `conversations`).
 
 | a turn is | its content |
 |---|---|
 | {"role", "content"} | a text, or a list of parts {"type": "text", "text": ...} and {"type": "image"} |
 | {"from", "value"} | a text with `<image>`, as in LLaVA's files (`unimm.data.sources.llava`) |
 
-The column may hold the list as JSON. The row's image stands where its part is, without one in front of the first
-question. Everything else is a bad row.
+The column may hold the list as a JSON string. The row's image replaces the image part of a question, or comes before
+the first question if there is none. Anything else is a bad row.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from unimm.data.bad_rows import BadRow
+from unimm.data.bad_rows import BadRow, refuse_half_characters
 from unimm.data.conversations import Message, RowsFlow
 from unimm.data.shuffling import Rows
 from unimm.data.sources.llava import ROLES, check_order, messages_of, parse_row
@@ -23,14 +23,14 @@ from unimm.errors import UserError
 
 COLUMNS = ("messages", "conversations")
 OWN_IMAGES = ("image", "url", "path", "base64", "image_url", "bytes")
-"""Where a part may bring an image of its own, which is not read."""
+"""Keys with which a part may bring its own image, which is not supported."""
 
 
 class ConversationRows(Rows):
-    """The rows of a table with their conversation read: `messages` as a list of `Message`.
+    """The rows of a table with parsed conversations: `messages` is a list of `Message`.
 
     Raises:
-        UserError: there is no column of conversations.
+        UserError: there is no conversation column.
     """
 
     def __init__(self, rows: Rows, source: str) -> None:
@@ -50,7 +50,7 @@ class ConversationRows(Rows):
 
 
 def require_conversations(rows: Rows, source: str) -> str:
-    """Return the name of the column of conversations. Raises UserError if there is none."""
+    """Return the name of the conversation column. Raises UserError if there is none."""
     found = [name for name in COLUMNS if name in rows.column_names]
     if not found:
         raise UserError(
@@ -61,7 +61,7 @@ def require_conversations(rows: Rows, source: str) -> str:
 
 
 class TableConversations(RowsFlow):
-    """The conversations of `ConversationRows`, some of which may be left out (`UsableRows`)."""
+    """A flow over the conversations of `ConversationRows`, usually with bad rows skipped (`UsableRows`)."""
 
     def messages(self, index: int) -> list[Message]:
         return self.row(index)["messages"]
@@ -90,7 +90,7 @@ def read_messages(given: Any, image: Image.Image) -> list[Message]:
 
 
 def _listed(given: Any) -> list[dict[str, Any]]:
-    """The turns as a list of mappings."""
+    """Return the turns as a list of mappings."""
     if isinstance(given, str):
         try:
             given = json.loads(given)
@@ -113,6 +113,7 @@ def _message(turn: dict[str, Any], image: Image.Image) -> Message:
     if role is None:
         raise BadRow("wrong turn", f"{turn!r:.80} has no `role` of user, assistant, system")
     if isinstance(content, str):
+        refuse_half_characters(content, f"the {role}'s turn")
         return {"role": role, "content": [{"type": "text", "text": content}]}
     if not isinstance(content, list) or not content:
         raise BadRow("wrong turn", f"the {role}'s turn {turn!r:.80} has no text and no parts as `content`")
@@ -122,6 +123,7 @@ def _message(turn: dict[str, Any], image: Image.Image) -> Message:
 def _part(part: Any, image: Image.Image) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
+        refuse_half_characters(part["text"], "a part")
         return {"type": "text", "text": part["text"]}
     if kind == "image" and not part.get("index") and all(part.get(name) is None for name in OWN_IMAGES):
         return {"type": "image", "image": image}

@@ -1,6 +1,6 @@
-"""Learning rates over time: linear warm-up from 0, then half a cosine down to an end value.
+"""Learning rate schedule: linear warm-up from 0, then cosine decay to an end value.
 
-The schedule of VQRAE (Table 7, https://arxiv.org/abs/2511.23386) in the form of its base code, TiTok.
+As in VQRAE (Table 7, https://arxiv.org/abs/2511.23386), in the form of its base code, TiTok.
 """
 
 import math
@@ -9,14 +9,18 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from unimm.errors import UserError
+
 
 def warmup_cosine(step: int, total: int, warmup: int, base: float, end: float) -> float:
-    """The learning rate at `step`: 0 at step 0, `base` at step `warmup`, `end` at step `total` and after it.
+    """Return the learning rate at `step`: 0 at step 0, `base` at step `warmup`, `end` from step `total` on.
 
-    ValueError unless 0 <= warmup <= total.
+    Raises UserError unless 0 <= warmup <= total.
     """
     if not 0 <= warmup <= total:
-        raise ValueError(f"A warm-up of {warmup} steps does not fit into {total} steps: choose 0 <= warm-up <= total.")
+        raise UserError(
+            f"A warm-up of {warmup} steps does not fit into {total} steps: set train.warmup_steps to {total} or fewer."
+        )
     if step < warmup:
         return base * step / warmup
     if step >= total:
@@ -33,13 +37,13 @@ def warmup_cosine_scheduler(
     shared_lr_multiplier: bool = False,
     begin: int = 0,
 ) -> LambdaLR:
-    """`warmup_cosine` on every parameter group, from the group's own `lr` to min(its lr, `end_lr`).
+    """Apply `warmup_cosine` to every parameter group, from the group's own `lr` to min(its lr, `end_lr`).
 
     Step it once per optimizer step. A group at or below `end_lr` (the encoder of VQRAE's stage 2) therefore stays
-    constant after its warm-up. `shared_lr_multiplier` gives TiTok's behaviour instead: one factor for all groups, from
-    the group of the largest lr, so slower groups end below `end_lr`. The first step is `begin` of the schedule.
+    constant after its warm-up. `shared_lr_multiplier` is TiTok's behavior instead: one factor for all groups, from the
+    group with the largest lr, so slower groups end below `end_lr`. `begin` is the schedule's step at the first step.
     """
-    warmup_cosine(0, total, warmup, 1.0, 1.0)  # refuses a bad span here, not inside the first step
+    warmup_cosine(0, total, warmup, 1.0, 1.0)  # raise for a bad span here, not inside the first step
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     bases = [max(rates)] * len(rates) if shared_lr_multiplier else rates
 
