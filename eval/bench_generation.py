@@ -1,19 +1,18 @@
-"""Images a second beside what else draws the same model's image ids, in turns, same weights and prompt.
+"""Benchmark image generation against other ways to sample image tokens from the same model.
 
     python eval/bench_generation.py --json runs/bench_generation.json
     python eval/bench_generation.py --model default --batches 1,4,16 --repeats 5
     python eval/bench_generation.py --width 1024 --layers 28 --image-tokens 1024 --dtype bfloat16
 
 The default is a random Qwen3 of 31 million weights with 16384 codes and 256 image tokens, on a CPU in float32 with two
-threads; the last line is Qwen3-0.6B, for a GPU. `bound` is the share of the memory's rate: bytes of weights, keys and
-values that a step must read, over its time, over the rate measured here. On a machine with other work compare `cpu s`,
-the processor time, instead.
+threads; the last command is Qwen3-0.6B, for a GPU. `bound` is the achieved share of the memory bandwidth: the bytes of
+weights, keys and values that a step must read, divided by its time and by the bandwidth measured here. On a busy
+machine compare `cpu s`, the processor time, instead.
 
-How fast images are drawn, beside what else draws the same model's image ids; in one process, in turns.
-
-The rivals draw from the same weights and prompts, as a plain causal language model with the image ids in its
-vocabulary: transformers' `generate` with its guidance (a second forward for the unconditional side), with a growing and
-with a static cache, and the plain loop of most image models, both sides of guidance as two rows of one forward.
+The baselines use the same weights and prompt, as a plain causal language model with the image ids in its vocabulary:
+transformers' `generate` with its classifier-free guidance (a second forward for the unconditional branch), with a
+dynamic and with a static cache, and the simple loop of most image models, both branches batched in one forward. All run
+interleaved in one process.
 """
 
 import argparse
@@ -48,7 +47,7 @@ PROMPT = "three red circles above a blue square"
 
 
 def random_model(width: int, layers: int, codes: int, image_tokens: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A random Qwen3 (heads of 64, half as many key heads) with a tiny image tokenizer of `codes` codes."""
+    """Build a random Qwen3 (head dim 64, half as many key/value heads) with a tiny image tokenizer of `codes` codes."""
     side = round(image_tokens**0.5)
     encoder = vision_config("siglip_vision_model").to_dict() | {"image_size": 4 * side}
     image_tokenizer = VQRAE(VQRAE.config_class(encoder_config=encoder, codebook_size=codes, codebook_dim=8)).eval()
@@ -79,7 +78,7 @@ class _ImageIdsOnly(LogitsProcessor):
 
 @dataclass(frozen=True)
 class Rivals:
-    """Every way to draw `batch` images of one prompt with a model; each gives token_ids [batch, M]."""
+    """Every way to generate `batch` images of one prompt with a model; each returns token_ids [batch, M]."""
 
     model: Any
     alone: Any
@@ -97,6 +96,8 @@ class Rivals:
     def ways(self) -> dict[str, Callable[[], Tensor]]:
         ways = {
             "unimm": self.ours,
+            "unimm, 8 tokens ahead": lambda: self.ours(parallel_tokens=8),
+            "unimm, auto ahead": lambda: self.ours(parallel_tokens="auto"),
             "unimm, the model's own forward": self.ours_by_host,
             "transformers generate": self.stock,
             "transformers generate, static cache": lambda: self.stock(cache_implementation="static"),
@@ -143,7 +144,7 @@ class Rivals:
 
     @torch.no_grad()
     def loop(self) -> Tensor:
-        """The loop of most image models: rows cond and uncond in one forward, a growing cache and mask."""
+        """Generate as most image models do: conditional and unconditional rows in one forward, dynamic cache."""
         base, batch = self.model.config.image_vocab_start, self.batch
         ids = self.prompt.expand(batch, -1)
         if self.scale > 1:
@@ -172,7 +173,7 @@ class Rivals:
 
 
 def compare(rivals: Rivals, repeats: int, only: str = "") -> dict[str, dict[str, float]]:
-    """Medians over `repeats` turns for each way whose name holds `only`; a first turn warms up and is not counted."""
+    """Return medians over `repeats` rounds for each way whose name contains `only`, after one warm-up round."""
     ways = {name: way for name, way in rivals.ways.items() if only in name}
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     tokens = rivals.model.num_image_tokens
@@ -198,7 +199,7 @@ def compare(rivals: Rivals, repeats: int, only: str = "") -> dict[str, dict[str,
 
 
 def bandwidth(device: torch.device, megabytes: int = 256) -> float:
-    """Bytes a second that this device reads from memory, at best of five sums over a large tensor."""
+    """Measure the device's memory read bandwidth in bytes per second: the best of five sums over a large tensor."""
     large, best = torch.ones(megabytes << 18, device=device), float("inf")
     for _ in range(5):
         start = time.perf_counter()
@@ -208,7 +209,7 @@ def bandwidth(device: torch.device, megabytes: int = 256) -> float:
 
 
 def bytes_per_step(model: Any, batch: int, guided: bool, prompt_tokens: int) -> float:
-    """Bytes of weights and, on average, of keys and values that one step has to read."""
+    """Return the bytes of weights and (averaged over an image) of keys and values that one step must read."""
     text, config = model.model.language_model, model.config.get_text_config()
     size = model.get_output_embeddings().weight.element_size()
     layers = sum(p.numel() for name, p in text.named_parameters() if "embed_tokens" not in name)
@@ -220,7 +221,7 @@ def bytes_per_step(model: Any, batch: int, guided: bool, prompt_tokens: int) -> 
 
 
 def built(arguments: dict[str, Any]) -> tuple[Any, Any, str]:
-    """(model, processor, what it is)."""
+    """Return (model, processor, description)."""
     if arguments["model"] is not None:
         from unimm.mllm import load
 

@@ -114,6 +114,13 @@ def test_names_of_files_that_are_no_utf8(
     assert b"absent-caf\\udce9.png: there is no such file" in capsysbinary.readouterr().err
 
 
+def test_tokens_guessed_ahead_give_the_same_file(model_folder: Path, desk: Path) -> None:
+    command = ["generate", PROMPT, "--model", str(model_folder), "--seed", "3", "--output"]
+    for name, ahead in (("one.png", []), ("four.png", ["4"]), ("auto.png", ["auto"])):
+        assert main([*command, name, *(["--parallel-tokens", *ahead] if ahead else [])]) == 0
+    assert (desk / "one.png").read_bytes() == (desk / "four.png").read_bytes() == (desk / "auto.png").read_bytes()
+
+
 def test_generate_repeats_itself_by_the_reported_seed(
     model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +188,7 @@ MISTAKES = {
     "no images": (["generate", "x", "--num-images", "0"], "'0' is not a number of images"),
     "wrong seed": (["generate", "x", "--seed", "-1"], "'-1' is not a whole number"),
     "wrong scale": (["generate", "x", "--guidance-scale", "much"], "'much' is not a number"),
+    "no tokens ahead": (["generate", "x", "--parallel-tokens", "-1"], "'-1' is not a whole number from 0"),
     "wrong temperature": (["generate", "x", "--temperature", "nan"], "'nan' is not a number"),
     "greedy images": (["generate", "x", "--temperature", "0", "--num-images", "2"], "would be equal"),
     "output no image": (["generate", "x", "--output", "a.txt"], "a.txt: its name must end in"),

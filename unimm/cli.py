@@ -1,9 +1,9 @@
-"""The command `unimm`: demo, chat, generate, reconstruct; encoders, attach, detach, export, doctor; eval.
+"""The command line `unimm`: demo, chat, generate, reconstruct; encoders, attach, detach, merge, export, doctor; eval.
 
-The first four take `--model PATH` (default: the embedded model); all take `--json FILE` (`-` = standard output): one
-JSON object with what was done and the seconds it took. What a person got wrong is one line on standard error and exit
-code 2, found before the model is loaded where that is possible, and before torch is imported: commands import what they
-need after they have checked their arguments. Nothing is left half-written.
+The first four take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
+output), which receives one JSON object with the results and the seconds they took. A user error is one line on standard
+error and exit code 2, raised before the model is loaded and torch is imported if possible: commands import what they
+need after checking their arguments. No output is left half-written.
 """
 
 import argparse
@@ -25,11 +25,11 @@ FAILED_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130
 MAX_IMAGES = 256
 DRAWING, RECONSTRUCTION = "picture.png", "reconstruction.png"
-"""Where images go if nobody says; a file that has that name already stays, and the next free number is taken."""
+"""Default output names; an existing file is never replaced, the next free number is used instead."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 `doctor` found a fault, 2 wrong use, 130 interrupted."""
+    """Run the command line and return its exit code: 0 success, 1 `doctor` failure, 2 user error, 130 interrupted."""
     try:
         return run_main(lambda: _run(argv))
     except KeyboardInterrupt:
@@ -48,7 +48,7 @@ def _run(argv: Sequence[str] | None) -> int | None:
 
 
 def demo(arguments: argparse.Namespace, report: Report) -> None:
-    """Show reconstruction, chat and drawing on one page; its path is the last thing printed."""
+    """Write an HTML page with reconstructions, answers and generated images; its path is printed last."""
     folder = Path(arguments.output)
     check_output(folder / "index.html", "page")
     from unimm.demo import DemoPlan, run_demo, write_page
@@ -63,7 +63,7 @@ def demo(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def chat(arguments: argparse.Namespace, report: Report) -> None:
-    """Answer one prompt, or converse when there is none."""
+    """Answer one prompt, or start a chat without one."""
     images = [load_image(path) for path in arguments.image]
     if arguments.prompt is None and arguments.json is not None:
         raise UserError("--json reports one answer: give a PROMPT with it.")
@@ -80,13 +80,17 @@ def chat(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def generate(arguments: argparse.Namespace, report: Report) -> None:
-    """Draw a prompt."""
+    """Generate images from a prompt."""
     check_image_output(arguments.output or DRAWING)
     from unimm.chat import ChatSession
 
     seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
     session = ChatSession(*_load(arguments.model, report))
-    options = {"guidance_scale": arguments.guidance_scale, "temperature": arguments.temperature}
+    options = {
+        "guidance_scale": arguments.guidance_scale,
+        "temperature": arguments.temperature,
+        "parallel_tokens": arguments.parallel_tokens,
+    }
     with _Progress("drawing") as progress, report.timed("per_image", share=arguments.num_images):
         images = session.draw(
             arguments.prompt, num_images=arguments.num_images, seed=seed, on_token=progress, **options
@@ -97,7 +101,7 @@ def generate(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
-    """Send an image through its ids and back."""
+    """Encode an image to ids and decode it again."""
     image = load_image(arguments.image)
     check_image_output(arguments.output or RECONSTRUCTION)
     import torch
@@ -129,7 +133,7 @@ def reconstruct(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def encoders(arguments: argparse.Namespace, report: Report) -> None:
-    """List the vision models that can become an image tokenizer."""
+    """List the vision encoders that an image tokenizer can be built on."""
     from dataclasses import asdict
 
     from unimm.tokenizer.published import PUBLISHED, encoder_table
@@ -139,7 +143,7 @@ def encoders(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def attach(arguments: argparse.Namespace, report: Report) -> None:
-    """Give a language or multimodal model an image tokenizer: it then reads images and draws them."""
+    """Attach an image tokenizer to a language or multimodal model, so that it takes and generates images."""
     output = _new_folder(arguments.output)
     import torch
 
@@ -172,7 +176,7 @@ def attach(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def detach(arguments: argparse.Namespace, report: Report) -> None:
-    """Give back the host that a tokenizer was attached to."""
+    """Restore the host model that an image tokenizer was attached to."""
     output = _new_folder(arguments.output)
     from unimm.mllm.export import detach as detached
     from unimm.saving import save_whole
@@ -186,7 +190,7 @@ def detach(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def merge(arguments: argparse.Namespace, report: Report) -> None:
-    """Lay a LoRA adapter into its base: a whole model, as any other."""
+    """Merge a LoRA adapter into its base model and save the result."""
     output = _new_folder(arguments.output)
     from transformers import AutoProcessor
 
@@ -210,7 +214,7 @@ def merge(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def export(arguments: argparse.Namespace, report: Report) -> None:
-    """Write a checkpoint that loads without unimm: one that reads images, or one that writes ids."""
+    """Export a checkpoint that loads without unimm: one that understands images, or one that generates image ids."""
     output = _new_folder(arguments.output)
     from unimm.mllm.export import save_generation, stock_understanding
     from unimm.saving import save_whole
@@ -227,7 +231,7 @@ def export(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def doctor(arguments: argparse.Namespace, report: Report) -> int:
-    """Try out what a model must meet: its tower, its parts, an answer, a drawing; exit code 1 when a point fails."""
+    """Check a model: vision tower, matching parts, one answer, one generated image; exit code 1 if a check fails."""
     from dataclasses import asdict
 
     from unimm.evaluation.understanding.lmms_plugin import lmms_finding
@@ -253,16 +257,16 @@ def doctor(arguments: argparse.Namespace, report: Report) -> int:
 
 
 def evaluate(arguments: argparse.Namespace, report: Report) -> None:
-    """Run a suite of measurements on a model, or write the page of a finished run."""
+    """Run an evaluation suite on a model, or write the report of a finished run."""
     from unimm.evaluation.suites import REPORT, run_suite
 
-    if arguments.suite != REPORT:  # a page needs no model, and not the seconds that importing transformers takes
+    if arguments.suite != REPORT:  # a report needs no model: skip the slow import of transformers
         _quiet_libraries()
     run_suite(arguments.suite, arguments.rest)
 
 
 def _saved(images: Sequence[Any], output: str | None, default: str) -> list[Path]:
-    """Write the images to `output`, or near `default` without replacing anything; return where they are."""
+    """Write the images to `output`, or to free names based on `default`; return their paths."""
     if output is not None:
         return save_images(images, output)
     return save_numbered(images, default, first=0 if len(images) == 1 else 1)
@@ -277,7 +281,7 @@ def _new_folder(path: str) -> Path:
 
 
 class _Progress:
-    """A bar on standard error that appears with the first step, after everything that may be refused."""
+    """A progress bar on standard error that appears with the first step, once all arguments have been accepted."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -300,7 +304,7 @@ class _Progress:
 
 
 def _load(path: str | None, report: Report) -> tuple[Any, Any]:
-    """The unified model and its processor, the seconds under `load`."""
+    """Load the unified model and its processor; report the seconds as `load`."""
     _quiet_libraries()
     from unimm.mllm import load
 
@@ -311,7 +315,7 @@ def _load(path: str | None, report: Report) -> tuple[Any, Any]:
 
 
 def _quiet_libraries() -> None:
-    """Their loading bars and notices are not what was asked for."""
+    """Silence the progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -322,14 +326,14 @@ def _quiet_libraries() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong use is a `UserError` like any other: one line, no usage text."""
+    """An argument parser that raises a `UserError` (one line, no usage text) instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{one_line(ValueError(message))} (see {self.prog} --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; `parse_args` gives the chosen function as `command`."""
+    """Build the parser of all commands; `parse_args` returns the function to run as `command`."""
     from unimm.evaluation.suites import ALL, SUITES
 
     parser = _Parser(prog="unimm", description="One model that understands images and draws them.")
@@ -354,6 +358,13 @@ def build_parser() -> argparse.ArgumentParser:
     draw.add_argument("--num-images", type=_image_count, default=1, metavar="N")
     draw.add_argument("--seed", type=_whole_number, metavar="S", help="image k depends on (S, k) only")
     draw.add_argument("--guidance-scale", type=_scale, metavar="G", help="how closely to follow the prompt; 1 = off")
+    draw.add_argument(
+        "--parallel-tokens",
+        type=lambda text: text if text == "auto" else _whole_number(text),
+        default=1,
+        metavar="W",
+        help="guess W image tokens ahead, or auto: faster for few images, the same images",
+    )
     draw.add_argument("--temperature", type=_scale, metavar="T", help="how freely to draw; 0 = always the likeliest id")
 
     copy = _command(commands, reconstruct)
@@ -406,7 +417,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _command(
     commands: Any, function: Callable[[argparse.Namespace, Report], int | None], model: bool = True
 ) -> argparse.ArgumentParser:
-    """A sub-command named after its function, with what all of them take; `model`: those that load one."""
+    """Add a subcommand named after its function, with the common options; `model` adds `--model`."""
     summary = _summary(function)
     parser: argparse.ArgumentParser = commands.add_parser(function.__name__, help=summary, description=summary)
     if model:

@@ -32,7 +32,7 @@ def test_every_way_draws_from_the_same_distribution(scale: float, monkeypatch: p
     drawn = {name: way() for name, way in rivals.ways.items()}
     for name, ids in drawn.items():
         assert torch.equal(ids, drawn["unimm"]), name
-    assert len(drawn) == 5
+    assert len(drawn) == 7
 
 
 def test_bytes_of_a_step_are_counted() -> None:
@@ -49,4 +49,4 @@ def test_the_driver_writes_its_figures(tmp_path: Path, monkeypatch: pytest.Monke
         runpy.run_path(str(BENCH), run_name="__main__")
     assert ended.value.code in (0, None)
     rows = json.loads((tmp_path / "found.json").read_text())["generation"]
-    assert len(rows) == 5 and all(row["tokens_per_second"] > 0 and row["bound"] > 0 for row in rows)
+    assert len(rows) == 7 and all(row["tokens_per_second"] > 0 and row["bound"] > 0 for row in rows)
