@@ -1,11 +1,12 @@
-"""Drawing with a class-conditional GPT: guided, cached, one noise per image.
+"""Sample ids from a class-conditional GPT with classifier-free guidance, a KV cache and noise seeded per image.
 
-Rows with and without the class share one cache and one forward per step (classifier-free guidance,
-https://arxiv.org/abs/2207.12598), and both are fed the id that was drawn. B images, G <= B guided ones, K codes.
+Conditional and unconditional rows share one cache and one forward per step (classifier-free guidance,
+https://arxiv.org/abs/2207.12598), and both continue with the sampled id. Shapes: B images, G <= B guided images,
+K codes.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +15,16 @@ from transformers import DynamicCache
 from unimm.errors import UserError
 from unimm.sampling import ImageSampling, Noise, image_seed
 
-if TYPE_CHECKING:
-    from unimm.class_conditional.modeling import ClassConditionalGPT
-
 
 def draw_ids(
-    model: "ClassConditionalGPT",
+    model: Any,
     labels: Tensor,
     sampling: ImageSampling,
     seed: int,
     first_image: int,
     guidance_interval: tuple[int, int] | None,
 ) -> Tensor:
-    """labels [B] -> ids [B, M]; see `ClassConditionalGPT.generate`."""
+    """Sample ids [B, M] for class labels [B]; see `ClassConditionalGPT.generate`."""
     config, batch = model.config, len(labels)
     if guidance_interval is not None:
         interval = checked_interval(guidance_interval, config.num_image_tokens)
@@ -48,9 +46,10 @@ def draw_ids(
             pull = torch.where(scale > 0, unconditional + scale * (given[guided] - unconditional), given[guided])
             given = given.index_copy(0, guided, pull)
         scores = warpers(chosen, given)
+        # Gumbel-max: the argmax of scores plus noise is a sample of their softmax.
         ids = (scores if noise is None else scores + noise.step(m).to(scores)).argmax(-1)  # [B]
         chosen = torch.cat([chosen, ids[:, None]], dim=1)
-        if m == last:  # the rest needs no row without the class
+        if m == last:  # later steps need no unconditional rows
             cache.batch_select_indices(torch.arange(batch, device=labels.device))
             guided = guided[:0]
         embedded = model.id_embedding(torch.cat([ids, ids[guided]]))
@@ -58,7 +57,7 @@ def draw_ids(
 
 
 def checked_interval(interval: tuple[int, int], length: int) -> tuple[int, int]:
-    """(start, stop) of the guided ids. Raises UserError unless 0 <= start <= stop."""
+    """Return (start, stop) of the guided ids. Raises UserError unless 0 <= start <= stop."""
     start, stop = interval
     if not 0 <= start <= stop:
         raise UserError(f"The guidance interval runs from {start} to {stop}; give 0 <= start <= stop <= {length}.")

@@ -11,7 +11,6 @@ import torch
 from tests.conftest import ROOT
 from unimm.evaluation.metrics.distributions import (
     adm_inception_score,
-    block_kernel_distance,
     inception_score,
     kernel_distance,
     manifolds,
@@ -78,13 +77,6 @@ def test_the_mmd_is_that_of_loops_and_about_zero_for_two_halves(recorded):
     assert abs(halves.mean) < 3 * halves.std and abs(halves.mean) < apart.mean / 3
 
 
-def test_blocks_are_means_of_disjoint_estimates(recorded):
-    real, fake = recorded["real"], recorded["fake"]
-    estimates = [squared_mmd(real[i : i + 60], fake[i : i + 60]) for i in (0, 60, 120)]
-    found = block_kernel_distance(real, fake, size=60)
-    assert found == pytest.approx((np.mean(estimates), np.std(estimates)))
-
-
 def test_inception_score_of_certain_and_of_useless_classifiers():
     certain = torch.eye(8).repeat(20, 1)
     assert inception_score(certain, splits=1) == pytest.approx((8, 0))
@@ -99,8 +91,6 @@ def test_too_few_images_are_an_error(recorded):
     real, fake = recorded["real"], recorded["fake"]
     with pytest.raises(ValueError, match="subsets of 1000 need as many features; there are 240 and 200"):
         kernel_distance(real, fake)
-    with pytest.raises(ValueError, match="blocks of 1000"):
-        block_kernel_distance(real, fake)
     with pytest.raises(ValueError, match="10 splits need as many images; there are 9"):
         inception_score(recorded["probs"][:9])
     with pytest.raises(ValueError, match="5 neighbours need more features; there are 240 and 5"):

@@ -21,7 +21,6 @@ from unimm.training.tokenizer.discriminator import (
     LeCam,
     LocalBatchNorm,
     PatchGAN,
-    adaptive_weight,
     build_discriminator,
     frozen,
     hinge_d_loss,
@@ -283,10 +282,3 @@ def test_lecam_is_differentiable_reduces_and_rests_in_eval() -> None:
     lecam.eval()
     lecam.update(means + 1)
     assert lecam.real_ema.item() == 3.0
-
-
-def test_adaptive_weight_by_hand() -> None:
-    layer = torch.tensor([3.0, 4.0], requires_grad=True)
-    weight = adaptive_weight((layer * torch.tensor([6.0, 8.0])).sum(), (layer * torch.tensor([0.0, 2.0])).sum(), layer)
-    assert weight.item() == pytest.approx(5.0) and not weight.requires_grad
-    assert adaptive_weight(layer.sum(), 0 * layer.sum(), layer).item() == pytest.approx(1e4)

@@ -1,11 +1,11 @@
-"""Reads an image of the shapes world back into objects, without any learning.
+"""A rule-based object detector for images of the shapes data set.
 
-After a component is found, everything about it follows in closed form. Its color is the median of its
-inner pixels, its coverage the projection of each pixel on the line from background to that color, and for each
-candidate shape the coverage's area and centroid give centre and size to a fraction of a pixel (blur moves neither).
-The shape whose analytic template overlaps the coverage best is the answer, and that overlap (a soft intersection over
-union) is the score. Images of a tokenizer are soft and speckled: templates come sharp and blurred,
-thresholds are relative to the contrast nearby, and small specks are dropped.
+Each connected component is measured in closed form. Its color is the median of its inner pixels, its coverage is the
+projection of each pixel on the line from the background to that color, and for each candidate shape the area and
+centroid of the coverage determine center and size to a fraction of a pixel (blur changes neither). The detected shape
+is the one whose analytic template overlaps the coverage best, and that overlap (a soft intersection over union) is the
+score. Reconstructed images are soft and speckled, so templates are both sharp and blurred, thresholds are relative to
+the local contrast, and small specks are dropped.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,11 +19,11 @@ from unimm.data.images import to_rgb
 from unimm.data.shapes.world import BACKGROUNDS, COLORS, DISTANCES, SHAPES
 
 MIN_CONTRAST = 40.0  # RGB distance from the background; the weakest pair (purple on gray) has 80
-MIN_AREA = 40.0  # pixels; the smallest object of the world covers 128
-MIN_SCORE = 0.6  # overlap below which a component is no shape at all
+MIN_AREA = 40.0  # pixels; the smallest object of the data set covers 128
+MIN_SCORE = 0.6  # a component with a lower overlap is not a shape
 MARGIN = 2  # pixels of soft edge that are counted around a component
-BLURS = (0.0, 1.0, 1.7)  # sigmas in pixels: how soft an object may be for its templates
-# Area divided by radius², and how far the centroid lies below the centre of the box, divided by the radius.
+BLURS = (0.0, 1.0, 1.7)  # sigmas of the blurred templates, in pixels
+# Area divided by radius², and the offset of the centroid below the center of the box, divided by the radius.
 AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "diamond": 2.0, "cross": 20 / 9, "ring": 0.75 * np.pi}
 CENTROID_DROP = {"triangle": 1 / 3}
 _COLOR_NAMES, _COLOR_VALUES = list(COLORS), np.array(list(COLORS.values()), dtype=np.float32)
@@ -32,7 +32,7 @@ _TONE_NAMES, _TONE_VALUES = list(BACKGROUNDS), np.array(list(BACKGROUNDS.values(
 
 @dataclass(frozen=True)
 class Detection:
-    """One object: `box` is (x1, y1, x2, y2) in pixels, `score` its overlap with the ideal shape, in [0, 1]."""
+    """A detected object: `box` is (x1, y1, x2, y2) in pixels, `score` its overlap with the ideal shape, in [0, 1]."""
 
     shape: str
     color: str
@@ -40,7 +40,7 @@ class Detection:
     score: float
 
     def as_rule_input(self) -> dict[str, Any]:
-        """The mapping that `unimm.evaluation.geneval.rules.verdict` reads: label, color, box, score."""
+        """Return the mapping that `unimm.evaluation.geneval.rules.verdict` takes: label, color, box, score."""
         fields = asdict(self)
         return {"label": fields.pop("shape"), **fields}
 
@@ -48,15 +48,15 @@ class Detection:
 def detect(
     image: Image.Image | np.ndarray, *, min_area: float = MIN_AREA, min_score: float = MIN_SCORE
 ) -> list[Detection]:
-    """Objects of an image (PIL, or uint8 [H, W, 3]), from top to bottom.
+    """Detect the objects of an image (PIL, or uint8 [H, W, 3]), from top to bottom.
 
-    Components smaller than `min_area` pixels or less like any shape than `min_score` are left out.
+    Components with fewer than `min_area` pixels or a score below `min_score` are dropped.
     Raises ValueError for an array of another type or layout.
     """
     pixels = _as_float(image)  # [H, W, 3]
     tone = _background_tone(pixels)
     contrast = np.sqrt(((pixels - tone) ** 2).sum(axis=-1))  # [H, W]
-    # Half of the contrast nearby is where an edge runs; the window is narrower than the gap between objects.
+    # An edge runs at half of the local contrast; the window is narrower than the gap between objects.
     mask = contrast > np.maximum(MIN_CONTRAST, _window_maximum(contrast, MARGIN) / 2)
     labels, count = label_components(mask)
     areas = np.bincount(labels.ravel(), minlength=count + 1)
@@ -64,13 +64,9 @@ def detect(
     return [detection for detection in found if detection.score >= min_score]
 
 
-def detect_background(image: Image.Image | np.ndarray) -> str:
-    """Name of the background tone, judged by the border of the image. Raises as `detect` does."""
-    return _nearest(_background_tone(_as_float(image)), _TONE_NAMES, _TONE_VALUES)
-
-
 def label_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """4-connected components of a boolean [H, W]: labels (0 outside, 1.. from top to bottom) and their number."""
+    """Label the 4-connected components of a boolean [H, W]; return the labels (0 outside, 1.. from top to bottom) and
+    their number."""
     height, width = mask.shape
     edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(edges == 1)
@@ -102,7 +98,7 @@ def label_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _read(pixels: np.ndarray, tone: np.ndarray, labels: np.ndarray, index: int) -> Detection:
-    """Color, shape and box of one component."""
+    """Measure color, shape and box of one component."""
     ys, xs = np.nonzero(labels == index)
     y1, y2 = max(int(ys[0]) - MARGIN, 0), min(int(ys[-1]) + 1 + MARGIN, labels.shape[0])
     x1, x2 = max(int(xs.min()) - MARGIN, 0), min(int(xs.max()) + 1 + MARGIN, labels.shape[1])
@@ -112,7 +108,7 @@ def _read(pixels: np.ndarray, tone: np.ndarray, labels: np.ndarray, index: int) 
     alpha = np.where(_window_maximum(member, MARGIN), (window - tone) @ direction, 0)  # [h, w], 0 outside and 1 inside
     columns = np.arange(x1, x2, dtype=np.float32)[None, :] + 0.5
     rows = np.arange(y1, y2, dtype=np.float32)[:, None] + 0.5
-    # Not clipped for the moments: clipping would turn noise around the object into area.
+    # Not clipped before the moments: clipping would turn noise around the object into area.
     area = float(alpha.sum())
     center_x, center_y = float((alpha * columns).sum()) / area, float((alpha * rows).sum()) / area
     alpha = np.clip(alpha, 0, 1)
@@ -121,7 +117,7 @@ def _read(pixels: np.ndarray, tone: np.ndarray, labels: np.ndarray, index: int) 
         radius = float(np.sqrt(area / AREAS[shape]))
         y = center_y - CENTROID_DROP.get(shape, 0.0) * radius
         distance = DISTANCES[shape](columns - center_x, rows - y, radius)
-        template = np.clip(0.5 - distance, 0, 1)  # as the world renders it
+        template = np.clip(0.5 - distance, 0, 1)  # as in `world.coverage`
         overlap = max(_overlap(alpha, _blurred(template, sigma)) for sigma in BLURS)
         best = max(best, (shape, y, radius, overlap), key=lambda fit: fit[-1])
     shape, y, radius, overlap = best
@@ -130,7 +126,7 @@ def _read(pixels: np.ndarray, tone: np.ndarray, labels: np.ndarray, index: int) 
 
 
 def _plain_color(window: np.ndarray, member: np.ndarray, tone: np.ndarray) -> np.ndarray:
-    """Median of the inner pixels that stand out more than half of them do: blur pales a thin object nearly
+    """Return the median color of the half of the inner pixels with the most contrast: blur pales a thin object nearly
     everywhere."""
     inner = ~_window_maximum(~member, 1)
     core = window[inner if inner.sum() >= 9 else member]
@@ -148,7 +144,7 @@ def _blurred(template: np.ndarray, sigma: float) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _blur_matrix(size: int, sigma: float) -> np.ndarray:
-    """[size, size] Gaussian weights; what lies outside the window is empty."""
+    """Return [size, size] Gaussian weights; pixels outside the window count as empty."""
     offsets = np.arange(size)[:, None] - np.arange(size)
     reach = np.arange(-int(4 * sigma), int(4 * sigma) + 1)
     total = np.exp(-0.5 * (reach / sigma) ** 2).sum()
@@ -156,7 +152,7 @@ def _blur_matrix(size: int, sigma: float) -> np.ndarray:
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Soft intersection over union of two coverages: the sums of the lower and of the higher values."""
+    """Compute the soft intersection over union of two coverages: sum of the minima / sum of the maxima."""
     lower = float(np.minimum(a, b).sum())
     return lower / (float(a.sum() + b.sum()) - lower)
 
@@ -169,7 +165,7 @@ def _as_float(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _background_tone(pixels: np.ndarray) -> np.ndarray:
-    """Median color of the border, two pixels wide: objects keep away from it. [3]"""
+    """Return the median color [3] of the border, two pixels wide and nearly free of objects."""
     sides = (pixels[:2], pixels[-2:], pixels[2:-2, :2], pixels[2:-2, -2:])
     return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
 
@@ -179,7 +175,7 @@ def _nearest(color: np.ndarray, names: list[str], values: np.ndarray) -> str:
 
 
 def _window_maximum(values: np.ndarray, radius: int) -> np.ndarray:
-    """Maximum over the square window of `radius` around each pixel (the border counts as lowest)."""
+    """Compute the maximum over the square window of `radius` around each pixel (outside the image counts as lowest)."""
     result = values
     for axis in (0, 1):
         spread = result.copy()

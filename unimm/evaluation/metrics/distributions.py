@@ -1,9 +1,8 @@
-"""Two sets of images compared by their features, beside the Fréchet distance: kernel distance, inception score,
-precision, recall, density and coverage.
+"""Metrics between two sets of image features: KID, inception score, precision, recall, density and coverage.
 
-Pure functions of features [N, D] and probabilities [N, classes]; float64 inside. Special here is what decides the
-figures and is seldom said: subsets and permutations come from numpy's RandomState(2020), as torch-fidelity's do, and
-ADM's conventions have functions or arguments of their own.
+Pure functions of features [N, D] and probabilities [N, classes], computed in float64. Subsets and permutations, which
+affect the scores, come from numpy's RandomState(2020), as in torch-fidelity; ADM's conventions have functions or
+arguments of their own. The Fréchet distance (FID) is in `frechet`.
 """
 
 from typing import NamedTuple
@@ -18,7 +17,7 @@ ADM_NEIGHBOURS, PRDC_NEIGHBOURS = 3, 5
 
 
 class MeanAndStd(NamedTuple):
-    """Over subsets or splits; the deviation is the population's, as torch-fidelity prints it."""
+    """Mean and standard deviation over subsets or splits; the population's deviation, as torch-fidelity prints it."""
 
     mean: float
     std: float
@@ -35,9 +34,9 @@ class Manifolds(NamedTuple):
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> float:
-    """Unbiased estimate of the squared maximum mean discrepancy with the kernel (x·y / D + 1)³; may be negative.
+    """Compute the unbiased squared maximum mean discrepancy with the kernel (x·y / D + 1)³; may be negative.
 
-    Raises ValueError for fewer than two features on a side or different widths.
+    Raises ValueError if a set has fewer than two features, or for different widths.
     """
     _check_pair(x, y)
     x, y = x.double(), y.double()
@@ -50,9 +49,9 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
 
 
 def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = SEED) -> MeanAndStd:
-    """Kernel distance (KID, Bińkowski et al. 2018, https://arxiv.org/abs/1801.01401) over random subsets.
+    """Compute the kernel distance (KID, Bińkowski et al. 2018, https://arxiv.org/abs/1801.01401) over random subsets.
 
-    Raises ValueError where a side holds fewer than `size` features.
+    Raises ValueError if a set has fewer than `size` features.
     """
     _check_pair(x, y)
     if min(len(x), len(y)) < size:
@@ -65,24 +64,11 @@ def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 100
     return MeanAndStd(float(np.mean(estimates)), float(np.std(estimates)))
 
 
-def block_kernel_distance(x: Tensor, y: Tensor, *, size: int = 1000) -> MeanAndStd:
-    """The same over disjoint blocks in the given order (Zaremba et al. 2013): every feature once, no randomness.
-
-    What does not fill a block is left over. Raises ValueError where a side does not fill one.
-    """
-    _check_pair(x, y)
-    blocks = min(len(x), len(y)) // size
-    if not blocks:
-        raise ValueError(f"blocks of {size} need as many features; there are {len(x)} and {len(y)}")
-    estimates = [squared_mmd(x[i * size : (i + 1) * size], y[i * size : (i + 1) * size]) for i in range(blocks)]
-    return MeanAndStd(float(np.mean(estimates)), float(np.std(estimates)))
-
-
 def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int | None = SEED) -> MeanAndStd:
-    """exp of the mean KL divergence to the mean (Salimans et al. 2016, https://arxiv.org/abs/1606.03498), over equal
-    splits of a fixed permutation; `seed` None keeps the given order.
+    """Compute the inception score (Salimans et al. 2016, https://arxiv.org/abs/1606.03498).
 
-    Raises ValueError for fewer probabilities than splits.
+    It is exp of the mean KL divergence to the mean, over equal splits of a fixed permutation; `seed` None keeps the
+    given order. Raises ValueError for fewer probabilities than splits.
     """
     count = len(probabilities)
     if count < splits:
@@ -95,7 +81,7 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, seed: int | None
 
 
 def adm_inception_score(probabilities: Tensor, split: int = ADM_SPLIT) -> float:
-    """ADM's: the mean over consecutive blocks. Images that come class by class make it collapse."""
+    """Compute ADM's inception score, the mean over consecutive blocks. It collapses if images are sorted by class."""
     return float(np.mean([_score(block) for block in probabilities.split(split)]))
 
 
@@ -107,11 +93,12 @@ def manifolds(
     density_neighbours: int = PRDC_NEIGHBOURS,
     block: int = 4096,
 ) -> Manifolds:
-    """How the balls around the points of one set, each as wide as to its k-th neighbour, hold the points of the other.
+    """Compute precision, recall, density and coverage from k-nearest-neighbor balls.
 
-    `block` rows of distances stand in memory at once.
+    Each point of a set has a ball that reaches to its k-th neighbor; the metrics count which points of the other set
+    lie inside. `block` rows of distances are held in memory at once.
 
-    Raises ValueError where a set is not larger than the number of neighbours, or for different widths.
+    Raises ValueError if a set is not larger than the number of neighbors, or for different widths.
     """
     _check_pair(real, generated)
     widest = max(neighbours, density_neighbours)
@@ -140,9 +127,10 @@ def _score(probabilities: Tensor) -> float:
 
 
 def _squared_radii(points: Tensor, neighbours: tuple[int, ...], block: int) -> list[Tensor]:
-    """Per number of neighbours the squared distance [N] of each point to that neighbour; itself is not counted."""
+    """Return, for each k in `neighbours`, the squared distances [N] of the points to their k-th neighbors."""
     found: list[list[Tensor]] = [[] for _ in neighbours]
     for rows in points.split(block):
+        # one more: the nearest point of each row is the point itself
         nearest = _squared_distances(rows, points).topk(max(neighbours) + 1, dim=1, largest=False).values
         for radii, k in zip(found, neighbours, strict=True):
             radii.append(nearest[:, k])
@@ -150,7 +138,7 @@ def _squared_radii(points: Tensor, neighbours: tuple[int, ...], block: int) -> l
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """[A, D] and [B, D] -> [A, B]; rounding does not take a distance below 0."""
+    """Compute squared distances [A, D], [B, D] -> [A, B], clamped at 0 against rounding errors."""
     return (x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T).clamp(min=0)
 
 

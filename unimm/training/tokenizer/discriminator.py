@@ -1,13 +1,12 @@
-"""Discriminators and the adversarial objective of a tokenizer's training.
+"""Discriminators and GAN losses for image tokenizer training.
 
 - `PatchGAN`: the convolutional discriminator of TiTok (https://arxiv.org/abs/2406.07550), blur-pooled and
   group-normed; needs no weights.
 - `DinoDiscriminator`: spectral-norm heads over a frozen DINO ViT-S/16 (StyleGAN-T, https://arxiv.org/abs/2301.09515),
   as VFMTok and IDEAL use it.
-- Hinge losses, LeCAM (https://arxiv.org/abs/2104.03310) and VQGAN's adaptive weight
-  (https://arxiv.org/abs/2012.09841), as pure functions.
+- Hinge losses and LeCAM (https://arxiv.org/abs/2104.03310), as pure functions.
 
-Both discriminators take pixels [B, 3, H, W] in [0, 1] and give unbounded logits, high for real.
+Both discriminators take pixels [B, 3, H, W] in [0, 1] and return unbounded logits, high for real.
 """
 
 import math
@@ -29,7 +28,7 @@ MIN_IMAGE_SIZE = 16
 
 
 class BlurPool(nn.Module):
-    """Halves the sides (rounding up) with the binomial kernel [1, 3, 3, 1] under SAME padding."""
+    """Blurred downsampling by 2 (rounding up), with the binomial kernel [1, 3, 3, 1] under SAME padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,9 +46,8 @@ class BlurPool(nn.Module):
 class PatchGAN(nn.Module):
     """TiTok's convolutional discriminator: pixels [B, 3, H, W] -> logits [B, 1, h, w]; 1.910 M parameters.
 
-    One logit per 16 px, at most 16 x 16: 256 px and more give the published 16 x 16, 64 px gives 4 x 4, and 32 px
-    gives 2 x 2. A fixed 16 x 16 would stretch the 8 x 8 feature map of a 64 px image and count every feature four
-    times.
+    One logit per 16 px, at most 16 x 16: the published 16 x 16 from 256 px on, 4 x 4 at 64 px, 2 x 2 at 32 px. A fixed
+    16 x 16 would upsample the 8 x 8 feature map of a 64 px image and count every feature four times.
     """
 
     def __init__(self, width: int = 128) -> None:
@@ -75,10 +73,10 @@ class PatchGAN(nn.Module):
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm of [B, C, L] over groups of neighbouring samples, without running statistics.
+    """Batch norm of [B, C, L] over groups of neighboring samples, without running statistics.
 
-    The group is the largest divisor of B up to `virtual_batch_size`, so that any batch size works (9 gives three
-    groups of 3). B is the micro-batch of one process: a global batch that is cut otherwise has other groups, unless
+    The group size is the largest divisor of B up to `virtual_batch_size`, so that any batch size works (9 makes three
+    groups of 3). B is the micro-batch of one process: splitting a global batch differently changes the groups, unless
     every micro-batch is a multiple of `virtual_batch_size`.
     """
 
@@ -107,7 +105,7 @@ def _head_block(kernel_size: int) -> nn.Sequential:
 
 
 class DinoHead(nn.Module):
-    """Readout [B, 384, L] -> logits [B, L]."""
+    """A convolutional head from a DINO readout [B, 384, L] to logits [B, L]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,10 +122,10 @@ class DinoHead(nn.Module):
 class DinoDiscriminator(nn.Module):
     """Five heads over a frozen DINO: pixels [B, 3, H, W] -> logits [B, 980]; 7.386 M parameters, all in the heads.
 
-    An image larger than 224 px is cropped with probability 1/2 (training only, torch's CPU generator, one place for
-    the whole batch), otherwise area-resized; a smaller one is resized bicubically. The trunk stands outside
-    registration: it follows `.to(device)`, yet is in no `parameters()` and no `state_dict()`, so it is neither
-    optimized nor saved, and it stays fp32.
+    Images larger than 224 px are cropped with probability 1/2 (training only, torch's CPU generator, one position for
+    the whole batch), otherwise area-resized; smaller ones are resized bicubically. The trunk is not a registered
+    submodule: it follows `.to(device)`, but is in no `parameters()` and no `state_dict()`, so it is neither optimized
+    nor saved, and it stays fp32.
     """
 
     def __init__(self, trunk: DinoTrunk) -> None:
@@ -161,9 +159,10 @@ class DinoDiscriminator(nn.Module):
 
 
 def build_discriminator(kind: DiscriminatorKind, weights: str | None, image_size: int) -> PatchGAN | DinoDiscriminator:
-    """The discriminator named `kind` for images of `image_size` px; `weights` is DINO's file, None for PatchGAN.
+    """Build the discriminator `kind` for images of `image_size` px; `weights` is DINO's file, None for PatchGAN.
 
-    Raises UserError for an unknown kind, for weights that are missing or out of place, and for images under 16 px.
+    Raises:
+        UserError: an unknown kind, weights that are missing or not needed, or images under 16 px.
     """
     if image_size < MIN_IMAGE_SIZE:
         raise UserError(f"A discriminator needs images of at least {MIN_IMAGE_SIZE} px and got {image_size} px.")
@@ -180,7 +179,7 @@ def build_discriminator(kind: DiscriminatorKind, weights: str | None, image_size
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within, `module`'s parameters take no gradients and its input still does: for the generator's step."""
+    """Disable gradients of `module`'s parameters, but not of its input, inside the context: for the generator loss."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -192,30 +191,32 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def hinge_d_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """(mean relu(1 - real) + mean relu(1 + fake)) / 2 of logits of any shape; `fake` is of detached pixels."""
+    """Return (mean relu(1 - real) + mean relu(1 + fake)) / 2 of logits of any shape; `fake` is of detached pixels."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
 def hinge_g_loss(fake: Tensor) -> Tensor:
-    """-mean of the logits of reconstructed pixels."""
+    """Return -mean of the logits of reconstructed pixels."""
     return -fake.float().mean()
 
 
 def softplus_g_loss(fake: Tensor) -> Tensor:
-    """The mean of softplus(-logit) of reconstructed pixels: VFMTok's, beside a discriminator with the hinge."""
+    """Return mean softplus(-logit) of reconstructed pixels: VFMTok's, with a hinge loss for the discriminator."""
     return F.softplus(-fake.float()).mean()
 
 
 def lecam_loss(real: Tensor, fake: Tensor, real_ema: Tensor, fake_ema: Tensor) -> Tensor:
-    """mean relu(real - fake_ema)^2 + mean relu(real_ema - fake)^2 of logits, or of their means, and running means."""
+    """Return mean relu(real - fake_ema)^2 + mean relu(real_ema - fake)^2 of logits (or their means) and running
+    means."""
     return F.relu(real - fake_ema).square().mean() + F.relu(real_ema - fake).square().mean()
 
 
 class LeCam(nn.Module):
-    """LeCAM's regularizer and its running means, which `update` moves in training mode only.
+    """LeCAM's regularizer with its running means, which `update` moves in training mode only.
 
-    TiTok's form takes the mean logits, those of the global batch (`means`): a square of a part's mean is not part of
-    the square of the mean. `elementwise` is IDEAL's: every logit is compared, and the running means move before.
+    TiTok's form compares mean logits. They must be those of the global batch (`means`), because the square of a mean
+    is not the mean of the micro-batches' squares. `elementwise` is IDEAL's form: every logit is compared, and the
+    running means move before the loss instead of after it.
     """
 
     real_ema: Tensor
@@ -234,34 +235,21 @@ class LeCam(nn.Module):
         self.register_buffer("fake_ema", torch.zeros(()))
 
     def means(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The mean logits of all processes, [2]."""
+        """Return the mean logits (real, fake) of all processes, [2]."""
         return self.mean(_means(real, fake).detach())
 
     def forward(self, real: Tensor, fake: Tensor, means: Tensor) -> Tensor:
-        """The unweighted regularizer (a scalar) of logits of any shape; `means` [2] are those of the global batch."""
+        """Compute the unweighted regularizer (a scalar) of logits of any shape; `means` [2] are of the global batch."""
         if self.elementwise:
             return lecam_loss(real.float(), fake.float(), self.real_ema, self.fake_ema)
         real_mean, fake_mean = as_mean(_means(real, fake), means)
         return lecam_loss(real_mean, fake_mean, self.real_ema, self.fake_ema)
 
     def update(self, means: Tensor) -> None:
-        """Move the running means toward the `means` [2] of the global batch, once in a step."""
+        """Move the running means toward the `means` [2] of the global batch; call it once per step."""
         if self.training:
             self.real_ema, self.fake_ema = torch.stack([self.real_ema, self.fake_ema]).lerp(means, 1 - self.decay)
 
 
 def _means(real: Tensor, fake: Tensor) -> Tensor:
     return torch.stack([real.float().mean(), fake.float().mean()])
-
-
-def adaptive_weight(
-    reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor, *, eps: float = 1e-6, maximum: float = 1e4
-) -> Tensor:
-    """|d reconstruction / d last_layer| / (|d generator / d last_layer| + eps), detached and at most `maximum`.
-
-    `last_layer` is the decoder's last weight. Off in VQRAE, VFMTok and IDEAL; RAE uses it with eps 1e-6, VQGAN and
-    LlamaGen with 1e-4.
-    """
-    (reconstruction_grad,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    (generator_grad,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    return (reconstruction_grad.norm() / (generator_grad.norm() + eps)).clamp(0.0, maximum).detach()
