@@ -1,15 +1,10 @@
-"""Gradient accumulation beside the whole batch: recipe x k, the largest difference of all that a run leaves behind.
+"""Compare gradient accumulation with the whole batch: for each recipe and k, the largest difference between runs.
 
     python eval/bench_accumulation.py --json accumulation.json
 
-Every recipe runs by its debug configuration with one batch of 12, and with 2, 3 and 4 micro-batches of 6, 4 and 3;
-compared are weights, averaged weights, optimizer states and GAN statistics.
-
-Gradient accumulation against the whole batch: every recipe, once with a batch of k x n and once with k micro-batches
-of n, and the largest difference between all that the two leave behind.
-
-Compared are the weights of the result, and of the newest checkpoint the weights, averages, optimizer states and GAN
-statistics of every part. Dropout is off, because a mask is drawn for a micro-batch; everything else is on.
+Every recipe runs with its debug configuration on a batch of 12, and on k = 2, 3 and 4 micro-batches of 6, 4 and 3.
+Compared are the final weights, and the newest checkpoint's weights, averaged weights, optimizer states and GAN
+statistics. Dropout is off, because masks are sampled per micro-batch; everything else is on.
 """
 
 import argparse
@@ -34,7 +29,7 @@ from unimm.runs.provenance import git_commit
 from unimm.runs.report import Report
 from unimm.training.loop.checkpoint import checkpoints
 
-BATCH = 12  # of which 1, 2, 3 and 4 micro-batches are whole
+BATCH = 12  # divisible into 1, 2, 3 and 4 micro-batches
 TOKENIZER = ("train.mixed_precision=no", "train.panel_steps=10", "train.steps=4", "train.adam_epsilon=1e-4")
 GAN = (
     "loss.gan={start: 1, warmup_steps: 1, augment_probability: 0.8, consistency_weight: 4.0, weight: 0.5, "
@@ -46,7 +41,7 @@ LANGUAGE = (*HOST, "train.use_muon=false", "train.ema_decay=0.9", "train.lr_sche
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe, its debug configuration and what is changed in it."""
+    """A recipe, its debug configuration and the overrides."""
 
     recipe: str
     config: str
@@ -54,11 +49,11 @@ class Case:
 
     @property
     def batch(self) -> str:
-        """The settings of the batch and of the micro-batches."""
+        """Return the key of the batch size."""
         return "train.batch_size" if self.recipe == "tokenizer" else "train.per_device_train_batch_size"
 
 
-CASES: Mapping[str, Case] = {  # in this order one is what the next begins from
+CASES: Mapping[str, Case] = {  # in this order: later recipes start from the results of earlier ones
     "vfm": Case("vfm", "vfm", ["train.adam_epsilon=1e-4", "train.save_steps=3", "train.bf16=false"]),
     "vfmtok": Case("tokenizer", "vfmtok", [*TOKENIZER, GAN]),
     "ideal": Case("tokenizer", "ideal", [*TOKENIZER, GAN, "loss.gan.lecam=elementwise", "model.config.dropout=0.0"]),
@@ -76,8 +71,8 @@ CASES: Mapping[str, Case] = {  # in this order one is what the next begins from
 
 
 def run_recipe(path: Path, *arguments: str) -> int:
-    """Run a recipe in this process; its exit code."""
-    AcceleratorState._reset_state()  # the precision of the run before; the processes stay connected
+    """Run a recipe in this process and return its exit code."""
+    AcceleratorState._reset_state()  # drops the last run's precision; the processes stay connected
     argv, sys.argv = sys.argv, [path.name, *arguments]
     try:
         runpy.run_path(str(path), run_name="__main__")
@@ -89,8 +84,11 @@ def run_recipe(path: Path, *arguments: str) -> int:
 
 
 def train(case: str, k: int, root: Path, output: Path) -> None:
-    """Run a case with `k` micro-batches, from the checkout `root` into `output`; the current folder is where its
-    configuration looks for what it begins from. Raises RuntimeError where the recipe fails."""
+    """Run a case of the checkout `root` with `k` micro-batches and save to `output`.
+
+    The paths of earlier results in its configuration are relative to the current folder. Raises RuntimeError if the
+    recipe fails.
+    """
     c, said = CASES[case], io.StringIO()
     sizes = [f"{c.batch}={BATCH // k}", f"train.gradient_accumulation_steps={k}", f"train.output_dir={output}"]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -106,7 +104,7 @@ def train(case: str, k: int, root: Path, output: Path) -> None:
 
 
 def left_behind(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a run's newest checkpoint and of its result, random states aside."""
+    """Return every tensor of a run's newest checkpoint and of its result, except random number states."""
     found: dict[str, Tensor] = {}
     for path in [*checkpoints(folder)[-1].iterdir(), *folder.glob("*.safetensors")]:
         if path.suffix == ".safetensors":
@@ -117,7 +115,7 @@ def left_behind(folder: Path) -> dict[str, Tensor]:
 
 
 def differences(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
-    """{name: largest difference} of two `left_behind`. Raises ValueError where they do not hold the same tensors."""
+    """Return {name: largest difference} of two `left_behind`. Raises ValueError if the names differ."""
     if one.keys() != other.keys():
         raise ValueError(f"Only one of the runs left {sorted(one.keys() ^ other.keys())[:5]}.")
     return {name: float((one[name] - other[name]).abs().max()) for name in one if one[name].numel()}

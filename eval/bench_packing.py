@@ -1,11 +1,11 @@
-"""Training steps on drawings, padded and packed, side by side: tokens a second on captions of many lengths.
+"""Benchmark text-to-image training with padded and with packed batches, on captions of many lengths.
 
     python eval/bench_packing.py --json runs/bench_packing.json
     python eval/bench_packing.py --image-tokens 256 --pack-length 1024
 
-Captions are those of $UNIMM_DATA/data/captions (Flickr8k, five to an image): sample n joins 1 to 5 of them, short and
-long as in re-captioned sets. Every batch is trained on both ways, one after the other and in turns, so that a busy
-machine slows both. A token counts if it is no padding. The language model is a Qwen3 from nothing.
+Captions are those of $UNIMM_DATA/data/captions (Flickr8k, five per image): sample n joins 1 to 5 of them, short and
+long as in re-captioned data sets. Every batch is trained on both ways, interleaved, so that a busy machine slows both.
+Tokens per second count tokens that are not padding. The language model is a randomly initialized Qwen3.
 """
 
 import argparse
@@ -36,7 +36,7 @@ FLOW = "drawing"
 
 
 def samples_of(source: str, count: int) -> list[dict[str, Any]]:
-    """Drawings of a gray image, so that only lengths matter, under captions of one to five sentences."""
+    """Return text-to-image samples of a gray image, so that only lengths matter, with captions of 1 to 5 sentences."""
     captions = parquet_images([data_path(source)]).table["captions"]
     if len(captions) < count:
         raise UserError(f"{source} holds {len(captions)} rows and {count} are asked for: give fewer --batches.")
@@ -46,7 +46,7 @@ def samples_of(source: str, count: int) -> list[dict[str, Any]]:
 
 
 def small_host(samples: Sequence[dict[str, Any]], image_tokens: int, width: int, layers: int) -> Any:
-    """(model, processor) with images of `image_tokens` tokens and a text tokenizer of the captions."""
+    """Build (model, processor) with `image_tokens` tokens per image and a text tokenizer trained on the captions."""
     texts = train_text_tokenizer((s["messages"][0]["content"][0]["text"] for s in samples), 2000, CHAT_TOKENS)
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "head_dim": 64}
     llm = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 3 * width, **heads}
@@ -59,7 +59,7 @@ def small_host(samples: Sequence[dict[str, Any]], image_tokens: int, width: int,
 
 
 def measure(trainer: HostTrainer, batch: dict[str, dict[str, torch.Tensor]]) -> float:
-    """Seconds of one forward and backward pass."""
+    """Return the seconds of one forward and backward pass."""
     trainer.model.zero_grad()
     start = time.perf_counter()
     trainer.compute_loss(trainer.model, batch).backward()
@@ -89,7 +89,7 @@ def main() -> None:
             flow_weights={FLOW: 1.0},
         )  # fmt: skip
         model.train()
-        for k in range(args.batches + 1):  # the first warms up
+        for k in range(args.batches + 1):  # the first is a warm-up
             chosen = samples[k * args.batch_size : (k + 1) * args.batch_size]
             batches = {way: collate(chosen) for way, collate in collators.items()}
             for way in sorted(batches, reverse=k % 2 == 0):

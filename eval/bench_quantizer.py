@@ -1,13 +1,11 @@
-"""The quantizer's search at full size beside what else finds the nearest code, each in a process of its own.
+"""Benchmark time and memory of the quantizer's nearest-code search at full size against other implementations.
 
     python eval/bench_quantizer.py --json quantizer.json
 
-8192 latents against 16384 codes of width 1536: the matrix product alone (the floor of a float32 search), torch.cdist,
-vector-quantize-pytorch where it is installed, and `unimm.tokenizer.search` with a first pass in float32 and in
-bfloat16. Seconds are the best of `--repeats`, the rate is that of the product run in turn with it; memory is what the
-process' peak grew by.
-
-Time and memory of a nearest-code search at full size; see eval/bench_quantizer.py.
+8192 latents against 16384 codes of width 1536: the matrix product alone (the lower bound of a float32 search),
+torch.cdist, vector-quantize-pytorch if installed, and `unimm.tokenizer.search` with a first pass in float32 and in
+bfloat16. Each runs in its own process, interleaved with the matrix product. Seconds are the best of `--repeats`, the
+rate is that of the product; memory is the growth of the process's peak.
 """
 
 import argparse
@@ -31,7 +29,7 @@ from unimm.tokenizer.search import nearest_codes
 
 @dataclass
 class SearchPlan:
-    """`latents` rows of length about sqrt(width) against `codes` rows of length about 0.58, as SimVQ begins."""
+    """A search of `latents` rows of norm about sqrt(width) in `codes` rows of norm about 0.58, as in SimVQ at start."""
 
     latents: int = 8192
     codes: int = 16384
@@ -46,8 +44,12 @@ class SearchPlan:
 
 
 def measure(method: str, plan: SearchPlan) -> dict[str, Any]:
-    """{"seconds": the best, "product_seconds": the best of the matrix product, run in turn with it, "extra_gib": by
-    which the process' peak of memory grew, "agreement": share of ids that are float64's}."""
+    """Measure one method in a new process.
+
+    Returns:
+        "seconds": the best time; "product_seconds": the best of the interleaved matrix product; "extra_gib": growth of
+        the process's peak memory; "agreement": share of ids that equal those of a float64 search.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(method, plan, theirs))
@@ -63,10 +65,10 @@ def _measure(method: str, plan: SearchPlan, answer: Any) -> None:
     torch.set_num_threads(plan.threads)
     latents, codebook = plan.data()
     search, product = METHODS[method](codebook), _matmul(codebook)
-    search(latents[:64])  # what is loaded or allocated once
+    search(latents[:64])  # warm-up: loads and allocates what is needed once
     product(latents)
     before, seconds, product_seconds = _peak_gib(), [], []
-    for _ in range(plan.repeats):  # in turn: the machine's speed changes from second to second
+    for _ in range(plan.repeats):  # interleaved: the machine's speed changes from second to second
         product_seconds.append(_timed(product, latents)[0])
         took, ids = _timed(search, latents)
         seconds.append(took)

@@ -1,15 +1,12 @@
-"""Real sizes: the weights of the tokenizers and of the class-conditional GPT, and Qwen3-0.6B with one of them, run.
+"""Count the parameters of full-size models, and run Qwen3-0.6B with a full-size image tokenizer.
 
     python eval/bench_real_size.py --json real_size.json
     python eval/bench_real_size.py --only table
 
-The table is built on the meta device; the run has random weights in memory (about 10 GiB at its peak, a few minutes on
-two cores) and prints the seconds and the peak of resident memory after each step.
-
-Real sizes: how many weights a tokenizer on each published encoder has, and what attaching one to an LLM takes.
-
-Nothing is downloaded. Counts come from models on the meta device; the run takes random weights of the
-published shapes, so times and memory are real and the answers are noise.
+The table has one row for VQRAE on each published encoder, for its siblings and for each class-conditional GPT, counted
+on the meta device. The run attaches a tokenizer to the LLM with random weights of the published shapes (about 10 GiB at
+its peak, a few minutes on two cores) and prints the seconds and the peak resident memory after each step: times and
+memory are real, the outputs are noise. Nothing is downloaded.
 """
 
 import argparse
@@ -58,7 +55,7 @@ LLAMAGEN = {"B": "111M", "L": "343M", "XL": "775M", "XXL": "1.4B", "2B": "2B", "
 
 
 def tokenizer_config(encoder: PublishedEncoder) -> VQRAEConfig:
-    """VQRAE with the paper's codebook (16384 x 1536) on the encoder."""
+    """Return the configuration of VQRAE on the encoder with the paper's codebook (16384 x 1536)."""
     mean, std = encoder.normalization
     return VQRAEConfig(
         encoder_config=encoder.vision_config(),
@@ -69,9 +66,8 @@ def tokenizer_config(encoder: PublishedEncoder) -> VQRAEConfig:
 
 
 def parameter_table() -> list[dict[str, Any]]:
-    """One row for VQRAE on each published encoder and one for each sibling as published: tokens of an image and
-    weights of the tokenizer's parts, built on the meta device; C of the codebook is counted though it is not
-    trained."""
+    """Return a row for VQRAE on each published encoder and for each published sibling: tokens per image and parameters
+    of the tokenizer's parts, counted on the meta device. C of the codebook is counted although it is not trained."""
     with torch.device("meta"):
         siblings = {
             "VFMTok, DINOv2-L 336": VFMTok(VFMTok.config_class()),
@@ -82,7 +78,7 @@ def parameter_table() -> list[dict[str, Any]]:
 
 
 def gpt_table() -> list[dict[str, Any]]:
-    """One row for each size of the class-conditional GPT: its weights here, and as LlamaGen gives them."""
+    """Return a row for each size of the class-conditional GPT: its parameters here and as published by LlamaGen."""
     rows = []
     for size in SIZES:
         with torch.device("meta"):
@@ -102,11 +98,11 @@ def _size(module: nn.Module) -> int:
 
 
 def run_real_size(encoder: str = "internvit-300m-448", *, seed: int = 0) -> dict[str, Any]:
-    """Attach VQRAE on `encoder` to Qwen3-0.6B (bfloat16 where the CPU multiplies it fast), save, reload, answer and
-    draw a little.
+    """Attach VQRAE on `encoder` to Qwen3-0.6B (bfloat16 if the CPU multiplies it fast), save, reload, and generate a
+    few text and image tokens.
 
     Returns:
-        Seconds of each step, weights, and the peak of resident memory in GiB after each step.
+        Seconds of each step, parameter counts, and the peak resident memory in GiB after each step.
     """
     dtype = automatic_dtype(torch.device("cpu"))
     result: dict[str, Any] = {"host": "Qwen3-0.6B", "encoder": encoder, "dtype": str(dtype).removeprefix("torch.")}
@@ -167,7 +163,7 @@ def _answer(model: Any, processor: Any, tokens: int) -> list[int]:
 
 @torch.no_grad()
 def _draw(model: Any, processor: Any, tokens: int) -> list[int]:
-    """The first ids of an image, one forward each: a whole one takes `num_image_tokens` of them."""
+    """Generate the first `tokens` ids of an image, one forward each (a full image has `num_image_tokens`)."""
     ids = processor(text=[processor.drawing_prompt("a red circle")], return_tensors="pt")["input_ids"]
     cache, drawn = None, list[int]()
     for _ in range(tokens):

@@ -1,12 +1,12 @@
-"""Training steps on generated images: where their time goes, images and tokens a second, and the model FLOPs
-utilisation where the device's peak is known.
+"""Benchmark training steps on synthetic images: time by part, images and tokens per second, and MFU.
 
     python eval/bench_training.py --size shapes --json runs/bench_training.json
     python eval/bench_training.py --size paper --what stage1,t2i --batch-size 64 --precision bf16   # on a GPU
 
-Stage 1 and stage 2 of VQRAE (the second with its GAN; both with LPIPS and ConvNeXt-S, whose weights are random here)
-and drawing with a language model. Each is run plain, with gradient checkpointing, and compiled. "paper" is
-VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of an image of 512 px.
+Measured are stage 1 and stage 2 of VQRAE (stage 2 with its GAN; at size "paper" both with randomly initialized LPIPS
+and ConvNeXt-S) and text-to-image training of a language model, each plain, with gradient checkpointing, and compiled.
+"paper" is VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of a 512 px image. MFU (model FLOPs utilization) is
+reported if the device's peak is known.
 """
 
 import argparse
@@ -49,7 +49,14 @@ FLOW = "drawing"
 
 @dataclass(frozen=True)
 class Size:
-    """A tokenizer for both stages, one for drawing, and the fields of its Qwen3; `judged` by the paper's networks."""
+    """The models of one size.
+
+    Args:
+        tokenizer: the tokenizer that stages 1 and 2 train.
+        drawn: the tokenizer of text-to-image training.
+        llm: configuration fields of the Qwen3.
+        judged: whether the perceptual loss uses the paper's networks (LPIPS, ConvNeXt-S).
+    """
 
     tokenizer: VQRAEConfig
     drawn: VQRAEConfig
@@ -75,7 +82,7 @@ def size_of(name: str) -> Size:
 
 
 class Noise(Dataset):
-    """Images made from their number, and drawings of them."""
+    """A dataset of random images seeded by their index, each also as a text-to-image sample."""
 
     def __init__(self, side: int, length: int) -> None:
         self.side, self.length = side, length
@@ -91,7 +98,7 @@ class Noise(Dataset):
 
 
 def tokenizer_split(size: Size, stage: int, way: str, args: argparse.Namespace, folder: str) -> Split:
-    AcceleratorState._reset_state()  # another precision than the run before
+    AcceleratorState._reset_state()  # accelerate keeps the precision of the previous run otherwise
     tokenizer = VQRAE(size.tokenizer)
     config = TokenizerTrainingConfig(
         folder, stage=1 if stage == 1 else 2, steps=10_000, batch_size=args.batch_size, num_workers=args.workers,

@@ -1,9 +1,9 @@
-"""Draw the images that the ADM evaluator scores.
+"""Generate class-conditional samples in the npz format of the ADM evaluator.
 
     python eval/c2i_samples.py --model runs/cifar10/c2i --num-images 50000 --output samples.npz
 
-`arr_0` is uint8 [N, H, W, 3]; image k is of class k modulo the number of classes and depends on (seed, k) only. The
-file appears whole or not at all.
+`arr_0` is uint8 [N, H, W, 3]; image k has class k modulo the number of classes and depends on (seed, k) only. The file
+is written atomically.
 """
 
 import argparse

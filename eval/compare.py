@@ -1,11 +1,9 @@
-"""Put reports of several models into one table.
+"""Print a Markdown table of several models' evaluation reports: one row per metric, one column per model.
 
     python eval/compare.py VQRAE=a/shapes.json,a/probe.json VFMTok=b/shapes.json,b/probe.json
 
 The files are those that eval/shapes.py, eval/reconstruction.py and eval/probe.py write with --json. `make compare`
-trains the three tokenizers under one budget, measures them and ends with these tables.
-
-Reports of several models beside each other: a row for each number, a column for each model.
+trains the three tokenizers with the same budget, evaluates them and prints these tables.
 """
 
 import argparse
@@ -18,15 +16,15 @@ from typing import Any
 from unimm.errors import UserError, reading, run_main
 
 SECTIONS = ("reconstruction", "chat", "generation", "strict", "probe")
-SETTINGS = ("base_rate", "sweep")  # of a probe, found and not measured
+SETTINGS = ("base_rate", "sweep")  # hyper-parameters found by a probe, not metrics
 MISSING = "-"
 
 
 def read_reports(paths: Sequence[str | Path]) -> dict[str, float]:
-    """The measured numbers of reports that belong to one model, `section/name` each.
+    """Read the metrics of one model's reports as {`section/name`: value}.
 
     Raises:
-        UserError: a file that is no report, or two that give one number different values.
+        UserError: a file is not a report, or two files have different values for one metric.
     """
     found: dict[str, float] = {}
     for path in paths:
@@ -43,7 +41,7 @@ def read_reports(paths: Sequence[str | Path]) -> dict[str, float]:
 
 
 def side_by_side(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """A Markdown table: the numbers in the order of their first appearance, the models in theirs."""
+    """Return a Markdown table with metrics (rows) and models (columns) in order of first appearance."""
     names = list(dict.fromkeys(name for numbers in columns.values() for name in numbers))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     for name in names:

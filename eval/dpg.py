@@ -1,14 +1,14 @@
-"""DPG-Bench: draw dense prompts, ask a judge the benchmark's questions, count by the published rule and by a fixed one.
+"""Run DPG-Bench: generate images of dense prompts and score them with a VQA model that answers its questions.
 
     python eval/dpg.py --model PATH --dpg-csv dpg_bench.csv --judge BLIP_DIR --output runs/dpg/mine
     python eval/dpg.py --images GRIDS --resolution 512 --dpg-csv dpg_bench.csv --judge mplug --output runs/dpg/theirs
-    python eval/dpg.py --model PATH --prompts dpg_prompts.jsonl --output runs/dpg/images      # draw only
+    python eval/dpg.py --model PATH --prompts dpg_prompts.jsonl --output runs/dpg/images      # generate only
 
-The judge is asked about known images first and refused where it fails on them: photographs that come with
-scikit-image, or your own (`--canary DIR`); `--no-canary` goes without, and the manifest says so.
-An interrupted run goes on with the same command. `--output DIR` holds the images, records.jsonl (every answer as
-written), summary.json and the official grids. Figures of different judges are no one scale; only mplug's compare with
-published ones.
+Scores are computed by the published rule and by a corrected one. The VQA model (`--judge`) must first pass a sanity
+check on known images: photographs that ship with scikit-image, or your own (`--canary DIR`); `--no-canary` skips it,
+and the manifest records that. Run the same command again to resume. `--output DIR` holds the images, records.jsonl
+(every answer as written), summary.json and the official grids. Scores of different VQA models are not comparable; only
+mplug's compare with published ones.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Break inputs at random and count what comes of it: images, YAML, JSON, tar files, checkpoints.
+"""Fuzz unimm with randomly damaged images, YAML, JSON, tar files and checkpoints, and count the outcomes.
 
     PYTHONPATH=. python eval/fuzz.py                                 3600 inputs, minutes on two cores: make fuzz
     PYTHONPATH=. python eval/fuzz.py --only yaml --first 17 --count 1    one input again
 
-Every input is a function of its surface and number. It is used as it should be (clean), is one sentence (refused), or
-ends in anything else (traceback: a defect, as is a second of `--seconds` too many); what it leaves behind is counted
-too. The exit code is 1 where there was a defect.
+Every input is a function of its surface (input type) and number. Outcomes: it is used normally (clean), it raises a
+one-sentence UserError (refused), or anything else (traceback: a defect, as is exceeding `--seconds`). Leftover files
+are counted too. The exit code is 1 if there was a defect.
 """
 
 import argparse
@@ -35,11 +35,11 @@ LONGEST_SENTENCE = 1500
 
 
 class TooSlow(BaseException):
-    """An input took longer than it may."""
+    """An input exceeded its time limit. A BaseException, so that no `except Exception` under test swallows it."""
 
 
 def outcome_of(surface: Surface, folder: Path, seconds: int) -> tuple[str, str]:
-    """Use the input in `folder`; what came of it, and for a defect where."""
+    """Use the input in `folder` and return the outcome and, for a defect, its location."""
 
     def stop(*_: object) -> None:
         raise TooSlow(f"more than {seconds} seconds")
@@ -52,7 +52,7 @@ def outcome_of(surface: Surface, folder: Path, seconds: int) -> tuple[str, str]:
         if "\n" in str(error).strip() or len(str(error)) > LONGEST_SENTENCE:
             return "traceback", f"a message of {len(str(error))} characters: {one_line(error)[:120]}"
         return "refused", ""
-    except (Exception, TooSlow) as error:  # counted, whatever it is
+    except (Exception, TooSlow) as error:  # any exception is an outcome to count
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "unimm" in Path(frame.filename).parts]
         place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
         return "traceback", f"{type(error).__name__}{place}: {one_line(error)[:120]}"
@@ -62,7 +62,7 @@ def outcome_of(surface: Surface, folder: Path, seconds: int) -> tuple[str, str]:
 
 
 def fuzz(name: str, work: Path, first: int, count: int, seconds: int, report: Report) -> Counter[str]:
-    """Counts of the outcomes of `count` inputs of a surface."""
+    """Return the number of each outcome for `count` inputs of a surface."""
     surface = SURFACES[name][0](work / f"{name}-sound")
     folder, outcomes = work / "input", Counter[str](dict.fromkeys(OUTCOMES, 0))
     for number in tqdm(range(first, first + count), desc=name, leave=False, disable=None):
@@ -80,7 +80,7 @@ def fuzz(name: str, work: Path, first: int, count: int, seconds: int, report: Re
 
 
 def _files(work: Path) -> set[str]:
-    """Files of the work folder, which is the working folder too; caches apart."""
+    """Return the files in the work folder, which is also the current directory, except caches."""
     return {str(path.relative_to(work)) for path in work.rglob("*") if path.is_file() and "cache" not in path.parts}
 
 

@@ -1,13 +1,13 @@
-"""GenEval on a current stack: draw the 553 prompts, find objects and colors, judge by the official rules.
+"""Run GenEval: generate images of its 553 prompts, detect objects and colors, and score by the official rules.
 
     python eval/geneval.py --shapes --output runs/geneval/shapes      # small models, in the shapes data set
     python eval/geneval.py --model PATH --detector DIR --clip DIR --output runs/geneval/mine
     python eval/geneval.py --images DIR --detector DIR --clip DIR --output runs/geneval/theirs
-    python eval/geneval.py --prompts evaluation_metadata_long.jsonl ...     # a row of its own, never called GenEval
+    python eval/geneval.py --prompts evaluation_metadata_long.jsonl ...     # reported separately, not as GenEval
     python eval/geneval.py --calibrate annotations_sdv2.csv.gz --verdicts runs/geneval/sdv2
     python eval/geneval.py --contamination captions.jsonl
 
-An interrupted run goes on with the same command. `--output DIR` holds the images, records.jsonl, summary.json and
+Run the same command again to resume. `--output DIR` holds the images, records.jsonl, summary.json and
 geneval_results.jsonl, which the official summary_scores.py reads.
 """
 

@@ -1,16 +1,12 @@
-"""Try out what `attach` promises on every pair of a host family and an encoder family.
+"""Test `attach` on every pair of a host family and an encoder family.
 
     python eval/hosts.py --json hosts.json
     python eval/hosts.py --hosts llava,internvl --encoders siglip_vision_model
 
-Tiny random models from the real configuration classes; a minute or two on two cores. `--json FILE` writes {"rows":
-[{host, encoder, check: true/false, ...}], "ok": bool}; a check that could not be tried says why in a word. Exit code 1
-when one failed.
-
-What `attach` promises, tried out on every pair of a host family and an encoder family.
-
-Hosts and encoders are tiny and random, but built from the real configuration classes, saved and read by
-the real code, and the reload happens in a fresh process that has imported nothing but unimm.
+A host is the language or multimodal model that an image tokenizer is attached to. Hosts and encoders are tiny and
+random, but use the real configuration classes and the real code to save and load; the reload runs in a fresh process
+that imports unimm. It takes a minute or two on two cores. `--json FILE` writes {"rows": [{host, encoder, check:
+true/false, ...}], "ok": bool}; a check that could not run holds the reason instead. The exit code is 1 if one failed.
 """
 
 import argparse
@@ -65,7 +61,7 @@ print(json.dumps(equal))
 
 
 def try_pair(host_family: str, encoder: str, folder: Path) -> Row:
-    """The promises of one pair, each True, False or a word why it was not tried; saves the model for `reload`."""
+    """Check one pair and save the model for `reload`; each check is True, False or the reason why it did not run."""
     host, texts = tiny_host(host_family)
     image_tokenizer, own = tiny_tokenizer(host, encoder)
     row: Row = {"host": host_family, "encoder": encoder, "own_encoder": own}
@@ -92,7 +88,7 @@ def try_pair(host_family: str, encoder: str, folder: Path) -> Row:
 
 
 def reload(folders: list[Path]) -> dict[str, bool]:
-    """{folder name: whether its logits are the same}, from one fresh process."""
+    """Load the saved models in one fresh process and return {folder name: whether the logits are identical}."""
     command = [sys.executable, "-c", _RELOAD, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -102,7 +98,7 @@ def reload(folders: list[Path]) -> dict[str, bool]:
 
 
 def try_pairs(hosts: tuple[str, ...], encoders: tuple[str, ...], folder: Path) -> Iterator[Row]:
-    """A row for every pair; the last check of each, `reload`, is filled in at the end."""
+    """Yield a row for every pair; `reload`, the last check of each, runs once for all pairs at the end."""
     pairs = [(host, encoder) for host in hosts for encoder in encoders]
     rows = {}
     for host, encoder in tqdm(pairs, unit="pair", leave=False):
@@ -118,7 +114,7 @@ def _noise() -> Image.Image:
 
 
 def _chat(*parts: str | Image.Image) -> list[dict[str, Any]]:
-    """One user's turn of texts and images."""
+    """Return a chat of one user turn with texts and images."""
     texts = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
     ]
@@ -127,7 +123,7 @@ def _chat(*parts: str | Image.Image) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _batches(model: Any, processor: Any) -> bool:
-    """Answers and drawings of one, two and no images are the same alone, together, and in another order."""
+    """Check that text and images generated for chats with 0, 1 and 2 images do not depend on batching or order."""
     chats = [_chat(_noise(), "one"), _chat("a longer question"), _chat(_noise(), "and", _noise(), "?")]
     ways: tuple[dict[str, Any], ...] = (
         {"max_new_tokens": 6, "do_sample": False, "eos_token_id": [], "pad_token_id": 0},
@@ -149,7 +145,7 @@ def _batches(model: Any, processor: Any) -> bool:
 
 
 def _learning(model: Any, inputs: dict[str, torch.Tensor]) -> Row:
-    """A loss over text and image ids, and who gets a gradient from it."""
+    """Check that a loss over text and image ids is finite and reaches tower, projector and output rows."""
     base = model.config.image_vocab_start
     labels = torch.cat([inputs["input_ids"], torch.tensor([[base, base + 31]])], 1)
     mask = torch.ones_like(labels)
@@ -180,8 +176,8 @@ def _any_to_any(model: Any, processor: Any, chat: list[dict[str, Any]]) -> bool:
 
 @torch.no_grad()
 def _host_kept(model: Any, host: PreTrainedModel, own: bool) -> bool:
-    """Text logits are the host's to the bit; with its own encoder the logits of images are, too."""
-    text = torch.randint(10, 200, (3, 7))  # below 10 are the special tokens, placeholders of images among them
+    """Check that text logits are bit-identical to the host's, and image logits too with the host's own encoder."""
+    text = torch.randint(10, 200, (3, 7))  # ids below 10 are special tokens, such as image placeholders
     same = torch.equal(model(input_ids=text).logits[..., :ROWS], host(input_ids=text).logits)
     if not own:
         return same
@@ -190,7 +186,7 @@ def _host_kept(model: Any, host: PreTrainedModel, own: bool) -> bool:
 
 @torch.no_grad()
 def _seen(host: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A sentence with one image in the form that the host itself reads: tiled where it tiles."""
+    """Return inputs with one image in the host's own format: in tiles if the host tiles images."""
     generator = torch.Generator().manual_seed(2)
     tiles = host.config.model_type in ("llava_next", "llava_onevision")
     shape = (1, 3, 3, 16, 16) if tiles else (1, 3, 16, 16)
@@ -204,7 +200,7 @@ def _seen(host: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _detached(model: Any, host: PreTrainedModel, returns: bool) -> bool:
-    """The host comes back with an equal state, or is refused where its tower was replaced."""
+    """Check that `detach` returns the host with an equal state, or raises if its tower was replaced."""
     try:
         again = detach(model).state_dict()
     except UserError:
@@ -222,7 +218,7 @@ def _save(model: Any, processor: Any, inputs: dict[str, torch.Tensor], folder: P
     save_file({**trial, "logits": logits.contiguous()}, folder / "trial.safetensors")
 
 
-LABELS = ("host", "encoder", "own_encoder")  # of a row; everything else is a check
+LABELS = ("host", "encoder", "own_encoder")  # fields of a row that are not checks
 
 
 def chosen(given: str | None, known: tuple[str, ...], option: str) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
-"""Draw captioned images by their captions, and say how many drawings are nearest to their own image.
+"""Generate images from a data set's captions and count how many are nearest to the image of their caption.
 
     python eval/nearest.py --model runs/emoji/t2i --source '$UNIMM_DATA/data/emoji/train.parquet' \\
         --guidance-scale 1 --temperature 0 --output runs/emoji/nearest --page runs/emoji/nearest.html
 
-Each drawing is compared, pixel by pixel, with every image of the source. The tokenizer's own copies of the images
-are measured in the same way, as the most that a drawing can reach. An interrupted run goes on; `--page` shows prompts,
-drawings and originals, the wrong ones first.
+Each generated image is compared, pixel by pixel, with every image of the source. The tokenizer's reconstructions are
+measured in the same way, as an upper bound. Run the same command again to resume; `--page` writes an HTML report of
+prompts, generated and original images, the wrong ones first.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""How much a linear layer reads from an image tokenizer's features, and from what is left of them in its codes.
+"""Linear and k-NN probing of an image tokenizer's features, before and after quantization.
 
     python eval/probe.py --model runs/cifar10/stage2 --source '$UNIMM_DATA/data/cifar10/train.parquet' \\
         --test-source '$UNIMM_DATA/data/cifar10/test.parquet' --json probe.json
     python eval/probe.py --model runs/cifar10/stage2 ... --random
 
-MAE's protocol on frozen mean-pooled vectors (unimm/evaluation/probe/run.py) and a nearest-neighbor vote. `--random`
-probes the same architecture with random weights: the floor.
+The linear probe follows MAE's protocol on frozen mean-pooled features (unimm/evaluation/probe/run.py). `--random`
+probes the same architecture with random weights, as a lower bound.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Measure an image tokenizer on real images.
+"""Evaluate an image tokenizer's reconstructions of real images.
 
     python eval/reconstruction.py --model runs/cifar10/stage2 --source '$UNIMM_DATA/data/cifar10/test.parquet' \\
         --kmeans-source '$UNIMM_DATA/data/cifar10/train.parquet' --reference runs/cifar10/stage1 --json
         reconstruction.json
 
-Prints PSNR, SSIM, codebook use and perplexity beside two baselines: every patch painted in its mean color, and in the
-nearest of 1024 k-means centres of raw patches. `--reference` names a tokenizer that still has the original encoder: the
-features are compared with its. The sets of originals and reconstructions are compared too, in the features of FID's
-Inception (`--inception FILE`: rFID), of any vision encoder (`--fd-encoder PATH`), or, unless one is named, of the
-tokenizer's own encoder, which flatters it.
-`--output DIR` keeps every image with its figures: an interrupted run goes on, and
-`unimm eval report DIR --output report.html` makes a page of it.
+Prints PSNR, SSIM, codebook use and perplexity next to two baselines: every patch replaced by its mean color, and by the
+nearest of 1024 k-means centers of raw patches. `--reference` names a tokenizer with the original encoder, to compare
+the features with. The distributions of originals and reconstructions are also compared, in the features of FID's
+Inception (`--inception FILE`: rFID), of any vision encoder (`--fd-encoder PATH`), or by default of the tokenizer's own
+encoder, which is biased in its favor.
+`--output DIR` saves every image with its metrics: run the same command again to resume, and
+`unimm eval report DIR --output report.html` writes an HTML report.
 """
 
 import sys

@@ -1,16 +1,13 @@
-"""Kill real training runs with SIGKILL at random steps and while they write checkpoints, start them again by the same
-command, and compare what they end with, bit for bit, with runs that nobody disturbed.
+"""Test that training resumes bit-exactly: kill runs with SIGKILL at random steps and while they write checkpoints,
+restart them with the same command, and compare the results with uninterrupted runs.
 
     python eval/resume.py --json runs/resume.json
     python eval/resume.py --only stage2 --kills 5 --accelerate
 
-Both stages of the tokenizer (the second with its GAN), conversations and drawings, in the debug configurations. One
-thread: the last bits depend on their number.
-
-Whether a killed run, started again by the same command, ends with the bits of one that nobody disturbed.
-
-The processes are real and SIGKILL takes their whole group. They are forks of this one, because importing
-torch and transformers takes longer than the tiny runs do; `accelerate` starts them by `accelerate launch` instead.
+Covered are both stages of the tokenizer (the second with its GAN), SFT and text-to-image training, in the debug
+configurations. They run on one thread, because the last bits depend on the number of threads. SIGKILL hits the whole
+process group. Runs are forks of this process, because importing torch and transformers takes longer than the tiny runs;
+`--accelerate` starts them with `accelerate launch` instead.
 """
 
 import argparse
@@ -40,13 +37,13 @@ from unimm.errors import UserError, run_main
 from unimm.runs.report import Report
 
 WEIGHTS = "model.safetensors"
-_STEP = re.compile(rb"step \d+: |\{'loss'")  # what a loop says of a step, the hand-written one or Trainer
+_STEP = re.compile(rb"step \d+: |\{'loss'")  # log line of a step: unimm's training loop, or Trainer
 _POLL = 0.001
 
 
 @dataclass(frozen=True)
 class Case:
-    """One recipe: its script, its configuration and what is changed in it; `steps` is how many it takes."""
+    """A recipe to test: its script, debug configuration (`name`), number of steps and overrides."""
 
     name: str
     recipe: str
@@ -55,7 +52,8 @@ class Case:
 
 
 def debug_cases() -> list[Case]:
-    """All that a checkpoint may hold: codebook upkeep, both sides of the GAN, EMA, Muon, data workers, two flows."""
+    """Return cases that cover everything in a checkpoint: codebook maintenance, generator and discriminator, EMA, Muon,
+    data workers, two flows."""
     tokenizer = ("train.steps=8", "train.save_steps=2", "train.num_workers=1", "train.panel_steps=8")
     host = (
         "train.max_steps=8", "train.save_steps=2", "train.eval_steps=8", "train.ema_decay=0.9",
@@ -71,7 +69,13 @@ def debug_cases() -> list[Case]:
 
 @dataclass
 class Trial:
-    """What happened to the killed run of a case: where it was killed, and which checkpoints it had left."""
+    """The result of a case.
+
+    Args:
+        killed_at: the step of each kill.
+        found: the steps of the checkpoints that each kill left.
+        differing: what differs from the uninterrupted run.
+    """
 
     case: Case
     killed_at: list[str] = field(default_factory=list)
@@ -85,18 +89,18 @@ class Trial:
 
 
 class Launcher:
-    """Starts recipes of the repository at `root`, with `folder` as their working directory."""
+    """A launcher for recipes of the repository at `root`, with `folder` as their working directory."""
 
     def __init__(self, root: Path, folder: Path, *, accelerate: bool = False) -> None:
         self.root, self.folder, self.accelerate = root, folder, accelerate
-        torch.set_num_threads(1)  # a forked process waits for ever for the threads that its parent had
+        torch.set_num_threads(1)  # fork copies no threads: a child would wait forever for its parent's pool
 
     def command(self, case: Case, output: str) -> list[str]:
         config = self.root / "configs" / "debug" / f"{case.name}.yaml"
         return ["--config", str(config), f"train.output_dir={output}", *case.overrides]
 
     def start(self, case: Case, output: str, log: Path) -> int:
-        """The process id, which is the group's too."""
+        """Start a case and return its process id, which is also its group id."""
         script, arguments = self.root / "recipes" / f"{case.recipe}.py", self.command(case, output)
         if self.accelerate:
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
@@ -106,12 +110,12 @@ class Launcher:
                     [*launch, str(script), *arguments],
                     stdout=out, stderr=subprocess.STDOUT, cwd=self.folder, env=environment, start_new_session=True,
                 ).pid  # fmt: skip
-        runpy.run_path(str(script), run_name="preloaded")  # imports once, here
+        runpy.run_path(str(script), run_name="preloaded")  # imports everything once, before the fork
         return fork(lambda: run_script(script, arguments), log, self.folder)
 
 
 def run_script(script: Path, arguments: Sequence[str]) -> None:
-    """As the command line would, in this process, whose random numbers begin as anywhere, not as its parent's."""
+    """Run a script in this process as from the command line, with fresh random states instead of the parent's."""
     random.seed()
     np.random.seed()
     torch.seed()
@@ -120,13 +124,13 @@ def run_script(script: Path, arguments: Sequence[str]) -> None:
 
 
 def fork(body: Callable[[], None], log: Path, folder: Path) -> int:
-    """Run `body` in a child with its own group, its output in `log`; its process id."""
+    """Run `body` in a child process with its own group and its output in `log`; return its process id."""
     sys.stdout.flush()
     sys.stderr.flush()
     log.write_bytes(b"")
     child = os.fork()
     if child:
-        with contextlib.suppress(PermissionError, ProcessLookupError):  # the child may have done it, or be over
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # the child may have done it, or have ended
             os.setpgid(child, child)
         return child
     code = 1
@@ -149,30 +153,33 @@ def fork(body: Callable[[], None], log: Path, folder: Path) -> int:
 
 
 def exit_code(process: int, *, wait: bool = True) -> int | None:
-    """Of a started process, None while it runs; a negative one is the signal that ended it."""
+    """Return the exit code of a process, None while it runs; a negative code is the signal that killed it."""
     found, status = os.waitpid(process, 0 if wait else os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if found else None
 
 
 def finish(process: int, log: Path) -> None:
-    """Wait for a run to end well."""
+    """Wait for a run to end; raise UserError if it fails."""
     if (code := exit_code(process)) != 0:
         said = log.read_text(errors="replace").strip().splitlines()[-5:]
         raise UserError(f"The run of {log} ended with {code}: {' '.join(said)}")
 
 
 def steps_of(folder: Path) -> list[int]:
-    """Of the checkpoints in a run's folder."""
+    """Return the steps of the checkpoints in a run's folder."""
     return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
 
 
 def kill_at(process: int, log: Path, folder: Path, *, steps: int | None) -> str | None:
-    """SIGKILL the process' group after so many more steps, or (None) while it writes a checkpoint; None if it ended."""
+    """Kill the process group with SIGKILL after `steps` more steps, or (None) while it writes a checkpoint.
+
+    Returns the step of the kill, None if the process ended before.
+    """
     begun = (steps_of(folder) or [0])[-1]
     while exit_code(process, wait=False) is None:
         said = len(_STEP.findall(log.read_bytes()))
         writing = sorted(path.name for path in folder.glob(".checkpoint-*.tmp"))
-        if said and writing if steps is None else said >= steps:  # before the first step it is what the last kill left
+        if said and writing if steps is None else said >= steps:  # before the first step, .tmp is from the last kill
             os.killpg(process, signal.SIGKILL)
             exit_code(process)
             left = sorted(path.name for path in folder.glob(".checkpoint-*.tmp"))
@@ -182,7 +189,7 @@ def kill_at(process: int, log: Path, folder: Path, *, steps: int | None) -> str 
 
 
 def unreadable(folder: Path) -> list[str]:
-    """Files of the checkpoints that are not whole: archives with a wrong checksum, weights whose header lies."""
+    """Return damaged checkpoint files: archives with a wrong checksum, safetensors that do not match their header."""
     broken = []
     for path in sorted(folder.glob("checkpoint-*/*")):
         try:
@@ -190,7 +197,7 @@ def unreadable(folder: Path) -> list[str]:
                 broken.append(str(path))
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as weights:
-                    for name in weights.keys():  # noqa: SIM118  (it is no mapping)
+                    for name in weights.keys():  # noqa: SIM118  (not a mapping)
                         weights.get_tensor(name)
         except Exception as error:
             broken.append(f"{path} ({type(error).__name__})")
@@ -206,7 +213,7 @@ def _tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def differences(whole: Path, cut: Path) -> list[str]:
-    """What differs between two finished runs: the bytes of their weights, the tensors of their last checkpoints."""
+    """Return what differs between two finished runs: weight files (bytes) and tensors of the last checkpoints."""
     differing = [] if (whole / WEIGHTS).read_bytes() == (cut / WEIGHTS).read_bytes() else [WEIGHTS]
     last = f"checkpoint-{steps_of(whole)[-1]}"
     for path in sorted((whole / last).glob("*.pt")):
@@ -218,7 +225,7 @@ def differences(whole: Path, cut: Path) -> list[str]:
 
 
 def run_case(launcher: Launcher, case: Case, *, kills: int, seed: int) -> Trial:
-    """Run `case` undisturbed and disturbed: kills at random steps, every second one while a checkpoint is written."""
+    """Run `case` uninterrupted, then with kills at random steps, every second one while a checkpoint is written."""
     trial, chance, started = Trial(case), random.Random(f"{seed} {case.name}"), time.perf_counter()
     folder, whole, cut = launcher.folder, f"runs/debug/{case.name}", f"runs/killed/{case.name}"
     log = folder / f"{case.name}.log"

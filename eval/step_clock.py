@@ -1,8 +1,8 @@
-"""Where the time of a training step goes: real steps of the real loops, their parts on a clock.
+"""Profile the parts of a training step, in real steps of unimm's training loops.
 
-Parts are timed where they are called, from outside, so the loops know nothing of it. A part's time is its
-own, without that of the parts within it, and on a GPU the device is waited for at every edge: the sum is a little more
-than a step takes without the clock, which is measured too.
+The parts' methods are wrapped from outside, so the loops need no changes. A part's time excludes the parts called
+within it. On a GPU the device is synchronized at every start and end of a part, so the sum is a little more than a step
+takes without the clock, which is measured too.
 """
 
 import functools
@@ -21,16 +21,16 @@ from unimm.training.loop.throughput import TokenizerCost, Work, peak_memory
 from unimm.training.tokenizer.trainer import TokenizerTrainer
 
 WARM = 3
-"""Steps before anything is timed: compiled blocks meet a second length, and data workers fill what they fetch ahead."""
+"""Warm-up steps: compiled blocks recompile for a second sequence length, and data workers fill their queues."""
 
 
 class StepClock:
-    """Seconds by part; `device` is waited for where it is a GPU. What is called within a part of `whole` is its own."""
+    """A clock that sums the seconds of each part; a GPU is synchronized before the time is taken."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
-        self._within: list[float] = []  # of the parts that are running: seconds of what they called
+        self._within: list[float] = []  # a stack: seconds of nested parts, per running part
         self._closed = False
 
     def now(self) -> float:
@@ -51,7 +51,7 @@ class StepClock:
                 self._within[-1] += spent
 
     def watch(self, owner: Any, method: str, name: str, *, whole: bool = False) -> None:
-        """Time every call of `owner.method` as a part."""
+        """Time every call of `owner.method` as a part; with `whole`, nested parts count as its own time."""
         called = getattr(owner, method)
 
         @functools.wraps(called)
@@ -70,7 +70,7 @@ class StepClock:
 
 @dataclass
 class Split:
-    """Of `steps` steps: seconds of each part a step, of a step without the clock, and what it did."""
+    """The profile of `steps` steps; times and work are per step, `step_seconds` is measured without the clock."""
 
     steps: int
     parts: dict[str, float] = field(default_factory=dict)
@@ -88,17 +88,17 @@ class Split:
         return float(self.work.tokens) / self.step_seconds
 
     def mfu(self, peak: float | None) -> float | None:
-        """Share of the peak, None where it is not known."""
+        """Return the model FLOPs utilization, None if the peak (FLOP/s) is not known."""
         return None if peak is None else float(self.work.flops) / self.step_seconds / peak
 
     @property
     def data_ratio(self) -> float:
-        """How many times faster the data come than the steps consume them."""
+        """Return how many times faster batches load than the steps consume them."""
         return self.step_seconds / self.data_seconds
 
 
 def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
-    """Of a tokenizer's trainer, its GAN at work where it has one. Three passes: warm, without a clock, with it."""
+    """Profile a tokenizer's trainer (GAN active if it has one): warm-up, steps without the clock, steps with it."""
     config, tokenizer = trainer.config, trainer.tokenizer
     clock = StepClock(trainer.accelerator.device)
     if trainer.gan_trainer is not None:
@@ -137,7 +137,7 @@ def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
 
 
 class _Watch(TrainerCallback):
-    """Of Trainer's own loop: warm, then `steps` without the clock and `steps` with it."""
+    """A callback that profiles Trainer's loop: warm-up, `steps` steps without the clock, `steps` with it."""
 
     def __init__(self, trainer: HostTrainer, split: Split, clock: StepClock) -> None:
         self.trainer, self.split, self.clock = trainer, split, clock
@@ -174,7 +174,7 @@ class _Watch(TrainerCallback):
 
 
 def split_host_step(trainer: HostTrainer, steps: int) -> Split:
-    """Of a language model's trainer, whose `max_steps` must be WARM + 2 * steps."""
+    """Profile a language model's trainer, whose `max_steps` must be WARM + 2 * steps."""
     split, clock = Split(steps), StepClock(trainer.args.device)
     trainer.add_callback(_Watch(trainer, split, clock))
     trainer.train()
@@ -199,7 +199,7 @@ def _timed(batches: Iterator[Any], clock: StepClock) -> Iterator[Any]:
 
 
 def _data_seconds(batches: Iterator[Any], count: int) -> float:
-    """Of a batch, when nothing else is done; workers fill what they fetch ahead during the first one."""
+    """Return the seconds to load a batch if nothing else runs; workers fill their queues during the first one."""
     next(batches)
     start = time.perf_counter()
     for _ in range(count):

@@ -1,14 +1,11 @@
-"""Say how ragged an edge may be for the two detectors of the shapes data set.
+"""Measure how irregular edges may be for the two detectors of the shapes data set.
 
     python eval/wobble.py --json runs/wobble.json
 
-Prints, for edges that are displaced at random, the median displacement in pixels and the share of images that the first
-detector and the strict one read rightly, and the displacement at which each falls below one half.
-
-How ragged an edge may be for each of the two detectors of the shapes data set.
-
-Scenes are rendered with edges that are displaced at random: a smooth field of displacements is added to the signed
-distance of each object, so that its outline runs in and out while color, place and size stay.
+Scenes are rendered with randomly displaced edges: a smooth random field is added to the signed distance of each object,
+so that its outline wobbles while color, position and size stay. Prints the median displacement in pixels, the share of
+images that the first and the strict detector recognize correctly, and the displacement at which each share falls below
+one half.
 """
 
 import argparse
@@ -32,7 +29,7 @@ AMPLITUDES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)  # standard deviation
 
 
 class Accepted(NamedTuple):
-    """Median displacement of the edges in pixels, and the share of images that each detector reads rightly."""
+    """The median displacement of the edges in pixels, and the share of images that each detector gets right."""
 
     wobble: float
     first: float
@@ -48,7 +45,7 @@ def wobbling_image(scene: Scene, rng: np.random.Generator, amplitude: float) -> 
     for item in scene.objects:
         distance = DISTANCES[item.shape](centres[None, :] - item.x, centres[:, None] - item.y, item.radius)
         field = amplitude * _smooth_noise(rng, size)
-        near = distance < 4  # far outside the field may not paint anything
+        near = distance < 4  # keeps the field from painting pixels far outside the object
         alpha = (np.clip(0.5 - distance - field, 0, 1) * near)[..., None]
         canvas += alpha * (np.array(COLORS[item.color]) - canvas)
         displaced += np.abs(field[np.abs(distance) < 0.5]).tolist()
@@ -65,7 +62,7 @@ def _smooth_noise(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def measure(amplitudes: Sequence[float] = AMPLITUDES, scenes: int = 200, seed: int = 0) -> list[Accepted]:
-    """Return, per amplitude, how often the two detectors read the objects of `scenes` wobbling images."""
+    """Return, per amplitude, how often the two detectors recognize all objects of `scenes` wobbling images."""
     found = []
     for amplitude in amplitudes:
         rng, first, strict, displaced = np.random.default_rng(seed), 0, 0, list[float]()
@@ -81,8 +78,8 @@ def measure(amplitudes: Sequence[float] = AMPLITUDES, scenes: int = 200, seed: i
 
 
 def refused_from(measured: Sequence[Accepted], detector: str) -> float | None:
-    """Return the wobble at which a detector (`first` or `strict`) accepts half of the images, on the line between two
-    measured ones; None where it accepts more throughout."""
+    """Return the displacement at which a detector (`first` or `strict`) accepts half of the images, interpolated
+    linearly between two measurements; None if it accepts more throughout."""
     for below, above in zip(measured, measured[1:], strict=False):
         high, low = getattr(below, detector), getattr(above, detector)
         if high >= 0.5 > low:

@@ -1,9 +1,9 @@
-"""Teach a GPT to draw images of a class: LlamaGen's recipe (arXiv 2406.06525) over the ids of any image tokenizer.
+"""Class-conditional image generation: train LlamaGen's GPT (arXiv 2406.06525) on the ids of any image tokenizer.
 
     accelerate launch --num_cpu_threads_per_process 2 recipes/c2i.py --config configs/cifar10/c2i.yaml
 
-Extracts the ids of labelled images where they are not on disk yet, trains, and saves GPT and tokenizer in one folder
-that `eval/c2i_samples.py` draws from. A run that is started again goes on from its last checkpoint.
+Extracts the ids of labeled images if they are not on disk yet, trains, and saves GPT and tokenizer in one folder, from
+which `eval/c2i_samples.py` samples. Rerunning the command resumes from the last checkpoint.
 """
 
 import json
@@ -34,8 +34,15 @@ from unimm.training.loop.run import open_run
 
 @dataclass
 class C2IModelConfig:
-    """`size` is one of the published ones (B, L, XL, XXL, 2B, 3B), `config` are fields of ClassConditionalConfig over
-    it; codebook and grid are the tokenizer's."""
+    """The GPT to train; codebook size and grid come from the image tokenizer.
+
+    Args:
+        image_tokenizer: a folder or hub id.
+        num_classes: classes of the data set.
+        size: one of LlamaGen's (B, L, XL, XXL, 2B, 3B).
+        config: fields of ClassConditionalConfig that override those of `size`.
+        attn_implementation: as in transformers.
+    """
 
     image_tokenizer: str
     num_classes: Count
@@ -53,6 +60,7 @@ class C2IRecipe:
 
 
 def build(recipe: C2IRecipe, ids: ClassIds, *, compiled: bool = False) -> ClassConditionalGPT:
+    """Build the GPT for these ids, randomly initialized; `compiled` compiles its blocks."""
     facts = {
         "codebook_size": ids.info.codebook_size,
         "grid": ids.info.grid,
@@ -82,7 +90,8 @@ def main() -> None:
         held_out = prepare_ids(recipe.data, "eval", tokenizer, image_processor)
     for each in (ids, held_out):
         each.require_classes(recipe.model.num_classes)
-    set_seed(train.seed)  # here: extracting ids may take random numbers, and they may be on disk already
+    # Seeded only now: extraction may consume random numbers, and a run that finds its ids on disk must not differ.
+    set_seed(train.seed)
     model = build(recipe, ids, compiled=recipe.train.compile_blocks and not dry_run)
     if dry_run:
         image_of = lambda batch: tokenizer.decode(batch["ids"][:SHEET_IMAGES])  # noqa: E731
@@ -101,6 +110,7 @@ def trainer_of(
     ids: ClassIds,
     held_out: ClassIds,
 ) -> ClassConditionalTrainer:
+    """Build the trainer of `model` on a seeded stream of `ids`."""
     stream = IdStream(ids, args.max_steps * args.samples_per_step, recipe.data.seed)
     return ClassConditionalTrainer(model, args, train_dataset=stream, eval_dataset=IdRows(held_out))
 
@@ -108,13 +118,13 @@ def trainer_of(
 def train_and_draw(
     recipe: C2IRecipe, model: ClassConditionalGPT, drawer: ClassDrawer, ids: ClassIds, held_out: ClassIds
 ) -> None:
-    """Train, and save the GPT with its tokenizer, a sheet of drawings and the held-out loss."""
+    """Train, then save the GPT with its tokenizer, a grid of samples and the held-out loss."""
     train, output = recipe.train, Path(recipe.train.output_dir)
     trainer = trainer_of(recipe, train, model, ids, held_out)
     entropy, uniform = ids.entropy, math.log(ids.info.codebook_size)
     print(f"{len(ids)} sequences to train on, {len(held_out)} held out: {held_out.info.made_from}")
     print(entropy_line(len(ids), entropy, ids.info.codebook_size))
-    if not (trainer.done or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these prepare once, to train
+    if not (trainer.done or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # both prepare a model only once
         print(f"held-out loss at the start {trainer.held_out_loss():.3f}, unigram entropy {entropy:.3f} nats an id")
     trainer.train_or_load()
     loss = trainer.held_out_loss()

@@ -1,10 +1,10 @@
-"""Encode a whole data set once: a folder of ids that `t2i.py` trains from without looking at a pixel.
+"""Tokenize a whole image data set once, into a folder of ids from which `t2i.py` trains without decoding images.
 
     accelerate launch --num_cpu_threads_per_process 2 recipes/encode.py --config configs/emoji/encode.yaml
     torchrun --nproc_per_node 2 recipes/encode.py --config configs/emoji/encode.yaml
 
-Processes, of one machine or of many that see one folder, take the shards in turn and do not wait for each other. A run
-that is started again goes on with the shards that are missing.
+Processes, on one machine or on several that share a folder, take the shards in turn and never wait for each other.
+Rerunning the command encodes the missing shards only.
 """
 
 import os
@@ -23,7 +23,7 @@ from unimm.tokenizer.loading import load_with_processor
 
 @dataclass
 class EncodeModelConfig:
-    """`image_tokenizer`: its folder or hub id."""
+    """The tokenizer to encode with; `image_tokenizer` is a folder or hub id."""
 
     image_tokenizer: str
 
@@ -36,7 +36,7 @@ class EncodeRecipe:
 
 
 def device_of(local_rank: int) -> torch.device:
-    """The accelerator of this process, or the CPU."""
+    """Return the accelerator of this process, or the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if found is None else torch.device(found.type, local_rank)
 
@@ -44,7 +44,7 @@ def device_of(local_rank: int) -> torch.device:
 def main() -> None:
     recipe = parse_recipe_args(EncodeRecipe)
     require_place("The image tokenizer model.image_tokenizer", recipe.model.image_tokenizer)
-    recipe.data.rows()  # a source that cannot be read is refused before the tokenizer is loaded
+    recipe.data.rows()  # fail on an unreadable source before the tokenizer is loaded
     rank, world_size, local_rank = (int(os.environ.get(name, d)) for name, d in PLACES.items())
     tokenizer, processor = load_with_processor(recipe.model.image_tokenizer)
     folder = Path(recipe.output_dir)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 PLACES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-"""Where this process stands, as torchrun and accelerate say it, and without them."""
+"""Environment variables of torchrun and accelerate, with their defaults for a single process."""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Make the small checkpoint that the package ships from the one that was trained.
+"""Convert a trained model to the small checkpoint that ships with the package.
 
     python recipes/publish.py --config configs/shapes/publish.yaml
 
-Weights are stored in half precision, except the codebook and its projections, which stay float32 (bfloat16 or float16
-there would flip ids). The output folder is replaced as a whole.
+Weights are stored in float16, except the codebook and its projections, which stay float32 (half precision there would
+flip ids). The output folder is replaced as a whole.
 """
 
 import shutil
@@ -25,9 +25,15 @@ CARD = "README.md"
 
 @dataclass
 class PublishRecipe:
-    """`card` is the model card, a Markdown file that travels with the weights; `image_generation` are the defaults of
-    drawing that the checkpoint keeps (guidance_scale, temperature, top_k, top_p). `image_tokenizer` gives its decoder
-    (stage 3) in place of the model's own; its ids must be the model's.
+    """Settings of the published checkpoint.
+
+    Args:
+        model: folder or hub id of the trained unified model.
+        output_dir: folder to write.
+        card: the model card, a Markdown file that is copied beside the weights.
+        image_generation: default sampling settings to store (guidance_scale, temperature, top_k, top_p).
+        max_megabytes: limit on the size of the weights.
+        image_tokenizer: a tokenizer with the same ids whose decoder (trained in stage 3) replaces the model's own.
     """
 
     model: str
@@ -39,7 +45,7 @@ class PublishRecipe:
 
 
 def take_decoder(model: UnifiedModelMixin, path: str) -> None:
-    """Copy the decoder of the image tokenizer at `path`. Raises UserError where its ids mean something else."""
+    """Copy the decoder of the image tokenizer at `path` into `model`. Raises UserError if its codebook differs."""
     other = load_image_tokenizer(path)
     if other.fingerprint != model.image_tokenizer.fingerprint:
         raise UserError(
@@ -57,6 +63,7 @@ def main() -> None:
     model.half()
     model.generation_config.image_generation.update(recipe.image_generation)
     output = Path(recipe.output_dir)
+    # Written beside the target and renamed at the end, so that an error never leaves half a checkpoint.
     staging = output.with_name(f".{output.name}.tmp")
     try:
         save_whole(staging, model, processor)

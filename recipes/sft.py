@@ -1,8 +1,8 @@
-"""Teach a language model to talk about images: attach an image tokenizer to it and train on conversations.
+"""Visual instruction tuning: attach an image tokenizer to a language model and train on conversations about images.
 
     accelerate launch --num_cpu_threads_per_process 2 recipes/sft.py --config configs/shapes/sft.yaml
 
-The output folder loads with `unimm.load`. A run that is started again goes on from its last checkpoint.
+The output folder loads with `unimm.load`. Rerunning the command resumes from the last checkpoint.
 """
 
 import sys
@@ -34,16 +34,19 @@ from unimm.training.tokenizer.parameters import train_projector_only
 
 @dataclass
 class SFTModelConfig:
-    """Either `init_from`, a unified model to go on with, or the two parts that are attached to each other.
+    """The model to train: either the unified model at `init_from`, or an image tokenizer and a language model to join.
 
     Args:
         image_tokenizer: a folder or hub id.
-        llm: a folder or hub id, or the fields of a Qwen3Config for one that starts from nothing, with a text tokenizer
-            of `text_vocab_size` entries of its own.
-        row_init: how the rows of the image ids begin.
-        chat_template: a published format by its name, as in `unimm.attach`.
-        pad_to_square: images are padded to squares, not stretched.
+        llm: a folder or hub id, or the fields of a Qwen3Config for a randomly initialized model with its own text
+            tokenizer of `text_vocab_size` entries.
+        init_from: folder or hub id of a unified model.
+        text_vocab_size: entries of a new model's text tokenizer.
+        row_init: how the embedding rows of the image ids are initialized.
+        chat_template: name of a published format, as in `unimm.attach`.
+        pad_to_square: pad images to squares instead of stretching them.
         trains: "projector" freezes the language model too, as LLaVA's pretraining does.
+        attn_implementation: as in transformers.
     """
 
     image_tokenizer: str | None = None
@@ -83,13 +86,14 @@ class SFTRecipe:
 
 
 def require_parts(model: SFTModelConfig) -> None:
-    """Raise UserError if a part is missing, before the first one is built."""
+    """Raise UserError if a part of the model does not exist, before anything is loaded."""
     for name in ("image_tokenizer", "llm", "init_from"):
         source = getattr(model, name)
         require_place(f"model.{name}", source if isinstance(source, str) else None)
 
 
 def build_llm(model: SFTModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the language model and its text tokenizer, or build both from scratch."""
     if isinstance(model.llm, str):
         with examining("The language model model.llm", model.llm):
             refuse_excess_of(AutoModelForCausalLM, AutoConfig.from_pretrained(model.llm))
@@ -102,7 +106,7 @@ def build_llm(model: SFTModelConfig, seed: int) -> tuple[PreTrainedModel, PreTra
 def build_model(
     model: SFTModelConfig, data_seed: int, seed: int, loading: Mapping[str, Any] | None = None
 ) -> tuple[Any, UnimmProcessor]:
-    """The unified model and its processor, as the settings say; `loading` are arguments of `load`."""
+    """Build or load the unified model and its processor; `loading` are extra arguments of `load`."""
     if model.init_from is not None:
         how = {"dtype": torch.float32, "attn_implementation": model.attn_implementation, **(loading or {})}
         unified, processor = load(model.init_from, device="cpu", **how)

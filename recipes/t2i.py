@@ -1,9 +1,9 @@
-"""Teach a model that talks about images to draw them too: drawings and conversations in one run, one checkpoint that
-does both.
+"""Train a vision-language model to generate images too, on text-to-image samples and conversations in one run.
 
     accelerate launch --num_cpu_threads_per_process 2 recipes/t2i.py --config configs/shapes/t2i.yaml
 
-Starts from the output of `sft.py`. A run that is started again goes on from its last checkpoint.
+Starts from the output of `sft.py`; the checkpoint understands and generates images. Rerunning the command resumes from
+the last checkpoint.
 """
 
 import sys
@@ -28,8 +28,14 @@ from unimm.training.loop.arguments import HostTrainingArguments, PanelConfig
 
 @dataclass
 class T2IModelConfig:
-    """`path` is a unified model, as `sft.py` or `unimm.attach` makes it ("default": the one that comes with the
-    library), `image_tokenizer` a fine-tuned version of its image tokenizer to go on with."""
+    """The unified model to train.
+
+    Args:
+        path: folder or hub id of the output of `sft.py` or `unimm.attach` ("default": the one shipped with the
+            library).
+        image_tokenizer: a fine-tuned version of its image tokenizer, to replace it with.
+        attn_implementation: as in transformers.
+    """
 
     path: str
     image_tokenizer: str | None = None
@@ -53,7 +59,7 @@ class T2IRecipe:
 
 
 def panel_of(model: UnifiedModelMixin, processor: UnimmProcessor, panel: PanelConfig) -> Panel:
-    """A panel that draws the prompts with `generate`, as a user would."""
+    """Return a callback that generates an image for each prompt with `generate`, as a user would, and logs them."""
 
     def draw(writer: SummaryWriter, step: int) -> None:
         prompts = [processor.drawing_prompt(prompt) for prompt in panel.prompts]

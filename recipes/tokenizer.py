@@ -3,9 +3,9 @@
     accelerate launch --num_cpu_threads_per_process 2 recipes/tokenizer.py --config configs/shapes/stage1.yaml
     accelerate launch --num_cpu_threads_per_process 2 recipes/tokenizer.py --config configs/shapes/stage2.yaml
 
-Stage 1 starts from a pretrained vision model (`model.encoder`), stage 2 from stage 1's output (`model.init_from`);
-`model.kind` says which tokenizer is built around it: vqrae, vfmtok or ideal, of which the last two have one stage. A
-run that is started again goes on from its last checkpoint.
+Stage 1 starts from a pretrained vision model (`model.encoder`), stage 2 from stage 1's output (`model.init_from`).
+`model.kind` selects the tokenizer that is built around it: vqrae, vfmtok or ideal; the last two have one stage.
+Rerunning the command resumes from the last checkpoint.
 """
 
 import sys
@@ -36,9 +36,16 @@ BEGINNING = used_when(lambda c: c.encoder is not None, "model.encoder, with whic
 
 @dataclass
 class TokenizerModelConfig:
-    """`encoder` is a vision model's folder or hub id, `init_from` a tokenizer's, or a unified model's ("default": the
-    one that comes with the library); `kind` is the tokenizer's model type, `config` are fields of its configuration and
-    `image_size` the images' side, where it is not the encoder's own."""
+    """The tokenizer to train: either a new one around `encoder`, or the one at `init_from`.
+
+    Args:
+        kind: the tokenizer's model type.
+        encoder: folder or hub id of a vision model.
+        init_from: folder or hub id of a tokenizer or a unified model ("default": the one shipped with the library).
+        image_size: side of the images in pixels; None takes the encoder's own.
+        config: fields of the tokenizer's configuration.
+        attn_implementation: as in transformers.
+    """
 
     kind: str = "vqrae"
     encoder: str | None = None
@@ -66,7 +73,7 @@ class TokenizerRecipe:
 
 
 def require_model(model: TokenizerModelConfig) -> None:
-    """Raise UserError if the settings name no tokenizer that could be built, or a folder that is not there."""
+    """Raise UserError if the settings do not define a tokenizer, or name a folder that does not exist."""
     if (model.encoder is None) == (model.init_from is None):
         raise UserError("Give either model.encoder (to start a tokenizer) or model.init_from (to go on with one).")
     if model.kind not in TOKENIZERS:
@@ -76,6 +83,7 @@ def require_model(model: TokenizerModelConfig) -> None:
 
 
 def build(model: TokenizerModelConfig) -> ImageTokenizer:
+    """Build a new tokenizer around `model.encoder`, or load the one at `model.init_from`."""
     tokenizer, attention = TOKENIZERS[model.kind], model.attn_implementation
     if model.encoder is not None:
         return tokenizer.from_encoder(
@@ -86,7 +94,7 @@ def build(model: TokenizerModelConfig) -> ImageTokenizer:
 
 
 def begun_tokenizer(path: str, kind: str, attn_implementation: str | None) -> ImageTokenizer:
-    """The image tokenizer of a folder or hub id, which may hold a unified model around it."""
+    """Load the image tokenizer from a folder or hub id, which may hold a whole unified model."""
     if path != DEFAULT:
         with reading("The tokenizer model.init_from", path):
             found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
@@ -100,6 +108,7 @@ def begun_tokenizer(path: str, kind: str, attn_implementation: str | None) -> Im
 
 
 def require_kind(path: str, found: str, kind: str) -> None:
+    """Raise UserError if the tokenizer found at `path` is not of `kind`."""
     if found != kind:
         raise UserError(f"{path} is a {found} model and model.kind is {kind!r}.")
 
@@ -123,7 +132,7 @@ def main() -> None:
         trainer = TokenizerTrainer(tokenizer, images, short_tokenizer(train), recipe.loss)
         dry_run_tokenizer(trainer, train, Path(train.output_dir) / "dry_run.png")
         return
-    encoder = model_fingerprint(tokenizer.encoder)  # the teacher
+    encoder = model_fingerprint(tokenizer.encoder)  # before training: a resumed run must start from the same teacher
     with open_run(recipe, samples_per_step=samples_per_step, encoder=encoder, rows=images.sizes):
         TokenizerTrainer(tokenizer, images, train, recipe.loss, held_out=held_out).train()
 

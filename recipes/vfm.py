@@ -1,9 +1,9 @@
-"""Pretrain a small SigLIP on captioned images: the stand-in for a downloaded vision foundation model.
+"""Pretrain a small SigLIP on captioned images, as a stand-in for a downloaded vision foundation model.
 
     accelerate launch --num_cpu_threads_per_process 2 recipes/vfm.py --config configs/shapes/vfm.yaml
 
-The output folder is an ordinary Hugging Face SigLIP checkpoint (model, tokenizer, image processor). A run that is
-started again goes on from its last checkpoint.
+The output folder is an ordinary Hugging Face SigLIP checkpoint (model, tokenizer, image processor). Rerunning the
+command resumes from the last checkpoint.
 """
 
 import sys
@@ -29,7 +29,7 @@ from unimm.training.vision_pretraining import VisionPretraining, VisionPretraini
 
 @dataclass
 class VFMModelConfig:
-    """`vision` and `text` are fields of SiglipVisionConfig and SiglipTextConfig."""
+    """The SigLIP to train; `vision` and `text` are fields of SiglipVisionConfig and SiglipTextConfig."""
 
     vision: dict
     text: dict
@@ -84,12 +84,12 @@ def main() -> None:
 
 
 def to_pixel_values(images: list) -> torch.Tensor:
-    """PIL RGB images of one size -> [B, 3, H, W] in [-1, 1], as the image processor normalizes them."""
+    """Convert PIL RGB images of one size to [B, 3, H, W] in [-1, 1], normalized as by the image processor."""
     return torch.from_numpy(to_array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def to_input_ids(tokenizer: PreTrainedTokenizerFast, rows: list[dict], config: SiglipConfig) -> torch.Tensor:
-    """SigLIP pads every caption to the model's full text length and attends to the padding."""
+    """Tokenize captions to [B, L], padded to the model's full text length: SigLIP attends to the padding."""
     length = config.text_config.max_position_embeddings
     texts = [row["text"] for row in rows]
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids

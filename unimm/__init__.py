@@ -1,8 +1,8 @@
-"""unimm: one multimodal model that understands images and draws them, through one image tokenizer.
+"""unimm: multimodal language models that understand and generate images through one image tokenizer.
 
 `import unimm` registers unimm's models with the Auto classes of transformers, so that `AutoModel.from_pretrained` and
-`AutoModelForImageTextToText.from_pretrained` read its checkpoints. It imports neither torch nor transformers: models
-are imported when they are used, and the public names below resolve on first use.
+`AutoModelForImageTextToText.from_pretrained` load its checkpoints. The import itself is light: neither torch nor
+transformers is imported, and the public names below resolve on first use.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""Where bfloat16 is fast: the one place that decides what precision `auto` becomes.
+"""Choose the precision for `auto`: bfloat16 if the device has fast instructions for it, else float32.
 
-A GPU from compute capability 8.0 and a CPU with AVX512-BF16 (or AMX, which no CPU has without it) multiply bfloat16
-faster than float32. Any other CPU emulates it: an AVX2 one was measured at 0.8 GFLOP/s beside 56 in float32.
+GPUs from compute capability 8.0 and CPUs with AVX512-BF16 (every CPU with AMX has it) multiply bfloat16 faster than
+float32. Any other CPU emulates it: an AVX2 one was measured at 0.8 GFLOP/s, against 56 in float32.
 """
 
 import os
@@ -13,7 +13,7 @@ from accelerate.utils import str_to_bool
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether the device has instructions for products of bfloat16."""
+    """Return whether the device has bfloat16 multiplication instructions."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported()
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -25,21 +25,21 @@ def automatic_dtype(device: torch.device) -> torch.dtype:
 
 
 def training_device(use_cpu: bool = False) -> torch.device:
-    """Return the kind of device that accelerate takes in this process."""
+    """Return the device type that accelerate will use in this process."""
     forced = use_cpu or str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
     found = None if forced or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
     return found or torch.device("cpu")
 
 
 def slowdown(device: torch.device, size: int = 256, repeats: int = 3) -> float:
-    """Measure how often a product in float32 fits into the time of one in bfloat16; takes less than a second."""
+    """Measure how many times slower a bfloat16 matrix product is than a float32 one; takes less than a second."""
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(size, size, dtype=dtype, device=device)
         found = []
         for _ in range(repeats + 1):  # the first warms up
             start = time.perf_counter()
-            (matrix @ matrix).sum().item()  # which waits for the device
+            (matrix @ matrix).sum().item()  # .item() waits for the device
             found.append(time.perf_counter() - start)
         return min(found[1:])
 
@@ -48,12 +48,12 @@ def slowdown(device: torch.device, size: int = 256, repeats: int = 3) -> float:
 
 @dataclass(frozen=True)
 class Precision:
-    """What a run computes in, and how that was decided.
+    """The precision of a run, and how it was chosen.
 
     Args:
         name: "float32", "bfloat16" or "float16".
         automatic: whether `auto` chose it.
-        device: what the run computes on.
+        device: the device of the run.
     """
 
     name: str
@@ -61,14 +61,14 @@ class Precision:
     device: torch.device
 
     def note(self) -> str:
-        """Return the line for the log."""
+        """Return the precision as a line for the log."""
         if not self.automatic:
             return f"precision {self.name}"
         fast = "multiplies" if self.name == "bfloat16" else "does not multiply"
         return f"precision {self.name} (auto: this {self.device.type.upper()} {fast} bfloat16 fast)"
 
     def warning(self) -> str | None:
-        """Return what bfloat16 costs on a device that emulates it, measured; None if there is nothing to warn of."""
+        """Return a warning with the measured slowdown if the device emulates bfloat16, else None."""
         if self.name != "bfloat16" or multiplies_bfloat16(self.device):
             return None
         return (

@@ -1,8 +1,8 @@
-"""`ChatSession`: a conversation with a unified model, in which both sides show images.
+"""`ChatSession`: a multi-turn conversation with a unified model, with input and generated images.
 
-Images stay in the history, the user's and the drawn ones, so later questions may be about any of them; what no longer
-fits the model's context is forgotten from the oldest on. What a user types is text only: markers in it are encoded as
-plain characters. `python -m unimm.chat` talks at the terminal.
+Input and generated images stay in the history, so later questions may be about any of them; the oldest turns are
+dropped once the conversation no longer fits the model's context. User text is never parsed for control tokens: markers
+in it are encoded as plain characters. Run `python -m unimm.chat` for a chat in the terminal.
 """
 
 import argparse
@@ -35,14 +35,14 @@ HELP = "/image FILE shows an image, /draw PROMPT draws one, /reset forgets, /qui
 
 
 class ChatSession:
-    """A conversation. `messages` is its history in the chat format of transformers, images as PIL images in it.
+    """A conversation. `messages` is its history in the chat format of transformers, with PIL images.
 
     Args:
-        model, processor: as `unimm.load` gives them.
-        max_new_tokens: longest answer.
-        overflow: what becomes of a conversation that the model's context no longer holds: "drop" forgets its oldest
-            questions with their answers, the system's turn stays, and says so once; "refuse" raises.
-        generation: of `model.generate` in text mode (`do_sample`, `temperature`, ...), for every answer.
+        model, processor: from `unimm.load`.
+        max_new_tokens: maximum length of an answer.
+        overflow: what to do if the conversation exceeds the model's context: "drop" removes the oldest questions with
+            their answers (never the system turn) and warns once; "refuse" raises.
+        generation: arguments of `model.generate` in text mode (`do_sample`, `temperature`, ...), for every answer.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ChatSession:
         self._said_dropped = False
 
     def reset(self) -> None:
-        """Forget everything said and shown."""
+        """Clear the history."""
         self.messages, self._said_dropped = [], False
 
     @overload
@@ -76,17 +76,17 @@ class ChatSession:
     def ask(
         self, text: str, images: ImageLike | Sequence[ImageLike] | None = None, stream: bool = False
     ) -> str | Iterator[str]:
-        """Say `text`, with new images before it, and get the answer.
+        """Ask `text`, preceded by new images, and return the answer.
 
         Args:
-            images: what `unimm.data.images.read_image` takes: PIL images, paths, arrays, tensors; one, or lists of
-                them. Earlier ones need not be given again.
-            stream: give the answer as an iterator of its pieces; the turn is in the history once the iterator is
-                used up or closed.
+            images: inputs of `unimm.data.images.read_image`: PIL images, paths, arrays, tensors; one, or a list of
+                them. Images of earlier turns need not be passed again.
+            stream: return an iterator over the pieces of the answer; the turn is added to the history once the
+                iterator is exhausted or closed.
 
         Raises:
-            UserError: nothing was asked, an image cannot be read, or the question does not fit the model's context
-                (with `overflow="refuse"`: or the conversation). The history is then as before.
+            UserError: if the text is empty, an image cannot be read, or the question (with `overflow="refuse"`: the
+                conversation) does not fit the model's context. The history is then unchanged.
         """
         question = _user_turn(text, images, "question")
         history = self._kept(self.messages, question)
@@ -113,20 +113,19 @@ class ChatSession:
         parallel_tokens: int | Literal["auto"] = 1,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
-        """Draw `prompt`, which stands for itself: the model draws from this text alone, not from the history.
+        """Generate images of `prompt`. The model is conditioned on this text alone, not on the history.
 
         Args:
-            seed: image k of a prompt depends on (seed, k) only; None draws a new one each time.
-            guidance_scale: how strongly the image follows the prompt; 0 or 1 is off. None here and below: the
-                checkpoint's own.
-            temperature: of the choice of image tokens, 0 for the likeliest each time.
-            top_k, top_p: choose among the k likeliest, or the likeliest that hold this share of the probability.
-            parallel_tokens: guess so many image tokens ahead, or "auto"; faster for few images, the same image.
+            seed: image k of a prompt depends on (seed, k) only; None uses a new seed each time.
+            guidance_scale: classifier-free guidance scale; 0 or 1 is off. None, here and below, uses the
+                checkpoint's default.
+            temperature: sampling temperature of the image tokens; 0 is greedy.
+            top_k, top_p: sample from the k most likely ids, or from the smallest set with this total probability.
+            parallel_tokens: guess this many image tokens ahead, or "auto"; faster for few images, same result.
             on_token: called with (image tokens done, image tokens of an image) after each step.
 
         Raises:
-            UserError: an empty prompt, one longer than the model's context leaves room for, or settings without a
-                meaning.
+            UserError: if the prompt is empty or too long for the model's context, or a setting is invalid.
         """
         request = _user_turn(prompt, None, "prompt")
         settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -156,8 +155,7 @@ class ChatSession:
         return chat_inputs(self.model, self.processor, [messages])
 
     def _kept(self, history: Conversation, question: dict[str, Any]) -> Conversation:
-        """Return the history without the oldest exchanges that find no place in the context beside the question and an
-        answer, the tokens of images counted."""
+        """Drop the oldest exchanges until history, question and an answer fit the context, image tokens included."""
         context = self.model.config.get_text_config().max_position_embeddings
         limit = context - min(self.generation["max_new_tokens"], context // 8)
         system = history[:1] if history and history[0]["role"] == "system" else []
@@ -169,7 +167,7 @@ class ChatSession:
         return [*system, *kept]
 
     def _room(self, inputs: BatchFeature, needed: int, advice: str) -> int:
-        """Tokens left for the answer; at least `needed`."""
+        """Return the number of tokens left for the answer; raise UserError if it is less than `needed`."""
         length = inputs["input_ids"].shape[1]
         context = self.model.config.get_text_config().max_position_embeddings
         if length + needed > context:
@@ -191,7 +189,7 @@ class ChatSession:
     def _stream(
         self, history: Conversation, question: dict[str, Any], inputs: BatchFeature, generation: dict[str, Any]
     ) -> Iterator[str]:
-        """Pieces of the answer while it is written, in a thread of its own that ends with the iterator."""
+        """Yield pieces of the answer while a thread generates it; the thread ends with the iterator."""
         pieces = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed = _Closed()
         failures: list[Exception] = []
@@ -201,7 +199,7 @@ class ChatSession:
                 self.model.generate(
                     **inputs, **generation, streamer=pieces, stopping_criteria=StoppingCriteriaList([closed])
                 )
-            except Exception as error:  # raised again where the pieces are read
+            except Exception as error:  # raised again in the consumer's thread
                 failures.append(error)
                 pieces.end()
 
@@ -223,7 +221,7 @@ class ChatSession:
 
 
 class _Closed(StoppingCriteria):
-    """Stops writing when nobody reads any more."""
+    """A stopping criterion that ends generation once the stream is closed."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -233,7 +231,7 @@ class _Closed(StoppingCriteria):
 
 
 class _Progress(BaseStreamer):
-    """Counts steps; the first thing put is the prompt."""
+    """A streamer that counts steps; the first value it receives is the prompt, which does not count."""
 
     def __init__(self, on_token: Callable[[int, int], None], total: int) -> None:
         self.on_token, self.total, self.done = on_token, total, -1
@@ -248,7 +246,7 @@ class _Progress(BaseStreamer):
 
 
 def _check_drawing(num_images: Any, seed: Any, settings: dict[str, Any]) -> None:
-    """Raise UserError for settings of a drawing without a meaning; what is None is the checkpoint's own."""
+    """Raise UserError for invalid image settings; None means the checkpoint's default."""
     if not _whole(num_images) or num_images < 1:
         raise UserError(f"num_images is {num_images!r}; ask for at least 1 image, in whole numbers.")
     if seed is not None and not _whole(seed):
@@ -279,11 +277,11 @@ def _user_turn(text: str, images: ImageLike | Sequence[ImageLike] | None, what: 
 
 
 def converse(session: ChatSession, images: Sequence[ImageLike] = ()) -> None:
-    """Read lines from standard input until it ends or `/quit`. A `UserError` is said, and the talk goes on."""
+    """Read lines from standard input until it ends or `/quit`. A `UserError` is printed and the chat continues."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(
             errors="surrogateescape"
-        )  # a line that is no UTF-8 gets its sentence, and the talk goes on
+        )  # a line that is not UTF-8 becomes a UserError instead of ending the chat
     interactive = sys.stdin.isatty()
     if interactive:
         print(HELP, file=sys.stderr)
@@ -316,7 +314,7 @@ def converse(session: ChatSession, images: Sequence[ImageLike] = ()) -> None:
 
 
 def main() -> None:
-    """`python -m unimm.chat [--model PATH] [--image FILE ...]`."""
+    """Run `python -m unimm.chat [--model PATH] [--image FILE ...]`."""
     from unimm.mllm import load
 
     parser = argparse.ArgumentParser(prog="python -m unimm.chat", description="Talk with a unified model about images.")

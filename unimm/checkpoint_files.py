@@ -1,8 +1,8 @@
-"""The files of a checkpoint, looked at before a library builds anything from them.
+"""Validate the files of an untrusted checkpoint before any library builds a model from them.
 
-A checkpoint may come from anybody: its settings are held against `field_rules`, its index may name files beside it
-only, a `.bin` must be a plain state dict (read with `weights_only`), and a model whose settings describe far more
-weights than its files hold is refused while it is a description on the meta device, before memory is taken for it.
+Configuration fields are checked against `field_rules`, an index may only name files in its own folder, a `.bin` must be
+a plain state dict (loaded with `weights_only`), and a model whose configuration describes far more weights than its
+files hold is rejected while it is on the meta device, before memory is allocated for it.
 """
 
 import json
@@ -37,14 +37,14 @@ SETTINGS_FILES = (
     "tokenizer_config.json",
 )
 MOST_WEIGHTS_A_BYTE = 4
-"""A model may have this many weights for every byte of its files: two bits a weight, below any quantization here."""
+"""Most weights per byte of a checkpoint's files: 2 bits per weight, below any quantization supported here."""
 
 _room: ContextVar[int | None] = ContextVar("weights that the files of the model being built can hold", default=None)
 
 
 @contextmanager
 def examining(what: str, source: str | Path, revision: str | None = None) -> Iterator[None]:
-    """As `errors.reading`, of a checkpoint whose files are looked at first; what is built within is bounded by them."""
+    """Validate a checkpoint's files, then act as `errors.reading`; bound models built inside by their size."""
     with reading(what, source):
         check_settings_files(source, revision)
         with bounded_by(stored_bytes(source, revision)):
@@ -52,10 +52,10 @@ def examining(what: str, source: str | Path, revision: str | None = None) -> Ite
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """Return a settings file's fields.
+    """Read a configuration file (JSON) and return its fields.
 
     Raises:
-        UserError: it cannot be read, is no JSON object, or a field is not what `field_rules` asks for.
+        UserError: the file cannot be read, is not a JSON object, or a field violates `field_rules`.
     """
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def check_settings_files(source: str | Path, revision: str | None = None) -> None:
-    """Read every settings file of a folder or hub id, see `read_settings`."""
+    """Validate every configuration file of a folder or hub id, see `read_settings`."""
     for name in SETTINGS_FILES:
         file = _file_of(source, name, revision)
         if file is not None:
@@ -81,17 +81,17 @@ def check_settings_files(source: str | Path, revision: str | None = None) -> Non
 
 
 def _begins_an_object(file: Path) -> bool:
-    """Whether it may be a JSON object; the whole file, which may be large, is its reader's to judge."""
+    """Return whether the file starts like a JSON object; the rest, which may be large, is left to its reader."""
     with file.open("rb") as opened:
         return opened.read(64).lstrip().startswith(b"{")
 
 
 def stored_bytes(source: str | Path, revision: str | None = None) -> int | None:
-    """Return the size of a checkpoint's weight files; None where it has none that are known here.
+    """Return the size of a checkpoint's weight files in bytes, None if it has no safetensors or `.bin` files.
 
     Raises:
-        UserError: an index that names no files, files outside the folder, or files that are not there; a `.bin` that
-            is no plain state dict.
+        UserError: an index that names no files, files outside the folder or missing files; a `.bin` that is not a plain
+            state dict.
     """
     for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         if (file := _file_of(source, name, revision)) is not None:
@@ -128,7 +128,7 @@ def _size_of(file: Path) -> int:
 
 
 def _check_state_dict(file: Path) -> None:
-    """Raise UserError unless the file is a mapping of names to tensors; only its description is read."""
+    """Raise UserError unless the file is a mapping of names to tensors; it is loaded on the meta device."""
     try:
         state = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # pickle's and torch's own errors have no common base
@@ -158,12 +158,12 @@ def _file_of(source: str | Path, name: str, revision: str | None) -> Path | None
     return None if found is None else Path(found)
 
 
-# ---- how large the model may be, and whether its weights are numbers -------------------------------------------------
+# ---- model size and finite weights -----------------------------------------------------------------------------------
 
 
 @contextmanager
 def bounded_by(size: int | None) -> Iterator[None]:
-    """Within, a model may have as many weights as files of `size` bytes can hold, see `refuse_excess`."""
+    """Limit models built inside to as many weights as files of `size` bytes can hold, see `refuse_excess`."""
     token = _room.set(None if size is None else MOST_WEIGHTS_A_BYTE * size)
     try:
         yield
@@ -172,7 +172,7 @@ def bounded_by(size: int | None) -> Iterator[None]:
 
 
 def refuse_excess(model: nn.Module) -> None:
-    """Raise UserError where a model, not filled yet, has more weights than the files that it is built for can hold."""
+    """Raise UserError if a model, not loaded yet, has more weights than its checkpoint's files can hold."""
     room = _room.get()
     if room is None:
         return
@@ -185,20 +185,21 @@ def refuse_excess(model: nn.Module) -> None:
 
 
 def refuse_excess_of(auto: Any, config: PreTrainedConfig) -> None:
-    """`refuse_excess` of the model that an Auto class would build, as a description without memory."""
+    """Call `refuse_excess` on the model that an Auto class would build, on the meta device."""
     with torch.device("meta"), no_init_weights():
         refuse_excess(auto.from_config(config))
 
 
 @torch.no_grad()
 def refuse_non_finite(model: nn.Module, source: Any) -> None:
-    """Raise UserError where a weight is infinite or NaN: such a model answers nothing and draws noise, without a word.
+    """Raise UserError if a weight is infinite or NaN: such a model would silently write nothing and generate noise.
 
-    Sums are looked at, in one pass; what is not here (offloaded) is left out.
+    A single pass checks the sum of each tensor, which is not finite if a weight is not. Offloaded tensors are skipped.
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_meta or not tensor.dtype.is_floating_point or tensor.element_size() < 2:
             continue
+        # The sum of finite numbers can overflow too, so count before raising.
         if not math.isfinite(_sum(tensor)) and (bad := int((~torch.isfinite(tensor)).sum())):
             raise UserError(
                 f"The checkpoint {source} is broken: {bad} of {tensor.numel()} numbers of {name} are infinite or NaN. "
@@ -209,5 +210,5 @@ def refuse_non_finite(model: nn.Module, source: Any) -> None:
 def _sum(tensor: Tensor) -> float:
     if tensor.dtype == torch.float32 and tensor.device.type == "cpu":
         with np.errstate(all="ignore"):
-            return float(tensor.detach().numpy().sum())  # one thread: waking them takes longer than most sums
+            return float(tensor.detach().numpy().sum())  # one thread: waking torch's takes longer than most sums
     return float(tensor.sum(dtype=torch.float32))

@@ -1,7 +1,7 @@
-"""The demo page: what the model does, on scenes that it has never seen, in one HTML file that needs nothing else.
+"""The demo page: reconstructions, answers and generated images on unseen scenes, in one self-contained HTML file.
 
-Three parts from one seed: originals beside what their ids give back, questions beside answers, prompts beside images.
-The prompts are of the shapes data set's test split. Images are data URIs, so the page can be moved or mailed.
+Three parts from one seed: originals and their reconstructions, questions and answers, prompts and images. The prompts
+are from the test split of the shapes data set. Images are data URIs, so the page can be moved or mailed.
 """
 
 import html
@@ -27,12 +27,12 @@ from unimm.runs.report import timed
 PAGE_NAME = "index.html"
 LONGEST_ANSWER = 64  # tokens
 QUESTION_KINDS = frozenset({"existence", "color", "count", "position"})
-"""Kinds with one right answer, which the page marks; a description has many."""
+"""Question kinds with one right answer, which the page marks as right or wrong; a description has many."""
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What the page shows, all of it a function of the seed."""
+    """The inputs of the demo, all of them a function of the seed."""
 
     reconstructions: list[Scene]
     conversations: list[tuple[Scene, list[Turn]]]
@@ -41,7 +41,7 @@ class DemoPlan:
 
     @classmethod
     def sample(cls, seed: int, *, scenes: int = 8, talks: int = 4, turns: int = 3, per_tag: int = 2) -> "DemoPlan":
-        """Draw the scenes, the conversations and held-out prompts (one tag after the other)."""
+        """Sample the scenes, the conversations and the held-out prompts (`per_tag` for each tag)."""
         rng = np.random.default_rng(seed)
         return cls(
             reconstructions=[sample_scene(rng) for _ in range(scenes)],
@@ -53,7 +53,7 @@ class DemoPlan:
 
 @dataclass
 class DemoResult:
-    """What the model made of the plan."""
+    """The model's outputs for a `DemoPlan`."""
 
     pairs: list[tuple[Image.Image, Image.Image]] = field(default_factory=list)
     talks: list[tuple[Image.Image, list[tuple[Turn, str]]]] = field(default_factory=list)
@@ -61,13 +61,13 @@ class DemoResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def score(self) -> dict[str, int]:
-        """Among the questions with one right answer: how many were asked, how many answered exactly so."""
+        """Count the questions with one right answer, and how many of them were answered correctly (exact match)."""
         marked = [(turn, answer) for _, talk in self.talks for turn, answer in talk if turn.kind in QUESTION_KINDS]
         return {"asked": len(marked), "right": sum(same_answer(answer, turn.answer) for turn, answer in marked)}
 
 
 def run_demo(model: Any, processor: Any, plan: DemoPlan) -> DemoResult:
-    """Let the model reconstruct, answer and draw. Shows one progress bar on standard error."""
+    """Reconstruct, answer and generate with the model; show one progress bar on standard error."""
     result = DemoResult()
     steps = 1 + sum(len(turns) for _, turns in plan.conversations) + len(plan.prompts)
     with tqdm(total=steps, desc="demo", leave=False) as bar:
@@ -89,14 +89,14 @@ def run_demo(model: Any, processor: Any, plan: DemoPlan) -> DemoResult:
 
 @torch.inference_mode()
 def reconstruct(model: Any, processor: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
-    """The images after the way through their ids, at the tokenizer's own size."""
+    """Encode the images to ids and decode them again, at the tokenizer's own size."""
     image_processor, tokenizer = processor.image_processor, model.image_tokenizer
     pixel_values = image_processor(list(images), return_tensors="pt")["pixel_values"].to(tokenizer.device)
     return image_processor.postprocess(tokenizer.decode(tokenizer.encode(pixel_values).ids))
 
 
 def write_page(result: DemoResult, folder: str | Path, *, title: str, seed: int) -> Path:
-    """Write the page into `folder`, complete or not at all; returns its path."""
+    """Write the page into `folder` atomically and return its path."""
     folder = Path(folder)
     score = result.score()
     page = Template(resources.files("unimm").joinpath("demo.html").read_text(encoding="utf-8")).substitute(
@@ -120,7 +120,7 @@ def write_page(result: DemoResult, folder: str | Path, *, title: str, seed: int)
 def _talk(
     model: Any, processor: Any, image: Image.Image, turns: Sequence[Turn], bar: Any
 ) -> Iterator[tuple[Turn, str]]:
-    """One conversation: the image comes with the first question, the later ones speak of it."""
+    """Yield the turns of one conversation with their answers; the image is passed with the first question only."""
     session = ChatSession(model, processor, max_new_tokens=LONGEST_ANSWER)
     for number, turn in enumerate(turns):
         yield turn, session.ask(turn.question, images=[image] if number == 0 else None)

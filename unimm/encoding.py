@@ -1,10 +1,10 @@
-"""A whole data set through an image tokenizer once: images from anywhere -> a folder of ids (`unimm.data.sources.ids`).
+"""Encode an image data set with an image tokenizer into a folder of ids (`unimm.data.sources.ids`).
 
-Processes share nothing but the folder. Shard k of the output is a fixed range of the source's rows and
-belongs to process k modulo their number; it is written under another name and renamed, so a run that is started again
-goes on with the shards that are missing, and the files hold the same bytes however many processes wrote them. Who
-finds all shards there writes the manifest. Captions, labels and keys are carried along; what cannot be read is left
-out, counted in the manifest and named in a file beside its shard.
+Processes share only the output folder. Shard k is a fixed range of the source's rows and is written by process
+k % world_size, under a temporary name that is then renamed. A restarted run therefore continues with the missing
+shards, and the files are byte-identical for any number of processes. A process that finds all shards complete writes
+the manifest. Captions, labels and keys are kept; unreadable rows are left out, counted in the manifest and listed in a
+file beside their shard.
 """
 
 import json
@@ -45,17 +45,17 @@ from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 
 @dataclass
 class EncodeConfig:
-    """What is encoded, and into what shards.
+    """The source images, the columns to keep, and the shard layout.
 
     Args:
-        source, read: images, as everywhere (`unimm.data.sources`), or "shapes" with a `count`; the centre is cut out.
-        count: the first rows only; None takes all.
-        columns: what stands beside the ids and keys: text (a row without a caption counts as a bad one), class_label.
-        label_column: where class_label is read.
-        rows_per_shard: of the source; with features a shard has to fit in memory.
-        batch_size, num_workers: of each process.
-        features: also keep the tokenizer's features, as float16 in safetensors files beside the shards.
-        max_bad_share: share of the rows that may be damaged.
+        source, read: images as in `unimm.data.sources`, or "shapes" with a `count`; images are center-cropped.
+        count: number of leading rows to encode; None encodes all.
+        columns: columns kept besides ids and keys: text (a row without a caption counts as bad), class_label.
+        label_column: the source column that class_label is read from.
+        rows_per_shard: source rows per shard; with `features` a shard has to fit in memory.
+        batch_size, num_workers: per process.
+        features: also save the tokenizer's features, as float16 in safetensors files beside the shards.
+        max_bad_share: maximum share of bad rows.
         seed: of the shapes data set.
     """
 
@@ -83,7 +83,7 @@ class EncodeConfig:
             raise UserError("data.rows_per_shard, data.batch_size and data.count must be at least 1.")
 
     def rows(self) -> UsableRows:
-        """The source, opened. Raises UserError where it cannot be."""
+        """Open the source. Raises UserError if it cannot be read or holds fewer than `count` rows."""
         if self.source != WORLD:
             rows: Rows = open_images(self.source, self.read)
         elif self.count is None:
@@ -95,7 +95,7 @@ class EncodeConfig:
         return UsableRows(rows, self.source, captions="text" in self.columns, max_bad_share=self.max_bad_share)
 
     def made_from(self, total: int) -> str:
-        """In words; a folder that says otherwise is not gone on with."""
+        """Describe the encoded data; a run does not resume in a folder with another description."""
         parts = [f"{total} rows of {self.source}", f"{self.rows_per_shard} a shard", f"with {', '.join(self.columns)}"]
         parts += [self.read.filters] if self.read.filters else []
         parts += [f"seed {self.seed}"] if self.source == WORLD else []
@@ -103,10 +103,10 @@ class EncodeConfig:
 
 
 class Encoder:
-    """Encodes process `rank`'s share of `world_size` into `folder`.
+    """An encoder of one process's shards: those k with k % `world_size` == `rank`, into `folder`.
 
     Raises:
-        UserError: the source cannot be read, too much of it is damaged, or the folder holds something else.
+        UserError: the source cannot be read, has too many bad rows, or the folder holds another run's shards.
     """
 
     def __init__(
@@ -135,8 +135,7 @@ class Encoder:
         self.missing = [k for k in self.shards if k % world_size == rank and not self._is_done(k)]
 
     def run(self) -> int:
-        """Encode what is missing; returns how many images that was. The last process to come here finishes the
-        folder."""
+        """Encode the missing shards and return the number of images. The last process to finish writes the manifest."""
         done = 0
         parts: list[_Part] = []
         with self._bar() as bar:
@@ -154,7 +153,7 @@ class Encoder:
         return done
 
     def finish(self) -> IdsManifest:
-        """Write the manifest over all shards. Raises UserError where too many rows of them all were bad."""
+        """Write the manifest over all shards. Raises UserError if too many of all rows were bad."""
         shards, skipped = [], []
         for k in self.shards:
             bad = self._skipped(k)
@@ -175,8 +174,9 @@ class Encoder:
 
     @torch.inference_mode()
     def _encoded(self) -> Iterator["_Part"]:
-        """The missing shards' batches, in order."""
+        """Yield the batches of the missing shards, in order."""
         config, size = self.config, self.config.batch_size
+        # No batch crosses a shard boundary, so a shard's bytes do not depend on which shards this process encodes.
         spans = [self._span(k) for k in self.missing]
         batches = [span[start : start + size] for span in spans for start in range(0, len(span), size)]
         images = _Images(self.rows, config, self.tokenizer.config.image_size)
@@ -194,6 +194,7 @@ class Encoder:
             yield part
 
     def _collate(self, rows: list[dict[str, Any] | Skipped]) -> tuple["_Part", Tensor | None]:
+        """Collate the good rows; returns pixel_values [b, 3, H, W] of them, or None if all rows were skipped."""
         good = [row for row in rows if not isinstance(row, Skipped)]
         skipped = [row for row in rows if isinstance(row, Skipped)]
         first = skipped[0].row if isinstance(rows[0], Skipped) else good[0]["row"]
@@ -210,7 +211,7 @@ class Encoder:
     # ---- files ----
 
     def _span(self, shard: int) -> range:
-        """Rows of the source in a shard."""
+        """Return the range of source rows in a shard."""
         size = self.config.rows_per_shard
         return range(shard * size, min((shard + 1) * size, self.total))
 
@@ -218,7 +219,7 @@ class Encoder:
         return self.folder / f"ids-{shard:05d}.parquet"
 
     def _is_done(self, shard: int) -> bool:
-        """Raises UserError where the shard is there and another run's."""
+        """Check whether the shard is complete. Raises UserError if it was written by another run."""
         import pyarrow.parquet as pq
 
         path = self._path(shard)
@@ -246,7 +247,7 @@ class Encoder:
         return [Skipped(**json.loads(line)) for line in lines]
 
     def _write(self, parts: Sequence["_Part"]) -> None:
-        """A shard, its ids last: where they are, the rest is."""
+        """Write a shard, its ids last: `_is_done` takes a present ids file as a complete shard."""
         shard = parts[0].shard
         features = [part.features for part in parts if part.features is not None]
         if features:
@@ -265,8 +266,7 @@ class Encoder:
 
 @dataclass
 class _Part:
-    """A batch of one shard: what is carried along of its good rows, and its skipped ones; ids [b, M] and features
-    [b, N, D] of the good ones."""
+    """A batch of one shard: columns, ids [b, M] and features [b, N, D] of its good rows, and its skipped rows."""
 
     shard: int
     rows: list[dict[str, Any]]
@@ -276,7 +276,7 @@ class _Part:
 
 
 class _Images(Dataset):
-    """Row n of the source, cut to size, with its columns; or why it is skipped."""
+    """A dataset of the source's rows, center-cropped and with their columns, or `Skipped` for a bad row."""
 
     def __init__(self, rows: UsableRows, config: EncodeConfig, image_size: int) -> None:
         self.rows, self.config, self.image_size = rows, config, image_size
@@ -298,7 +298,7 @@ class _Images(Dataset):
 
 
 def _half(features: Tensor) -> Tensor:
-    """As float16 on the CPU. Raises UserError where they do not fit."""
+    """Convert features to float16 on the CPU. Raises UserError if they overflow."""
     half = features.half().cpu()
     if not torch.isfinite(half).all():
         raise UserError(

@@ -1,7 +1,8 @@
-"""What goes wrong for a person at the keyboard, as opposed to what goes wrong for us.
+"""Errors that users can fix, as opposed to bugs in unimm.
 
 A `UserError` is one clear sentence: what was wrong, the numbers on both sides, and what to do. The command line and the
-recipes print it as one line without a traceback and exit with code 2; all else is a defect and keeps its traceback.
+recipes print it as one line without a traceback and exit with code 2; any other exception is a bug and keeps its
+traceback.
 """
 
 import errno
@@ -22,11 +23,11 @@ USER_ERROR_EXIT_CODE = 2
 
 
 class UserError(ValueError):
-    """One sentence for the person at the keyboard: what was wrong and what to do about it."""
+    """An error that the user can fix, in one sentence: what was wrong and what to do about it."""
 
 
 class Interrupted(Exception):
-    """A run was asked to stop and has saved all: what to do to go on. A program that ends with it ends well."""
+    """A run was asked to stop and saved its state; the message says how to resume. The exit code is 0."""
 
 
 _SHOWN = reprlib.Repr()
@@ -34,7 +35,7 @@ _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 100
 
 
 def shown(value: object) -> str:
-    """Return the value as a message shows it: its `repr`, cut to about a line whatever its size."""
+    """Return the value's `repr` for a message, truncated to about one line."""
     return _SHOWN.repr(value)
 
 
@@ -42,8 +43,10 @@ _FROM_A_WORKER = re.compile(r"Caught (\w+) in DataLoader worker")
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message with every run of white space, line breaks included, made one space; of a `UserError` that
-    torch brought here from a worker process without the traceback that it wraps around."""
+    """Return the error's message on one line, with whitespace collapsed.
+
+    If torch re-raised a `UserError` from a DataLoader worker, the worker's traceback is removed from the message.
+    """
     text = str(error)
     worker = _FROM_A_WORKER.match(text) if isinstance(error, UserError) else None
     if worker:
@@ -52,16 +55,16 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with every character that UTF-8 lacks (a byte of a file's name, half a character) written out as
-    \\udcff, which JSON reads as that character."""
+    """Return the text with characters that UTF-8 cannot encode (undecodable bytes of file names, lone surrogates)
+    escaped as \\udcff, which JSON parses as that character."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def require_place(what: str, source: str | None) -> None:
-    """Raise UserError if `source` can only be a local path, and nothing is there: looked at before a library takes it
-    for a hub id, or a model is built that needs it later.
+    """Raise UserError if `source` can only be a local path and does not exist.
 
-    A hub id has one slash at most, and an owner that is no folder here.
+    Checked before a library takes the path for a hub id, or before an expensive build that needs it later. A hub id has
+    at most one slash, and its owner is not a local folder.
     """
     if source is None or Path(source).exists():
         return
@@ -72,16 +75,16 @@ def require_place(what: str, source: str | None) -> None:
 
 @contextmanager
 def reading(what: str, source: str | Path) -> Iterator[None]:
-    """Within, `source` is being read by a library: what it raises about it becomes a `UserError`, in one sentence.
+    """Convert any exception that a library raises while it reads `source` into a one-sentence `UserError`.
 
-    A local path that does not exist is refused before the library takes it for a hub id.
+    A local path that does not exist raises before the library takes it for a hub id.
     """
     require_place(what, str(source))
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # tokenizers raises bare ones, and damaged files reach any line of a library
+    except Exception as error:  # tokenizers raises bare Exception, and a damaged file can fail anywhere in a library
         raise UserError(f"{what} {source} cannot be read ({type(error).__name__}): {one_line(error)[:300]}") from error
 
 
@@ -106,8 +109,10 @@ _FROM_TORCH = re.compile(r"PytorchStreamWriter|inline_container|Parent directory
 
 
 def disk_refusal(error: BaseException) -> str | None:
-    """Return what the disk refused (no room, no permission, a file in the way) in the system's words, None for an error
-    of another kind. safetensors and torch raise errors of their own for it."""
+    """Return the system's message for a failed write (disk full, no permission, file in the way), or None for others.
+
+    safetensors and torch wrap these failures in exceptions of their own, recognized here by their text.
+    """
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (found := _FROM_RUST.search(str(error))):
         number = int(found[1])
@@ -120,7 +125,7 @@ def disk_refusal(error: BaseException) -> str | None:
 
 @contextmanager
 def writing(what: str, place: str | Path) -> Iterator[None]:
-    """Within, `place` is being written: what the disk refuses becomes a `UserError`, in one sentence."""
+    """Convert a failed write (see `disk_refusal`) to `place` into a one-sentence `UserError`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -131,14 +136,16 @@ def writing(what: str, place: str | Path) -> Iterator[None]:
 
 
 def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
-    """Run a program's `main` and return its exit code; a `UserError`, or a disk that is full or closed to us, becomes
-    one line on standard error and code 2, an `Interrupted` is printed and becomes 0.
+    """Run a program's `main` and return its exit code.
+
+    A `UserError` or a failed write (disk full, no permission) is printed as one line on standard error and returns 2;
+    an `Interrupted` is printed and returns 0.
 
     Recipes and eval drivers end with `sys.exit(run_main(main, name="sft"))`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # the name of a file may hold bytes that are no UTF-8
+            stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not UTF-8
     try:
         return main() or 0
     except Interrupted as pause:
@@ -155,6 +162,6 @@ def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
 
 
 def refuse(name: str, error: UserError) -> int:
-    """Say the error as one line, the last one of all that is said, and return the exit code."""
+    """Print the error as the last line of output (also behind a launcher's traceback) and return the exit code."""
     say_last(f"{name}: error: {one_line(error)}")
     return USER_ERROR_EXIT_CODE

@@ -1,8 +1,8 @@
-"""What the fields of a model's settings may hold: one table by field name, for our configurations and for stock ones.
+"""Validation rules for the fields of model configurations, in one table by field name, for unimm's and stock models.
 
-transformers checks types where a class declares them, and no range: `head_dim: 0`, `rms_norm_eps: NaN` or 2^40 layers
-reach the model, or fill the memory before there is one. The table is asked before anything is built. The upper bounds
-are far above every published model; what lies below them is held against the files' size (`checkpoint_files`).
+transformers checks declared types but no ranges: `head_dim: 0`, `rms_norm_eps: NaN` or 2^40 layers reach the model, or
+exhaust memory before it exists. The rules are applied before anything is built. Upper bounds are far above every
+published model; below them, model size is checked against the size of the files (`checkpoint_files`).
 """
 
 import math
@@ -13,13 +13,21 @@ from typing import Any
 from unimm.errors import UserError
 
 DEEPEST = 32
-"""Levels of nesting in a settings file; published ones have five."""
+"""Deepest nesting in a configuration file; published ones have five levels."""
 LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be, in words and as a test. `items`: how many a list has (least, most); None: no list."""
+    """A constraint on a value, in words and as a test.
+
+    Args:
+        words: the constraint in words, for messages.
+        holds: returns whether a single value, or an item of a list, is valid.
+        items: the least and most items of a list; None if lists are not allowed.
+        single: whether a value that is not a list is allowed.
+        null: whether None is allowed.
+    """
 
     words: str
     holds: Callable[[Any], bool]
@@ -28,7 +36,7 @@ class Rule:
     null: bool = False
 
     def allows(self, value: Any) -> bool:
-        """Whether the value, or each item of the list that it is, holds."""
+        """Return whether the value, or each item if it is a list, is valid."""
         if value is None:
             return self.null
         if isinstance(value, list | tuple):
@@ -37,7 +45,7 @@ class Rule:
         return self.single and self.holds(value)
 
     def described(self) -> str:
-        """For messages."""
+        """Return the constraint in words, for messages."""
         words = self.words if self.single else ""
         if self.items is not None:
             least, most = self.items
@@ -55,12 +63,12 @@ def _is_number(value: Any) -> bool:
 
 
 def whole(low: int, high: int, **more: Any) -> Rule:
-    """A whole number from `low` to `high`."""
+    """Return the rule for an integer from `low` to `high`."""
     return Rule(f"a whole number from {low} to {high}", lambda value: _is_whole(value) and low <= value <= high, **more)
 
 
 def number(low: float, high: float, *, above: bool = False, **more: Any) -> Rule:
-    """A finite number from `low` (with `above`: greater than it) to `high`."""
+    """Return the rule for a finite number from `low` (with `above`: greater than `low`) to `high`."""
     least = f"above {low:g}" if above else f"from {low:g}"
     return Rule(
         f"a number {least} to {high:g}",
@@ -70,7 +78,7 @@ def number(low: float, high: float, *, above: bool = False, **more: Any) -> Rule
 
 
 def one_of(*choices: str, **more: Any) -> Rule:
-    """One of these words."""
+    """Return the rule for a string that is one of `choices`."""
     return Rule(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices, **more)
 
 
@@ -91,8 +99,11 @@ def _dtype(value: Any) -> bool:
 
 
 def _attention(value: Any) -> bool:
-    """A name with a slash names a kernel that transformers would fetch from the hub, and run; with the package
-    `kernels` it does so for a flash attention that is not installed, too."""
+    """Return whether `value` is an installed attention implementation (or a mapping of them).
+
+    A name with a slash is a hub kernel that transformers would download and run; if the package `kernels` is installed,
+    it does the same for a flash attention that is not installed.
+    """
     from transformers import modeling_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, FLASH_ATTENTION_COMPATIBILITY_MATRIX
 
@@ -105,7 +116,7 @@ def _attention(value: Any) -> bool:
 
 
 def check_attention(value: Any) -> None:
-    """Raise UserError unless `value` is an attention that is here, or None."""
+    """Raise UserError unless `value` is an installed attention implementation, or None."""
     if not ATTENTION.allows(value):
         raise UserError(f"attn_implementation is {_shown(value)}, expected {ATTENTION.described()}.")
 
@@ -138,7 +149,7 @@ def _same(names: str, rule: Rule) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = {
-    # how wide, how deep, how many
+    # widths, depths, counts
     **_same("hidden_size width projection_dim out_hidden_size sampler_inner_size", WIDTH),
     **_same("intermediate_size decoder_inner_size fusion_inner_size", _null(WIDTH)),
     **_same("num_hidden_layers depth decoder_num_layers sampler_num_layers", LAYERS),
@@ -158,7 +169,7 @@ RULES: dict[str, Rule] = {
     "num_labels": whole(0, 2**24),
     "pretraining_tp": whole(1, 4096, null=True),
     "chunk_size_feed_forward": whole(0, 2**31),
-    # places in a sentence
+    # positions
     "max_position_embeddings": whole(1, 2**31),
     "num_position_embeddings": whole(1, 2**31),
     "sliding_window": whole(1, 2**31, null=True),
@@ -183,7 +194,7 @@ RULES: dict[str, Rule] = {
     "image_position_mode": one_of("1d", "2d"),
     "vision_feature_select_strategy": one_of("default", "full", null=True),
     **_same("pos_embed_shift pos_embed_jitter pos_embed_rescale", number(-1000, 1000, null=True)),
-    # which layers
+    # layer indices
     **_same("feature_layer shallow_level deep_level", LAYER),
     "vision_feature_layer": whole(-1024, 1024, items=(1, 1024)),
     **_same(
@@ -206,7 +217,7 @@ RULES: dict[str, Rule] = {
     **_same("vision_start_token_id vision_end_token_id", TOKEN),
     "eos_token_id": whole(-1, 2**31 - 1, items=(0, 1024), null=True),
     "null_prompt": whole(0, 2**31 - 1, items=(0, 2**16), single=False),
-    # yes or no
+    # flags
     **_same(
         """apply_layernorm apply_post_norm attention_bias codebook_bias train_codebook pre_quant_norm key_bias
         mlp_bias multimodal_projector_bias proj_bias qkv_bias query_bias value_bias reshape_hidden_states
@@ -217,7 +228,7 @@ RULES: dict[str, Rule] = {
     **_same("do_resize do_rescale do_normalize do_convert_rgb", _null(FLAG)),
     **_same("use_cache use_sliding_window output_hidden_states output_attentions", _null(FLAG)),
     "return_dict": _null(FLAG),
-    # text tokenizers, and how tokens are chosen
+    # text tokenizers and generation
     "model_max_length": number(1, 1e31, null=True),
     **_same("padding_side truncation_side", one_of("left", "right", null=True)),
     **_same("temperature repetition_penalty guidance_scale", number(0, 1000, null=True)),
@@ -235,17 +246,20 @@ RULES: dict[str, Rule] = {
     "norm_type": one_of("layer_norm", "rms_norm"),
     **_same("encoder_config vision_config text_config host_config", SETTINGS),
 }
-"""Field name -> what it holds, wherever in a model's settings it stands."""
+"""Field name -> its rule, at any depth of a model's configuration."""
 
 _SETTINGS_BELOW = ("image_processor", "image_generation")
 
 
 def check_settings(fields: Mapping[str, Any], source: object) -> None:
-    """Hold settings, as a file or a caller gives them, against the table, nested ones too.
+    """Check configuration fields, nested ones too, from a file or a caller against `RULES`.
+
+    Args:
+        source: where the fields came from, for messages.
 
     Raises:
-        UserError: a value of the wrong type or out of range, a number that is not finite, settings that disagree with
-            each other, or too deep a nesting.
+        UserError: a value of the wrong type or out of range, a number that is not finite, fields that contradict each
+            other, or nesting that is too deep.
     """
     _check(fields, source, "", 0)
 
@@ -264,13 +278,16 @@ def _check(fields: Mapping[str, Any], source: object, prefix: str, depth: int) -
 
 
 def _holds_settings(name: str) -> bool:
-    """Not of another program, as in `transformers.js_config`, whose names mean other things."""
+    """Return whether the field holds a nested model configuration.
+
+    Configurations of other programs (`transformers.js_config`) are excluded: their field names mean other things.
+    """
     other = name == "quantization_config" or "." in name
     return (name.endswith("_config") and not other) or name in _SETTINGS_BELOW
 
 
 def _check_plain(value: Any, source: object, key: str, depth: int) -> None:
-    """Numbers of any field: finite, and no longer than 64 bits."""
+    """Raise UserError unless all numbers of a field are finite, integers fit 64 bits, and nesting is not too deep."""
     if depth > DEEPEST:
         raise UserError(f"{source}: {key[:60]} is nested more than {DEEPEST} levels deep.")
     if isinstance(value, float) and not math.isfinite(value):
@@ -286,7 +303,7 @@ def _check_plain(value: Any, source: object, key: str, depth: int) -> None:
 
 
 def _check_agreement(fields: Mapping[str, Any], source: object, prefix: str) -> None:
-    """What two fields of one part say of each other."""
+    """Raise UserError if two fields of one configuration contradict each other."""
 
     def given(*names: str) -> Sequence[Any] | None:
         values = [fields.get(name) for name in names]
@@ -303,7 +320,7 @@ def _check_agreement(fields: Mapping[str, Any], source: object, prefix: str) -> 
 
 
 def _shown(value: Any) -> str:
-    """The value in at most 60 characters; a long number would be thousands."""
+    """Return the value in at most 60 characters; the `repr` of a huge integer would have thousands."""
     if _is_whole(value) and value.bit_length() > 128:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""A program that `accelerate launch` or torchrun started, and its last word.
+"""Print a final error line below the output of `accelerate launch` or torchrun.
 
-A launcher answers a program that fails with a traceback of its own, which buries the one line that says what was
-wrong. So the line is said where it happens and again behind the launcher: a small process waits for its end, whatever
-it writes until then, says the line, and goes. Of several processes that fail the first one's line is said.
+If a program fails, its launcher prints a traceback of its own, which buries the line that says what was wrong. So the
+line is printed at once and again after the launcher: a small detached process waits until the launcher has ended,
+prints the line and exits. If several ranks fail, only the first one's line is repeated.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import psutil
 
 LAUNCHERS = ("accelerate", "torchrun", "torch", "deepspeed")
 PATIENCE = 60
-"""Seconds after which the line is said though the launcher is still there."""
+"""Seconds after which the line is printed even if the launcher is still running."""
 
 _LAST_WORD = f"""
 import os, psutil, sys, time
@@ -36,7 +36,7 @@ print(line, file=sys.stderr, flush=True)
 
 
 def launch_command() -> list[str]:
-    """Return the words of the launcher that is this process' parent, as they were given; none if it is no launcher."""
+    """Return the parent process's command line if the parent is a launcher, else an empty list."""
     try:
         parent = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
@@ -50,7 +50,7 @@ def launch_command() -> list[str]:
 
 
 def say_last(line: str) -> None:
-    """Print the line on standard error, and again when the launcher of this process, if there is one, has ended."""
+    """Print the line on standard error, and again after this process's launcher, if it has one, has ended."""
     print(line, file=sys.stderr, flush=True)
     if not launch_command():
         return
@@ -60,11 +60,11 @@ def say_last(line: str) -> None:
     claim = Path(tempfile.gettempdir()) / f"unimm-last-word-{name}"
     try:
         claim.touch(exist_ok=False)
-    except OSError:  # another process of this launch has said what was wrong first
+    except OSError:  # another rank of this launch was first
         return
     subprocess.Popen(
         [sys.executable, "-c", _LAST_WORD, str(launcher.pid), begun, line, str(claim)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,  # the launcher ends the processes of its own group
+        start_new_session=True,  # the launcher kills the processes of its own group
     )

@@ -1,9 +1,9 @@
-"""Register unimm's models with the Auto classes of transformers without importing them, nor transformers, nor torch.
+"""Register unimm's models with transformers' Auto classes lazily: without importing them, transformers or torch.
 
-A `from_pretrained` of an Auto class finds a class by a model type in `CONFIG_MAPPING`, or by its name among the values
-of the processors' mappings. Both look first into what was registered from outside, and there unimm's entries import the
-module that defines (and registers) them. All other mappings are keyed by configuration classes, which exist only when
-that module has been imported. The entries are placed when transformers imports its mappings, or at once if it has.
+`from_pretrained` of an Auto class finds a class by model type in `CONFIG_MAPPING`, or by name among the values of the
+processor mappings. Both look up externally registered entries first (`_extra_content`); unimm's entries there import
+the module that defines and registers them. All other mappings are keyed by configuration classes, which exist only
+after that import. The entries are installed when transformers imports its mappings, or at once if it already has.
 """
 
 import importlib
@@ -27,7 +27,7 @@ MODULES = {
     "unimm_qwen2_5_vl": "unimm.mllm",
     "unimm_qwen3_vl": "unimm.mllm",
 }
-"""model_type -> the module that registers it when it is imported."""
+"""model_type -> the module that registers it on import."""
 
 _AUTO = "transformers.models.auto"
 _MAPPINGS = {
@@ -35,21 +35,21 @@ _MAPPINGS = {
     f"{_AUTO}.image_processing_auto": ("IMAGE_PROCESSOR_MAPPING", ()),
     f"{_AUTO}.processing_auto": ("PROCESSOR_MAPPING", ()),
 }
-"""Module of transformers -> its mapping, and the keys that unimm has there."""
+"""transformers module -> the name of its mapping, and unimm's keys in it."""
 
 
 def register() -> None:
-    """Register what unimm defines with the Auto classes, now or when transformers imports them."""
+    """Register unimm's classes with the Auto classes, now or when transformers imports them."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
     for name in _MAPPINGS:
         if name in sys.modules:
-            _place(importlib.import_module(name))  # which waits for another thread that is at it
+            _place(importlib.import_module(name))  # import_module waits for a thread that is still importing it
 
 
 class _Registered(dict[Any, Any]):
-    """What was registered with one mapping from outside; an entry of unimm is imported when it is looked at."""
+    """The externally registered entries of one mapping (`_extra_content`); unimm's are imported on first access."""
 
     def __init__(self, entries: dict[Any, Any], later: Sequence[str]) -> None:
         super().__init__(dict.fromkeys(later) | entries)
@@ -59,7 +59,7 @@ class _Registered(dict[Any, Any]):
             importlib.import_module(MODULES[key])
         return super().__getitem__(key)
 
-    def __iter__(self) -> Iterator[Any]:  # with an own one `dict(self)`, as in pickling, reads by __getitem__
+    def __iter__(self) -> Iterator[Any]:  # overridden so that `dict(self)`, as in pickling, uses __getitem__
         return super().__iter__()
 
     def values(self) -> Any:
@@ -84,7 +84,7 @@ def _place(module: ModuleType) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Leaves finding to the others, and places unimm's entries as soon as a mapping has been imported."""
+    """An import hook that delegates to the other finders and adds unimm's entries once a mapping is imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in _MAPPINGS:

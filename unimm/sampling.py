@@ -1,7 +1,7 @@
-"""How image ids are chosen: settings, guidance scales, seeds and noise.
+"""Sampling of image ids: settings, guidance scales, seeds and noise.
 
-A sample is `argmax(scores + Gumbel noise)`, and the noise of image k is a function of (seed, k) alone, so an image does
-not depend on what else is in the batch.
+A sample is `argmax(scores + Gumbel noise)` (the Gumbel-max trick), and the noise of image k is a function of (seed, k)
+alone, so an image does not depend on the rest of the batch.
 """
 
 import hashlib
@@ -23,14 +23,17 @@ GuidanceScale: TypeAlias = float | Sequence[float] | Tensor | None
 
 @dataclass(frozen=True)
 class ImageSampling:
-    """How image ids are chosen. A checkpoint stores its own defaults in `generation_config.image_generation`.
+    """Sampling settings of image ids. A checkpoint stores its defaults in `generation_config.image_generation`.
 
-    `guidance_scale`: None or 0 off, 1 no guidance either, above 1 guided; one number or one per prompt.
-    `guidance_interval`: (start, stop), the image tokens that are guided; None: all. `guidance_schedule` "linear": the
-    scale rises evenly from token to token, from 1 up to `guidance_scale` at the last.
-    `temperature` 0 is greedy, as is `do_sample=False`.
-    `top_k` 0, `top_p` 1 and `min_p` 0 keep every id; `min_p` drops those less probable than this share of the
-    likeliest one's probability.
+    Args:
+        do_sample: False is greedy.
+        temperature: 0 is greedy, too.
+        top_k: sample from the k most likely ids; 0 keeps all.
+        top_p: sample from the smallest set with this total probability; 1 keeps all.
+        min_p: drop ids less probable than this fraction of the most likely one's probability; 0 keeps all.
+        guidance_scale: one number or one per prompt; None, 0 and 1 are no guidance.
+        guidance_interval: (start, stop), the image tokens that are guided; None: all.
+        guidance_schedule: "linear" raises the scale evenly over the tokens, from 1 to `guidance_scale` at the last.
     """
 
     do_sample: bool = True
@@ -58,11 +61,13 @@ class ImageSampling:
 
     @property
     def greedy(self) -> bool:
+        """Return whether the most likely id is always chosen."""
         return not self.do_sample or self.temperature == 0
 
     @classmethod
     def of(cls, generation_config: GenerationConfig, **given: Any) -> "ImageSampling":
-        """What the config says of images, else what it says at all, overruled by `given`."""
+        """Read the settings from a generation config: its `image_generation`, or else its text fields; `given`
+        overrides them."""
         stored = getattr(generation_config, "image_generation", None)
         if stored is None:
             said = {name: getattr(generation_config, name, None) for name in SAMPLING_NAMES}
@@ -70,7 +75,7 @@ class ImageSampling:
         return replace(cls(), **{**stored, **given})
 
     def scales(self, batch_size: int, length: int) -> Tensor:
-        """[length, B] guidance scales of every token of every prompt, 0 where there is no guidance."""
+        """Return the guidance scale of every token of every prompt, [length, B], 0 for no guidance."""
         scale = per_prompt_scale(self.guidance_scale, batch_size)
         steps = torch.arange(length)[:, None]
         start, stop = (0, length) if self.guidance_interval is None else self.guidance_interval
@@ -81,7 +86,7 @@ class ImageSampling:
         return torch.where(inside, scale, 0.0)
 
     def warpers(self) -> LogitsProcessorList:
-        """The processors from guided logits to the scores that are sampled; none without sampling."""
+        """Return the logits processors from guided logits to sampling scores; none if greedy."""
         warpers = LogitsProcessorList()
         if self.greedy:
             return warpers
@@ -97,61 +102,62 @@ class ImageSampling:
 
 
 SAMPLED = ImageSampling()
-"""Every id by its probability, without guidance."""
+"""Plain sampling from all ids, without guidance."""
 
 SAMPLING_NAMES = tuple(field.name for field in fields(ImageSampling))
 
 
 class Noise:
-    """Gumbel noise by counter: a pure function of (seed, position, code). `argmax(scores + noise)` is a sample of
+    """Counter-based Gumbel noise: a pure function of (seed, position, code). `argmax(scores + noise)` is a sample from
     softmax(scores).
 
-    The bits are those of Philox4x64-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405), the same on every
-    device; the key is the image's seed, the counter runs over positions and codes. S images, K codes.
+    The random bits come from Philox4x64-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405), identical on
+    every device; the key is the image's seed, the counter runs over positions and codes. S images, K codes.
     """
 
     def __init__(self, seeds: Sequence[int], size: int, device: torch.device | str = "cpu") -> None:
         self.seeds, self.size, self.device = list(seeds), size, torch.device(device)
-        self.blocks = -(-size // _PER_BLOCK)  # of the generator, for one position
+        self.blocks = -(-size // _PER_BLOCK)  # generator blocks per position
         self.chunk = max(1, _CHUNK // (len(self.seeds) * self.blocks * _PER_BLOCK))
         self._start, self._kept = 0, torch.empty(len(self.seeds), 0, size)
 
     def at(self, start: int, stop: int) -> Tensor:
-        """Noise of positions start..stop-1, [S, stop - start, K] in float32."""
+        """Return the noise of positions start..stop-1, [S, stop - start, K] in float32."""
         first, count = start * self.blocks, (stop - start) * self.blocks
         bits = _philox_numpy if self.device.type == "cpu" else _philox_torch
         uniform = torch.stack([bits(seed, first, count, self.device) for seed in self.seeds])
-        # u = (bits + 1/2) / 2^32; -log1p(-u) keeps the small exponentials, which are the large noise, apart
+        # u = (bits + 1/2) / 2^32; -log1p(-u) resolves the small exponentials, which become the largest noise
         uniform.mul_(-(2.0**-32)).sub_(2.0**-33).clamp_min_(2.0**-24 - 1).log1p_().neg_().log_().neg_()
         return uniform.view(len(self.seeds), stop - start, -1)[..., : self.size]
 
     def next(self, start: int, stop: int) -> Tensor:
-        """As `at`, computed for many positions at once, for callers that go on from position to position."""
+        """Return the same as `at`, computed ahead in chunks, for callers that advance position by position."""
         if not self._start <= start <= stop <= self._start + self._kept.shape[1]:
             self._start = start
             self._kept = self.at(start, max(stop, start + self.chunk))
         return self._kept[:, start - self._start : stop - self._start]
 
     def step(self, position: int) -> Tensor:
-        """Noise of one position, [S, K], see `next`."""
+        """Return the noise of one position, [S, K], see `next`."""
         return self.next(position, position + 1)[:, 0]
 
 
-_PER_BLOCK = 8  # numbers of 32 bits that one counter gives
-_CHUNK = 1 << 21  # numbers computed at once: 8 MB, few enough to stay near the processor
+_PER_BLOCK = 8  # 32-bit numbers per counter
+_CHUNK = 1 << 21  # numbers computed at once: 8 MB, small enough for the CPU cache
 _LOW = 0xFFFFFFFF
 _FACTORS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 
 def _philox_numpy(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """The numbers of `count` counters from `first` on, [8 * count] in float32; numpy counts up before it draws."""
+    """Return the numbers of `count` counters starting at `first`, [8 * count] in float32."""
+    # numpy increments the counter before the first block, hence first - 1
     generator = np.random.Philox(key=seed, counter=(first - 1) % 2**256)
     return torch.from_numpy(generator.random_raw(4 * count).view(np.uint32).astype(np.float32))
 
 
 def _philox_torch(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """The same as `_philox_numpy`, where the logits are."""
+    """Return the same as `_philox_numpy`, computed on `device`."""
     counters = torch.zeros(4, count, dtype=torch.int64, device=device)
     counters[0] = torch.arange(first, first + count, device=device)
     words = philox4x64(counters, (seed & (2**64 - 1), seed >> 64)).t().reshape(-1)  # [4 * count]
@@ -159,7 +165,7 @@ def _philox_torch(seed: int, first: int, count: int, device: torch.device) -> Te
 
 
 def philox4x64(counters: Tensor, key: tuple[int, int], rounds: int = 10) -> Tensor:
-    """Philox4x64 of counters [4, n] and a key, both of 64-bit words as int64: [4, n]."""
+    """Compute Philox4x64 of counters [4, n] and a key, both as 64-bit words in int64; return [4, n]."""
     a, b, c, d = counters
     for number in range(rounds):
         low, high = ((key[n] + number * _WEYL[n]) % 2**64 for n in range(2))
@@ -169,7 +175,7 @@ def philox4x64(counters: Tensor, key: tuple[int, int], rounds: int = 10) -> Tens
 
 
 def _product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 64 bits of unsigned words times `factor`; int64 keeps the bits where it wraps."""
+    """Return the high and low 64 bits of unsigned words times `factor`; int64 overflow keeps the low bits."""
     low, high = words & _LOW, (words >> 32) & _LOW
     f_low, f_high = factor & _LOW, factor >> 32
     middle = high * f_low + ((low * f_low >> 32) & _LOW)
@@ -178,12 +184,12 @@ def _product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def _signed(word: int) -> int:
-    """An unsigned 64-bit word as the int64 of the same bits."""
+    """Return the int64 with the bits of an unsigned 64-bit word."""
     return word - 2**64 if word >= 2**63 else word
 
 
 def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> Tensor:
-    """[B] scales, 0 where guidance is off (None, 0, less than 0, exactly 1)."""
+    """Return one scale per prompt [B], 0 if guidance is off (None, 0, less than 0, exactly 1)."""
     values = torch.as_tensor(0.0 if scale is None else scale, dtype=torch.float32).flatten().cpu()
     if len(values) not in (1, batch_size):
         raise UserError(f"guidance_scale has {len(values)} values, give 1 or one per prompt, {batch_size}")
@@ -197,13 +203,13 @@ def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> Tensor:
 
 
 def image_seed(seed: int, k: int) -> int:
-    """The seed of image k of a request that was given `seed`."""
+    """Return the seed of image k of a request with `seed`."""
     digest = hashlib.sha256(f"{seed}/{k}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
 def per_image_seeds(requests: list[Hashable], seed: int | Sequence[int] | None, repeats: int) -> list[int]:
-    """One seed per sequence, from (seed, k): k counts the images of one request, wherever its rows stand."""
+    """Return one seed per sequence, from (seed, k): k counts the images of a request over the whole batch."""
     if seed is None:
         seed = int(torch.randint(2**62, (1,)))
     seeds = [seed] * len(requests) if isinstance(seed, int) else list(seed)
@@ -219,7 +225,7 @@ def per_image_seeds(requests: list[Hashable], seed: int | Sequence[int] | None, 
 
 
 def request_keys(prompts: Tensor, pixel_values: Tensor | None, counts: list[int]) -> list[Hashable]:
-    """One key per prompt [B, L]; prompts with equal text and equal images share it."""
+    """Return one key per prompt [B, L]; prompts with equal text and equal images share it."""
     digests = [b""] * len(prompts)
     if pixel_values is not None:
         images = pixel_values.detach().float().cpu().split(counts)

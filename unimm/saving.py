@@ -1,5 +1,7 @@
-"""A model, and its processor where it has one, as one folder that is whole or not there; and checkpoints with holes
-refused, which transformers would fill at random."""
+"""Save models and processors atomically, and refuse to load incomplete checkpoints.
+
+transformers only warns if weights are missing and initializes them randomly; here that is an error.
+"""
 
 import logging
 import shutil
@@ -19,8 +21,10 @@ from unimm.runs.provenance import flush, make_folders
 def save_whole(
     folder: Path, model: Any, processor: Any = None, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Save model (or adapter) and processor into `folder`, see `whole_folder`. `weights` stand for the model's own,
-    where those are sharded."""
+    """Save a model (or adapter) and its processor to `folder` atomically, see `whole_folder`.
+
+    `weights` is a full state dict to save instead of the model's own, for a model that is sharded.
+    """
     with whole_folder(folder) as staging:
         model.save_pretrained(staging, **({} if weights is None else {"state_dict": weights}))
         if processor is not None:
@@ -29,14 +33,15 @@ def save_whole(
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder for the files of a checkpoint. At the end they go to the disk and move into `folder`, which
-    is made if needed, config.json (or adapter_config.json) last: a folder that has one is complete. What fails leaves
-    nothing behind.
+    """Yield an empty staging folder for the files of a checkpoint, and move them into `folder` on success.
+
+    Files are flushed to disk first, and config.json (or adapter_config.json) is moved last, so a folder that has one is
+    complete. `folder` is created if needed; a failure leaves nothing behind.
 
     Raises:
-        UserError: the disk is full, or the folder is closed to us.
+        UserError: the disk is full, or the folder is not writable.
     """
-    staging, made = folder / ".saving", list[Path]()
+    staging, made = folder / ".saving", list[Path]()  # in `folder`: a rename is atomic only within one file system
     try:
         with writing("the model into", folder):
             made = make_folders(folder)
@@ -57,10 +62,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 class WholeCheckpointMixin:
-    """In front of a `PreTrainedModel`: `from_pretrained` takes whole checkpoints only."""
+    """A mixin for `PreTrainedModel` (listed before it) whose `from_pretrained` loads complete checkpoints only."""
 
     def post_init(self) -> None:
-        """As in transformers; here the model is a description still, and no memory is taken for its weights."""
+        """Check the number of weights; `from_pretrained` calls this on the meta device, before memory is allocated."""
         super().post_init()  # type: ignore[misc]
         refuse_excess(self)
 
@@ -73,15 +78,16 @@ class WholeCheckpointMixin:
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint that is whole, or refuse it: transformers would fill the holes of a broken one at random.
+        """Load a complete checkpoint; transformers would initialize missing weights randomly.
 
         Raises:
-            UserError: weights are missing, unexpected, misshapen or no numbers, the settings describe far more of them
-                than the files hold, or an attention that is not here.
+            UserError: weights are missing, unexpected, of the wrong shape or not finite, the configuration describes
+                far more of them than the files hold, or the attention implementation is not installed.
         """
         source = pretrained_model_name_or_path
         check_attention(kwargs.get("attn_implementation"))
         size = None if source is None else stored_bytes(source, kwargs.get("revision"))
+        # Mismatched sizes are collected in `info` instead of raised, so that `refuse_holes` reports them with counts.
         with no_load_report(), bounded_by(size):
             model, info = super().from_pretrained(  # type: ignore[misc]
                 source, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
@@ -93,9 +99,9 @@ class WholeCheckpointMixin:
 
 @contextmanager
 def no_load_report() -> Iterator[None]:
-    """Without the library's table of keys: what it would say is an error here, said in one sentence."""
+    """Suppress transformers' table of missing and unexpected keys; `refuse_holes` raises an error for them instead."""
     logger = logging.getLogger("transformers.modeling_utils")
-    disabled, logger.disabled = logger.disabled, True  # a raised level would switch on another report
+    disabled, logger.disabled = logger.disabled, True  # raising the level instead would switch on another report
     try:
         yield
     finally:
@@ -103,8 +109,8 @@ def no_load_report() -> Iterator[None]:
 
 
 def refuse_holes(model: Any, info: dict[str, Any], source: Any, *, refuse_unexpected: bool = True) -> None:
-    """Raise UserError with the counts where `info`, of `output_loading_info`, names weights that were missing or
-    misshapen, or (with `refuse_unexpected`) belong nowhere."""
+    """Raise UserError with counts if `info` (of `output_loading_info`) lists weights that are missing, of the wrong
+    shape or (with `refuse_unexpected`) unexpected."""
     missing, misshapen = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     unexpected = sorted(info["unexpected_keys"]) if refuse_unexpected else []
     if not (missing or unexpected or misshapen):

@@ -1,5 +1,7 @@
-"""Class-conditional drawing: a LlamaGen-style GPT over the ids of an image tokenizer. Importing it registers the Auto
-classes."""
+"""Class-conditional image generation with a LlamaGen-style GPT over the ids of an image tokenizer.
+
+Importing it registers the Auto classes.
+"""
 
 from transformers import AutoConfig, AutoModel
 

@@ -1,4 +1,4 @@
-"""What a class-conditional GPT is: the configuration that stands in its `config.json`, and the published sizes."""
+"""The configuration of the class-conditional GPT, and the published model sizes."""
 
 import dataclasses
 from typing import Any, Self
@@ -24,18 +24,18 @@ FEED_FORWARD_MULTIPLE = 256
 
 @strict
 class ClassConditionalConfig(PreTrainedConfig):
-    """A LlamaGen GPT over the ids of one image tokenizer; the defaults are size B on 16 x 16 ids of ImageNet.
+    """Configuration of a LlamaGen GPT over the ids of one image tokenizer. Defaults: size B, 16 x 16 ids, ImageNet.
 
     Args:
         codebook_size: K.
         grid: rows and columns of the ids of one image; M is their product.
-        num_classes: the table of classes has one row more, the last, which means "no class".
+        num_classes: number of classes; the embedding table has one more row, the last, for "no class".
         intermediate_size: None = two thirds of 4 x hidden_size, rounded up to a multiple of 256.
         token_dropout, residual_dropout, feed_forward_dropout, attention_dropout: on the embedded sequence, the
-            attention's output, the feed-forward output and the attention's probabilities.
-        class_dropout: the share of training samples whose class becomes "no class".
-        rope_theta: base of the rotation's wavelengths.
-        tokenizer_fingerprint: of the tokenizer whose ids it draws; None = not known.
+            attention output, the feed-forward output and the attention probabilities.
+        class_dropout: the share of training samples whose class is replaced by "no class".
+        rope_theta: base of the rotary frequencies.
+        tokenizer_fingerprint: of the tokenizer whose ids the model generates; None = unknown.
     """
 
     model_type = "unimm_class_conditional"
@@ -77,8 +77,10 @@ class ClassConditionalConfig(PreTrainedConfig):
 
     @classmethod
     def of_size(cls, size: str, **fields: Any) -> Self:
-        """One of LlamaGen's sizes, `fields` over it. Raises UserError for an unknown size, or a field that the
-        configuration does not have (transformers itself would take it and ignore it)."""
+        """Build the configuration of a size in `SIZES`, with `fields` overriding it.
+
+        Raises UserError for an unknown size or field (transformers itself would accept an unknown field and ignore it).
+        """
         known = sorted(field.name for field in dataclasses.fields(cls) if field.init)
         if unknown := sorted(fields.keys() - set(known)):
             raise UserError(f"{cls.__name__} has no field {unknown[0]!r}; it knows {', '.join(known)}.")
@@ -89,7 +91,7 @@ class ClassConditionalConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """M."""
+        """Return M, the number of ids of one image."""
         return self.grid[0] * self.grid[1]
 
     @property

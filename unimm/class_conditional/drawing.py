@@ -1,7 +1,7 @@
-"""Class -> image: a GPT together with the image tokenizer whose ids it draws.
+"""`ClassDrawer`, a class-to-image generator: a class-conditional GPT and the image tokenizer that decodes its ids.
 
-A trained folder holds both, the GPT and in `image_tokenizer/` the tokenizer, and loading refuses a
-tokenizer of another fingerprint: its decoder would paint noise.
+A trained folder holds both, the tokenizer in `image_tokenizer/`. A tokenizer with another fingerprint than the one the
+GPT was trained with raises an error, because it would decode the ids to noise.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ TOKENIZER_FOLDER = "image_tokenizer"
 
 @dataclass(frozen=True)
 class ClassDrawer:
-    """`model` draws ids, `tokenizer` decodes them, `image_processor` makes images of the pixels."""
+    """A generator: `model` samples ids, `tokenizer` decodes them, `image_processor` converts pixels to images."""
 
     model: ClassConditionalGPT
     tokenizer: ImageTokenizer
@@ -51,23 +51,23 @@ class ClassDrawer:
         first_image: int = 0,
         guidance_interval: tuple[int, int] | None = None,
     ) -> list[Image.Image]:
-        """One image per class; the arguments are `ClassConditionalGPT.generate`'s."""
+        """Generate one image per class; the arguments are those of `ClassConditionalGPT.generate`."""
         ids = self.model.generate(
             class_labels, sampling, seed=seed, first_image=first_image, guidance_interval=guidance_interval
         )
         return self.image_processor.postprocess(self.tokenizer.decode(ids.to(self.tokenizer.device)))
 
     def save(self, folder: Path) -> None:
-        """Save both into `folder`; the GPT's config.json comes last."""
+        """Save tokenizer and model into `folder`; the model's config.json is written last."""
         save_whole(folder / TOKENIZER_FOLDER, self.tokenizer, self.image_processor)
         save_whole(folder, self.model)
 
 
 def load_drawer(folder: str | Path, device: str | torch.device | None = None) -> ClassDrawer:
-    """What `recipes/c2i.py` saved, ready to draw, on `device` (None: a GPU where there is one).
+    """Load a generator that `recipes/c2i.py` saved, in evaluation mode on `device` (None: a GPU if available).
 
     Raises:
-        UserError: nothing there, something else, or a broken checkpoint.
+        UserError: the folder is empty, holds another kind of model, or the checkpoint is broken.
     """
     folder = Path(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,8 +82,8 @@ def load_drawer(folder: str | Path, device: str | torch.device | None = None) ->
 
 @dataclass
 class SheetConfig:
-    """A sheet of the first `num_classes` classes, one column each: `rows` images without guidance above the same
-    number with it."""
+    """An image grid of the first `num_classes` classes, one column each: `rows` images without guidance above as many
+    with guidance."""
 
     num_classes: Count = 10
     rows: Count = 4
@@ -95,7 +95,7 @@ class SheetConfig:
 
 
 def draw_sheet(drawer: ClassDrawer, config: SheetConfig) -> Image.Image:
-    """The sheet as one image, a white line between its halves."""
+    """Generate the image grid as one image, with a white line between the halves."""
     columns = min(config.num_classes, drawer.model.config.num_classes)
     labels = list(range(columns)) * config.rows
     plain = ImageSampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)

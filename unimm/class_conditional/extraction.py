@@ -1,4 +1,4 @@
-"""Labelled images -> the files of ids that a class-conditional model is trained and judged on."""
+"""Encode labeled images into the files of ids that a class-conditional model is trained and evaluated on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +25,19 @@ from unimm.tokenizer import ImageTokenizer
 
 @dataclass
 class ClassIdsConfig:
-    """`source` and `eval_source` are labelled parquet files (columns image and label) or "shapes", read up to
-    `num_pictures` and `num_eval_pictures` (None: all); their ids go into `folder`. Without `eval_source` the share
-    `eval_share` of the rows of `source` is held out, before anything is mirrored. `flip` adds the mirror image of every
-    training image. With `crop_scales` a training image gives five crops for each of them, the corners and the center of
-    the image at that scale of the crop; LlamaGen's "ten-crop" is [1.1, 1.05] with `flip`, 20 rows an image. `seed` is
-    that of the stream of ids, and of the shapes data set."""
+    """The labeled images of both splits, their augmentation, and the folder of ids.
+
+    Args:
+        source, eval_source: labeled parquet files (columns image and label) or "shapes".
+        folder: the output folder of the ids.
+        num_images, num_eval_images: rows to read; None reads all.
+        flip: also encode the mirror image of every training image.
+        crop_scales: encode each training image as five crops (the corners and the center) per scale, the side of the
+            image over that of the crop. LlamaGen's "ten-crop" is [1.1, 1.05] with `flip`, 20 rows per image.
+        batch_size: images per forward pass.
+        seed: of the stream of ids, and of the shapes data set.
+        eval_share: without `eval_source`, the share of the rows of `source` that is held out, before augmentation.
+    """
 
     FORMER: ClassVar[dict[str, str]] = {"num_pictures": "num_images", "num_eval_pictures": "num_eval_images"}
 
@@ -61,18 +68,18 @@ class ClassIdsConfig:
             raise UserError("data.eval_share 0 holds nothing out to evaluate on: give data.eval_source.")
 
     def images_of(self, split: Split) -> LabelledImages | LabelledShapes:
-        """Return the labelled images of one split. Raises UserError if they cannot be read."""
+        """Return the labeled images of one split. Raises UserError if they cannot be read."""
         source, count, part = self._reads(split)
         return labelled_images(source, count, seed=self._seed(split), part=part)
 
     def require_sources(self) -> None:
-        """Raise UserError if images are missing whose ids are not kept yet; looked at before a model is built."""
+        """Raise UserError if images without a file of ids are missing; called before a model is built."""
         for name, split in (("train", "train"), ("eval", "test")):
             if not (Path(self.folder) / f"{name}.parquet").is_file():
                 self.images_of("test" if split == "test" else "train")
 
     def made_from(self, split: Split) -> str:
-        """Say in words what a split's ids are made from; a file that says otherwise is not taken up."""
+        """Describe what a split's ids are made from; a file with another description is not reused."""
         source, count, part = self._reads(split)
         words = f"{'all' if count is None else count} images of {source}"
         if part is not None:
@@ -83,20 +90,21 @@ class ClassIdsConfig:
         return words + (f", seed {self._seed(split)}" if source == WORLD else "")
 
     def _reads(self, split: Split) -> tuple[str, int | None, tuple[float, Split] | None]:
-        """The source, how many rows, and which part of it."""
+        """Return the source of a split, its number of rows, and its held-out part (share, split)."""
         count = self.num_images if split == "train" else self.num_eval_images
         part = None if self.eval_source is not None or self.source == WORLD else (self.eval_share, split)
         own = split == "test" and self.eval_source is not None
         return str(self.eval_source) if own else self.source, count, part
 
     def _seed(self, split: Split) -> int:
+        # Even for training and odd for evaluation, so that no two seeds share images of the shapes data set.
         return 2 * self.seed + (split == "test")
 
 
 def prepare_ids(
     config: ClassIdsConfig, split: Literal["train", "eval"], tokenizer: ImageTokenizer, image_processor: Any
 ) -> ClassIds:
-    """The ids of one split, extracted where their file is absent.
+    """Read the ids of one split, encoding the images first if the file is absent.
 
     Raises:
         UserError: the images cannot be read, or the file was made by another tokenizer or from other images.
@@ -136,7 +144,7 @@ def extract_ids(
     crop_scales: Sequence[float] = (),
     batch_size: int = 64,
 ) -> None:
-    """Encode labelled images into the file `path`, each of their `views_of` as a row of its own.
+    """Encode labeled images into the file `path`, one row for each of their `views_of`.
 
     Raises:
         UserError: the codebook does not fit 16 bits, or the file cannot be written.
@@ -155,7 +163,7 @@ def _encoded(
     views: Callable[[Image.Image], list[Image.Image]],
     batch_size: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids [b, M], class_labels [b]), batch by batch."""
+    """Yield (ids [b, M], class_labels [b]) batch by batch."""
     for start in tqdm(range(0, len(raw_images), batch_size), desc="ids", unit="batch"):
         rows = [raw_images[i] for i in range(start, min(start + batch_size, len(raw_images)))]
         images = [views(row["image"]) for row in rows]
@@ -169,8 +177,10 @@ def _encoded(
 
 
 def views_of(image: Image.Image, *, size: int, scales: Sequence[float] = (), flip: bool = False) -> list[Image.Image]:
-    """What an image is learned as: the centre, cut out at `size` pixels a side, or the corners and the centre of the
-    image at each of the `scales` of that size; with `flip` each with its mirror image behind it."""
+    """Return the crops of an image, `size` pixels a side: the center, or five crops (corners and center) per scale.
+
+    With `flip` each crop is followed by its mirror image.
+    """
     views = [] if scales else [crop(image, size)]
     for scale in scales:
         whole = crop(image, int(size * scale))

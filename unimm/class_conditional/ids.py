@@ -1,4 +1,4 @@
-"""Ids with a class, in memory: what a class-conditional model trains on (`unimm.data.sources.ids` on disk)."""
+"""Data sets of image ids with class labels, in memory (on disk: `unimm.data.sources.ids`)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ LABEL = "class_label"
 
 @dataclass(frozen=True)
 class ClassIds:
-    """A file of ids in memory: ids [n, M] uint16, class_labels [n] int64."""
+    """The contents of a file of ids: ids [n, M] uint16, class_labels [n] int64."""
 
     ids: np.ndarray
     class_labels: np.ndarray
@@ -28,11 +28,11 @@ class ClassIds:
 
     @property
     def entropy(self) -> float:
-        """Of the ids' frequencies, in nats."""
+        """Compute the entropy of the ids' frequencies, in nats."""
         return unigram_entropy([self.ids], self.info.codebook_size)
 
     def require_classes(self, num_classes: int) -> None:
-        """Raise UserError where a class lies outside a table of `num_classes`."""
+        """Raise UserError if a class label is outside 0..num_classes - 1."""
         low, high = int(self.class_labels.min()), int(self.class_labels.max())
         if not 0 <= low <= high < num_classes:
             raise UserError(
@@ -42,12 +42,12 @@ class ClassIds:
 
 
 def write_class_ids(path: Path, info: IdsInfo, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Write (ids [b, M], class_labels [b]) batch by batch, see `write_ids`."""
+    """Write (ids [b, M], class_labels [b]) batch by batch; see `write_ids`."""
     write_ids(path, info, ({"ids": ids, LABEL: labels} for ids, labels in batches), [LABEL])
 
 
 def read_class_ids(path: Path) -> ClassIds:
-    """The file of ids at `path`, see `read_ids`. Raises UserError where it has no classes."""
+    """Read the file of ids at `path`; see `read_ids`. Raises UserError if it has no class labels."""
     ids, others, info = read_ids(path)
     if LABEL not in others:
         raise UserError(f"{path} holds ids without classes: extract them anew from labelled images.")
@@ -55,7 +55,7 @@ def read_class_ids(path: Path) -> ClassIds:
 
 
 class IdStream(Dataset):
-    """`length` samples `{"class_labels", "ids"}`, each epoch in a new order; sample n depends on (seed, n) only."""
+    """`length` samples `{"class_labels", "ids"}`, reshuffled each epoch; sample n depends on (seed, n) only."""
 
     def __init__(self, source: ClassIds, length: int, seed: int) -> None:
         self.source = source
@@ -71,7 +71,7 @@ class IdStream(Dataset):
 
 
 class IdRows(Dataset):
-    """The samples of a file in its order, for evaluation."""
+    """A dataset of a file's samples in their order, for evaluation."""
 
     def __init__(self, source: ClassIds) -> None:
         self.source = source
@@ -84,5 +84,5 @@ class IdRows(Dataset):
 
 
 def sample(source: ClassIds, row: int) -> dict[str, Any]:
-    """One row as the model takes it, before batching."""
+    """Return one row as the model's keyword arguments, before batching."""
     return {"class_labels": int(source.class_labels[row]), "ids": source.ids[row].astype(np.int64)}

@@ -1,10 +1,11 @@
-"""`ClassConditionalGPT`: an image's ids one after the other, from its class (LlamaGen, arXiv 2406.06525, section 2.2).
+"""`ClassConditionalGPT`, an autoregressive model of image ids given a class (LlamaGen, arXiv 2406.06525, section 2.2).
 
     [class | id_0 ... id_{M-2}] -> embed -> n x (norm, attention, norm, SwiGLU) -> norm -> head -> [id_0 ... id_{M-1}]
 
-The rotation is two-dimensional, one half of each head turns with the row and the other with the column;
-at the class's position cosine and sine are both 0, so its query and key vanish: everybody attends to it with a logit of
-0 and it acts through its value and the residual stream alone. The head starts at zero, so the first loss is ln K.
+Rotary position embeddings are two-dimensional: one half of each head rotates with the row, the other with the column.
+At the class token cosine and sine are both 0, so its query and key vanish: every token attends to it with a logit of 0,
+and it acts only through its value and the residual stream. The head is zero-initialized, so the first loss is ln K.
+
 Shapes: B batch, M image tokens, L sequence (the class and L - 1 ids), K codebook size, D width, h heads of width d.
 """
 
@@ -33,14 +34,14 @@ from unimm.tokenizer.precision import Float32Module
 
 @dataclass
 class ClassConditionalOutput(ModelOutput):
-    """`loss`, the mean cross entropy in nats, and `logits` [B, M, K] in float32: row m is about id m."""
+    """`loss`, the mean cross entropy in nats, and `logits` [B, M, K] in float32: row m predicts id m."""
 
     loss: Tensor = None
     logits: Tensor = None
 
 
 class ClassConditionalGPT(WholeCheckpointMixin, PreTrainedModel):
-    """Class -> ids. `forward` is teacher-forced, in training and in evaluation; `generate` draws."""
+    """A GPT from classes to image ids. `forward` is teacher-forced, in training and evaluation; `generate` samples."""
 
     config_class = ClassConditionalConfig
     base_model_prefix = "gpt"
@@ -67,12 +68,12 @@ class ClassConditionalGPT(WholeCheckpointMixin, PreTrainedModel):
         """Predict every id from the class and the ids before it.
 
         Args:
-            class_labels: [B]; `num_classes` means "no class". In training a share of them is made that.
+            class_labels: [B]; `num_classes` means "no class". In training a share of them is set to it.
             ids: [B, M] in raster order.
 
         Raises:
-            UserError: another number of ids than M; outside training also a class or an id that does not exist (a
-                training set is checked once, when it is read).
+            UserError: the number of ids is not M, or, in evaluation mode, a class or id is out of range (a training
+                set is checked once, when it is read).
         """
         self._check(class_labels, ids)
         if self.training:
@@ -82,7 +83,7 @@ class ClassConditionalGPT(WholeCheckpointMixin, PreTrainedModel):
         return ClassConditionalOutput(F.cross_entropy(logits.flatten(0, 1), ids.flatten().long()), logits)
 
     def logits(self, embedded: Tensor, cache: Cache | None = None) -> Tensor:
-        """embedded [B, L, D], behind what `cache` holds -> logits [B, L, K] in float32."""
+        """Compute logits [B, L, K] in float32 from embeddings [B, L, D] that continue the tokens in `cache`."""
         past = 0 if cache is None else cache.get_seq_length()
         positions = torch.arange(past, past + embedded.shape[1], device=embedded.device)
         hidden = self.dropout(embedded)
@@ -93,7 +94,7 @@ class ClassConditionalGPT(WholeCheckpointMixin, PreTrainedModel):
         return self.head(self.norm(hidden)).float()
 
     def drop_classes(self, class_labels: Tensor) -> Tensor:
-        """class_labels [B] with a share of `class_dropout` made "no class"."""
+        """Return class_labels [B] with a share of `class_dropout` replaced by "no class"."""
         dropped = torch.rand(len(class_labels), device=class_labels.device) < self.config.class_dropout
         return class_labels.masked_fill(dropped, self.config.num_classes)
 
@@ -107,20 +108,20 @@ class ClassConditionalGPT(WholeCheckpointMixin, PreTrainedModel):
         first_image: int = 0,
         guidance_interval: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Draw one image per class.
+        """Sample the ids of one image per class.
 
         Args:
             class_labels: [B], each 0..num_classes - 1.
             sampling: guidance scale (one or one per image), temperature, top-k and top-p.
-            seed, first_image: image b is number k = first_image + b, and its noise depends on (seed, k) only.
-            guidance_interval: ids start <= m < stop are guided, the others drawn from the class alone; None guides all.
-                LlamaGen's `cfg_interval` k is (0, k + 2).
+            seed, first_image: image b has index k = first_image + b, and its noise depends on (seed, k) only.
+            guidance_interval: guidance applies to ids start <= m < stop, the others are sampled from the conditional
+                logits; None guides all. LlamaGen's `cfg_interval` k is (0, k + 2).
 
         Returns:
             ids [B, M].
 
         Raises:
-            UserError: a class outside the table, or an interval that is not one.
+            UserError: a class is out of range, or the interval is invalid.
         """
         labels = torch.as_tensor(class_labels, dtype=torch.int64, device=self.device)
         refuse_outside("Class labels", labels, self.config.num_classes)
@@ -147,7 +148,7 @@ class ClassConditionalGPT(WholeCheckpointMixin, PreTrainedModel):
 
 
 class Block(GradientCheckpointingLayer):
-    """hidden + attention(norm(hidden)), then the same with SwiGLU."""
+    """A pre-norm transformer block: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
     def __init__(self, config: ClassConditionalConfig, layer: int) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class Block(GradientCheckpointingLayer):
 
 
 class Attention(nn.Module):
-    """Causal, with one product for query, key and value, and rotated query and key."""
+    """Causal self-attention with a fused qkv projection and rotary query and key."""
 
     num_key_value_groups = 1
     is_causal = True
@@ -189,7 +190,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202)."""
+    """SwiGLU MLP without biases, down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     def __init__(self, config: ClassConditionalConfig) -> None:
         super().__init__()
@@ -202,22 +203,25 @@ class SwiGLU(nn.Module):
 
 
 class GridRotation(Float32Module):
-    """Cosine and sine of every position, [M + 1, d / 2, 2]: the class, then the cells of the grid in raster order."""
+    """A table of cosine and sine by position, [M + 1, d / 2, 2]: the class, then the grid cells in raster order."""
 
     def __init__(self, config: ClassConditionalConfig) -> None:
         super().__init__()
         self.grid, self.head_dim, self.theta = config.grid, config.head_dim, config.rope_theta
-        # persistent: transformers leaves other buffers uninitialized after `from_pretrained`
+        # Persistent, because transformers leaves other buffers uninitialized after `from_pretrained`.
         self.register_buffer("table", grid_rotation(self.grid, self.head_dim, self.theta))
 
     def forward(self, positions: Tensor) -> Tensor:
-        """positions [L] -> [L, d / 2, 2]."""
+        """Return the cosine and sine of positions [L], [L, d / 2, 2]."""
         return self.table[positions]
 
 
 def grid_rotation(grid: Sequence[int], head_dim: int, theta: float) -> Tensor:
-    """The table of `GridRotation`: of each head's d / 2 pairs the first half turns with the row, the second with the
-    column; the class's row is zero, cosine included."""
+    """Compute the table of `GridRotation`, [M + 1, d / 2, 2].
+
+    Of each head's d / 2 pairs the first half rotates with the row, the second with the column; the class token's entry
+    is zero, cosine included.
+    """
     rows, columns = grid
     frequencies = theta ** -(torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))  # [d / 4]
     by_row = torch.arange(rows)[:, None, None] * frequencies
@@ -228,7 +232,7 @@ def grid_rotation(grid: Sequence[int], head_dim: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [B, h, L, d], its neighbouring pairs turned by rotation [L, d / 2, 2], in float32."""
+    """Rotate neighboring pairs of x [B, h, L, d] by `rotation` [L, d / 2, 2], in float32."""
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation.unbind(-1)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).to(x.dtype)

@@ -1,13 +1,13 @@
-"""YAML -> typed dataclasses, and back.
+"""Load YAML files into typed dataclasses, and save them.
 
-What a run does stands in one dataclass per recipe, with nested dataclasses for its parts:
+One dataclass per recipe holds its whole configuration, with nested dataclasses for its parts:
 
-- every key and type is checked (`unimm.config.schema`); dataclasses of Hugging Face (`TrainingArguments`) nest like others
-  and are not re-declared;
-- `base: other.yaml` (relative to the file) is read first and the file is laid over it, then the `a.b=c` overrides; an
-  empty mapping (`config: {}`) drops what the base has there;
-- YAML is read as version 1.2 means it, within bounds (`unimm.config.yaml_text`);
-- `save_config` writes the whole configuration back, with the versions and the git commit beside it.
+- every key and type is checked (`unimm.config.schema`); Hugging Face dataclasses (`TrainingArguments`) nest like any
+  other and are not re-declared;
+- `base: other.yaml` (relative to the file) is loaded first, the file overrides it, and `a.b=c` arguments override both;
+  an empty mapping (`config: {}`) replaces the base's;
+- YAML is parsed as version 1.2, within size limits (`unimm.config.yaml_text`);
+- `save_config` writes the complete configuration, with package versions and the git commit next to it.
 """
 
 import argparse
@@ -28,15 +28,15 @@ MAX_BASES = 20
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read the YAML file at `path`, lay the overrides over it and build `cls` from the result.
+    """Load the YAML file at `path`, apply the overrides and build `cls` from the result.
 
     Args:
         cls: a dataclass; its fields may be nested dataclasses, Optional, list, tuple, dict, Literal, Enum or Path.
-        path: a YAML file holding one mapping; its key `base` names another file that is read first.
-        overrides: `a.b=c` each, where `c` is YAML.
+        path: a YAML file with one mapping; its key `base` names another file that is loaded first.
+        overrides: strings `a.b=c`; `c` is parsed as YAML.
 
     Raises:
-        UserError: an unreadable file, an unknown or missing key, a value of the wrong type, a refused combination.
+        UserError: an unreadable file, an unknown or missing key, a value of the wrong type, an invalid combination.
     """
     tree = _read_with_bases(Path(path), seen=())
     for override in overrides:
@@ -46,12 +46,12 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
 
 
 def parse_recipe_args(cls: type[T], argv: Sequence[str] | None = None) -> T:
-    """The command line of every recipe: `--config FILE [key=value ...]`. A `UserError` is printed and exits with 2."""
+    """Parse a recipe's command line, `--config FILE [key=value ...]`; print a `UserError` and exit with code 2."""
     return _parsed(_recipe_parser(cls), cls, argv)[0]
 
 
 def parse_training_args(cls: type[T], argv: Sequence[str] | None = None) -> tuple[T, bool]:
-    """`parse_recipe_args` of a recipe that trains, and whether `--dry-run` was given."""
+    """Parse a training recipe's command line as in `parse_recipe_args`; also return whether `--dry-run` was given."""
     parser = _recipe_parser(cls)
     parser.add_argument("--dry-run", action="store_true", help="say what it would train and take, show a batch, end")
     config, arguments = _parsed(parser, cls, argv)
@@ -59,7 +59,7 @@ def parse_training_args(cls: type[T], argv: Sequence[str] | None = None) -> tupl
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments last, too."""
+    """An argument parser that reports errors like the rest of unimm: one line, printed last (`errors.refuse`)."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -74,7 +74,7 @@ def _recipe_parser(cls: type) -> argparse.ArgumentParser:
 
 
 def _parsed(parser: argparse.ArgumentParser, cls: type[T], argv: Sequence[str] | None) -> tuple[T, argparse.Namespace]:
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # overrides may come before, between and after options
     try:
         return load_config(cls, arguments.config, arguments.overrides), arguments
     except UserError as error:
@@ -84,9 +84,9 @@ def _parsed(parser: argparse.ArgumentParser, cls: type[T], argv: Sequence[str] |
 def save_config(
     config: Any, folder: str | Path, name: str = "config.yaml", *, facts: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write `config` whole into `folder/name` and versions, git commit, command and `facts` into `folder/run.json`.
+    """Save the complete `config` to `folder/name`, and versions, git commit, command and `facts` to `folder/run.json`.
 
-    Both files appear complete or not at all. Distributed runs call it on the main process only. Returns the YAML path.
+    Both files are written atomically. In distributed runs, call it on the main process only. Returns the YAML path.
     """
     folder = Path(folder)
     path = folder / name
@@ -97,7 +97,7 @@ def save_config(
 
 
 def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and the facts that `save_config` wrote into the folder, as plain values.
+    """Return the configuration and the facts that `save_config` wrote to the folder, as plain values.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -120,7 +120,7 @@ def _read_with_bases(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
             raise UserError(f"{path} is its own base: remove one `base:` of the circle.")
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1).decode("utf-8")
-    except (OSError, RuntimeError) as error:  # a circle of links is a RuntimeError
+    except (OSError, RuntimeError) as error:  # a loop of symbolic links raises RuntimeError
         reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
         raise UserError(f"Cannot read the configuration {path}: {reason}.") from None
     except UnicodeDecodeError:
@@ -144,7 +144,7 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
         if isinstance(below, dict) and isinstance(value, dict) and value:
             merged[key] = _merged(below, value)
         else:
-            merged[key] = value  # {} takes the place of what is below
+            merged[key] = value  # an empty mapping replaces the base's instead of merging into it
     return merged
 
 

@@ -1,13 +1,12 @@
-"""A tree of plain values -> typed dataclasses, and back.
+"""Build typed dataclasses from plain values (parsed YAML) with strict validation, and convert them back.
 
-Strict where YAML and `PreTrainedConfig` are not: an unknown key is refused with the nearest known ones, a value of the
-wrong type by key, value and expected type, a number out of its range by both. Understands nested dataclasses (Hugging
-Face's too), Optional and other unions, list, tuple, dict, Literal, Enum and Path; a type that only its own constructor
-can judge is left to it.
+Errors name the key and what was expected: unknown keys list the nearest known ones, wrong types the value and the
+expected type, numbers out of range the range. Supported are nested dataclasses (Hugging Face's too), Optional and other
+unions, list, tuple, dict, Literal, Enum and Path; values of any other type are passed to the dataclass unchanged.
 
-A field says its range in its annotation (`Count`, `Annotated[float, Range(above=0)]`), also within lists and unions.
-For fields that a dataclass inherits from one that is not ours it has a class attribute `RANGES`, {field: range}; for
-fields that had another name before, `FORMER`, {former name: name}.
+A field declares its range in its annotation (`Count`, `Annotated[float, Range(above=0)]`), also within lists and
+unions. Fields inherited from a third-party dataclass get theirs from a class attribute `RANGES`, {field: range};
+renamed fields keep their old names in `FORMER`, {former name: name}.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that make sense: from `least` to `most`, above `above`, below `below`."""
+    """A range of valid numbers: at least `least`, at most `most`, greater than `above`, less than `below`."""
 
     least: float | None = None
     most: float | None = None
@@ -56,25 +55,25 @@ Share = Annotated[float, Range(least=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
 SECRET_FIELDS = frozenset({"hub_token", "push_to_hub_token"})
-"""Never written to a file."""
+"""Fields whose values are never written to a file."""
 
 
 def known_keys(cls: Any) -> list[str]:
-    """Names of the fields that a person may set: those of the constructor, without the inherited ones that the class
-    does not use and therefore lists in `UNUSED`."""
+    """Return the names of the fields that a user may set: the constructor's, except inherited ones that the class does
+    not use and lists in `UNUSED`."""
     unused: frozenset[str] = getattr(cls, "UNUSED", frozenset())
     return sorted(field.name for field in dataclasses.fields(cls) if field.init and field.name not in unused)
 
 
 def used_when(condition: Callable[[Any], Any], needs: str) -> dict[str, Any]:
-    """Metadata of a field that is read only where `condition` holds for its dataclass; `needs` says so in words.
-    `build` refuses another value than the default elsewhere."""
+    """Return metadata for a field that is used only if `condition` holds for its dataclass; `needs` is the condition in
+    words. `build` raises if the field is not at its default and the condition does not hold."""
     return {"used_when": condition, "needs": needs}
 
 
 def refuse_unused(instance: Any, names: Iterable[str], needs: str, *, prefix: str) -> None:
-    """Raise UserError for the first of the fields `names` that has another value than its default, though nothing reads
-    it without what `needs` says."""
+    """Raise UserError for the first of the fields `names` that is not at its default, though nothing uses it without
+    what `needs` says."""
     for field in dataclasses.fields(instance):
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
@@ -96,10 +95,11 @@ def build(cls: type[T], tree: Mapping[Any, Any], *, key: str, source: str) -> T:
     """Build the dataclass `cls` from `tree`.
 
     Args:
-        key: dotted name of this part, empty at the top. source: where the tree was read, for messages.
+        key: dotted name of this part, empty at the top level.
+        source: where `tree` came from, for messages.
 
     Raises:
-        UserError: an unknown or missing key, a value of the wrong type, or what the constructor itself refuses.
+        UserError: an unknown or missing key, a value of the wrong type, or a ValueError of the constructor.
     """
     known = known_keys(cls)
     prefix = f"{key}." if key else ""
@@ -136,7 +136,7 @@ def hints_of(cls: Any) -> dict[str, Any]:
 
 
 class _Mismatch(Exception):
-    """The value does not fit the annotation; turned into a `UserError` where the key is known."""
+    """A value does not fit its annotation; `_coerce`, which knows the key, turns it into a `UserError`."""
 
 
 def _coerce(hint: Any, value: Any, *, key: str, source: str) -> Any:
@@ -171,7 +171,7 @@ def _convert_union(options: Sequence[Any], value: Any, key: str, source: str) ->
     if value is None:
         return _require(type(None) in options, value)
     options = [option for option in options if option is not type(None)]
-    exact = [option for option in options if type(value) is _bare(option)]
+    exact = [option for option in options if type(value) is _bare(option)]  # else `int | float` turns 1.0 into 1
     for option in exact or options:
         try:
             return _convert(option, value, key, source)
@@ -203,7 +203,7 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
     number = _is_number(value)
     if hint is float:
         return float(_require(number, value))
-    if hint is int:  # 1e5 is a float to YAML and a step count to everybody else
+    if hint is int:  # YAML parses 1e5 as a float, but users mean a step count
         return int(_require(number and math.isfinite(value) and value == value // 1, value))
     if hint is Path:
         return Path(_require(isinstance(value, str | Path), value))
@@ -211,7 +211,7 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
         return _require(isinstance(value, hint), value)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return _require(value in [member.value for member in hint], value)
-    return value  # Any, or a type that only its own constructor can judge
+    return value  # Any, or a type that only its own constructor can check
 
 
 def _is_number(value: Any) -> bool:
@@ -219,7 +219,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _bare(hint: Any) -> Any:
-    """The annotation without its range."""
+    """Return the annotation without its range."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
@@ -245,7 +245,7 @@ def _describe(hint: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as dict, list, str, number, bool or None, from which `build` makes the same dataclass again."""
+    """Convert the value to dict, list, str, number, bool or None, so that `build` restores the same dataclass."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value) if field.name in known_keys(value)]
         return {name: None if name in SECRET_FIELDS else plain(getattr(value, name)) for name in names}

@@ -1,8 +1,8 @@
-"""YAML as settings are written in it: version 1.2's numbers and booleans, plain values only, and bounded.
+"""A safe YAML 1.2 loader and dumper for configuration files: plain values only, with limits on size and depth.
 
-`1e-4` is a number, `no` and `off` are words, `010` is ten, a key that is given twice is an error. What a text could
-make of itself (depth, aliases that multiply) is counted before anything is built, and what no setting can mean (NaN,
-numbers beyond 64 bits, characters that no file name has) is refused by its key.
+PyYAML implements YAML 1.1; here `1e-4` is a number, `no` and `off` are strings, `010` is ten, and a duplicate key is an
+error. Depth and expanded aliases (the "billion laughs" attack) are counted before anything is built, and values that no
+setting can have (NaN, integers beyond 64 bits, NUL characters, lone surrogates) raise an error with their key.
 """
 
 import math
@@ -17,18 +17,18 @@ from unimm.errors import UserError, one_line, shown
 MAX_BYTES = 100_000
 MAX_DEPTH = 40
 MAX_VALUES = 20_000
-"""Values, aliases counted as what they stand for."""
+"""Values per file, with aliases expanded."""
 MAX_INTEGER = 2**63 - 1
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """Return the value that `text` means: None, or mappings, lists, strings, numbers and booleans within the bounds.
+    """Parse YAML text into None, mappings, lists, strings, numbers and booleans.
 
     Args:
-        name: what messages call it.
+        name: name of the text in messages.
 
     Raises:
-        UserError: it is not YAML, too large or too deep, or holds a value that is none of these.
+        UserError: invalid YAML, too large or too deeply nested, or with a value of another type.
     """
     try:
         _require_bounded(text, name)
@@ -42,12 +42,12 @@ def load_yaml(text: str, name: str) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """Return the text that `load_yaml` reads as `tree`."""
+    """Return YAML text that `load_yaml` parses back into `tree`."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _require_bounded(text: str, name: str) -> None:
-    """Raise UserError for a text that is too long, too deep, or too large with its aliases written out."""
+    """Raise UserError if the text is too long, too deeply nested, or too large once its aliases are expanded."""
     if len(text) > MAX_BYTES:
         raise UserError(f"{name} has {len(text)} characters, more than {MAX_BYTES}: it is no file of settings.")
     values, sizes = 0, dict[str, int]()
@@ -73,7 +73,7 @@ def _require_bounded(text: str, name: str) -> None:
 
 
 def require_plain(tree: Any, name: str) -> None:
-    """Raise UserError for a value, of any key at any depth, that no setting can mean."""
+    """Raise UserError if a key or value at any depth is one that no setting can have."""
     left: list[tuple[str, Any, int]] = [("", tree, 0)]
     while left:
         key, value, depth = left.pop()
@@ -93,7 +93,7 @@ def require_plain(tree: Any, name: str) -> None:
 
 
 def _refused(value: Any) -> str | None:
-    """Why a single value is refused."""
+    """Return why a single value is invalid, None if it is valid."""
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             return f"is {shown(value)}, which holds a character that no text has"
@@ -106,7 +106,7 @@ def _refused(value: Any) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans, refusing a key that is given twice."""
+    """A SafeLoader with YAML 1.2 numbers and booleans that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -126,7 +126,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes by the same rules as `_Loader` reads."""
+    """A SafeDumper that quotes by the rules `_Loader` parses with."""
 
 
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")

@@ -1,4 +1,4 @@
-"""Arrays and tensors that hold one image, as RGB by the rules of transformers' image processors.
+"""Conversion of arrays and tensors that hold one image to RGB, by the rules of transformers' image processors.
 
 | shape | [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4; if both ends could be the channels, the first one is |
 |---|---|
@@ -20,13 +20,13 @@ FIRST, LAST = "channels_first", "channels_last"
 
 
 def is_array(value: Any) -> bool:
-    """Tell whether `value` is a NumPy array or a torch tensor."""
+    """Return whether `value` is a NumPy array or a torch tensor."""
     torch = sys.modules.get("torch")  # a tensor exists only where torch is imported, and importing it takes seconds
     return isinstance(value, np.ndarray) or (torch is not None and isinstance(value, torch.Tensor))
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """Return an array as it is, or a tensor of any device and dtype as an array."""
+    """Return an array unchanged, or convert a tensor of any device and dtype to an array."""
     if isinstance(value, np.ndarray):
         return value
     tensor = value.detach().cpu()
@@ -34,13 +34,13 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 def rgb_array(value: Any, layout: str | None = None) -> np.ndarray:
-    """Return one image as RGB [H, W, 3]: uint8, or floats in [0, 1] as they were; transparent parts are white.
+    """Convert one image to RGB [H, W, 3]: uint8, or floats in [0, 1], unchanged; transparent parts become white.
 
     Args:
-        layout: "channels_first" or "channels_last" if the shape leaves it open.
+        layout: "channels_first" or "channels_last" if the shape is ambiguous.
 
     Raises:
-        UserError: the shape, type or values are those of no image.
+        UserError: the shape, type or values are not those of an image.
     """
     array = to_numpy(value)
     given = f"{array.dtype} {list(array.shape)}"
@@ -54,12 +54,12 @@ def rgb_array(value: Any, layout: str | None = None) -> np.ndarray:
 
 
 def is_unit(array: np.ndarray) -> bool:
-    """Tell whether an array of `rgb_array` holds values in [0, 1], not 8 bits."""
+    """Return whether an array from `rgb_array` holds floats in [0, 1] instead of uint8."""
     return array.dtype != np.uint8
 
 
 def eight_bits(array: np.ndarray) -> np.ndarray:
-    """Return an array of `rgb_array` as uint8; values between two levels take the lower one, as in transformers."""
+    """Convert an array from `rgb_array` to uint8; values are truncated to the lower level, as in transformers."""
     return (array.astype(np.float64) * 255).astype(np.uint8) if is_unit(array) else array
 
 
@@ -78,7 +78,7 @@ def _channel_axis(array: np.ndarray, layout: str | None, given: str) -> int:
 
 
 def _scaled(array: np.ndarray, given: str) -> np.ndarray:
-    """Return uint8, or floats in [0, 1] as they are."""
+    """Scale to uint8; floats in [0, 1] stay unchanged."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:

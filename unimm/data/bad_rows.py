@@ -1,7 +1,7 @@
-"""Rows that cannot be used: skipped, counted by reason, named in a log, and too many of them stop the run.
+"""Handling of bad rows: skip them, count them by reason, log them, and stop the run if there are too many.
 
-What stands in for a skipped row is the next usable one, so item n stays a function of n and of the data,
-whatever the number of processes and workers. A row that the run filters out by its own settings counts for nothing.
+A skipped row is replaced by the next usable one, so item n stays a function of n and the data, for any number of
+processes and workers. Rows that the run's own settings filter out are not counted as bad.
 """
 
 import json
@@ -17,13 +17,13 @@ from unimm.errors import UserError, printable
 
 DEFAULT_MAX_BAD_SHARE = 0.01
 FEWEST_ROWS = 1000
-"""Before so many rows were read their bad share says little: it is taken of this number."""
+"""The bad share is computed over at least this many rows: over fewer it is too noisy."""
 LONGEST_GAP = 10_000
-"""Rows in sequence that may be skipped for one sample."""
+"""Maximum number of consecutive rows that may be skipped for one sample."""
 
 
 class BadRow(UserError):
-    """Why a row cannot be used: a reason to count by, and the details to name."""
+    """Raised for a row that cannot be used: `reason` is counted, `detail` is logged."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
@@ -31,23 +31,23 @@ class BadRow(UserError):
 
 
 class Filtered(BadRow):
-    """A good row that the run does not want."""
+    """Raised for a good row that the run's settings filter out."""
 
 
 def refuse_half_characters(text: str, name: str) -> None:
-    """Raise `BadRow` for half a character, which JSON can write as \\ud800 and no text tokenizer can read."""
+    """Raise `BadRow` for a lone surrogate, which JSON can write as \\ud800 and no text tokenizer can encode."""
     if (half := half_character(text)) is not None:
         raise BadRow("half a character", f"{name} holds half a character: {half}")
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """One line of the log: row number (from 0), reason, details."""
+    """One line of the log: row number (from 0), reason, detail."""
 
     row: int
     reason: str
     detail: str
-    filtered: bool = False  # a good row that the run does not want
+    filtered: bool = False  # a good row that the run's settings filter out
 
     @property
     def line(self) -> str:
@@ -55,12 +55,12 @@ class Skipped:
 
 
 def counted(skipped: Sequence[Skipped]) -> str:
-    """The skipped rows by reason, in words."""
+    """Format the skipped rows by reason, as "3 damaged image, 1 no caption"."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(s.reason for s in skipped).most_common())
 
 
 def too_many(source: str, skipped: Sequence[Skipped], rows: int, max_bad_share: float, log: Path | None) -> UserError:
-    """What stops a run that would have to skip so much of the `rows` that were looked at."""
+    """Return the error that stops a run if too many of the `rows` read so far are bad."""
     where = f"; all are named in {log}" if log else ""
     return UserError(
         f"{source}: {len(skipped)} of {rows} rows ({len(skipped) / rows:.1%}) cannot be used, more than max_bad_share "
@@ -70,7 +70,7 @@ def too_many(source: str, skipped: Sequence[Skipped], rows: int, max_bad_share: 
 
 
 class SkipCount:
-    """The bad rows that one reader of `total` rows has met."""
+    """Counts the bad rows that one reader of `total` rows has met."""
 
     def __init__(self, source: str, total: int, max_bad_share: float, log: Path | None = None) -> None:
         self.source, self.total, self.max_bad_share, self.log = source, total, max_bad_share, log
@@ -79,8 +79,8 @@ class SkipCount:
         self._met: set[int] = set()
 
     def note(self, row: int, why: BadRow) -> Skipped:
-        """Count and name a bad row, once; of filtered ones there may be millions, and the settings tell which. Raises
-        UserError where the share is above the limit."""
+        """Count and log a bad row, once; filtered rows are not logged, as there may be millions. Raises UserError if
+        the share of bad rows exceeds the limit."""
         skipped = Skipped(row, why.reason, why.detail, isinstance(why, Filtered))
         if skipped.filtered or row in self._met:
             return skipped
@@ -96,17 +96,17 @@ class SkipCount:
 
 
 class UsableRows(Rows):
-    """`rows` without their bad ones: item i is row i, or the next one that can be used.
+    """A view of `rows` that skips bad rows: item i is row i, or the next usable one.
 
     Args:
-        rows: raise `BadRow` for a row that cannot be used.
-        source: what messages call them.
-        captions: a row without a caption is a bad one.
+        rows: must raise `BadRow` for a row that cannot be used.
+        source: name for error messages.
+        captions: treat a row without a caption as bad.
         max_bad_share: share of the rows read that may be skipped before the run stops.
-        log: file that skipped rows are named in, one JSON object a line; workers and later runs append to it.
+        log: JSON Lines file of the skipped rows; workers and later runs append to it.
 
     Raises:
-        UserError: captions are asked for and no row has one.
+        UserError: `captions` is set and no row has a caption.
     """
 
     def __init__(
@@ -140,11 +140,11 @@ class UsableRows(Rows):
         )
 
     def require_usable(self) -> None:
-        """Raise UserError if none of the first rows can be used: said at the start of a run, not within it."""
+        """Raise UserError if none of the first rows can be used, so that a run fails at its start."""
         self[0]
 
     def usable(self, index: int) -> dict[str, Any] | Skipped:
-        """Row `index`, or why it is skipped. Raises UserError where too many are."""
+        """Return row `index`, or why it is skipped. Raises UserError if too many rows are skipped."""
         self.count.read += 1
         try:
             row = self.rows[index]

@@ -1,8 +1,7 @@
-"""Conversations about an image, as messages in Hugging Face's conversational format. Yields PIL images and text, never
-a tensor.
+"""Conversations about an image, as messages in Hugging Face's conversational format (PIL images and text, no tensors).
 
-Several questions share one image in one sample, because the image's tokens are most of its cost; and
-sample n is a pure function of (seed, n), so a stream has no state to save.
+Several questions share one image in one sample, because the image tokens are most of the cost. Sample n is a pure
+function of (seed, n), so a stream has no state to save.
 """
 
 from collections.abc import Iterator
@@ -19,12 +18,12 @@ Message = dict[str, Any]
 
 
 class ShapesConversations:
-    """Endless question-and-answer turns about scenes of the shapes data set.
+    """An endless stream of question-and-answer conversations about scenes of the shapes data set.
 
     Args:
-        seed: of the stream.
-        num_turns: fewest and most questions about one image.
-        kind_shares: how often each kind of question is asked, None for the world's own shares.
+        seed: seed of the stream.
+        num_turns: minimum and maximum number of questions about one image.
+        kind_shares: share of each kind of question; None uses the data set's own shares.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class ShapesConversations:
         self.kind_shares = kind_shares
 
     def messages(self, index: int) -> list[Message]:
-        """The messages of sample `index`; the image stands in the first of them."""
+        """Return the messages of sample `index`; the image is part of the first one."""
         rng = np.random.default_rng((self.seed, index))
         num_turns = int(rng.integers(self.num_turns[0], self.num_turns[1] + 1))
         scene, turns = sample_conversation(rng, num_turns=num_turns, kind_shares=self.kind_shares)
@@ -45,7 +44,7 @@ class ShapesConversations:
 
 
 class RowsFlow:
-    """A flow made of rows; how near each other they lie is the rows' own."""
+    """A flow backed by rows, with their block layout."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -55,12 +54,12 @@ class RowsFlow:
         return len(self.rows)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Row `index` modulo the number of rows."""
+        """Return row `index` modulo the number of rows."""
         return self.rows[index % len(self.rows)]
 
 
 class CaptionedImages(RowsFlow):
-    """Images to describe: the question is always the same, the answer is the caption."""
+    """A captioning flow: the question is always the same, the answer is the caption."""
 
     def __init__(self, rows: Rows, question: str) -> None:
         super().__init__(rows)
@@ -72,19 +71,19 @@ class CaptionedImages(RowsFlow):
 
 
 def message(role: str, text: str) -> Message:
-    """A turn of text only."""
+    """Return a text-only message."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def conversation(image: Image.Image, turns: list[tuple[str, str]]) -> list[Message]:
-    """Questions and answers in turn; the image comes before the first question."""
+    """Build the messages of (question, answer) turns; the image comes before the first question."""
     messages = [message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
     messages[0]["content"].insert(0, {"type": "image", "image": image})
     return messages
 
 
 def shapes_corpus(num_samples: int, seed: int) -> Iterator[str]:
-    """Yield lines of the shapes data set for a text tokenizer: captions, questions, answers, each behind its role."""
+    """Yield shapes text to train a text tokenizer on: captions, questions and answers, each after its role."""
     for index in range(num_samples):
         rng = np.random.default_rng((seed, index))
         yield f"user\n{sample_captioned_scene(rng)[1].prompt}"

@@ -1,10 +1,10 @@
-"""An order of rows in which the samples of one optimizer step are of one modality and of similar length.
+"""Grouping by modality and length: the samples of one optimizer step share a modality and have similar lengths.
 
-As LLaVA's `group_by_modality_length` (https://github.com/haotian-liu/LLaVA, `llava/train/llava_trainer.py`): rows with
-an image and rows without are shuffled and cut into steps apart, the steps are shuffled together, and what is left of
-both makes the last one. Rows are sorted by length within `POOL` steps, not within one (ours: LLaVA's step
-is as mixed as a random one); and what does not fill a step waits for the next pass, so that steps stay whole in an
-endless stream.
+Follows LLaVA's `group_by_modality_length` (https://github.com/haotian-liu/LLaVA, `llava/train/llava_trainer.py`): rows
+with and without an image are shuffled and split into steps separately, the steps are shuffled together, and the
+remainders of both form the last step. Two differences: rows are sorted by length within `POOL` steps, not within one
+(LLaVA's step is as mixed in length as a random one); and rows that do not fill a step are left to the next epoch, so
+that every step of an endless stream is full.
 """
 
 import numpy as np
@@ -13,11 +13,11 @@ from unimm.data.shuffling import EpochOrder
 from unimm.errors import UserError
 
 POOL = 16
-"""Steps whose rows are sorted together; a larger one pads less and shuffles less."""
+"""Number of steps whose rows are sorted together; a larger pool pads less and shuffles less."""
 
 
 class GroupedOrder(EpochOrder):
-    """`grouped_order` of every epoch, as an order of an endless stream."""
+    """The order of an endless stream that applies `grouped_order` in every epoch."""
 
     def __init__(self, modality_lengths: np.ndarray, samples_per_step: int, seed: int, salt: int = 0) -> None:
         whole = len(modality_lengths) // samples_per_step * samples_per_step
@@ -29,13 +29,14 @@ class GroupedOrder(EpochOrder):
 
 
 def grouped_order(modality_lengths: np.ndarray, samples_per_step: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows [n // samples_per_step * samples_per_step] in order; step k takes the k-th `samples_per_step` of them.
+    """Compute the order of one epoch [n // samples_per_step * samples_per_step]; step k takes the k-th
+    `samples_per_step` rows of it.
 
     Args:
-        modality_lengths: length of each row [n]; below zero without an image.
+        modality_lengths: length of each row [n]; negative for rows without an image.
 
     Raises:
-        UserError: fewer rows than one step takes.
+        UserError: there are fewer rows than one step takes.
     """
     if len(modality_lengths) < samples_per_step:
         raise UserError(
@@ -56,7 +57,7 @@ def grouped_order(modality_lengths: np.ndarray, samples_per_step: int, rng: np.r
 
 
 def _steps(rows: np.ndarray, lengths: np.ndarray, size: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Whole steps of similar lengths, longest first within each, and the rows that fill none."""
+    """Split rows into full steps of similar lengths, longest first within each; also return the remaining rows."""
     whole = len(rows) // size * size
     pools = [rows[start : min(start + POOL * size, whole)] for start in range(0, whole, POOL * size)]
     ordered = [pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools]

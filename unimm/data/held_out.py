@@ -1,8 +1,8 @@
-"""Which rows of a source are held out for evaluation, and which are trained on.
+"""The train/test split of external data: which rows of a source are held out for evaluation.
 
-A fixed rule of the row's number alone: one row of every `1 / share`, at a place within each such stretch that a hash
-decides. So the two parts are disjoint whatever the seed, the shuffling, the mixture, the number of workers and
-processes, and in every run on the source; and row n of either part is computed, however many rows there are.
+The split is a fixed function of the row number: of every stretch of `1 / share` rows one is held out, at an offset
+given by a hash. The two parts are therefore disjoint for any seed, shuffling, mixture, and number of workers and
+processes, and the same in every run. Row n of either part is computed in closed form.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ DEFAULT_SHARE = 0.01
 
 
 def check_share(share: float) -> None:
-    """Raise UserError for a share that leaves less to train on than to evaluate on."""
+    """Raise UserError if `share` is not in [0, 0.5]."""
     if not 0 <= share <= 0.5:
         raise UserError(f"data.eval_share lies between 0 (nothing is held out) and 0.5, and is {share}.")
 
 
 class HeldOut:
-    """The rule for a source of `rows` rows: at least one is held out of two or more, none of a single one.
+    """The split of a source of `rows` rows: at least one row is held out of two or more, none of a single row.
 
     Args:
-        share: of the rows, 0 holds out none.
+        share: share of the rows to hold out; 0 holds out none.
     """
 
     def __init__(self, rows: int, share: float = DEFAULT_SHARE) -> None:
@@ -41,19 +41,19 @@ class HeldOut:
             self.period = 0
 
     def before(self, row: int) -> int:
-        """How many of the rows 0 to `row`, exclusive, are held out."""
+        """Count the held-out rows among the rows 0 to `row`, exclusive."""
         if not self.period:
             return 0
         stretches, rest = divmod(row, self.period)
         return stretches + (self._place(stretches) < rest)
 
     def count(self, split: Split) -> int:
-        """Rows of one part."""
+        """Return the number of rows of one part."""
         held_out = self.before(self.rows)
         return held_out if split == "test" else self.rows - held_out
 
     def row(self, index: int, split: Split) -> int:
-        """The source's number of row `index` of one part."""
+        """Return the source row number of row `index` of one part."""
         if not 0 <= index < self.count(split):
             raise IndexError(index)
         if split == "test":
@@ -64,17 +64,18 @@ class HeldOut:
         return stretch * self.period + offset + (offset >= self._place(stretch))
 
     def numbers(self, split: Split) -> np.ndarray:
-        """The source's numbers of all rows of one part [n]."""
+        """Return the source row numbers of one part [n]."""
         held_out = np.array([self.row(n, "test") for n in range(self.count("test"))], dtype=np.int64)
         return held_out if split == "test" else np.setdiff1d(np.arange(self.rows), held_out)
 
     def _place(self, stretch: int) -> int:
+        # A hash instead of a fixed offset, so that data with a periodic layout is held out without bias.
         digest = hashlib.blake2b(stretch.to_bytes(8, "little"), digest_size=8).digest()
         return int.from_bytes(digest, "little") % self.period
 
 
 class PartOfRows(Rows):
-    """The rows of `rows` that are trained on, or those that are held out.
+    """One part of `rows`: the training rows, or the held-out rows.
 
     Raises:
         UserError: nothing can be held out.
@@ -103,7 +104,7 @@ class PartOfRows(Rows):
 
 
 def require_held_out(rule: HeldOut, split: Split, source: str) -> None:
-    """Raise UserError for the part that is held out if there is none."""
+    """Raise UserError if `split` is "test" and no row is held out."""
     if split == "test" and not rule.count("test"):
         why = f"holds {rule.rows} row" if rule.rows < 2 else "has eval_share 0"
         raise UserError(
@@ -116,11 +117,11 @@ def require_held_out(rule: HeldOut, split: Split, source: str) -> None:
 
 
 def refuse_overlaps(trained: Sequence[tuple[str, bool]], evaluated: Sequence[str]) -> None:
-    """Raise UserError if some flow would train on rows that another one is evaluated on.
+    """Raise UserError if a flow would train on rows that another flow is evaluated on.
 
     Args:
-        trained: sources of training rows, each with whether a share of it is held out.
-        evaluated: sources that are for evaluation only.
+        trained: (source of training rows, whether a share of it is held out).
+        evaluated: evaluation-only sources.
     """
     places = [(source, reserved, _places(source)) for source, reserved in trained]
     for source in evaluated:
@@ -141,7 +142,7 @@ def refuse_overlaps(trained: Sequence[tuple[str, bool]], evaluated: Sequence[str
 
 
 def _places(source: str) -> frozenset[str]:
-    """The files or the folder that a source names."""
+    """Return the files or the folder that a source names."""
     place = filled(source)
     if is_url(place) or place.startswith("hub:"):
         return frozenset(listed(place) if is_pattern(place) else [place])
@@ -150,7 +151,7 @@ def _places(source: str) -> frozenset[str]:
 
 
 def _overlap(here: frozenset[str], there: frozenset[str]) -> bool:
-    """Whether a file or folder of one lies in the other."""
+    """Return whether a file or folder of one is inside the other."""
     return any(_within(each, there) for each in here) or any(_within(each, here) for each in there)
 
 

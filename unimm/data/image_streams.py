@@ -1,7 +1,7 @@
-"""Image streams for training and evaluation: the shapes data set, or images from outside (`unimm.data.sources`).
+"""Image streams for training and evaluation: the shapes data set, or external images (`unimm.data.sources`).
 
-A stream has no epochs to the outside. Item n is a pure function of (seed, n), including the shuffle, crop
-and flip, so the number of images seen is all there is to know of a run's data position.
+A stream exposes no epochs. Item n is a pure function of (seed, n), including the shuffle, crop and flip, so the number
+of images seen is the whole data state of a run.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ WORLD = "shapes"
 
 @dataclass
 class ImageSource:
-    """One of several sources that are mixed: images come from it at the share weight / all weights."""
+    """One source of a mix, sampled with the share weight / sum of weights."""
 
     source: str
     weight: Rate = 1.0
@@ -39,19 +39,19 @@ class ImageSource:
 
 @dataclass
 class ImageDataConfig:
-    """Images, and captions where there are some.
+    """Configuration of image data, with captions if the source has any.
 
     Args:
         source: "shapes", or what `unimm.data.sources` reads: a folder, parquet files, tar shards, hub:owner/name.
             `$UNIMM_DATA` in it is replaced by that variable (default ../shared).
         read: how the source is read and filtered.
-        eval_source: images that are shown and never trained on; None holds out the share `eval_share` of the rows of
-            `source`, by the rule of `unimm.data.held_out`, so that every recipe leaves the same rows out.
-        mix: several sources with their weights, in the place of `source`, `eval_source` and `read`.
+        eval_source: images for evaluation only, never trained on; None holds out the share `eval_share` of the rows of
+            `source`, by the rule of `unimm.data.held_out`, so that every recipe holds out the same rows.
+        mix: several sources with their weights, instead of `source`, `eval_source` and `read`.
         max_bad_share: share of a source's rows that may be damaged before the run stops.
-        image_size: side of the images, cut out of the centre.
+        image_size: side of the center-cropped images, in pixels.
         random_crop, flip: the augmentation of VQRAE's table 7.
-        caption_template: what a caption is put into.
+        caption_template: format string that a caption is inserted into.
     """
 
     source: str = WORLD
@@ -86,7 +86,7 @@ class ImageDataConfig:
         return self.mix or [ImageSource(self.source, eval_source=self.eval_source, read=self.read)]
 
     def refuse_overlaps(self) -> None:
-        """Raise UserError if one source trains on what another one holds out."""
+        """Raise UserError if one source trains on rows that another source holds out."""
         outside = [each for each in self.sources if each.source != WORLD]
         refuse_overlaps(
             [(each.read.named(each.source), each.eval_source is None and self.eval_share > 0) for each in outside],
@@ -101,12 +101,12 @@ class Images(Protocol):
 
 
 def to_array(images: Sequence[Image.Image]) -> np.ndarray:
-    """RGB images of one size as uint8 [B, H, W, 3]."""
+    """Stack RGB images of one size as uint8 [B, H, W, 3]."""
     return np.stack([np.asarray(image) for image in images])
 
 
 def crop(image: Image.Image, size: int, offset: Sequence[float] = (0.5, 0.5)) -> Image.Image:
-    """Resize the short side to `size` (bicubic), then cut out a square at `offset` (0 = left/top, 1 = right/bottom)."""
+    """Resize the short side to `size` (bicubic), then crop a square at `offset` (0 = left/top, 1 = right/bottom)."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     corner = [round(o * (side - size)) for o, side in zip(offset, (width, height), strict=True)]
@@ -114,7 +114,7 @@ def crop(image: Image.Image, size: int, offset: Sequence[float] = (0.5, 0.5)) ->
 
 
 class ImageStream(Dataset):
-    """`length` augmented images drawn from `sources`, each at its weight and each pass over it in a new order."""
+    """A dataset of `length` augmented images from `sources`, mixed by weight and reshuffled in every epoch."""
 
     def __init__(
         self,
@@ -124,18 +124,19 @@ class ImageStream(Dataset):
         seed: int,
         chosen: Sequence[ImageSource] | None = None,
     ) -> None:
-        """`sources` are the rows of the `chosen` sources of the configuration, None for all."""
+        """Initialize from `sources`, the rows of the `chosen` sources of the configuration (None: all)."""
         self.sources = sources
         self.config = config
         self.length = length
         self.seed = seed
         self.chosen = config.sources if chosen is None else chosen
         self.mixed = Interleaving([each.weight for each in self.chosen])
+        # Even salts only: (seed, 1, index) seeds the augmentation in `__getitem__`.
         self.orders = [order_of(rows, seed, 2 * k) for k, rows in enumerate(sources)]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """{source: its rows}: with other numbers item n is another one."""
+        """Return {source: number of rows}: if one changes, item n changes."""
         sources = zip(self.chosen, self.sources, strict=True)
         return {each.source: len(rows) for each, rows in sources if each.source != WORLD}
 
@@ -145,7 +146,7 @@ class ImageStream(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         k, rank = self.mixed.place(index)
         row = self.sources[k][self.orders[k].row(rank)]
-        rng = np.random.default_rng((self.seed, 1, index))
+        rng = np.random.default_rng((self.seed, 1, index))  # per item, so resuming does not replay earlier items
         offset = rng.random(2).tolist() if self.config.random_crop else (0.5, 0.5)
         image = crop(row["image"], self.config.image_size, offset)
         if self.config.flip and rng.random() < 0.5:
@@ -156,11 +157,11 @@ class ImageStream(Dataset):
 def image_stream(
     config: ImageDataConfig, length: int, seed: int, *, allow_withheld: bool = True, log_folder: Path | None = None
 ) -> ImageStream | ShapesImages:
-    """`length` images from the configuration's sources.
+    """Open the training stream: `length` images from the configuration's sources.
 
     Args:
-        allow_withheld: whether the shapes data set shows what it keeps for tests.
-        log_folder: where skipped rows are named, one file for each source.
+        allow_withheld: whether the shapes data set includes the pairs withheld for tests.
+        log_folder: folder of the logs of skipped rows, one file for each source.
 
     Raises:
         UserError: a source cannot be read.
@@ -182,8 +183,10 @@ def image_stream(
 
 
 def held_out_images(config: ImageDataConfig, length: int, seed: int) -> ImageStream | None:
-    """`length` images that `image_stream` never gives, neither cropped at random nor flipped; None if nothing is
-    held out: of shapes, of a source of one row, with `eval_share` 0."""
+    """Open a stream of `length` held-out images, which `image_stream` never returns, without random crop and flip.
+
+    Returns None if nothing is held out: for shapes, for a source of one row, or if `eval_share` is 0.
+    """
     outside = [each for each in config.sources if each.source != WORLD]
     parts = [(each, _usable(each, config, "test")) for each in outside if _holds_out(each, config)]
     if not parts:
@@ -193,7 +196,7 @@ def held_out_images(config: ImageDataConfig, length: int, seed: int) -> ImageStr
 
 
 def held_out_lines(train: ImageStream | ShapesImages, test: ImageStream | None) -> list[str]:
-    """Say of every source from outside how many rows are trained on and how many are held out."""
+    """Return one line for each external source: how many rows are trained on and how many are held out."""
     held_out = {} if test is None else test.sizes
     return [
         f"{source}: {rows} rows to train on, {held_out.get(source, 0)} held out" for source, rows in train.sizes.items()

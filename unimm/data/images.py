@@ -1,10 +1,10 @@
-"""Images as upright RGB, whatever holds them, and back to files: the processors, the command line, chat, the recipes'
-data and the benchmarks all read through here (`read_image`).
+"""Image loading and saving: paths, URLs, base64, Pillow images and arrays to upright RGB, and RGB back to files.
 
+The processors, the command line, chat, the recipes' data and the benchmarks all load images with `read_image`.
 Transparent parts become white, 16 bits are scaled (not clipped) to 8, the EXIF orientation is applied, an animation
-gives its first frame, CMYK and palettes become RGB. Of the metadata only the orientation matters: where it is broken
-the image is read as it lies. A file that is missing, cut off, no image or too large is one sentence (`UserError`).
-Writing is atomic: an image appears complete or not at all.
+returns its first frame, CMYK and palettes become RGB. A broken EXIF orientation is ignored. A file that is missing,
+truncated, not an image or too large raises a one-sentence `UserError`. Writes are atomic: an image is written whole
+or not at all.
 """
 
 import base64
@@ -30,7 +30,7 @@ from unimm.errors import UserError
 from unimm.runs.provenance import check_output, write_atomically
 
 MAX_PIXELS = 64_000_000
-"""Images with more pixels are refused before they are unpacked (192 MB as RGB)."""
+"""Images with more pixels are refused before they are decoded (192 MB as RGB)."""
 
 DECODER_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
@@ -47,17 +47,17 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright."""
+"""EXIF orientation -> transpose that makes the image upright."""
 
 Check = Callable[[tuple[int, int]], None]
-"""Is given (width, height) before the pixels are unpacked, and raises what a reader does not want to read."""
+"""Receives (width, height) before the pixels are decoded, and raises to reject the image."""
 
 _PROBES = 16
 NAME_LENGTH = 100
 """Characters of a URL or of base64 text that a message shows."""
 FETCH_SECONDS = 60
 SHORTEST_BASE64 = 80
-"""Characters of the smallest image as base64 text; what is shorter can only be a path."""
+"""Characters of the smallest image as base64 text; a shorter string can only be a path."""
 
 
 def read_image(source: Any) -> Image.Image:
@@ -68,7 +68,7 @@ def read_image(source: Any) -> Image.Image:
             mode, or an array or tensor (`unimm.data.arrays`).
 
     Raises:
-        UserError: it cannot be read, or is nothing of these.
+        UserError: the source cannot be read, or has another type.
     """
     if isinstance(source, Image.Image):
         with _told("that was given"):
@@ -83,7 +83,7 @@ def read_image(source: Any) -> Image.Image:
 
 
 def each_image(sources: Any) -> list[Any]:
-    """Return the single images of one, of a list of any depth, or of an array with a batch dimension; [] of None."""
+    """Flatten an image, a nested list of images or a batched array into a list of single images; None returns []."""
     if sources is None:
         return []
     if isinstance(sources, list | tuple):
@@ -94,17 +94,17 @@ def each_image(sources: Any) -> list[Any]:
 
 
 def load_image(path: str | Path, check: Check | None = None) -> Image.Image:
-    """Read an image file as an RGB image, upright.
+    """Load an image file as upright RGB.
 
     Raises:
-        UserError: the file is missing, is no image, is cut off or damaged, or holds more than `MAX_PIXELS` pixels.
+        UserError: the file is missing, not an image, truncated or damaged, or has more than `MAX_PIXELS` pixels.
     """
     with _pillow_silenced(), _opened(Path(path)) as image:
         return _unpacked(image, check)
 
 
 def decode_image(data: bytes, name: str, check: Check | None = None) -> Image.Image:
-    """As `load_image`, of the file's bytes; `name` is what messages call it."""
+    """Decode the bytes of an image file as `load_image` does; `name` identifies it in error messages."""
     with _pillow_silenced(), _understood(io.BytesIO(data), len(data), name) as image:
         return _unpacked(image, check)
 
@@ -112,14 +112,14 @@ def decode_image(data: bytes, name: str, check: Check | None = None) -> Image.Im
 def _unpacked(image: Image.Image, check: Check | None) -> Image.Image:
     if check is not None:
         check(image.size)
-    image.seek(0)
+    image.seek(0)  # first frame of an animation
     image.load()
     return to_rgb(image)
 
 
 def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
-    """Those that `load_image` would refuse, as far as the files' first bytes tell, and why: all but cut-off and damaged
-    images. Many are looked at together, because disks answer late rather than slowly."""
+    """Return {path: error} for the files that `load_image` would refuse, from their headers only: truncated or damaged
+    pixels are not found. Files are opened in parallel, because storage latency dominates."""
 
     def check(path: Path) -> UserError | None:
         try:
@@ -129,13 +129,13 @@ def unreadable_images(paths: Iterable[Path]) -> dict[Path, UserError]:
             return error
 
     ordered = sorted(set(paths))
-    with _pillow_silenced(), ThreadPoolExecutor(_PROBES) as pool:  # filters of warnings belong to no thread
+    with _pillow_silenced(), ThreadPoolExecutor(_PROBES) as pool:  # warning filters are global: set them once, here
         return {path: error for path, error in zip(ordered, pool.map(check, ordered), strict=True) if error is not None}
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image of a file, not unpacked yet; what goes wrong within becomes one sentence."""
+    """Open an image file without decoding it; errors inside the context become a one-sentence `UserError`."""
     with _told(str(path)):
         if not path.is_file():
             reason = "it is a folder" if path.is_dir() else "there is no such file"
@@ -163,7 +163,7 @@ def _understood(file: Path | io.BytesIO, size: int, name: str) -> Iterator[Image
 
 @contextlib.contextmanager
 def _told(name: str) -> Iterator[None]:
-    """Turn what Pillow raises about a damaged file into one sentence."""
+    """Convert Pillow's errors about a damaged file into a one-sentence `UserError`."""
     try:
         yield
     except (UserError, UnidentifiedImageError):
@@ -177,7 +177,7 @@ def _told(name: str) -> Iterator[None]:
 
 
 def _is_web_page(file: Path | io.BytesIO) -> bool:
-    """What a failed download leaves behind."""
+    """Return whether the file is an HTML page, which a failed download leaves behind."""
     if isinstance(file, io.BytesIO):
         head = file.getvalue()[:512]
     else:
@@ -187,8 +187,8 @@ def _is_web_page(file: Path | io.BytesIO) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return any Pillow image as upright 8-bit RGB without metadata; transparent parts are white. The argument is left
-    as it was."""
+    """Convert any Pillow image to upright 8-bit RGB without metadata; transparent parts become white. The argument is
+    not modified."""
     if not (image.width and image.height):
         raise UserError(f"An image of {image.width} x {image.height} holds no pixels.")
     turn = TURNS.get(_orientation(image))
@@ -199,13 +199,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image if image.mode == "RGB" else image.convert("RGB")
-    image.info = {}  # who reads this image again must not turn it again
+    image.info = {}  # drop EXIF, or a second call would rotate the image again
     return image
 
 
 def _orientation(image: Image.Image) -> Any:
-    """Return the EXIF orientation, 1 where it cannot be read."""
-    image.load()  # some formats keep their metadata behind the pixels
+    """Return the EXIF orientation, or 1 if it cannot be read."""
+    image.load()  # some formats store their metadata after the pixels
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except DECODER_ERRORS:
@@ -213,7 +213,7 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _fetched(source: str) -> bytes | None:
-    """Return the bytes that a string names by URL or holds as base64 text; None for a path."""
+    """Fetch a URL or decode base64 text to bytes; return None for a path."""
     if source.startswith(("http://", "https://")):
         try:
             with urllib.request.urlopen(source, timeout=FETCH_SECONDS) as answer:
@@ -239,14 +239,14 @@ WRITABLE = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
-"""Suffix -> format of the images that are written: others that Pillow knows lose colors or take minutes."""
+"""Suffix -> format of written images: other formats of Pillow lose colors or take minutes."""
 
 
 def save_image_atomically(image: Image.Image, path: str | Path) -> Path:
-    """Write `image` to `path` in the format of its suffix, making missing folders; returns the path.
+    """Write `image` to `path` in the format of its suffix, creating missing folders; return the path.
 
     Raises:
-        UserError: the suffix names no format that can be written, or the place cannot be written to.
+        UserError: the suffix is not a writable image format, or the path cannot be written to.
     """
     path = check_image_output(path)
     encoded = io.BytesIO()
@@ -256,10 +256,10 @@ def save_image_atomically(image: Image.Image, path: str | Path) -> Path:
 
 
 def check_image_output(path: str | Path) -> Path:
-    """The path, if an image can be written there by its name: asked before the work that makes the image.
+    """Return the path if an image can be written there; call it before the image is computed.
 
     Raises:
-        UserError: the suffix names no format that can be written, or the path or one of its parents stands in the way.
+        UserError: the suffix is not a writable image format, or the path or one of its parents is in the way.
     """
     path = Path(path)
     if path.suffix.lower() not in WRITABLE:
@@ -269,16 +269,16 @@ def check_image_output(path: str | Path) -> Path:
 
 
 def save_images(images: Sequence[Image.Image], path: str | Path) -> list[Path]:
-    """Write one image to `path`, more of them to free names as `save_numbered` does; return the paths."""
+    """Write one image to `path`, or several to free names as `save_numbered` does; return the paths."""
     return [save_image_atomically(images[0], path)] if len(images) == 1 else save_numbered(images, path)
 
 
 def save_numbered(images: Sequence[Image.Image], path: str | Path, first: int = 1) -> list[Path]:
-    """Write the images to `NAME-1.png`, `NAME-2.png`, ... and return the paths. Only names that are free are taken,
-    also if others write at the same time: nobody named these files, so none may be replaced.
+    """Write the images to `NAME-1.png`, `NAME-2.png`, ... and return the paths. Only free names are used, also with
+    concurrent writers: existing files are never overwritten.
 
     Args:
-        first: number to begin with; 0 is `path` itself.
+        first: number to start with; 0 is `path` itself.
     """
     saved: list[Path] = []
     for image in images:
@@ -292,7 +292,7 @@ def save_numbered(images: Sequence[Image.Image], path: str | Path, first: int = 
 
 
 def _reserved(path: Path, first: int) -> tuple[Path, int]:
-    """Make an empty file under the first free name, from number `first` on; return its path and the next number."""
+    """Create an empty file under the first free name, from number `first` on; return its path and the next number."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for number in count(first):
@@ -306,11 +306,11 @@ def _reserved(path: Path, first: int) -> tuple[Path, int]:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float gray as 8-bit gray: Pillow's own conversion clips everything above 255 to white."""
+    """Convert 16-bit, 32-bit and float gray to 8-bit gray: Pillow's conversion clips everything above 255 to white."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise UserError("The image holds values that are not finite (NaN or infinite): replace them first.")
-    if image.mode == "F":  # no format says what white is: [0, 1] if the values fit there, else 8 or 16 bits
+    if image.mode == "F":  # float formats do not define white: [0, 1] if the values fit, else 8 or 16 bits
         top = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), float(values.max()))
     else:
         top = 65535.0 if values.max() <= 65535 else float(2**32 - 1) if values.max() > 2**31 - 1 else float(2**31 - 1)
@@ -319,8 +319,8 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _pillow_silenced() -> Iterator[None]:
-    """Silence Pillow's warnings: about large images (the limit here is `MAX_PIXELS`, and it is an error) and about
-    metadata that is broken, which nothing here depends on."""
+    """Silence Pillow's warnings about large images (`MAX_PIXELS` is checked as an error) and about broken metadata
+    (unused)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         yield

@@ -1,8 +1,9 @@
-"""Flows of samples mixed at fixed shares into one endless stream.
+"""A data mixture: several flows (conversation, captioning, drawing) interleaved at fixed ratios into one endless
+training stream.
 
-Which flow gives sample n, and which of its samples that is, follows from n alone, so a run resumes at any
-position; and the shares hold in every batch, not only on average, because the flows are interleaved by largest deficit
-instead of being drawn (`unimm.data.shuffling`).
+Sample n, its flow included, is a pure function of n, so a run resumes at any position. The ratios hold in every batch,
+not only on average, because the flows are interleaved by largest deficit instead of being sampled at random
+(`unimm.data.shuffling`).
 """
 
 from collections.abc import Sequence, Sized
@@ -45,23 +46,23 @@ class FlowConfig:
         kind: "conversation" (the answers are learned), "captioning" (the captions are) or "drawing" (the image tokens
             are).
         ratio: share of the samples, relative to the other flows.
-        weight: factor of this flow's mean loss in the sum.
-        source: "shapes", or from outside, for a
+        weight: factor of this flow's mean loss in the total loss.
+        source: "shapes", or external data, for a
             conversation: a table with the columns image and messages (`sources.table_conversations`), or a .json or
             .jsonl file in LLaVA's format, whose images are in `image_folder`;
             captioning: images with captions, as `unimm.data.sources.registry` reads them;
             drawing: such images, or a folder of ids that `recipes/encode.py` wrote.
-        read: how images from outside are read and filtered.
-        question: what is asked about the images to describe.
-        num_turns: fewest and most questions about one image ("shapes" conversations only).
-        kind_shares: how often each kind of question is asked ("shapes" conversations only; None: the world's shares).
+        read: how external images are read and filtered.
+        question: the user's prompt for captioning.
+        num_turns: minimum and maximum number of questions about one image ("shapes" conversations only).
+        kind_shares: share of each kind of question ("shapes" conversations only; None: the data set's own shares).
         null_prompt_prob: share of the drawings whose caption is replaced by the null prompt.
-        max_bad_share: share of the rows from outside that may be damaged before the run stops.
-        eval_source: what is evaluated on, of the same kind and read alike; None holds out a share of `source`
+        max_bad_share: share of the external rows that may be damaged before the run stops.
+        eval_source: evaluation data of the same kind, read with the same options; None holds out a share of `source`
             (`MixtureConfig.eval_share`).
-        image_folder, drop_questions: of LLaVA's format, see `unimm.data.sources.llava.LlavaOptions`.
-        group_by_modality: every step takes rows with an image only, or without, of similar length (LLaVA's format, the
-            only flow).
+        image_folder, drop_questions: for LLaVA's format, see `unimm.data.sources.llava.LlavaOptions`.
+        group_by_modality: every step takes only rows with an image or only rows without, of similar length (LLaVA's
+            format, as the only flow).
     """
 
     kind: Literal["conversation", "captioning", "drawing"]
@@ -104,12 +105,12 @@ class FlowConfig:
 
 @dataclass
 class MixtureConfig:
-    """Flows by name, and what they are evaluated on.
+    """Flows by name, and their evaluation data.
 
     Args:
-        num_eval_samples: of the held-out stream that every evaluation scores; 0 evaluates nothing and holds out
-            nothing.
-        eval_share: of the rows of every source from outside that has no `eval_source`, held out of training.
+        num_eval_samples: samples of the held-out stream that every evaluation scores; 0 evaluates nothing and holds
+            out nothing.
+        eval_share: share of the rows held out of training, for every external source without an `eval_source`.
     """
 
     flows: dict[str, FlowConfig]
@@ -132,7 +133,7 @@ class MixtureConfig:
         return 0.0 if own or self.num_eval_samples == 0 else self.eval_share
 
     def refuse_overlaps(self) -> None:
-        """Raise UserError if a flow trains on what another one is evaluated on."""
+        """Raise UserError if a flow trains on rows that another flow is evaluated on."""
         outside = {name: flow for name, flow in self.flows.items() if flow.source != "shapes"}
         refuse_overlaps(
             [(flow.read.named(flow.source), self.share(name) > 0) for name, flow in outside.items()],
@@ -141,25 +142,25 @@ class MixtureConfig:
 
     @property
     def weights(self) -> dict[str, float]:
-        """{flow: factor of its loss}."""
+        """Return {flow: factor of its loss}."""
         return {name: flow.weight for name, flow in self.flows.items()}
 
     @property
     def null_prompt_prob(self) -> float:
-        """Share of the null prompt among the drawings, as the checkpoint records it."""
+        """Return the share of null prompts among the drawings, as the checkpoint records it."""
         drawings = [flow for flow in self.flows.values() if flow.kind == "drawing"]
         total = sum(flow.ratio for flow in drawings)
         return sum(flow.ratio * flow.null_prompt_prob for flow in drawings) / total if drawings else 0.0
 
 
 class Flow(Protocol):
-    """Where samples come from. A source with a length is passed through again and again."""
+    """A source of samples. A source with a length is repeated, epoch after epoch."""
 
     def messages(self, index: int) -> list[Message]: ...
 
 
 class Mixture(Dataset):
-    """Sample n of the stream: {"flow": name, "kind", "index": n, "messages"}."""
+    """A map-style dataset of the mixed stream; sample n is {"flow": name, "kind", "index": n, "messages"}."""
 
     def __init__(
         self,
@@ -170,12 +171,13 @@ class Mixture(Dataset):
         reserved: Sequence[str] = (),
         log_folder: Path | None = None,
     ) -> None:
-        """
+        """Open the sources of all flows.
+
         Args:
-            split: "test" gives `num_eval_samples` samples of held-out rows, or of another seed, without null prompts.
-            samples_per_step: of all processes together; needed by `group_by_modality`.
-            reserved: strings that stand for images in the model's text: rows from outside that write one are skipped.
-            log_folder: where the rows that had to be skipped are named, see `unimm.data.sources.llava`.
+            split: "test" returns `num_eval_samples` samples of held-out rows, or of another seed, without null prompts.
+            samples_per_step: samples of all processes together; needed by `group_by_modality`.
+            reserved: image placeholder strings of the model; external rows that contain one are skipped.
+            log_folder: folder of the logs of skipped rows, see `unimm.data.sources.llava`.
         """
         config.refuse_overlaps()
         self.config = config
@@ -193,13 +195,13 @@ class Mixture(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         k, rank = self.mixed.place(index)
         source, name, order = self.sources[k], self.names[k], self.orders[k]
-        if order is not None:  # counted on from pass to pass
+        if order is not None:  # rows keep counting across epochs, so that each epoch drops other captions
             rank = rank // order.count * len(source) + order.row(rank)
         return {"flow": name, "kind": self.config.flows[name].kind, "index": index, "messages": source.messages(rank)}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """{flow: rows that it passes over}, of those that have an end: with other numbers item n is another one."""
+        """Return {flow: number of rows} of the finite flows: if one changes, item n changes."""
         return {
             name: len(source)
             for name, source in zip(self.names, self.sources, strict=True)
@@ -207,7 +209,7 @@ class Mixture(Dataset):
         }
 
     def _order(self, k: int) -> Order | None:
-        """In what order the flow passes over its rows; None for one that has no end."""
+        """Return the order in which a flow visits its rows; None for an endless flow."""
         source: Any = self.sources[k]
         if not isinstance(self.sources[k], Sized):
             return None
@@ -222,14 +224,14 @@ class Mixture(Dataset):
 
 
 def training_streams(config: MixtureConfig, **surroundings: Any) -> tuple[Mixture, Mixture | None]:
-    """The stream to train on and the held-out one, None without samples to evaluate; `surroundings` are `Mixture`'s
-    further arguments."""
+    """Return the training stream and the held-out stream (None if no samples are evaluated); `surroundings` are
+    `Mixture`'s other arguments."""
     train = Mixture(config, **surroundings)
     return train, Mixture(config, split="test", **surroundings) if config.num_eval_samples else None
 
 
 def held_out_lines(train: Mixture, test: Mixture | None) -> list[str]:
-    """Say of every flow from outside how many rows are trained on and how many are held out."""
+    """Return one line for each external flow: how many rows are trained on and how many are held out."""
     lines = []
     for name, rows in train.sizes.items():
         flow = train.config.flows[name]
@@ -241,7 +243,7 @@ def held_out_lines(train: Mixture, test: Mixture | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What a source from outside has to know of the run."""
+    """Settings of the run that an external source needs."""
 
     reserved: tuple[str, ...]
     log_folder: Path | None
@@ -249,6 +251,7 @@ class _Surroundings:
 
 def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _Surroundings) -> Flow:
     flow = config.flows[name]
+    # One independent seed for each flow and split.
     seed = int(np.random.SeedSequence((config.seed, salt, split == "test")).generate_state(1)[0])
     null = flow.null_prompt_prob if split == "train" else 0.0
     if flow.source == "shapes":

@@ -1,4 +1,4 @@
-"""Whether what a run reads is there: looked at before a model is built, so that a wrong path costs seconds."""
+"""Check that the data of a run exists, before a model is built, so that a wrong path costs only seconds."""
 
 from unimm.data.mixture import FlowConfig, MixtureConfig
 from unimm.data.sources.ids import IdsManifest, holds_ids
@@ -10,7 +10,7 @@ from unimm.errors import UserError
 
 
 def require_sources(config: MixtureConfig) -> None:
-    """Raise UserError if a source of a mixture is missing, or lacks the columns that its flow reads; no row is read."""
+    """Raise UserError if a source of a mixture is missing or lacks the columns that its flow needs; reads no row."""
     config.refuse_overlaps()
     for flow in config.flows.values():
         for place in (flow.source, flow.eval_source):

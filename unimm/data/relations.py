@@ -1,4 +1,4 @@
-"""Spatial relations of two boxes, by GenEval's rule (arXiv 2310.11513)."""
+"""Spatial relations of two boxes, by GenEval's rule (https://arxiv.org/abs/2310.11513)."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 
 def relative_position(box_a: Box, box_b: Box, threshold: float = 0.1) -> set[str]:
-    """Relations in which box a stands to box b: none, one or two of "left of", "right of", "above", "below".
+    """Return the relations of box a to box b: none, one or two of "left of", "right of", "above", "below".
 
-    `threshold` times the summed extents of the boxes is a dead zone around b's centre, per axis.
+    `threshold` times the summed extents of the boxes is a dead zone around b's center, per axis.
     """
     a = np.asarray(box_a, dtype=np.float32)[:4].reshape(2, 2)
     b = np.asarray(box_b, dtype=np.float32)[:4].reshape(2, 2)

@@ -1,8 +1,9 @@
-"""Resizing whose cost follows the pixels of the image and of the result, also if one side is 100 000 times the other.
+"""Resizing whose cost is bounded by the pixels of the image and of the result, also for extreme aspect ratios
+(100 000 : 1).
 
-A strip that is cut to a square, or padded to one, passes through an image with far more pixels than both. Ordinary
-images take that way, as they always did. For a strip only the part that is kept is computed, by the same filter at the
-same places and in the same order; values differ by one level of 255 at most, in rare roundings.
+Resizing and then cropping (or padding) a strip to a square goes through an intermediate image with far more pixels than
+either. Ordinary images take that path. For a strip only the kept part is computed, with the same filter at the same
+positions and in the same order; values differ by at most one level of 255, due to rounding.
 """
 
 import math
@@ -12,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 WHOLE_PIXELS = 2**22
-"""Up to so many pixels between the image and the result are always made as a whole (2048 x 2048: 16 MB)."""
+"""Intermediate images of up to this many pixels are always computed whole (2048 x 2048: 16 MB)."""
 WHOLE_FACTOR = 4
-"""And up to so many times those of the image itself."""
+"""So are those of up to this many times the pixels of the input."""
 
 SUPPORT = {
     Image.Resampling.NEAREST: 0.5,
@@ -24,18 +25,18 @@ SUPPORT = {
     Image.Resampling.BICUBIC: 2.0,
     Image.Resampling.LANCZOS: 3.0,
 }
-"""How far each filter of Pillow reaches, in pixels of the smaller side."""
+"""Support (radius) of each Pillow filter, in pixels of the smaller side."""
 
 
 def is_strip(size: tuple[int, int], between: tuple[int, int]) -> bool:
-    """Tell whether an image of `size` is too small to be made `between` as a whole."""
+    """Return whether the intermediate image `between` is too large, given an image of `size`, to compute whole."""
     return math.prod(between) > max(WHOLE_PIXELS, WHOLE_FACTOR * math.prod(size))
 
 
 def resized_crop(
     image: Image.Image, resized: tuple[int, int], corner: Sequence[int], size: int, resample: Image.Resampling
 ) -> Image.Image:
-    """Resize `image` to `resized` (width, height), then cut out the square of `size` with its left top at `corner`."""
+    """Resize `image` to `resized` (width, height), then crop the square of side `size` at `corner` (left, top)."""
     left, top = corner
     if not is_strip(image.size, resized):
         whole = image if image.size == resized else image.resize(resized, resample)
@@ -52,7 +53,8 @@ def resized_crop(
 def padded_strip(
     image: Image.Image, size: tuple[int, int], color: tuple[int, ...], resample: Image.Resampling
 ) -> Image.Image:
-    """Resize a strip in the middle of a square of `color`, which is never made, to `size` (width, height)."""
+    """Pad a strip to a square of `color`, centered, and resize to `size` (width, height), without allocating the
+    square."""
     width, height = size
     result = Image.new("RGB", size, color)
     if image.height > image.width:
@@ -68,14 +70,15 @@ def padded_strip(
 def _across(
     image: Image.Image, side: int, new: int, color: tuple[int, ...], resample: Image.Resampling
 ) -> tuple[int, Image.Image]:
-    """Resize the rows of an image in the middle of `side` columns of `color` to `new` columns; return the number of the
-    first one that the image reaches, and those that it reaches."""
+    """Center an image in `side` columns of `color` and resize the rows to `new` columns; return the number of the first
+    column that the image touches, and the columns that it touches."""
     scale, left = side / new, (side - image.width) // 2
     reach = SUPPORT[resample] * max(1.0, scale)
     first = max(0, math.floor((left - reach) / scale))
     last = min(new, math.ceil((left + image.width + reach) / scale))
     x0, x1, start, end = _span(first * scale, last * scale, side, reach)
-    single = np.zeros((image.width, x1 - x0), dtype=np.float32)  # each column of the image alone: gives its weights
+    # Resizing one-hot columns yields Pillow's own filter weights.
+    single = np.zeros((image.width, x1 - x0), dtype=np.float32)
     np.fill_diagonal(single[:, left - x0 :], 1)
     box = (start, 0, end, image.width)
     weights = np.asarray(Image.fromarray(single).resize((last - first, image.width), resample, box=box))
@@ -91,7 +94,7 @@ def _across(
 
 
 def _span(start: float, end: float, side: int, reach: float) -> tuple[int, int, float, float]:
-    """Return the whole pixels [first, last) that a filter of this reach reads for [start, end), and these within them:
-    Pillow keeps a box in single precision, which near 0 is exact enough."""
+    """Return the whole pixels [first, last) that a filter of this reach reads for [start, end), and start and end
+    relative to them: Pillow stores a box in single precision, which is exact enough only near 0."""
     first, last = max(0, math.floor(start - reach) - 1), min(side, math.ceil(end + reach) + 1)
     return first, last, max(0.0, start - first), min(float(last - first), end - first)

@@ -1,7 +1,7 @@
-"""The order of an endless stream over finite sets: what item n is follows from (seed, n) alone.
+"""Shuffled orders of an endless stream over finite data: item n is a pure function of (seed, n).
 
-A set that lies in blocks (shards, row groups) is shuffled by blocks and, within a few of them at a time,
-by rows, so that a reader stays near one place; and that order too is computed for item n without walking to it.
+Data stored in blocks (shards, row groups) is shuffled by block and, within a pool of a few blocks, by row, which keeps
+reads local. Item n is computed directly, without iterating over the items before it.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from torch.utils.data import Dataset
 
 from unimm.errors import UserError
 
-_CYCLE = 1000  # shares are kept to a thousandth
+_CYCLE = 1000  # length of the interleaving cycle: shares are exact to 1/1000
 
 
 class Rows(Dataset):
-    """Rows that can be read in any order.
+    """Base class of map-style data sets with random access to their rows.
 
     Attributes:
-        blocks: numbers of rows of the blocks that they lie in, in order; None where every row is equally near.
-        pool: how many blocks are shuffled together.
-        caption_gap: why no row has a caption, None where some have.
-        column_names: of a table, else none.
+        blocks: number of rows of each storage block, in order; None if any row is equally fast to read.
+        pool: number of blocks that are shuffled together.
+        caption_gap: why no row has a caption; None if some have one.
+        column_names: columns of a table, else empty.
     """
 
     blocks: np.ndarray | None = None
@@ -37,7 +37,7 @@ class Rows(Dataset):
         raise NotImplementedError
 
     def number(self, index: int) -> int:
-        """Return the number that row `index` has in its source; another one if these are a part of its rows."""
+        """Return the number of row `index` in its source; it differs from `index` if these are a subset of its rows."""
         return index
 
     @property
@@ -47,7 +47,7 @@ class Rows(Dataset):
 
 
 class Placed(Protocol):
-    """What is passed over: how many rows, and where they lie (`Rows`)."""
+    """Anything with a length and a block layout (`Rows`)."""
 
     @property
     def blocks(self) -> np.ndarray | None: ...
@@ -59,7 +59,7 @@ class Placed(Protocol):
 
 
 class Order(Protocol):
-    """Which row is item n; `count` items are an epoch."""
+    """Maps item n to a row; `count` items are one epoch."""
 
     count: int
 
@@ -67,15 +67,15 @@ class Order(Protocol):
 
 
 def order_of(rows: Placed, seed: int, salt: int = 0) -> Order:
-    """The order in which a stream passes over `rows` again and again."""
+    """Return the order in which a stream repeats `rows`, epoch after epoch."""
     if rows.blocks is None:
         return EpochOrder(len(rows), seed, salt)
     return BlockOrder(rows.blocks, rows.pool, seed, salt)
 
 
 class EpochOrder:
-    """Item n of the stream is `row(n)`: each epoch visits all `count` rows in a new order, a function of (seed, salt,
-    epoch) only."""
+    """A full shuffle: item n of the stream is `row(n)`, and each epoch visits all `count` rows in a new order, a pure
+    function of (seed, salt, epoch)."""
 
     def __init__(self, count: int, seed: int, salt: int = 0) -> None:
         self.count, self.seed, self.salt = count, seed, salt
@@ -88,13 +88,13 @@ class EpochOrder:
         return int(self._order[1][position])
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """The rows of one epoch in its order [count]."""
+        """Return the shuffled rows of one epoch [count]."""
         return rng.permutation(self.count)
 
 
 class BlockOrder:
-    """As `EpochOrder`: each epoch puts the blocks in a new order, `pool` of them at a time, and the rows of such a pool
-    in a new order among themselves. Memory is that of one pool's rows."""
+    """A local shuffle: each epoch shuffles the blocks, groups them into pools of `pool` blocks, and shuffles the rows
+    within each pool. Memory is that of one pool's row numbers."""
 
     def __init__(self, blocks: np.ndarray, pool: int, seed: int, salt: int = 0) -> None:
         self.blocks, self.pool, self.key = blocks, pool, (seed, salt)
@@ -113,7 +113,7 @@ class BlockOrder:
         return int(self._rows[1][position - (ends[k - 1] if k else 0)])
 
     def _pools(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The blocks of each pool, and the position behind each pool's last row."""
+        """Return the blocks of each pool, and the position after each pool's last row."""
         if self._epoch is None or self._epoch[0] != epoch:
             order = np.random.default_rng((*self.key, epoch)).permutation(len(self.blocks))
             pools = [order[start : start + self.pool] for start in range(0, len(order), self.pool)]
@@ -122,22 +122,22 @@ class BlockOrder:
 
 
 class Interleaving:
-    """Several endless streams as one, each at its share in every stretch: at every position comes the one that lags
-    furthest behind."""
+    """Mixes several endless streams so that each keeps its share in every stretch: the next item comes from the stream
+    that is furthest below its share."""
 
     def __init__(self, ratios: Sequence[float]) -> None:
         self.order = interleave(ratios)
         self.earlier = np.stack([np.cumsum(self.order == k) - (self.order == k) for k in range(len(ratios))])
 
     def place(self, index: int) -> tuple[int, int]:
-        """(stream, rank within it) of item `index`."""
+        """Return (stream, rank within the stream) of item `index`."""
         cycle, position = divmod(index, _CYCLE)
         k = int(self.order[position])
         return k, cycle * int((self.order == k).sum()) + int(self.earlier[k, position])
 
 
 def interleave(ratios: Sequence[float]) -> np.ndarray:
-    """The stream of each of 1000 positions [1000]: at every position the one that lags furthest behind its share."""
+    """Compute the stream of each of 1000 positions [1000]: always the one that is furthest below its share."""
     shares = np.asarray(ratios, dtype=np.float64) / sum(ratios)
     given = np.zeros(len(shares))
     order = np.empty(_CYCLE, dtype=np.int64)
@@ -150,8 +150,8 @@ def interleave(ratios: Sequence[float]) -> np.ndarray:
 
 
 class OwnBatches(Sequence[int]):
-    """The numbers of the samples of one process, from `start` on: of every `count` batches of `size` samples the
-    `index`-th is its own, so that the processes' batches one after the other are the stream."""
+    """The sample numbers of one process, from `start` on: it takes the `index`-th of every `count` batches of `size`
+    samples, so that the batches of all processes, in turn, are the stream."""
 
     def __init__(self, start: int, stop: int, *, size: int, index: int = 0, count: int = 1) -> None:
         self.start, self.size, self.own, self.every = start, size, index, count  # a Sequence has methods index, count

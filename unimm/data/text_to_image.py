@@ -1,7 +1,8 @@
-"""Drawings: a caption asks for an image and the assistant's turn holds it. Yields PIL images and text, never a tensor.
+"""Text-to-image samples ("drawings"): the user's turn is a caption, the assistant's turn is the image (PIL images and
+text, no tensors).
 
-A share of the captions is replaced by the empty prompt, on which classifier-free guidance rests
-(https://arxiv.org/abs/2207.12598). Sample n, its dropout included, is a pure function of (seed, n).
+A share of the captions is replaced by the empty prompt, for classifier-free guidance
+(https://arxiv.org/abs/2207.12598). Sample n, its caption dropout included, is a pure function of (seed, n).
 """
 
 import numpy as np
@@ -20,7 +21,8 @@ NULL_PROMPT = ""
 
 
 class ShapesDrawings:
-    """Endless captioned scenes of the shapes data set; the split "test" holds captions that "train" never shows."""
+    """An endless stream of captioned scenes of the shapes data set; captions of the split "test" never occur in
+    "train"."""
 
     def __init__(self, seed: int, *, split: Split = "train", null_prompt_prob: float = 0.0) -> None:
         self.seed = seed
@@ -28,14 +30,14 @@ class ShapesDrawings:
         self.null_prompt_prob = checked_probability(null_prompt_prob)
 
     def messages(self, index: int) -> list[Message]:
-        """Caption and drawing of sample `index`."""
+        """Return caption and image of sample `index`."""
         rng = np.random.default_rng((self.seed, index))
         scene, prompt = sample_captioned_scene(rng, split=self.split)
         return drawing(prompt.prompt, render(scene), null=rng.random() < self.null_prompt_prob)
 
 
 class ImageDrawings(RowsFlow):
-    """Captioned images of one's own, the centre cut out at `image_size` pixels."""
+    """A text-to-image flow of external captioned images, center-cropped to `image_size` pixels."""
 
     def __init__(self, rows: Rows, *, seed: int, image_size: int, null_prompt_prob: float = 0.0) -> None:
         super().__init__(rows)
@@ -44,19 +46,19 @@ class ImageDrawings(RowsFlow):
         self.null_prompt_prob = checked_probability(null_prompt_prob)
 
     def messages(self, index: int) -> list[Message]:
-        """Caption and drawing of row `index` modulo the number of rows; each pass drops other captions."""
+        """Return caption and image of row `index` modulo the number of rows; each epoch drops other captions."""
         row = self.row(index)
         null = dropped(self.seed, index, self.null_prompt_prob)
         return drawing(row["text"], crop(row["image"], self.image_size), null=null)
 
 
 class IdDrawings(RowsFlow):
-    """Captioned images that are ids already (`recipes/encode.py`)."""
+    """A text-to-image flow of captioned images that are already encoded as ids (`recipes/encode.py`)."""
 
     def __init__(
         self, ids: IdsFolder, *, seed: int, null_prompt_prob: float = 0.0, rows: PartOfRows | None = None
     ) -> None:
-        """`rows` are those of the folder that are drawn from; None takes all."""
+        """Initialize from a folder of ids; `rows` selects a part of it, None takes all."""
         super().__init__(rows or ids)
         self.ids = ids
         ids.require_captions()
@@ -64,19 +66,19 @@ class IdDrawings(RowsFlow):
         self.null_prompt_prob = checked_probability(null_prompt_prob)
 
     def messages(self, index: int) -> list[Message]:
-        """Caption and ids [M] of row `index` modulo the number of rows; each pass drops other captions."""
+        """Return caption and ids [M] of row `index` modulo the number of rows; each epoch drops other captions."""
         row = self.row(index)
         asked = message("user", NULL_PROMPT if dropped(self.seed, index, self.null_prompt_prob) else row["text"])
         return [asked, {"role": "assistant", "content": [{"type": "image", "ids": row["ids"]}]}]
 
 
 def dropped(seed: int, index: int, probability: float) -> bool:
-    """Whether sample `index` loses its caption."""
+    """Return whether the caption of sample `index` is dropped."""
     return bool(np.random.default_rng((seed, index)).random() < probability)
 
 
 def drawing(prompt: str, image: Image.Image, *, null: bool = False) -> list[Message]:
-    """The prompt (or the null prompt) in the user's turn, the image in the assistant's."""
+    """Build the messages of a drawing: the prompt (or the null prompt) from the user, the image from the assistant."""
     asked = message("user", NULL_PROMPT if null else prompt)
     return [asked, {"role": "assistant", "content": [{"type": "image", "image": image}]}]
 

@@ -1,7 +1,7 @@
-"""What `unimm eval` runs: a suite is one row, its command is imported when it is asked for.
+"""Registry of the suites that `unimm eval` runs; a suite's command is imported only if it is selected.
 
-A command takes its own arguments (`unimm eval SUITE --help` shows them) and reports by itself; the driver of the same
-benchmark under eval/ is the same code by path.
+A command parses its own arguments (`unimm eval SUITE --help` lists them) and writes its own report; the script of the
+same benchmark under eval/ runs the same code.
 """
 
 import argparse
@@ -17,11 +17,11 @@ REPORT, ALL = "report", "all"
 
 
 class Suite(NamedTuple):
-    """One row.
+    """One row of the registry.
 
     Args:
-        place: of its command, `module:function`.
-        options: what `all` hands over to it, where given.
+        place: the command, as `module:function`.
+        options: arguments of `all` that are passed on to it if given.
     """
 
     place: str
@@ -43,10 +43,10 @@ MEASURING = tuple(name for name in SUITES if name != REPORT)
 
 
 def run_suite(name: str, argv: Sequence[str]) -> None:
-    """Run one suite with its arguments, or `all` with what its suites need.
+    """Run one suite with its arguments, or `all` with the arguments that its suites need.
 
     Raises:
-        UserError: no such suite, or what the suite refuses.
+        UserError: there is no such suite, or the suite cannot run.
     """
     if name == ALL:
         _run_all(argv)
@@ -58,8 +58,8 @@ def run_suite(name: str, argv: Sequence[str]) -> None:
 
 
 def _run_all(argv: Sequence[str]) -> None:
-    """Every suite in turn, each into a folder of its own with its pages. A suite that lacks something (weights, data,
-    a package) does not stop the others: what it lacks is said at the end, and the command fails."""
+    """Run every suite in turn, each into its own folder with an HTML report. A suite that lacks something (weights,
+    data, a package) does not stop the others: the errors are listed at the end, and the command fails."""
     arguments = _parser().parse_args(argv)
     refused = []
     for name in MEASURING:
@@ -77,7 +77,7 @@ def _run_all(argv: Sequence[str]) -> None:
 
 
 def _runs_in(folder: Path) -> Iterator[Path]:
-    """The folder of a suite, or, of one that leaves several runs, theirs."""
+    """Yield a suite's folder, or its run folders if it writes several runs."""
     own = folder / MANIFEST
     yield from [folder] if own.exists() else (path.parent for path in sorted(folder.glob(f"*/{MANIFEST}")))
 

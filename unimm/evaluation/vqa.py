@@ -1,9 +1,9 @@
-"""Models that answer questions about images, as judges of drawn ones: BLIP-VQA, ViLT, any chat model, mPLUG.
+"""VQA models that score generated images by answering questions about them: BLIP-VQA, ViLT, any chat model, mPLUG.
 
-An answer depends on its image and its question only. Requests that came out with tensors of one shape
-share a forward and nothing is ever padded: BLIP's decoder attends to the padding of its question, and ViLT shuffles its
-patches by the global random state, which is fixed around its forward. Figures of two judges are figures of two scales:
-`describe` gives what has to stand beside every number.
+An answer depends only on its image and question. Requests whose tensors have equal shapes share a forward, and nothing
+is padded: BLIP's decoder attends to the padding of its question. ViLT shuffles its patches by the global random state,
+which is fixed around its forward. Scores by different VQA models are not comparable: `describe` returns what to record
+with every number.
 """
 
 import importlib
@@ -39,8 +39,8 @@ T = TypeVar("T")
 
 
 class YesNo(NamedTuple):
-    """An answer to a yes-or-no question, as written, and P(yes) / (P(yes) + P(no)) where the judge has one; `guessed`
-    says that the judge had to choose between the two though it would have said something else."""
+    """An answer to a yes-or-no question, as written, and P(yes) / (P(yes) + P(no)) if the model has one; `guessed`
+    means that yes or no was forced although the model's most likely token was something else."""
 
     answer: str
     probability: float | None = None
@@ -48,13 +48,13 @@ class YesNo(NamedTuple):
 
 
 class Judge:
-    """What all judges have in common.
+    """Base class of the VQA models.
 
     Args:
         model: the network, in evaluation mode.
-        processor: the one that was saved beside it.
-        name: where it comes from: a hub id, or the last part of a folder's path.
-        batch_size: requests in one forward.
+        processor: the processor saved with it.
+        name: a hub id, or the last part of a folder's path.
+        batch_size: requests per forward.
     """
 
     kind: str
@@ -64,19 +64,19 @@ class Judge:
         self.fingerprint = model_fingerprint(model)
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-        """The short answer to each question about the image beside it, stripped.
+        """Return the short answer to each question about the image at the same index, stripped.
 
         Raises:
-            UserError: not as many questions as images.
+            UserError: the numbers of questions and images differ.
         """
         return self._batched(images, questions, self._answer)
 
     def answer_yes_no(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[YesNo]:
-        """The same for questions that yes or no answers, with a soft score where the judge has one."""
+        """Answer yes-or-no questions, with a soft score if the model has one."""
         return [YesNo(answer) for answer in self.answer(images, questions)]
 
     def describe(self) -> dict[str, Any]:
-        """What decides the answers beside image and question."""
+        """Return what determines the answers besides image and question, to be recorded with every result."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -100,14 +100,14 @@ class Judge:
         run: Callable[[dict[str, Tensor]], list[T]],
         suffix: str = "",
     ) -> list[T]:
-        """`run` over requests whose tensors have equal shapes, `batch_size` at a time; results in the given order."""
+        """Apply `run` to requests grouped by tensor shapes, `batch_size` at a time; results keep the input order."""
         if len(images) != len(questions):
             raise UserError(f"{len(images)} images and {len(questions)} questions: each question needs its image.")
         results: dict[int, T] = {}
         waiting: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
 
         def flush(group: list[tuple[int, dict[str, Tensor]]]) -> None:
-            # Whatever a processor gives has its requests, or their patches, along the first dimension.
+            # Processors put the requests, or their patches, along the first dimension, so concatenating them is safe.
             joined = {name: torch.cat([inputs[name] for _, inputs in group]) for name in group[0][1]}
             answers = run({name: self._placed(tensor) for name, tensor in joined.items()})
             results.update(zip((index for index, _ in group), answers, strict=True))
@@ -128,7 +128,7 @@ class Judge:
 
 
 class BlipVQA(Judge):
-    """BLIP fine-tuned on VQAv2, which writes its answer; greedy."""
+    """BLIP fine-tuned on VQAv2, which generates its answer, greedily."""
 
     kind = "blip"
 
@@ -138,11 +138,12 @@ class BlipVQA(Judge):
 
 
 class ViltVQA(Judge):
-    """ViLT fine-tuned on VQAv2, which chooses one of its answers (3129 in the published checkpoint)."""
+    """ViLT fine-tuned on VQAv2, a classifier over fixed answers (3129 in the published checkpoint)."""
 
     kind = "vilt"
 
     def _answer(self, inputs: dict[str, Tensor]) -> list[str]:
+        # ViLT samples its patches from the global random state: fix it here and restore the caller's.
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
@@ -151,10 +152,10 @@ class ViltVQA(Judge):
 
 
 class ChatVQA(Judge):
-    """A multimodal chat model (Qwen-VL and whatever AutoModelForImageTextToText knows).
+    """A multimodal chat model (Qwen-VL and others that AutoModelForImageTextToText loads).
 
-    It is asked for a word or a phrase, greedily; a yes-or-no question is answered by the larger of P(yes) and P(no) of
-    the first token, each summed over its spellings.
+    It is prompted for a word or a phrase and decoded greedily. A yes-or-no question is answered by the larger of P(yes)
+    and P(no) at the first token, each summed over its spellings.
     """
 
     kind = "chat"
@@ -173,6 +174,7 @@ class ChatVQA(Judge):
                 raise UserError(
                     f"{self.name} gives scores that are not finite in {self.model.dtype}: no yes and no no."
                 )
+            # If the most likely token is no spelling of yes or no, the answer was forced: mark it as guessed.
             likeliest = scores.argmax(dim=-1).tolist()
             written = {token for tokens in spellings.values() for token in tokens}
             return [
@@ -202,11 +204,12 @@ class ChatVQA(Judge):
 
 
 class MplugVQA(Judge):
-    """mPLUG, the judge of the published DPG-Bench figures, through ModelScope's own pipeline."""
+    """mPLUG, the VQA model behind the published DPG-Bench figures, run by ModelScope's pipeline."""
 
     kind = "mplug"
 
     def __init__(self, model_id: str, device: str) -> None:
+        # modelscope is optional and no dependency of this package.
         try:
             pipelines = importlib.import_module("modelscope.pipelines")
             tasks = importlib.import_module("modelscope.utils.constant").Tasks
@@ -230,7 +233,7 @@ class MplugVQA(Judge):
         return described | {"dtype": "as published", "device": self.device}
 
 
-# kind -> (its class, the class that loads its network)
+# kind -> (class here, transformers class that loads the network)
 KINDS: dict[str, tuple[type[Judge], Any]] = {
     "blip": (BlipVQA, BlipForQuestionAnswering),
     "vilt": (ViltVQA, ViltForQuestionAnswering),
@@ -246,15 +249,15 @@ def load_vqa_model(
     dtype: torch.dtype | None = None,
     batch_size: int = 16,
 ) -> Judge:
-    """A judge from a folder or a hub id; "mplug" is the official one of DPG-Bench.
+    """Load a VQA model from a folder or a hub id; "mplug" is DPG-Bench's official one.
 
     Args:
         kind: "blip", "vilt", "chat" or "mplug"; None reads it from the configuration.
-        device: None takes the GPU when there is one.
+        device: None takes the GPU if there is one.
         dtype: None is float32 on the CPU and bfloat16 elsewhere.
 
     Raises:
-        UserError: nothing there, no model that answers questions, or a checkpoint with holes.
+        UserError: nothing is found, the model is not a VQA model, or weights are missing from the checkpoint.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "mplug" in (kind, str(path_or_id)):
@@ -276,7 +279,7 @@ def load_vqa_model(
 def _processor(path_or_id: str | Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(path_or_id)
-    except ImportError as error:  # Qwen-VL's processor reads videos too, and needs torchvision for them
+    except ImportError as error:  # Qwen-VL's processor also loads a video processor, which needs torchvision
         raise UserError(f"The processor of {path_or_id} needs a package that is missing: {one_line(error)}") from error
 
 

@@ -1,6 +1,6 @@
-"""Image ids inside a sentence: a language model that reads images and draws them.
+"""Unified multimodal LLMs: language models with image ids in their vocabulary that understand and generate images.
 
-Importing it registers the Auto classes.
+Importing this package registers the Auto classes.
 """
 
 from unimm.mllm.attach import attach

@@ -1,7 +1,7 @@
-"""What the parts of a unified model say of each other: settings, weights, tokenizer, processor and chat template.
+"""Consistency checks between the parts of a unified model: config, weights, tokenizer, processor and chat template.
 
-Each part may be sound and the whole still wrong: a grid that the image tokenizer does not have, a marker that is an
-image id, a template that writes nothing. Said when the model is loaded, not after a question was answered with nothing.
+Each part may be valid and the combination still wrong: a grid that the image tokenizer does not have, a marker that is
+an image id, a template that renders nothing. Such errors are raised when the model is loaded, not seen in bad outputs.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ PROBE = "A word, please?"
 
 
 def check_agreement(model: Any, processor: Any, source: object = "This model") -> None:
-    """Raise UserError with the first disagreement of `disagreements`."""
+    """Raise UserError with the first of the `disagreements`."""
     for found in disagreements(model, processor):
         raise UserError(f"{source}: {found}.")
 
 
 def disagreements(model: Any, processor: Any) -> Iterator[str]:
-    """What does not fit, one sentence each without its full stop."""
+    """Yield every inconsistency as one sentence without its full stop."""
     yield from _of_text(processor)
     yield from _of_images(model, processor)
     yield from _of_token_ids(model, processor)

@@ -1,7 +1,7 @@
-"""Answers to many conversations at once: one batch, padded on the left, any number of images in each.
+"""Batched answering of conversations, padded on the left, with any number of images in each.
 
-A conversation's answer does not depend on its company. Rows of different lengths share one forward, the
-mask tells them apart, and each answer ends where its own conversation leaves no more room in the model's context.
+An answer does not depend on the rest of the batch: padding is masked, and each answer is cut at the model's context
+length counted from its own conversation.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from transformers import BatchFeature
 from unimm.errors import UserError
 
 Conversation = list[dict[str, Any]]
-"""Messages in the chat format of transformers, images as PIL images in them."""
+"""Messages in the chat format of transformers, with PIL images."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said, how many tokens were read before it, and how many it took (its end token not counted)."""
+    """The text of an answer, the length of its prompt, and its own length in tokens (without the end token)."""
 
     text: str
     prompt_tokens: int
@@ -27,9 +27,9 @@ class Answer:
 
 
 def chat_inputs(model: Any, processor: Any, conversations: Sequence[Conversation]) -> BatchFeature:
-    """Model inputs of conversations that the assistant is to go on with, on the model's device; padded on the left.
+    """Return model inputs of conversations with a generation prompt, padded on the left, on the model's device.
 
-    Markers in what people said are plain characters: no text can open an image or end a turn.
+    Markers in user text are encoded as plain characters: no text can open an image or end a turn.
     """
     inputs: BatchFeature = processor.apply_chat_template(
         list(conversations),
@@ -46,13 +46,13 @@ def chat_inputs(model: Any, processor: Any, conversations: Sequence[Conversation
 def answer_all(
     model: Any, processor: Any, conversations: Sequence[Conversation], *, max_new_tokens: int, **generation: Any
 ) -> list[Answer]:
-    """One answer for each conversation, in their order.
+    """Generate one answer for each conversation, in their order.
 
     Args:
-        generation: of `model.generate` in text mode; greedy unless it says `do_sample=True`.
+        generation: arguments of `model.generate` in text mode; greedy unless `do_sample=True`.
 
     Raises:
-        UserError: a conversation leaves no room for an answer.
+        UserError: if a conversation leaves no room for an answer.
     """
     inputs = chat_inputs(model, processor, conversations)
     lengths = inputs["attention_mask"].sum(1).tolist()
@@ -74,7 +74,7 @@ def answer_all(
 
 
 def _end_tokens(model: Any) -> set[int]:
-    """Return the tokens that end an answer; behind one its row holds padding only."""
+    """Return the tokens that end an answer; only padding follows them in a row."""
     ends = model.generation_config.eos_token_id
     return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 

@@ -1,6 +1,6 @@
-"""Arguments of `generate`: which of transformers' mean something in image mode and in text mode, and why others do not.
+"""Arguments of `generate`: which of transformers' are supported in image mode and in text mode, and why others are not.
 
-docs/attach.md holds the same as a table, and a test compares the two and tries out every row.
+docs/attach.md has the same as a table; a test compares the two and runs every row.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
 }
 IMAGE_MODE_REFUSES = {name: reason for reason, names in _REASONS.items() for name in names}
-"""Argument -> why image mode does not take it. None, False and the library's neutral values are taken."""
+"""Argument -> why image mode rejects it. None, False and the neutral values of transformers are accepted."""
 
 IMAGE_MODE_IGNORES = frozenset(
     (
@@ -52,7 +52,7 @@ IMAGE_MODE_IGNORES = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "disable_compile", "trust_remote_code"),
     )
 )
-"""Arguments that change no image, which callers for both modes may send along."""
+"""Arguments that do not affect images and are ignored, so that callers can share arguments between both modes."""
 
 TEXT_MODE_REFUSES = {
     "assistant_early_exit": "early exit needs a model that is a language model and nothing else: give assistant_model",
@@ -63,16 +63,17 @@ TEXT_MODE_REFUSES = {
 _OUTPUTS = ("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits")
 _NEUTRAL = GenerationConfig._get_default_generation_params()
 _NEUTRAL |= {"encoder_repetition_penalty": 1.0, "typical_p": 1.0}
-_OWN_CACHES = ("dynamic", "static")  # both give the ids that drawing gives
+_OWN_CACHES = ("dynamic", "static")  # both return the same ids as image mode's own cache
 
 
 def image_mode_arguments(
     own: GenerationConfig, given: GenerationConfig | None, arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """Merge what a caller asked for: fields of `given` that differ from the checkpoint's `own`, below `arguments`.
+    """Merge the requested arguments: fields of `given` that differ from the checkpoint's `own`, overridden by
+    `arguments`.
 
     Raises:
-        UserError: an argument without a meaning in image mode, in either of them.
+        UserError: if an argument in either of them is not supported in image mode.
     """
     asked: dict[str, Any] = {}
     if given is not None:
@@ -88,7 +89,7 @@ def image_mode_arguments(
 
 
 def check_text_mode(given: GenerationConfig, arguments: dict[str, Any]) -> None:
-    """Raise UserError for an argument that a stock model takes and this one in text mode does not."""
+    """Raise UserError for an argument that stock models support and text mode of a unified model does not."""
     for name, reason in TEXT_MODE_REFUSES.items():
         value = arguments.get(name, getattr(given, name, None))
         if value not in (None, False) and (name != "cache_implementation" or value == "paged"):

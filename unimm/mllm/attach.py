@@ -1,9 +1,9 @@
-"""`attach`: a language or multimodal model and an image tokenizer become one model that reads images and draws
-them.
+"""`attach`: combine a language or multimodal model (the host) and an image tokenizer into one unified model that
+understands and generates images.
 
-Nothing is overwritten in place. The parts are copied into a new model, the text rows of the embedding
-and of the head bit for bit, and the image rows are added above a padded base (see `vocabulary.py`). What is new is
-untrained: the projector and the image rows; both need training before the model sees or draws anything.
+The host is not modified. Its parts are copied into a new model, the text rows of the embedding and of the head bit for
+bit, and rows for the image ids are added above a padded base (see `vocabulary.py`). The projector and the image rows
+are untrained: train both before the model understands or generates images.
 """
 
 import copy
@@ -46,26 +46,26 @@ from unimm.saving import no_load_report, refuse_holes
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 from unimm.tokenizer.loading import load_image_tokenizer
 
-TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only language models that are composed to a LLaVA
+TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only language models that become a LLaVA
 PARTS_OF_THEIR_OWN = ("model.vision_tower.", "model.visual.", "model.language_model.", "lm_head.")
-"""What attaching exchanges or grows; everything else of a multimodal host (projector, newline) is taken as it is."""
+"""Weights that `attach` replaces or extends; all others of a multimodal host (projector, newline) are copied as is."""
 _MOVED = {"model.visual.merger.": "model.multi_modal_projector.merger."}
 SUPPORTED = (*TEXT_HOSTS, *MULTIMODAL_HOSTS)
 
 
-_UNKEPT = ("architectures", "transformers_version", "_name_or_path", "dtype")  # of a host's config: not what it is
+_UNKEPT = ("architectures", "transformers_version", "_name_or_path", "dtype")  # not part of the architecture
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """What became of a host's parts: `kept` bit for bit, and `untrained`, to be trained before it sees or draws."""
+    """The parts of a model after `attach`: `kept` from the host bit for bit, and `untrained`, which need training."""
 
     host: str
     kept: tuple[str, ...]
     untrained: tuple[str, ...]
 
     def sentence(self) -> str:
-        """For people: what to train, in the recipes' order."""
+        """Return a summary for the user: what was kept, and what to train in which order."""
         stages = ["recipes/t2i.py (image rows)"]
         if "projector" in self.untrained:
             stages.insert(0, "recipes/sft.py (projector first, then all)")
@@ -91,29 +91,30 @@ def attach(
     """Build a unified model from a host and an image tokenizer.
 
     Args:
-        host: a causal language model of one of `TEXT_HOSTS`, a multimodal model of one of `MULTIMODAL_HOSTS`, or where
-            to load one from. A multimodal host's own tower is left behind; its projector is kept where the widths
-            agree.
-        image_tokenizer: the tokenizer, or where to load it from.
-        text_tokenizer: the host's; None looks where the host came from. It is copied; markers it lacks are added to
-            the copy.
-        row_init: how the new rows begin: "random", "mean" or "codebook" (`vocabulary.grow_rows`).
-        dtype: of the new model, the host's when None; the codebook stays in float32.
-        attn_implementation: as in transformers; the host's when None.
-        image_position_mode: "1d": a drawn image's tokens are numbered as text; "2d": by row and column, where the
-            host does so with seen images (`M_ROPE`).
-        chat_template: a published one by its name (`chat_formats.CHAT_FORMATS`: "vicuna_v1", "llama3", ...); None: the
-            text tokenizer's own, extended by images if it renders text only; ChatML or plain turns if it has none.
-        seed: of everything that is new.
-        loading: `device_map` and other arguments of `from_pretrained`, for a host that is loaded here.
+        host: a causal language model (`TEXT_HOSTS`) or a multimodal model (`MULTIMODAL_HOSTS`), or the path or hub id
+            to load it from. The vision tower of a multimodal host is dropped; its projector is kept if the widths
+            match.
+        image_tokenizer: the tokenizer, or the path or hub id to load it from.
+        text_tokenizer: the host's text tokenizer; None loads it from the host's `name_or_path`. It is copied; missing
+            image markers are added to the copy.
+        row_init: initialization of the new rows: "random", "mean" or "codebook" (`vocabulary.grow_rows`).
+        dtype: dtype of the new model; None uses the host's. The codebook stays in float32.
+        attn_implementation: as in transformers; None uses the host's.
+        image_position_mode: positions of generated image tokens: "1d", as text; "2d", row and column, for hosts that
+            use such positions for input images (`M_ROPE`).
+        chat_template: name of a published chat template (`chat_formats.CHAT_FORMATS`: "vicuna_v1", "llama3", ...).
+            None uses the text tokenizer's own, extended with images if it renders text only; ChatML or plain turns if
+            it has none.
+        seed: seed of all newly initialized weights.
+        loading: `device_map` and other arguments of `from_pretrained`, used if the host is loaded here.
 
     Returns:
-        (model, processor), the model in evaluation mode on the host's device; `model.attachment` says what is new.
+        (model, processor), the model in evaluation mode on the host's device; `model.attachment` lists what is new.
 
     Raises:
-        UserError: an unsupported host, a grid that the host cannot merge, positions that it does not have, or a chat
-            template that is unknown or another model's.
-        ValueError: unknown `row_init`, or a marker that is not one token.
+        UserError: if the host is unsupported, cannot merge the patch grid or lacks these positions, or if the chat
+            template is unknown or belongs to another model.
+        ValueError: if `row_init` is unknown, or a marker is not a single token.
     """
     check_attention(attn_implementation)
     if isinstance(host, str | Path):
@@ -127,7 +128,7 @@ def attach(
     markers = add_markers(texts, _placeholder(host, texts))
     rows = host.get_input_embeddings().weight.shape[0]
     vocabulary = VisualVocabulary(visual_base(rows, len(texts)), image_tokenizer.config.codebook_size)
-    # A host sees patches and draws image tokens, which need not be as many (VFMTok).
+    # Patches of an input image and image tokens of a generated one can differ in number (VFMTok).
     seen_tokens = image_tokenizer.config.num_patches // _merge(host, image_tokenizer) ** 2
     own_template = chat_template is None and texts.chat_template is not None and not is_published(texts.chat_template)
     processor = build_processor(image_tokenizer, texts, markers, vocabulary, seen_tokens, chat_template)
@@ -135,7 +136,7 @@ def attach(
         texts, {"type": "image"}
     )
     if own_template and host.config.model_type in TEXT_HOSTS:
-        # its own template writes the begin token itself, or goes without, whatever the tokenizer adds to plain texts
+        # the host's own template decides about the BOS token, whatever the tokenizer adds to plain text
         processor.begin_token = _rendered(texts, {"type": "text", "text": "?"}).startswith(texts.bos_token or "\0")
     compose = _multimodal_config if host.config.model_type in MULTIMODAL_HOSTS else _llava_config
     config = compose(host, image_tokenizer, processor, rows)
@@ -156,12 +157,14 @@ def attach(
 
 
 def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None, seed: int) -> Any:
-    """The unified model in `dtype`, its projector drawn at random and everything else still to be filled; parts that
-    ask for it (`_keep_in_fp32_modules_strict`) are in float32."""
-    with no_init_weights():
+    """Build the unified model in `dtype` with an initialized projector; all other weights are still to be loaded.
+
+    Modules listed in `_keep_in_fp32_modules_strict` are in float32.
+    """
+    with no_init_weights():  # all weights but the projector's are loaded afterwards
         model = HOSTS[type(config)]._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     model.tie_weights()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
         torch.manual_seed(seed)
         model.model.multi_modal_projector.apply(model._init_weights)
     kept = model._keep_in_fp32_modules_strict or set()
@@ -173,11 +176,12 @@ def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: st
 
 
 def _rendered(texts: PreTrainedTokenizerBase, part: dict[str, str]) -> str:
-    """Render a user's turn that holds this part alone, in the tokenizer's chat template."""
+    """Render a user turn with this single part in the tokenizer's chat template."""
     return str(texts.apply_chat_template([{"role": "user", "content": [part]}], tokenize=False))
 
 
 def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
+    """Load a host; raise UserError if it is not supported, incomplete or has weights that are not finite."""
     with examining("The host", path, loading.get("revision")):
         model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type", "nameless")
         _check_supported(model_type)
@@ -185,7 +189,7 @@ def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
         refuse_excess_of(auto, AutoConfig.from_pretrained(path))
         with no_load_report():
             host, info = auto.from_pretrained(path, ignore_mismatched_sizes=True, output_loading_info=True, **loading)
-        refuse_holes(host, info, path, refuse_unexpected=False)  # some published hosts carry weights that nobody reads
+        refuse_holes(host, info, path, refuse_unexpected=False)  # some published hosts ship unused weights
         refuse_non_finite(host, path)
         return host
 
@@ -208,21 +212,21 @@ def _attention(host: PreTrainedModel) -> str | None:
 
 
 def _language_model(host: PreTrainedModel) -> PreTrainedModel:
-    """The host's decoder without its head."""
+    """Return the host's decoder without its head."""
     return host.model.language_model if host.config.model_type in MULTIMODAL_HOSTS else host.base_model
 
 
 def _placeholder(host: PreTrainedModel, texts: PreTrainedTokenizerBase) -> str | None:
-    """The token that a multimodal host puts in place of a seen image's features."""
+    """Return the placeholder token of a multimodal host for the features of an input image."""
     token_id = getattr(host.config, "image_token_id", None)
     return None if token_id is None else str(texts.convert_ids_to_tokens(token_id))
 
 
 def _merge(host: PreTrainedModel, image_tokenizer: ImageTokenizer) -> int:
-    """Patches a side that the host merges into one token.
+    """Return the side length, in patches, of the block that the host merges into one token.
 
     Raises:
-        UserError: the tokenizer's grid of patches does not divide by it.
+        UserError: if the tokenizer's patch grid is not divisible by it.
     """
     merge = merged_side(host.config)
     rows, columns = image_tokenizer.config.patch_grid
@@ -243,6 +247,7 @@ def _attachment(host: PreTrainedModel, lost: list[str]) -> Attachment:
 
 
 def _copy_of(tokenizer: PreTrainedTokenizerBase | str | Path | None, host: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """Return a copy of the text tokenizer, or load the host's."""
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return copy.deepcopy(tokenizer)
     source = tokenizer or host.config.name_or_path
@@ -250,7 +255,7 @@ def _copy_of(tokenizer: PreTrainedTokenizerBase | str | Path | None, host: PreTr
         raise UserError("The host was built in memory, so its text tokenizer is unknown: give text_tokenizer.")
     with reading("The text tokenizer", source):
         texts = AutoTokenizer.from_pretrained(source)
-        if texts.chat_template is None:  # of some multimodal hosts it stands in their processor's files only
+        if texts.chat_template is None:  # some multimodal hosts store it in their processor's files only
             texts.chat_template = ProcessorMixin.get_processor_dict(source)[0].get("chat_template")
         return texts
 
@@ -263,11 +268,13 @@ def build_processor(
     seen_tokens: int | None = None,
     template_name: str | None = None,
 ) -> UnimmProcessor:
-    """The processor of a unified model; the text tokenizer gets a padding token if it has none, and a chat template:
-    the one of that name, or one that fits it.
+    """Build the processor of a unified model. Sets a padding token (if missing) and a chat template on the text
+    tokenizer.
 
-    A seen image takes `seen_tokens`, where they differ from a drawn one's: the host merges patches, or the tokenizer
-    has another number of image tokens than of patches.
+    Args:
+        seen_tokens: tokens of an input image, if not as many as of a generated one: the host merges patches, or the
+            tokenizer's image tokens are not patches.
+        template_name: name of a published chat template; None picks one that fits the text tokenizer.
     """
     template = chat_template(text_tokenizer, markers, template_name)
     text_tokenizer.chat_template = template
@@ -290,7 +297,7 @@ def build_processor(
 def image_vocabulary_fields(
     host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, text_rows: int
 ) -> dict[str, Any]:
-    """The values of `vocabulary.ImageVocabularyFields`, the same for every host family."""
+    """Return the values of `vocabulary.ImageVocabularyFields`, the same for every host family."""
     return {
         "text_vocab_size": text_rows,
         "image_vocab_start": processor.image_vocab_start,
@@ -305,7 +312,7 @@ def image_vocabulary_fields(
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """What config.json would say of it: defaults left out, keys as JSON has them."""
+    """Return the config as config.json stores it: without defaults, with JSON keys."""
     fields: dict[str, Any] = json.loads(config.to_json_string())
     return {name: value for name, value in fields.items() if name not in _UNKEPT}
 
@@ -313,7 +320,7 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
 def _llava_config(
     host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, rows: int
 ) -> UnimmLlavaConfig:
-    """A LLaVA over the host's text config; the tower's whole last layer, no CLS token to cut."""
+    """Build a LLaVA config around the host's text config: features of the last layer, no CLS token to drop."""
     text_config = copy_config(host.config)
     set_vocab_size(text_config, old=rows, new=processor.vocabulary.end)
     fields = image_vocabulary_fields(host, image_tokenizer, processor, rows) | {
@@ -331,8 +338,10 @@ def _llava_config(
 def _multimodal_config(
     host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, rows: int
 ) -> PreTrainedConfig:
-    """The host's own config with the tokenizer as its tower. The tower gives patches without CLS, and its last hidden
-    state is the feature layer that the tokenizer taps."""
+    """Build the host's own config with the image tokenizer as its vision tower.
+
+    The tower returns patches without CLS, and its last hidden state is the tokenizer's feature layer.
+    """
     text_config = copy_config(host.config.get_text_config())
     set_vocab_size(text_config, old=rows, new=processor.vocabulary.end)
     own = {k: v for k, v in host.config.to_dict().items() if k not in ("model_type", "architectures", "text_config")}
@@ -352,7 +361,7 @@ def _multimodal_config(
 
 
 def copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """An equal config of its own: two modules that share one drift together."""
+    """Return a copy of the config: modules that share one config object would see each other's changes."""
     return AutoConfig.for_model(config.model_type, **{k: v for k, v in config.to_dict().items() if k != "model_type"})
 
 
@@ -365,8 +374,8 @@ def _composed_state(
     codes: Tensor | None,
     seed: int,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The new model's state: the host and the tokenizer in their places and grown rows; and the names of the host's
-    tensors that found no place because their shapes differ."""
+    """Return the state dict of the unified model, with grown rows, and the names of host tensors that were dropped
+    because their shapes differ."""
     state, lost = model.state_dict(), []
     for name, tensor in _language_model(host).state_dict().items():
         state[f"model.language_model.{name}"] = tensor
@@ -387,11 +396,12 @@ def _composed_state(
         state["lm_head.weight"] = grown
     else:
         head = host.get_output_embeddings().weight
+        # another seed, or the new rows of an untied head would be correlated with those of the embedding
         state["lm_head.weight"] = grow_rows(head, vocabulary, row_init=row_init, codes=codes, seed=seed + 1)
     return state, lost
 
 
 def _copy_buffers(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Constants of the architecture (rotary frequencies) in the precision that they have."""
+    """Copy the buffers (rotary frequencies) in their own precision, which casting the model would reduce."""
     for name, buffer in source.named_buffers():
         target.get_buffer(name).data = buffer.detach().to(target.device, copy=True)

@@ -1,9 +1,9 @@
-"""Twelve published chat formats as data, and the one chat template that they all become.
+"""Twelve published chat formats as data, and the Jinja template that all of them are compiled to.
 
-A format says what opens and what closes an answer; the template marks everything between, the closing
-included, with `{% generation %}`. What opens an answer is what generation is prompted with, so the marked span begins
-exactly where a prompt ends: the space after "ASSISTANT:" is the answer's, because many tokenizers merge it into the
-answer's first token. The first begin-of-sequence token is the text tokenizer's own doing and not written here.
+A format defines what opens and what closes an answer; the template marks everything in between and the closing with
+`{% generation %}`. A prompt ends with the opening, so the marked span begins exactly there: the space after
+"ASSISTANT:" belongs to the answer, because many tokenizers merge it into the answer's first token. The first BOS token
+is added by the text tokenizer, not by the template.
 
 Sources: LLaVA's `conversation.py` (plain, vicuna_v1), the models' own cards and chat templates (the others).
 """
@@ -13,23 +13,23 @@ from dataclasses import dataclass
 from unimm.errors import UserError
 
 BOS, EOS = "{bos}", "{eos}"
-"""Inside a format's strings: the text tokenizer's own tokens."""
+"""Placeholders in a format's strings for the text tokenizer's BOS and EOS tokens."""
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The strings around what is said.
+    """The strings around the turns of a chat.
 
     Args:
         user: before and after a user's text.
-        opening: before an answer; what a prompt for an answer ends with.
-        closing: after an answer; learned, as it is how the model stops.
-        lead: the answer's own first characters.
-        after: behind an answer, not learned.
-        between: before every user's turn but the first.
-        system: before and after the system's text; empty strings with `system_in_user` False: text and nothing else.
-        system_in_user: the system's text stands inside the first user's turn, in front of its text.
-        default_system: where a conversation has none.
+        opening: before an answer; a generation prompt ends with it.
+        closing: after an answer; part of the loss, as the model stops with it.
+        lead: first characters of an answer, part of the loss.
+        after: after the closing, not part of the loss.
+        between: before every user turn except the first.
+        system: before and after the system text.
+        system_in_user: put the system text into the first user turn, before the user's text.
+        default_system: system text of a conversation without one.
     """
 
     user: tuple[str, str]
@@ -151,14 +151,14 @@ _TEMPLATE = """\
 
 
 def named_format(name: str) -> ChatFormat:
-    """The format of that name. Raises UserError with the known ones."""
+    """Return the format `name`; raise UserError listing the known ones if there is none."""
     if name not in CHAT_FORMATS:
         raise UserError(f"There is no chat template {name!r}; known are {', '.join(CHAT_FORMATS)}.")
     return CHAT_FORMATS[name]
 
 
 def jinja_of(chat_format: ChatFormat) -> str:
-    """The chat template of a format; it calls a macro `render(content)`, which must stand in front of it."""
+    """Return the chat template of a format; it calls a macro `render(content)`, which must be defined before it."""
     values: dict[str, str | bool] = {
         "DEFAULT_SYSTEM": chat_format.default_system,
         "SYSTEM_IN_USER": chat_format.system_in_user,
@@ -179,7 +179,7 @@ def jinja_of(chat_format: ChatFormat) -> str:
 
 
 def _expression(text: str) -> str:
-    """A Jinja expression of the text: literals, and the tokenizer's own tokens by their variables."""
+    """Return a Jinja expression of the text: literals, and variables for the tokenizer's BOS and EOS tokens."""
     for token, variable in ((BOS, "bos_token"), (EOS, "eos_token")):
         before, found, after = text.partition(token)
         if found:

@@ -1,9 +1,10 @@
-"""The steps of drawing: one forward for all rows, tensors of known size, keys and values written in place.
+"""Decoding steps of image generation: one forward for all rows, with a preallocated KV cache that is written in place.
 
-Two decoders give the same logits: `HostSteps` calls the model itself, any host; `PlainSteps` runs the weights of a
-Llama, Qwen2 or Qwen3 on a CPU in float32, where packed and fused products are two to five times as fast as the model's
-own for the few rows of drawing. What `PlainSteps` does not know exactly, `HostSteps` does. R rows, H query heads, H'
-key heads, d their width, D hidden width, T tokens so far, K codes.
+Two decoders return the same logits. `HostSteps` calls the model's own forward and works with every host (the language
+or multimodal model that the image tokenizer is attached to). `PlainSteps` runs the weights of a Llama, Qwen2 or Qwen3
+on a CPU in float32, with packed and fused matrix products that are two to five times as fast as the model's own for
+few rows; anything it does not support falls back to `HostSteps`. R rows, H query heads, H' key heads, d head width,
+D hidden width, T tokens so far, K codes.
 """
 
 from collections.abc import Callable
@@ -24,27 +25,27 @@ _KNOWN = {
     getattr(module, f"{name}Model"): tuple(getattr(module, name + part) for part in _PARTS)
     for module, name in ((modeling_llama, "Llama"), (modeling_qwen2, "Qwen2"), (modeling_qwen3, "Qwen3"))
 }
-_SIZE_STEP = 64  # of a static cache: prompts of about one length share what was compiled
-_STILL_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length
+_SIZE_STEP = 64  # a static cache is rounded up to this: prompts of similar length share a compiled step
+_STILL_ROPES = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the sequence length
 
 
 class Steps(Protocol):
-    """Rows on their way through the model, after the prompt."""
+    """A decoder of image tokens for a batch of rows, after the prompt."""
 
     cache: Cache
 
     def logits(self, token_ids: Tensor) -> Tensor:
-        """Logits [R, n, K] after each of n more image tokens of each row, token_ids [R, n]."""
+        """Feed the next n image tokens of each row, token_ids [R, n], and return the logits [R, n, K] after each."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows [R'] alone."""
+        """Continue with these rows [R'] only."""
 
     def forget(self, tokens: int) -> None:
-        """Take back the last `tokens` tokens."""
+        """Remove the last `tokens` tokens."""
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of a cache with room for `room` more tokens: they are written in place, nothing is copied."""
+    """A KV cache layer preallocated for `room` more tokens, which are written in place without a copy."""
 
     def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
         super().__init__()
@@ -54,10 +55,11 @@ class RoomyLayer(DynamicLayer):
         self.show()
 
     def show(self) -> None:
+        """Point `keys` and `values` to the filled part of the buffers."""
         self.keys, self.values = self.all_keys[:, :, : self.length], self.all_values[:, :, : self.length]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [R, H', n, d]."""
+        """Append keys and values [R, H', n, d]; return all of them."""
         end = self.length + key_states.shape[2]
         self.all_keys[:, :, self.length : end] = key_states
         self.all_values[:, :, self.length : end] = value_states
@@ -66,38 +68,38 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def forget(self, tokens: int) -> None:
-        """Take back the last `tokens` tokens."""
+        """Remove the last `tokens` tokens."""
         self.length -= tokens
         self.show()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Go on with these rows."""
-        indices = indices.to(self.all_keys.device)  # layers may lie on several
+        """Continue with these rows only."""
+        indices = indices.to(self.all_keys.device)  # layers may be on different devices
         self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
         self.show()
 
 
 def expand_cache(cache: DynamicCache, rows: Tensor, room: int) -> None:
-    """Make the cache of prompts one of sequences: row n goes on from prompt `rows[n]`, with room for the image."""
+    """Expand the cache of prompts to sequences: row n continues prompt `rows[n]`, with room for the image."""
     for number, layer in enumerate(cache.layers):
         rows = rows.to(layer.keys.device)
         if type(layer) is DynamicLayer:
             cache.layers[number] = RoomyLayer(layer.keys[rows], layer.values[rows], room)
-        else:  # a sliding window moves along and needs no more room
+        else:  # a sliding window has a fixed size and needs no more room
             layer.batch_select_indices(rows)
 
 
 def steps_after(
     model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor, compiled: bool, on_fallback: Callable[[str], None]
 ) -> Steps:
-    """The fastest way on from a prompt for this model.
+    """Return the fastest decoder for this model.
 
     Args:
-        cache: of the prompts, see `expand_cache`.
-        mask: [R, T] of the prompts.
-        positions: of the image's tokens, [R, M], or [3, R, M] for M-RoPE.
-        compiled: whether a step is to be compiled.
-        on_fallback: called with the reason where it cannot be.
+        cache: cache of the prompts, see `expand_cache`.
+        mask: attention mask [R, T] of the prompts.
+        positions: positions of the image tokens, [R, M], or [3, R, M] for M-RoPE.
+        compiled: whether to compile a step.
+        on_fallback: called with the reason if a step cannot be compiled.
     """
     if compiled:
         if any(type(layer) is not RoomyLayer for layer in cache.layers):
@@ -110,7 +112,7 @@ def steps_after(
 
 
 class HostSteps:
-    """Steps by the model's own forward."""
+    """Decoding steps with the model's own forward."""
 
     def __init__(self, model: Any, cache: Cache, mask: Tensor, positions: Tensor) -> None:
         self.model, self.cache, self.positions = model, cache, positions
@@ -119,7 +121,7 @@ class HostSteps:
         self.mask = torch.cat([mask, room], dim=1)  # [R, T + M]
         config = model.config.get_text_config()
         full = all(type(layer) is RoomyLayer for layer in cache.layers)
-        if full and config._attn_implementation in ("sdpa", "eager"):  # a mask that is not built again for every step
+        if full and config._attn_implementation in ("sdpa", "eager"):  # build the 4D mask once, not in every step
             lowest = torch.finfo(model.dtype).min
             hidden = torch.zeros_like(self.mask, dtype=model.dtype).masked_fill(self.mask == 0, lowest)
             self.mask = hidden[:, None, None]  # [R, 1, 1, T + M]
@@ -147,14 +149,14 @@ class HostSteps:
         self.mask, self.positions = self.mask[rows], self.positions[..., rows, :]
 
     def forget(self, tokens: int) -> None:
-        """See `Steps`; for caches of `RoomyLayer` alone."""
+        """See `Steps`; works only if every cache layer is a `RoomyLayer`."""
         self.done -= tokens
         for layer in self.cache.layers:
             layer.forget(tokens)
 
 
 def _causal(mask: Tensor, tokens: int) -> Tensor:
-    """An additive mask [R, 1, 1, T] for the last `tokens` of T: [R, 1, tokens, T], later ones hidden."""
+    """Expand an additive mask [R, 1, 1, T] to [R, 1, tokens, T], causal over the last `tokens` of T."""
     if tokens == 1:
         return mask
     later = torch.ones(tokens, mask.shape[-1], dtype=torch.bool, device=mask.device).triu(mask.shape[-1] - tokens + 1)
@@ -162,7 +164,7 @@ def _causal(mask: Tensor, tokens: int) -> Tensor:
 
 
 class CompiledSteps(HostSteps):
-    """Steps by the model's own forward, compiled once: a static cache, and every tensor written in place."""
+    """Decoding steps with the model's own forward, compiled once: static cache, every tensor written in place."""
 
     def __init__(
         self, model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor, on_fallback: Callable[[str], None]
@@ -172,7 +174,7 @@ class CompiledSteps(HostSteps):
         self._begin(mask)
 
     def _begin(self, mask: Tensor) -> None:
-        """Copy the cache so far to a static one, and compile for its size."""
+        """Copy the cache to a static one and compile for its size."""
         total = self.positions.shape[-1] - self.done + self.cache.get_seq_length()
         total = -(-total // _SIZE_STEP) * _SIZE_STEP
         static = StaticCache(config=self.model.config.get_text_config(), max_cache_len=total)
@@ -203,7 +205,7 @@ class CompiledSteps(HostSteps):
         return logits
 
     def logits(self, token_ids: Tensor) -> Tensor:
-        """See `Steps`; one token at a time."""
+        """See `Steps`; takes one token at a time."""
         if self.on_fallback is None:
             return super().logits(token_ids)
         positions = self.positions[..., self.done : self.done + 1].contiguous()
@@ -211,17 +213,17 @@ class CompiledSteps(HostSteps):
             torch.compiler.cudagraph_mark_step_begin()
         try:
             logits = self.compiled(token_ids, positions)
-        except Exception as error:  # whatever a compiler fails with; the plain step is still there for the first one
+        except Exception as error:  # a compiler can raise anything; only the first step can still fall back
             if self.done:
                 raise
             self.on_fallback(f"not compiled, {type(error).__name__}: {error}".splitlines()[0])
             self.on_fallback = None
             return super().logits(token_ids)
         self.done += 1
-        return logits.clone() if self.cuda else logits  # the graph writes to the same place again
+        return logits.clone() if self.cuda else logits  # a CUDA graph reuses its output memory
 
     def keep(self, rows: Tensor) -> None:
-        """See `Steps`; a step of another size is compiled anew."""
+        """See `Steps`; the step is recompiled for the new batch size."""
         if self.on_fallback is None:
             return super().keep(rows)
         for layer in self.static.layers:
@@ -232,13 +234,13 @@ class CompiledSteps(HostSteps):
 
 
 def _is_plain(model: Any) -> bool:
-    """Whether `PlainSteps` gives what the model's own forward gives."""
+    """Return whether `PlainSteps` computes the same as the model's own forward."""
     text = model.model.language_model
     if type(text) not in _KNOWN or model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     config, head = text.config, model.get_output_embeddings()
     norm_class = _KNOWN[type(text)][-1]
-    known = {*_KNOWN[type(text)], nn.Linear, type(ACT2FN["silu"])}  # an adapter's parts have types of their own
+    known = {*_KNOWN[type(text)], nn.Linear, type(ACT2FN["silu"])}  # adapter modules have other types
     parts = [model, model.model, head, *text.modules()]
     rope = config.rope_parameters or {}
     return bool(
@@ -258,13 +260,13 @@ def _is_plain(model: Any) -> bool:
 
 
 def _is_changed(part: nn.Module) -> bool:
-    """Whether somebody listens to this module, or replaced its forward or its weights."""
+    """Return whether this module has hooks, or a replaced forward or parametrized weights."""
     hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
     return any(hooks) or "forward" in vars(part) or hasattr(part, "_hf_hook") or hasattr(part, "parametrizations")
 
 
 class _Product:
-    """x -> x @ weight.T + bias, the weight packed for few rows. A norm's scale may be taken into it."""
+    """A linear layer, x @ weight.T + bias, with weights packed for few rows; a norm's scale can be folded in."""
 
     def __init__(self, linears: list[nn.Linear], rows: int, scale: Tensor | None = None) -> None:
         weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
@@ -278,7 +280,7 @@ class _Product:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, then, [], "")
 
     def join(self, x: Tensor, other: Tensor, how: str) -> Tensor:
-        """The product added to `other`, or times it."""
+        """Return the product added to `other`, or multiplied with it."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, how)
 
 
@@ -287,7 +289,7 @@ def _packed(weight: Tensor, rows: int) -> Tensor:
 
 
 class _PlainLayer:
-    """One decoder layer: attention over the keys and values so far, then the gated feed-forward."""
+    """One decoder layer: attention over the KV cache, then the gated MLP."""
 
     def __init__(self, layer: Any, rows: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -306,7 +308,7 @@ class _PlainLayer:
             self.norm, self.norm_eps = torch.stack(norms), attention.q_norm.variance_epsilon  # [H + H', d]
 
     def __call__(self, x: Tensor, n: int, cos: Tensor, sin: Tensor, layer: RoomyLayer, mask: Tensor | None) -> Tensor:
-        """[R * n, D] for n tokens of each row."""
+        """Return hidden states [R * n, D] for n tokens of each row."""
         rows, (heads, key_heads), d = len(x) // n, self.heads, self.width
         qkv = self.qkv(_normed(x, self.before)).view(rows * n, -1, d)  # [R * n, H + 2 H', d]
         qk = qkv[:, : heads + key_heads]
@@ -315,7 +317,7 @@ class _PlainLayer:
         qk = torch.addcmul(qk * cos, qk.roll(self.width // 2, -1), sin)
         new = (qk[:, heads:], qkv[:, heads + key_heads :])
         keys, values = layer.update(*(each.view(rows, n, key_heads, d).transpose(1, 2) for each in new))
-        # the heads of a key head and the tokens are its queries: [R, H', H / H' * n, d]
+        # grouped-query attention without repeating keys: fold the group and the tokens into [R, H', H / H' * n, d]
         queries = qk[:, :heads].view(rows, n, key_heads, -1, d).permute(0, 2, 3, 1, 4).reshape(rows, key_heads, -1, d)
         seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         seen = seen.view(rows, key_heads, -1, n, d).permute(0, 3, 1, 2, 4).reshape(rows * n, -1)
@@ -325,12 +327,12 @@ class _PlainLayer:
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last dimension, without a scale."""
+    """Apply RMSNorm over the last dimension, without a scale."""
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
 class PlainSteps:
-    """Steps without the model's own modules, see `_is_plain`."""
+    """Decoding steps without the model's own modules, see `_is_plain`."""
 
     def __init__(self, model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor) -> None:
         text, rows = model.model.language_model, len(mask)
@@ -340,9 +342,9 @@ class PlainSteps:
         self.eps = text.norm.variance_epsilon
         vocabulary = model.visual_vocabulary
         head = model.get_output_embeddings().weight[vocabulary.base : vocabulary.end]
-        self.head = _packed(head * text.norm.weight, rows)
+        self.head = _packed(head * text.norm.weight, rows)  # the final norm's scale is folded in
         cos, sin = text.rotary_emb(self.embeddings, positions)  # [R, M, d]
-        half = cos.shape[-1] // 2
+        half = cos.shape[-1] // 2  # the sign of rotate_half goes into sin, so that a roll is enough
         self.cos, self.sin = cos[:, :, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, :, None]
         self.length = mask.shape[1]
         self.mask: Tensor | None = None

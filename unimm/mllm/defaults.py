@@ -1,4 +1,5 @@
-"""The generation defaults of a unified model: its host's own, and those of drawing."""
+"""Generation defaults of a unified model: those of its host (the language or multimodal model that the image tokenizer
+is attached to), and those of image generation."""
 
 import copy
 from collections.abc import Sequence
@@ -12,13 +13,14 @@ from unimm.sampling import ImageSampling
 def generation_defaults(
     host: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], *, keep: bool
 ) -> GenerationConfig:
-    """Return the host's generation config with what it lacks: tokens that pad, begin and end (`ends`).
+    """Return a copy of the host's generation config, completed with pad, BOS and EOS tokens and image defaults.
 
     Args:
-        keep: what ends an answer is the host's own affair, as its chat template is.
+        ends: token ids that end an answer.
+        keep: keep the host's own EOS tokens if it has any, for a host that keeps its own chat template.
     """
     config: GenerationConfig = copy.deepcopy(host.generation_config)
-    config._from_model_config = None  # one derived from a model config drops what it does not know
+    config._from_model_config = None  # if True, transformers drops fields it does not know
     known = config.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
     if not (keep and known):

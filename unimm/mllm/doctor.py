@@ -1,9 +1,10 @@
-"""`unimm doctor`: points that a model must meet, each tried out and not read off a config.
+"""`unimm doctor`: checks of a unified model, each run on the model instead of read from its config.
 
-A wrong tower seldom fails aloud. A CLS token that stays shifts every patch by one, other normalization constants cost
-quality in silence, and a tower that was assigned instead of configured is random after a reload. The first ten points
-are the tower's inside its host; then the parts are held together, the weights looked at, the chat template rendered,
-one question answered and one image drawn. Every point says what was found and, if it fails, what to do.
+A wrong vision tower seldom raises an error: a CLS token that is not dropped shifts every patch by one, other
+normalization constants cost quality silently, and a tower that was assigned instead of configured is random after a
+reload. The first ten checks test the tower inside its host (the language or multimodal model that the image tokenizer
+is attached to); the others compare the parts, inspect the weights, render the chat template, answer one question and
+generate one image. Every check reports what was found and, if it fails, what to do.
 """
 
 import tempfile
@@ -28,12 +29,12 @@ from unimm.tokenizer.quantizers import SimVQ
 SIZES = ((64, 64), (37, 101), (640, 480))  # (width, height) of ordinary images
 EXTREMES = ((1024, 16), (16, 1024))
 NORM_BOUNDS = (0.02, 50.0)
-"""Mean norm of the projected patches over that of the text rows."""
+"""Accepted range of the mean norm of the projected patches, relative to that of the text rows."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One point: what was looked at, whether it holds, what was found, and what to do where it does not."""
+    """The result of one check: its name, whether it passed, what was found, and what to do if it failed."""
 
     number: int
     point: str
@@ -42,13 +43,14 @@ class Finding:
     fix: str = ""
 
     def line(self) -> str:
+        """Return the finding as one line, with the fix if the check failed."""
         return f"{self.number:>2} {'ok  ' if self.ok else 'FAIL'} {self.point}: {self.found}" + (
             "" if self.ok else f". {self.fix}"
         )
 
 
 class _TestedModel:
-    """A model and processor, with what several points ask for."""
+    """The model and processor under test, with helpers that several checks share."""
 
     def __init__(self, model: Any, processor: UnimmProcessor) -> None:
         self.model, self.processor = model, processor
@@ -62,23 +64,24 @@ class _TestedModel:
         return self.tower(pixel_values.to(self.model.dtype)).last_hidden_state
 
     def projected(self, pixel_values: Tensor) -> list[Tensor]:
-        """One [n, D] per image."""
+        """Return the projected features, one [n, D] per image."""
         return list(self.model.get_image_features(pixel_values.to(self.model.dtype), return_dict=True).pooler_output)
 
 
 @torch.no_grad()
 def examine(model: Any, processor: UnimmProcessor) -> Iterator[Finding]:
-    """The findings, one by one. A point that cannot even be tried fails with the error as what was found."""
+    """Run all checks and yield their findings. A check that raises fails, with the error as its finding."""
     tested = _TestedModel(model, processor)
     for number, (point, look, fix) in enumerate(_POINTS, 1):
         try:
             ok, found = look(tested)
-        except Exception as error:  # whatever a broken tower raises is the finding
+        except Exception as error:  # a broken tower can raise anything
             ok, found = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         yield Finding(number, point, ok, found, fix)
 
 
 def _token_count(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that an image has as many placeholders as feature vectors, at ordinary and extreme sizes."""
     image_token = tested.processor.image_token
     counts = []
     for size in (*SIZES, *EXTREMES):
@@ -94,6 +97,7 @@ def _token_count(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _width(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that the width of the features is the projector's input width."""
     layers = getattr(tested.config, "vision_feature_layer", -1)
     merged = merged_side(tested.config) ** 2
     given = tested.features(tested.pixel_values(SIZES[0])).shape[-1]
@@ -105,6 +109,7 @@ def _width(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _prefix(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that the feature selection strategy drops a prefix token only if the tower has one."""
     tokens = tested.features(tested.pixel_values(SIZES[0])).shape[1]
     rows, columns = tested.tower.config.patch_grid
     strategy = getattr(tested.config, "vision_feature_select_strategy", "full")
@@ -113,6 +118,7 @@ def _prefix(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _tensor(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that the features are contiguous, with the dtype and device of the host."""
     features, host = tested.features(tested.pixel_values(SIZES[0])), tested.model
     right = features.is_contiguous() and (features.dtype, features.device) == (host.dtype, host.device)
     layout = "contiguous" if features.is_contiguous() else "strided"
@@ -120,6 +126,7 @@ def _tensor(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _normalization(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that processor and tower normalize with the same mean and std."""
     ours, theirs = tested.processor.image_processor, tested.tower.config
     pairs = [(list(getattr(ours, name)), list(getattr(theirs, name))) for name in ("image_mean", "image_std")]
     return all(
@@ -128,12 +135,14 @@ def _normalization(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _resizing(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that images of all sizes are resized to the tower's image size."""
     shapes = {tuple(tested.pixel_values(size).shape[-2:]) for size in (*SIZES, *EXTREMES)}
     side = tested.tower.config.image_size
     return shapes == {(side, side)}, f"images become {sorted(shapes)}, the tower reads {side} x {side}"
 
 
 def _gradients(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that SimVQ's codebook C is a buffer (unless trained on purpose) and the projector is trainable."""
     names = [name for name, _ in tested.tower.named_parameters()]
     simvq = isinstance(tested.tower.quantizer, SimVQ)  # other codebooks are learned
     frozen = not simvq or tested.tower.config.train_codebook or "quantizer.codebook" not in names
@@ -143,6 +152,7 @@ def _gradients(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _norms(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that projected patches and text rows have norms of the same scale."""
     projected = torch.cat(tested.projected(tested.pixel_values(*SIZES))).float().norm(dim=-1).mean()
     rows = tested.model.get_input_embeddings().weight[: tested.config.text_vocab_size].float().norm(dim=-1).mean()
     ratio = float(projected / rows.clamp_min(1e-12))
@@ -150,6 +160,7 @@ def _norms(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _deepstack(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that the tower returns as many deepstack features as the host takes (Qwen3-VL)."""
     wanted = getattr(getattr(tested.config, "vision_config", None), "deepstack_visual_indexes", None)
     if not wanted:
         return True, "the host takes none"
@@ -158,6 +169,7 @@ def _deepstack(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _reload(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that the logits and the tower's class are the same after saving and loading."""
     model = tested.model
     image, count = tested.config.image_token_id, tested.config.image_seq_length
     text = [token_id for token_id in range(4) if token_id != image]
@@ -173,11 +185,13 @@ def _reload(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _agreement(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that the parts name the same sizes and ids, see `agreement.py`."""
     found = list(disagreements(tested.model, tested.processor))
     return not found, "; ".join(found) or "settings, tokenizer, processor and weights name the same sizes and ids"
 
 
 def _weights(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that all weights are finite."""
     try:
         refuse_non_finite(tested.model, "in memory")
     except UserError as error:
@@ -186,6 +200,7 @@ def _weights(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _template(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that the chat template renders one image and one text."""
     text, image = "A word, please?", Image.new("RGB", SIZES[0])
     content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
     chat = tested.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -194,6 +209,7 @@ def _template(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _answer(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that a question about an image is answered from finite logits."""
     image = Image.effect_noise(SIZES[0], 64).convert("RGB")
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
     conversation = [{"role": "user", "content": content}]
@@ -204,6 +220,7 @@ def _answer(tested: _TestedModel) -> tuple[bool, str]:
 
 
 def _drawing(tested: _TestedModel) -> tuple[bool, str]:
+    """Check that an image can be generated and has finite pixels."""
     model, processor = tested.model, tested.processor
     prompt = [{"role": "user", "content": [{"type": "text", "text": "A red circle."}]}]
     ids = model.generate(**chat_inputs(model, processor, [prompt]), generation_mode="image", seed=0)

@@ -1,4 +1,4 @@
-"""Images of prompts, for a benchmark: as many prompts in a forward as asked for, one seed each."""
+"""Batched image generation for benchmarks, with one seed per prompt."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +18,12 @@ def draw_prompts(
     images_per_prompt: int = 1,
     **sampling: Any,
 ) -> list[Image.Image]:
-    """`images_per_prompt` images of each prompt, one after the other.
+    """Generate `images_per_prompt` images of each prompt, in the order of the prompts.
 
     Args:
-        seeds: one per prompt. The noise depends on nothing else; the last bit of a product, and with it now and then
-            an image id, depends on the batch too, so equal batches give equal images.
-        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p` in place of the checkpoint's own.
+        seeds: one per prompt. The noise depends on nothing else, but the last bit of a matrix product, and now and then
+            an image id with it, also depends on the batch: only equal batches return equal images.
+        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`; override the checkpoint's defaults.
     """
     messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
     token_ids = model.generate(

@@ -1,9 +1,9 @@
-"""The choice of image ids: guidance, warpers, noise, one token after another or several guessed and confirmed at once.
+"""The sampling loop of image ids: guidance, warpers and noise, one token at a time or several in parallel.
 
-Several at once is Jacobi decoding (https://arxiv.org/abs/2410.01699): the next tokens are guessed, one forward goes
-over the guesses, and as many of them are kept as are what the model chooses there. The noise of a position is fixed
-beforehand (https://arxiv.org/abs/2510.24211), so the choice is a function of what stands before it, and the ids are
-those of one at a time. S sequences, G <= S guided ones, M image tokens, n of them at once, K codes.
+Several in parallel is speculative Jacobi decoding (https://arxiv.org/abs/2410.01699): guess the next tokens, run one
+forward over the guesses, and keep those that match the model's own choices. The noise of a position is fixed beforehand
+(https://arxiv.org/abs/2510.24211), so a choice is a function of the tokens before it, and the ids are the same as with
+one at a time. S sequences, G <= S guided ones, M image tokens, n of them at once, K codes.
 """
 
 import warnings
@@ -17,11 +17,12 @@ from unimm.errors import UserError
 from unimm.mllm.decoding import RoomyLayer, Steps
 from unimm.sampling import ImageSampling, Noise
 
-_FIRST, _WIDEST = 8, 32  # tokens at once that "auto" begins with, and at most; it follows three times the right ones
+_FIRST, _WIDEST = 8, 32  # window of "auto": initial and maximum; it tracks three times the accepted tokens
 
 
 class Drawing:
-    """Draws S images from the logits [S + G, K] of their first token: the sequences, then the unconditional rows."""
+    """The sampling loop for S images, started from the logits [S + G, K] of their first token: the sequences, then the
+    unconditional rows."""
 
     def __init__(
         self, logits: Tensor, steps: Steps, scales: Tensor, noise: Noise | None, sampling: ImageSampling, base: int
@@ -31,24 +32,24 @@ class Drawing:
         self.length, self.size = scales.shape
         guided_steps = (scales > 0).any(1).nonzero()
         self.last = int(guided_steps[-1]) if len(guided_steps) else -1  # the last guided step
-        self.uniform = bool((scales[: self.last + 1] > 0).all())  # every row, up to there
+        self.uniform = bool((scales[: self.last + 1] > 0).all())  # every row is guided in every step up to `last`
         self.guided = (scales > 0).any(0).nonzero()[:, 0].to(logits.device)  # [G]
         self.scales = scales.t()[..., None].to(self.logits)  # [S, M, 1]
         self.chosen = torch.full((self.size, self.length), base, device=logits.device)
 
     @property
     def can_forget(self) -> bool:
-        """Whether guesses can be taken back."""
+        """Return whether the cache supports removing rejected guesses."""
         return all(type(layer) is RoomyLayer for layer in self.steps.cache.layers)
 
     def run(self, parallel_tokens: int | Literal["auto"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Logits [S, K] after guidance, scores [S, K] and token ids [S], token by token; `chosen` [S, M] fills up."""
+        """Yield guided logits [S, K], scores [S, K] and token ids [S] for each token; fills `chosen` [S, M]."""
         width = _FIRST if parallel_tokens == "auto" else parallel_tokens
         done, guesses = 0, self.chosen[:, :0]
         while done < self.length:
             raw, scores, ids = self._choose(done)
             right = 1
-            if guesses.shape[1]:  # a token is right if all before it were guessed right, in every row
+            if guesses.shape[1]:  # accept a token if all guesses before it are right, in every row
                 right += int((ids[:, :-1] == guesses).all(0).long().cumprod(0).sum())
                 self.steps.forget(ids.shape[1] - right)
             self.chosen[:, done : done + right] = ids[:, :right]
@@ -58,21 +59,23 @@ class Drawing:
                 width = min(max((width + 3 * right) // 2, 2), _WIDEST)
             done += right
             if done < self.length:
+                # a window must not cross the last guided step: the unconditional rows are dropped there
                 room = min(width, (self.last + 1 if done <= self.last else self.length) - done)
                 ahead = torch.cat(
                     [ids[:, right:], ids[:, -1:].expand(-1, room)], dim=1
-                )  # what was seen there, repeated
+                )  # rejected choices are the next guesses, then the last one repeated
                 guesses = ahead[:, : room - 1]
                 self._go_on(done, torch.cat([self.chosen[:, done - 1 : done], guesses], dim=1))
 
     def _choose(self, done: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits and scores [S, n, K] of the tokens from `done` on, and the token ids [S, n]."""
+        """Return logits and scores [S, n, K] of the tokens starting at `done`, and the token ids [S, n]."""
         raw = self._guide(done)
-        scores = self.warpers(self.chosen, raw.flatten(0, 1)).view_as(raw)  # the warpers look at the scores alone
+        scores = self.warpers(self.chosen, raw.flatten(0, 1)).view_as(raw)  # warpers ignore the ids
         noisy = scores if self.noise is None else scores + self.noise.next(done, done + raw.shape[1])
         return raw, scores, noisy.argmax(-1) + self.base
 
     def _guide(self, done: int) -> Tensor:
+        """Apply classifier-free guidance to the logits of the tokens starting at `done`; return [S, n, K]."""
         conditional, unconditional = self.logits[: self.size], self.logits[self.size :]
         if done > self.last:
             return conditional
@@ -84,8 +87,8 @@ class Drawing:
         return conditional.index_copy(0, self.guided, pulled)
 
     def _go_on(self, done: int, token_ids: Tensor) -> None:
-        """Feed token_ids [S, n] to the sequences and to the unconditional side of the guided ones."""
-        if done > self.last and len(self.guided):  # the rest needs no unconditional rows
+        """Feed token_ids [S, n] to the sequences and to the unconditional rows of the guided ones."""
+        if done > self.last and len(self.guided):  # no guided steps are left: drop the unconditional rows
             self.steps.keep(torch.arange(self.size, device=token_ids.device))
             self.guided = self.guided[:0]
         fed = torch.cat([token_ids, token_ids[self.guided]]) if len(self.guided) else token_ids
@@ -93,7 +96,7 @@ class Drawing:
 
 
 def check_parallel_tokens(tokens: int | str, compiled: bool) -> None:
-    """Raise UserError for a number of tokens at once that cannot be."""
+    """Raise UserError for an invalid number of parallel tokens."""
     if tokens != "auto" and not (isinstance(tokens, int) and tokens >= 1):
         raise UserError(f'parallel_tokens is {tokens!r}; give 1 for one at a time, a larger number, or "auto"')
     if compiled and tokens != 1:
@@ -103,10 +106,10 @@ def check_parallel_tokens(tokens: int | str, compiled: bool) -> None:
 
 
 def _precise(logits: Tensor) -> Tensor:
-    """Logits in at least float32, in which guidance and noise are computed."""
+    """Cast logits to at least float32, the precision of guidance and noise."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def warn(reason: str) -> None:
-    """Say that drawing goes on in a slower way."""
+    """Warn that image generation falls back to a slower way."""
     warnings.warn(f"Drawing goes on in a slower way: {reason}", stacklevel=2)

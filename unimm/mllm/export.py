@@ -1,9 +1,9 @@
-"""Ways out of a unified model: back to the host, to a stock checkpoint that reads images, to one that writes ids.
+"""Export of a unified model to checkpoints that load without unimm.
 
-What goes out needs no unimm. `detach` gives the host's own classes and row counts; `stock_understanding`
-puts the plain encoder in as the tower of a stock LLaVA or InternVL, so that any server of those reads images with
-the same logits; `causal_lm` is the language model with the image ids in its vocabulary, for any engine that writes
-tokens.
+`detach` restores the host (the language or multimodal model that the image tokenizer was attached to), with its own
+class and number of rows. `stock_understanding` builds a stock LLaVA or InternVL with the plain encoder as its vision
+tower, for any server of those, with the same logits. `causal_lm` returns the language model with the image ids in its
+vocabulary, for any inference engine.
 """
 
 import copy
@@ -56,12 +56,12 @@ VOCABULARY_FILE = "image_vocabulary.json"
 
 
 def detach(model: Any) -> PreTrainedModel:
-    """The host that the tokenizer was attached to, in its own class and with its own number of rows.
+    """Return the host that the tokenizer was attached to, in its own class and with its own number of rows.
 
-    A multimodal host gets the tokenizer's encoder as its tower, which is its own where the tokenizer was built on it.
+    A multimodal host gets the tokenizer's encoder as its tower; this is its own tower if the tokenizer was built on it.
 
     Raises:
-        UserError: the host is unknown (attached by an older version), or tower or projector are not of its shapes.
+        UserError: if the host is unknown (attached by an older version), or tower or projector have other shapes.
     """
     if not model.config.host_config:
         raise UserError("This model does not say which host it was made of: attach it again with this version.")
@@ -78,14 +78,14 @@ def detach(model: Any) -> PreTrainedModel:
 
 
 def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrainedModel, Any]:
-    """A stock model of the host's family with the plain encoder as its tower: (model, processor); the text logits of
-    the same inputs are the same.
+    """Build a stock model of the host's family with the plain encoder as its tower; its text logits are the same.
 
-    The processor is LLaVA's; the other families' tile or read videos, so theirs is the host's, and the text tokenizer
-    is given here.
+    Returns:
+        (model, processor). For a LLaVA the processor is `LlavaProcessor`. Those of the other families tile images or
+        take videos: use the host's own, only the text tokenizer is returned here.
 
     Raises:
-        UserError: the features are none that a stock model can tap.
+        UserError: if a stock model cannot use the tokenizer's features.
     """
     tokenizer = model.image_tokenizer
     prefix = prefix_tokens(tokenizer.encoder.config)
@@ -127,7 +127,7 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
-    """The language model alone, all of its rows, image ids among them."""
+    """Return the language model alone, with all of its rows, image ids included."""
     text_config = _plain_text_config(model)
     text_config.tie_word_embeddings = model.config.tie_word_embeddings
     alone = AutoModelForCausalLM.from_config(text_config, dtype=model.dtype)
@@ -136,8 +136,8 @@ def causal_lm(model: Any) -> PreTrainedModel:
 
 
 def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreTrainedModel:
-    """Write `causal_lm` with its text tokenizer into `folder`, and below it `image_tokenizer` (which draws) and where
-    the ids lie (image_vocabulary.json). Returns the language model."""
+    """Write `causal_lm` with its text tokenizer into `folder`, with the image tokenizer (`image_tokenizer/`, the
+    decoder of the ids) and the range of the image ids (image_vocabulary.json). Return the language model."""
     alone = causal_lm(model)
     parts = {"": (alone, processor.tokenizer), "image_tokenizer": (model.image_tokenizer, processor.image_processor)}
     vocabulary = {
@@ -158,11 +158,11 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
 
 
 def _plain_text_config(model: Any) -> PreTrainedConfig:
-    """The config of the language model as one of its own. A Qwen-VL's is a Qwen whose positions have three rows; where
-    a drawn image is numbered as text they are equal, and the plain one computes the same.
+    """Return the language model's config as a standalone one. A Qwen-VL's is a Qwen with three rows of positions; they
+    are equal if generated images are numbered as text, and the plain Qwen then computes the same.
 
     Raises:
-        UserError: drawn images have rows and columns, which a plain language model has not.
+        UserError: if generated images have row and column positions, which a plain language model does not support.
     """
     config = copy_config(model.config.get_text_config())
     if (plain := _PLAIN.get(config.model_type)) is None:
@@ -199,7 +199,7 @@ def _llava_processor(model: Any, processor: UnimmProcessor, strategy: str, prefi
 
 
 def _stock_state(model: Any, rows: int) -> dict[str, Tensor]:
-    """The tensors of a stock multimodal model, without its head: encoder, projector, language model."""
+    """Return the state dict of a stock multimodal model without its head: encoder, projector, language model."""
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PARTS_OF_THEIR_OWN)}
     return {
         **own,
@@ -213,16 +213,16 @@ def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _cut(state: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """A language model's state with the first `rows` rows of its embedding."""
+    """Return a language model's state dict with only the first `rows` rows of its embedding."""
     name = "embed_tokens.weight"
     return {**state, name: state[name][:rows]}
 
 
 def _filled(target: PreTrainedModel, state: dict[str, Tensor], model: Any, rows: int) -> PreTrainedModel:
-    """`target` with `state`, the first `rows` rows of the model's head and its generation defaults, on its device.
+    """Load `state` and the first `rows` rows of the model's head into `target`; copy generation defaults and device.
 
     Raises:
-        UserError: a tensor is missing or of another shape; a tied head needs none.
+        UserError: if a tensor is missing or has another shape; a tied head needs none.
     """
     state = {**state, "lm_head.weight": model.get_output_embeddings().weight[:rows]}
     expected = target.state_dict()

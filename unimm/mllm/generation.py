@@ -1,10 +1,10 @@
-"""`generate(generation_mode="text" | "image")`: one verb for answers and for drawings.
+"""`generate(generation_mode="text" | "image")`: text and image generation in one method.
 
-In image mode the length comes from the grid and only rows of image ids are computed; conditional and unconditional rows
-share one cache and one forward per step (classifier-free guidance, https://arxiv.org/abs/2207.12598); what several
-images have in common is read once; the noise of image k is a function of (seed, k) alone, so an image does not depend
-on what else is in the batch. B prompts, P distinct ones, R = num_return_sequences, S = B * R sequences, G <= S guided
-ones, M image tokens, K codebook size.
+In image mode the length is given by the image grid and only the logits of image ids are computed. Conditional and
+unconditional rows share one cache and one forward per step (classifier-free guidance, https://arxiv.org/abs/2207.12598),
+and equal prompts are prefilled once. The noise of image k is a function of (seed, k) alone, so an image does not depend
+on the rest of the batch. B prompts, P distinct ones, R = num_return_sequences, S = B * R sequences, G <= S guided ones,
+M image tokens, K codebook size.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ from unimm.sampling import SAMPLING_NAMES, ImageSampling, Noise, per_image_seeds
 
 
 class ImageGenerationMixin(TextGenerationMixin):
-    """Adds image mode to a Hugging Face model whose forward takes `vocabulary="image"` (see `unified.py`)."""
+    """Mixin that adds image mode to a Hugging Face model whose forward takes `vocabulary="image"` (`unified.py`)."""
 
     output_modalities = ("image", "text")
     tiles = False
-    """Whether the host cuts images into tiles, which it then wants to know the `image_sizes` of."""
+    """Whether the host (the model that the image tokenizer is attached to) tiles images and so needs `image_sizes`."""
 
     @torch.no_grad()
     def generate(
@@ -41,33 +41,32 @@ class ImageGenerationMixin(TextGenerationMixin):
         seed: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Write text, or draw.
+        """Generate text or images.
 
         Args:
-            inputs: token_ids of the prompts [B, L] (`input_ids=` is the same), padded on the left; with
-                `attention_mask` [B, L] and, where prompts hold images, `pixel_values`.
-            generation_mode: "text": the library's own `generate`; image ids are neither computed nor chosen.
-                "image": the begin marker is appended where it is missing, then exactly M image ids are drawn;
-                lengths given in `kwargs` or in the generation config do not matter.
+            inputs: token_ids of the prompts [B, L] (or `input_ids=`), padded on the left; with `attention_mask` [B, L]
+                and, if prompts contain images, `pixel_values`.
+            generation_mode: "text": transformers' own `generate`; image ids are neither computed nor sampled.
+                "image": append the begin marker if it is missing, then generate exactly M image ids; lengths in
+                `kwargs` or in the generation config are ignored.
             seed: image mode: one number, or one per prompt. Image k of a prompt depends on (seed, k) only; equal
                 prompts of one batch count as further images of the first. None takes a fresh seed from torch's
                 global generator.
             kwargs: text mode: as in transformers. Image mode: `guidance_scale`, `do_sample`, `temperature`, `top_k`,
-                `top_p`, `min_p`, `guidance_interval`, `guidance_schedule` (see `ImageSampling`; what is not given comes
-                from the checkpoint; `guidance_scale=None` is off),
-                `num_return_sequences`, `negative_prompt_ids` and `negative_prompt_attention_mask` [1 or B, L'] in
-                place of the checkpoint's null prompt, `streamer`, `return_dict_in_generate`, `output_scores`,
-                `output_logits`; `compile=True` compiles a step, for GPUs, where it becomes a CUDA graph: the first
-                drawing takes as long as compiling does. `parallel_tokens`: guess so many tokens ahead, or "auto",
-                and keep what a forward over them confirms; the ids are those of 1.
+                `top_p`, `min_p`, `guidance_interval`, `guidance_schedule` (see `ImageSampling`; defaults come from the
+                checkpoint; `guidance_scale=None` is off), `num_return_sequences`, `negative_prompt_ids` and
+                `negative_prompt_attention_mask` [1 or B, L'] instead of the checkpoint's null prompt, `streamer`,
+                `return_dict_in_generate`, `output_scores`, `output_logits`. `compile=True` compiles a step (a CUDA
+                graph on GPUs); the first call includes compilation. `parallel_tokens`: guess this many tokens ahead,
+                or "auto", and keep those that one forward confirms; the ids are the same as with 1.
 
         Returns:
             Text mode: token_ids [B * R, L + new]. Image mode: token_ids [S, M], image ids only; with
             `return_dict_in_generate` an output whose `scores` (and `logits`) are M tensors [S, K], after guidance.
 
         Raises:
-            ValueError: unknown mode or argument, right padding, a prompt that leaves no room, a scale that means
-                nothing.
+            ValueError: if the mode or an argument is unknown, prompts are padded on the right, a prompt leaves no room
+                for an image, or a guidance scale is invalid.
         """
         if generation_mode in (None, "text"):
             if seed is not None:
@@ -106,6 +105,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         parallel_tokens: int | Literal["auto"] = 1,
         **ignored: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Generate images: prefill the distinct prompts, then sample M image ids per sequence; see `generate`."""
         if unknown := sorted(name for name in ignored if name not in IMAGE_MODE_IGNORES):
             raise ValueError(f"image mode does not know the arguments {', '.join(unknown)}")
         check_parallel_tokens(parallel_tokens, compile)
@@ -117,14 +117,16 @@ class ImageGenerationMixin(TextGenerationMixin):
         prompts, mask = prompts.to(self.device), attention_mask.to(self.device)
         scales = sampling.scales(len(prompts), self.num_image_tokens)  # [M, B]
         counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
+        # masked: prompts that differ only in what lies under the mask are equal
         keys = request_keys(prompts * mask, pixel_values, counts)
         seeds = per_image_seeds(keys, seed, num_return_sequences)
         prompts, mask = _end_with(prompts, mask, self.config.boi_token_id)
         if streamer is not None:
             streamer.put(prompts.cpu())
-        distinct = list({key: n for n, key in reversed(list(enumerate(keys)))}.values())[::-1]  # first rows of each
+        # the first row of each distinct prompt
+        distinct = list({key: n for n, key in reversed(list(enumerate(keys)))}.values())[::-1]
         places = {keys[n]: place for place, n in enumerate(distinct)}
-        sources = torch.tensor([places[key] for key in keys], device=self.device)  # [B], where each goes on from
+        sources = torch.tensor([places[key] for key in keys], device=self.device)  # [B], its prefilled row
         rows, row_mask = prompts[distinct], mask[distinct]
         guided = (scales > 0).any(0).nonzero()[:, 0].to(self.device)
         if len(guided):
@@ -160,7 +162,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         return GenerateDecoderOnlyOutput(sequences=chosen, past_key_values=steps.cache, **outputs)
 
     def _unconditional_rows(self, ids: Tensor | None, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Token ids and mask [1 or B, L'] of what guidance leads away from, ending with the begin marker."""
+        """Return token ids and mask [1 or B, L'] of the negative prompt, ending with the begin marker."""
         if ids is None:
             if not self.config.null_prompt:
                 raise ValueError("guidance needs a null prompt, this checkpoint has none: give negative_prompt_ids")
@@ -175,7 +177,8 @@ class ImageGenerationMixin(TextGenerationMixin):
     def _read_prompts(
         self, rows: Tensor, mask: Tensor, sources: Tensor, images: dict[str, Any], compiled: bool
     ) -> tuple[Tensor, Steps]:
-        """Read every distinct prompt [P, L] once; logits [S + G, K] of the first image token, and the way on."""
+        """Prefill every distinct prompt [P, L] once; return logits [S + G, K] of the first image token, and the
+        decoder of the next ones."""
         cache = DynamicCache(config=self.config.get_text_config())
         first = rows.new_full((len(rows), self.num_image_tokens), self.visual_vocabulary.base)
         whole = self.token_positions(torch.cat([rows, first], 1), torch.cat([mask, torch.ones_like(first)], 1))
@@ -195,7 +198,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         return output.logits[sources.to(output.logits.device), -1], steps
 
     def _encoded_images(self, pixel_values: Tensor | None, counts: list[int], distinct: list[int]) -> dict[str, Any]:
-        """The projected features of the images of the distinct prompts, in their order."""
+        """Return the projected features of the images in the distinct prompts, in their order."""
         if pixel_values is None:
             return {}
         groups = torch.arange(len(pixel_values)).split(counts)
@@ -213,17 +216,17 @@ class ImageGenerationMixin(TextGenerationMixin):
 
 
 def _stacked(rows: Tensor, mask: Tensor, others: Tensor, other_mask: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """Two batches as one, padded on the left by any id that is no image placeholder, masked."""
+    """Concatenate two batches, padded on the left with a masked id `pad`, which must not be the image placeholder."""
     length = max(rows.shape[1], others.shape[1])
     whole = torch.cat([_left_pad(rows, length, pad), _left_pad(others, length, pad)])
     return whole, torch.cat([_left_pad(mask, length, 0), _left_pad(other_mask, length, 0)])
 
 
 def _prompt_mask(prompts: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor:
-    """The mask [B, L] of prompts; without one, padding tokens before a prompt count as padding.
+    """Return the mask [B, L] of prompts; if None is given, leading padding tokens are masked.
 
     Raises:
-        UserError: prompts that are no ids [B, L], a mask of another shape, or padding that cannot be told from text.
+        UserError: if prompts are not ids [B, L], the mask has another shape, or padding cannot be told from text.
     """
     if prompts.ndim != 2 or not prompts.numel() or prompts.is_floating_point():
         kind = "numbers with a fraction" if prompts.is_floating_point() else "ids"
@@ -254,7 +257,7 @@ def _prompt_mask(prompts: Tensor, mask: Tensor | None, config: GenerationConfig)
 def _images_per_prompt(
     prompts: Tensor, pixel_values: Tensor | None, image_token_id: int, tokens_per_image: int
 ) -> list[int]:
-    """Images that each prompt [B, L] sees, by its placeholders."""
+    """Count the images of each prompt [B, L] by its placeholders."""
     placeholders = (prompts == image_token_id).sum(1)
     images = 0 if pixel_values is None else len(pixel_values)
     if (placeholders % tokens_per_image).any() or placeholders.sum() != images * tokens_per_image:
@@ -270,7 +273,7 @@ def _left_pad(rows: Tensor, length: int, value: int) -> Tensor:
 
 
 def _end_with(rows: Tensor, mask: Tensor, token_id: int) -> tuple[Tensor, Tensor]:
-    """Rows [B, L] and their mask, every row ending with `token_id`; those that did already get one pad more."""
+    """Append `token_id` to the rows [B, L] that do not end with it, and pad the others on the left by one."""
     if not mask[:, -1].all():
         raise ValueError("prompts must be padded on the left: set padding_side='left'")
     done = rows[:, -1] == token_id

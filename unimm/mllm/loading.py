@@ -1,4 +1,4 @@
-"""`load`: a unified model and its processor, from the default that comes with the library, a folder or the hub."""
+"""`load`: load a unified model and its processor: the default of this package, or from a folder or the hub."""
 
 import os
 import re
@@ -16,13 +16,13 @@ from unimm.mllm.hosts.registry import HOSTS
 from unimm.mllm.processing import UnimmProcessor
 
 DEFAULT = "default"
-"""The name of the model that comes with the library; a folder of this name is "./default"."""
+"""The name of the model that ships with this package; write "./default" for a folder of that name."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def default_model_path() -> Path:
-    """The folder of the model that comes with the library."""
+    """Return the folder of the model that ships with this package."""
     return Path(str(files("unimm") / "assets" / "default"))
 
 
@@ -35,16 +35,16 @@ def load(
     """Load a unified model, ready to use.
 
     Args:
-        path_or_id: a folder, a hub id, or None or "default" for the one that comes with the library.
-        device: None takes the GPU when there is one, this process's own where several share the machine.
-        dtype: None is float32 on the CPU and bfloat16 elsewhere; the codebook is float32 always.
-        kwargs: of `from_pretrained` (`attn_implementation`, `revision`, ...).
+        path_or_id: a folder, a hub id, or None or "default" for the model that ships with this package.
+        device: None uses the GPU of this process (`LOCAL_RANK`) if there is one, else the CPU.
+        dtype: None is float32 on the CPU and bfloat16 elsewhere; the codebook is always float32.
+        kwargs: arguments of `from_pretrained` (`attn_implementation`, `revision`, ...).
 
     Returns:
         (model in evaluation mode, processor).
 
     Raises:
-        UserError: nothing there, something else than a unified model, or a broken one.
+        UserError: if nothing is there, it is not a unified model, or it is broken.
     """
     model, processor = load_unchecked(path_or_id, device, dtype, **kwargs)
     check_agreement(model, processor, default_model_path() if path_or_id in (None, DEFAULT) else path_or_id)
@@ -57,7 +57,7 @@ def load_unchecked(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> tuple[Any, UnimmProcessor]:
-    """As `load`, of a model whose parts may disagree with each other: for the doctor, who says where."""
+    """Load a model like `load`, but without the consistency checks between its parts: `unimm doctor` reports them."""
     source = default_model_path() if path_or_id in (None, DEFAULT) else path_or_id
     _check_source(source)
     place = own_device(device)
@@ -71,7 +71,7 @@ def load_unchecked(
 
 
 def own_device(device: str | torch.device | None = None) -> torch.device:
-    """The device that is asked for; for None and "cuda" the GPU of this process (`LOCAL_RANK`), where there is one."""
+    """Return the requested device; for None and "cuda" the GPU of this process (`LOCAL_RANK`), if there is one."""
     if device not in (None, "cuda"):
         return torch.device(device)
     if not torch.cuda.is_available():
@@ -80,7 +80,7 @@ def own_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def _check_source(source: str | Path) -> None:
-    """Say what is wrong with `source` before the library guesses."""
+    """Raise UserError for a bad `source`, before transformers raises a less specific error."""
     folder = Path(source)
     if not folder.exists():
         if isinstance(source, str) and _HUB_ID.fullmatch(source):

@@ -1,8 +1,7 @@
-"""UnimmProcessor: text, chats and images to model inputs, and what the model wrote back to text and images.
+"""`UnimmProcessor`: convert text, chats and images to model inputs, and model outputs back to text and images.
 
-One processor for both directions. `generation_mode="image"` asks for a prompt that ends with the begin
-marker; batches are padded on the left, as generation needs. Images go through the image tokenizer's own processor
-(PIL, no torchvision).
+`generation_mode="image"` makes every prompt end with the begin marker; batches are padded on the left for generation.
+Images are processed by the image tokenizer's own processor (PIL, no torchvision).
 """
 
 import re
@@ -35,26 +34,27 @@ from unimm.mllm.vocabulary import VisualVocabulary
 
 GENERATION_MODES = ("text", "image")
 TOKENIZING = threading.RLock()
-"""Held while a text tokenizer encodes: padding and truncation are state of the fast tokenizers, which threads share."""
-_DRAWN: ContextVar[tuple[bool, ...]] = ContextVar("drawn", default=())  # of the call in this thread, see `__call__`
+"""Lock held while a text tokenizer encodes: fast tokenizers keep padding and truncation as state shared by threads."""
+_DRAWN: ContextVar[tuple[bool, ...]] = ContextVar("drawn", default=())  # `drawn` of the current `__call__`
 
 
 class UnimmProcessor(ProcessorMixin):
     """An image processor and a text tokenizer, saved and loaded together (`AutoProcessor`).
 
     Args:
-        image_grid: [h, w] of image tokens in a drawn image.
-        image_seq_length: tokens of a seen image, fewer where the host merges patches, and any number where the
-            tokenizer's image tokens are no patches; None: h * w.
-        image_vocab_start: first image id of the model. The tokenizer may have no token at or above it.
+        image_grid: [h, w] image tokens of a generated image.
+        image_seq_length: tokens of an input image: fewer than h * w if the host (the language or multimodal model
+            that the image tokenizer is attached to) merges patches, any number if the tokenizer's image tokens are not
+            patches. None: h * w.
+        image_vocab_start: first image id of the model. Every text token id must be below it.
         codebook_size: number of image ids.
-        image_token: placeholder of one image token; `boi_token` and `eoi_token` stand around them.
-        mark_images: put these two around seen images here, for a host whose chat template does not.
-        begin_token: put the text tokenizer's begin-of-sequence token in front of a text that does not start with it,
-            if the tokenizer does so itself; False for a language model whose own chat template goes without.
+        image_token: placeholder of one image token; `boi_token` and `eoi_token` enclose an image.
+        mark_images: enclose input images in these two here, for a host whose chat template does not.
+        begin_token: prepend the text tokenizer's BOS token to a text that does not start with it, if the tokenizer
+            itself does so; False for a language model whose chat template omits it.
 
     Raises:
-        UserError: the tokenizer reaches into the image ids.
+        UserError: if the tokenizer's ids overlap the image ids.
     """
 
     def __init__(
@@ -91,17 +91,18 @@ class UnimmProcessor(ProcessorMixin):
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens of one drawn image, M = h * w."""
+        """Return the number of image tokens of one generated image, M = h * w."""
         height, width = self.image_grid
         return height * width
 
     @property
     def markers(self) -> tuple[str, str, str]:
-        """The strings that stand for images in a text: begin, one image token, end."""
+        """Return the marker strings of an image in text: begin, placeholder of one image token, end."""
         return self.boi_token, self.image_token, self.eoi_token
 
     @property
     def vocabulary(self) -> VisualVocabulary:
+        """Return the range of image ids in the vocabulary."""
         return VisualVocabulary(self.image_vocab_start, self.codebook_size)
 
     def __call__(
@@ -113,24 +114,23 @@ class UnimmProcessor(ProcessorMixin):
         drawn: Sequence[bool] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Model inputs: `input_ids` and `attention_mask` [B, L] when there is text, `pixel_values` [I, 3, H, W] when
-        there are images.
+        """Return model inputs: `input_ids` and `attention_mask` [B, L] for text, `pixel_values` [I, 3, H, W] for
+        images.
 
         Args:
-            images: what the image processor reads (PIL images, paths, arrays, tensors), one per placeholder, in the
-                order of the text; may be nested.
+            images: PIL images, paths, arrays or tensors, one per placeholder, in the order of the text; may be nested.
             text: one prompt or a batch.
             generation_mode: "image" appends the begin marker to every prompt that does not end with it.
-            drawn: for each image, whether its placeholders stand for image ids to learn (a drawing, in training) and
-                not for an image to look at; none by default.
-            kwargs: of the tokenizer and the image processor (`return_tensors`, `padding`, ...).
+            drawn: for each image, whether its placeholders stand for image ids to learn (a generation target in
+                training) rather than for an input image; none by default.
+            kwargs: arguments of the tokenizer and the image processor (`return_tensors`, `padding`, ...).
 
         Raises:
-            ValueError: unknown mode, or placeholders and images differ in number.
+            ValueError: if the mode is unknown, or the numbers of placeholders and images differ.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; known: {', '.join(GENERATION_MODES)}")
-        images = self.image_processor.fetch_images(images)  # a list, be they given as an array or nested
+        images = self.image_processor.fetch_images(images)  # always a list, also from an array or nested lists
         if generation_mode == "image" and text is not None:
             texts = [text] if isinstance(text, str) else text
             text = [each if each.endswith(self.boi_token) else each + self.boi_token for each in texts]
@@ -145,6 +145,7 @@ class UnimmProcessor(ProcessorMixin):
         """Process the images, and encode the texts with their placeholders expanded."""
         if texts is None:
             return super().__call__(images=images, **kwargs)
+        # placeholders in user text are marked with START and do not count as images
         outside = [re.sub(f"{START}{re.escape(self.image_token)}", START, text) for text in texts]
         self.validate_inputs(images=images, text=outside)
         inputs = {} if images is None else dict(super().__call__(images=images, **kwargs))
@@ -159,7 +160,7 @@ class UnimmProcessor(ProcessorMixin):
         return BatchFeature({**rows, **inputs})
 
     def _expanded(self, text: str, replacements: Iterator[str]) -> tuple[str, list[dict[str, Any]]]:
-        """Put the next replacement in the place of every placeholder that no person wrote, and say where."""
+        """Replace every placeholder that is not user text with the next replacement; return the text and the spans."""
         moved: list[dict[str, Any]] = []
         gained = 0
 
@@ -175,7 +176,7 @@ class UnimmProcessor(ProcessorMixin):
 
     @property
     def _placeholder(self) -> str:
-        """Return a pattern of the placeholders that no person wrote."""
+        """Return a pattern that matches placeholders from the template, not those in user text."""
         return f"(?<!{START}){re.escape(self.image_token)}"
 
     def encode(
@@ -194,16 +195,16 @@ class UnimmProcessor(ProcessorMixin):
         return_mm_token_type_ids: bool = False,
         **unknown: Any,
     ) -> BatchFeature:
-        """Return `input_ids` and `attention_mask` of prompts, the same for the same prompt wherever it is used.
+        """Return `input_ids` and `attention_mask` of prompts, identical in training, chat and evaluation.
 
         Args:
-            texts: what the chat template wrote, placeholders expanded.
-            add_special_tokens: False: no begin token either.
-            unknown: other arguments of the text tokenizer, refused unless they ask for nothing.
+            texts: rendered chats, with placeholders expanded.
+            add_special_tokens: False also omits the BOS token.
+            unknown: other arguments of the text tokenizer, rejected unless they are None, False or 0.
 
         Raises:
-            UserError: a text holds half a character.
-            ValueError: an argument that this processor does not have, or a cut through an image.
+            UserError: if a text contains half a character (a lone surrogate).
+            ValueError: if an argument is not supported, or truncation would cut through an image.
         """
         asked = sorted(name for name, value in unknown.items() if value not in (None, False, 0) and name != "verbose")
         if asked:
@@ -221,7 +222,7 @@ class UnimmProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _begins(self, text: str) -> bool:
-        """Return whether the begin token goes in front of a text: once, and only if the text does not bring it."""
+        """Return whether to prepend the BOS token: only if the text does not start with it."""
         tokenizer = self.tokenizer
         return self.begin_token and adds_begin_token(tokenizer) and not text.startswith(tokenizer.bos_token)
 
@@ -232,7 +233,7 @@ class UnimmProcessor(ProcessorMixin):
         return Encoded(row.ids[part], row.offsets[part])
 
     def mark_control_tokens(self, conversation: Sequence[Any]) -> list[Any]:
-        """Mark the control tokens in a conversation: `encode` takes them for plain characters."""
+        """Mark the control tokens in a conversation, so that `encode` treats them as plain characters."""
         return mark_conversation(conversation, control_pattern(self.tokenizer))
 
     def apply_chat_template(
@@ -246,14 +247,14 @@ class UnimmProcessor(ProcessorMixin):
         sanitize_control_tokens: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Render conversations, as in transformers; with `tokenize` to model inputs.
+        """Render conversations as in transformers; with `tokenize`, return model inputs.
 
         Args:
-            sanitize_control_tokens: with `tokenize`, control tokens in messages, tools and documents are plain
-                characters. False takes them for tokens.
+            sanitize_control_tokens: with `tokenize`, encode control tokens in messages, tools and documents as plain
+                characters. False encodes them as tokens.
 
         Raises:
-            UserError: a text holds half a character, there is no template, or it does not render these messages.
+            UserError: if a text contains half a character, there is no template, or it cannot render these messages.
         """
         if chat_template is None and not self.chat_template:
             raise UserError("This processor has no chat template: attach the model again, or set chat_template.")
@@ -277,12 +278,13 @@ class UnimmProcessor(ProcessorMixin):
 
     def _multimodal_inputs_from_conversations(self, conversations: list[list[Any]], *args: Any, **kwargs: Any) -> Any:
         copies = [[dict(message) for message in each] for each in conversations]
-        return super()._multimodal_inputs_from_conversations(copies, *args, **kwargs)  # empties a missing content
+        return super()._multimodal_inputs_from_conversations(copies, *args, **kwargs)  # edits messages in place
 
     def _process_images(self, images: ImageInput, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         return super()._process_images(make_flat_list_of_images(images), **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """Return the placeholders of an image: M for a generated one, `image_seq_length` for an input image."""
         flags = _DRAWN.get()
         if image_idx < len(flags) and flags[image_idx]:
             return self.image_token * self.num_image_tokens
@@ -297,7 +299,7 @@ class UnimmProcessor(ProcessorMixin):
         )
 
     def count_tokens(self, conversation: Sequence[Any]) -> int:
-        """Count the tokens of the prompt for the next answer of a conversation, those of its images among them."""
+        """Count the tokens of the prompt for the next answer of a conversation, including those of its images."""
         marked = self.mark_control_tokens(conversation)
         text = str(super().apply_chat_template(marked, add_generation_prompt=True))
         length = len(self.encode([text])["input_ids"][0])
@@ -305,22 +307,22 @@ class UnimmProcessor(ProcessorMixin):
         return length + images * (self.image_seq_length - 1 + 2 * self.mark_images)
 
     def drawing_prompt(self, prompt: str) -> str:
-        """The text that asks for an image: one user turn, the assistant's turn opened, the begin marker.
+        """Return the prompt of an image: one user turn, the opening of the assistant's turn, the begin marker.
 
-        Control tokens in the prompt are marked, so that this processor takes them for plain characters.
+        Control tokens in the prompt are marked, so that this processor encodes them as plain characters.
         """
         marked = mark_text(prompt, control_pattern(self.tokenizer))
         messages = [{"role": "user", "content": [{"type": "text", "text": marked}]}]
         return str(self.apply_chat_template(messages, add_generation_prompt=True)) + self.boi_token
 
     def null_prompt_ids(self) -> list[int]:
-        """Token ids of the drawing prompt with an empty user text: the unconditional side of guidance."""
+        """Return the token ids of the image prompt with an empty user text, the null prompt of guidance."""
         with TOKENIZING:
             ids: list[int] = self.encode([self.drawing_prompt("")])["input_ids"][0]
         return ids
 
     def postprocess(self, pixels: Tensor) -> list[Image.Image]:
-        """Pixels [B, 3, H, W] in [0, 1] as PIL images."""
+        """Convert pixels [B, 3, H, W] in [0, 1] to PIL images."""
         return self.image_processor.postprocess(pixels)
 
     def post_process_multimodal_output(
@@ -330,14 +332,14 @@ class UnimmProcessor(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs: Any,
     ) -> list[str] | list[Image.Image]:
-        """What the model made, for people.
+        """Convert model outputs to strings or PIL images.
 
         Args:
-            generated_outputs: text mode: token_ids [B, L] (image ids among them are left out); image mode: pixels
-                [B, 3, H, W], as `decode_image_tokens` gives them.
+            generated_outputs: text mode: token_ids [B, L] (image ids are skipped); image mode: pixels [B, 3, H, W]
+                from `decode_image_tokens`.
 
         Raises:
-            ValueError: unknown mode.
+            ValueError: if the mode is unknown.
         """
         if generation_mode == "image":
             return self.postprocess(generated_outputs)

@@ -1,9 +1,9 @@
-"""Texts to token ids, the same way for training, chat, generation and evaluation.
+"""Encoding of prompts to token ids, shared by training, chat, generation and evaluation.
 
-A prompt is what the chat template writes. Control tokens (every added token of the text tokenizer, such as `<|im_end|>`
-or `<|image_pad|>`) are tokens where the template wrote them; inside what people wrote they are plain characters. Such a
-string is put between two private-use characters before the template is rendered (`mark_conversation`), and `encode`
-spells what stands between them. A text without control tokens is encoded in one piece, as the tokenizer does it.
+A prompt is the output of the chat template. Control tokens (all added tokens of the text tokenizer, such as
+`<|im_end|>` or `<|image_pad|>`) are tokens if the template wrote them, and plain characters inside user text. To tell
+them apart, `mark_conversation` encloses those in user text in two private-use characters before the template is
+rendered, and `encode` spells the enclosed strings. Text without control tokens is encoded in one piece.
 """
 
 import re
@@ -17,41 +17,41 @@ from transformers import PreTrainedTokenizerBase
 from unimm.data.characters import check_characters
 
 START, END = "\U000f0000", "\U000f0001"  # the characters that transformers' `sanitize_control_tokens` takes
-LONE = START  # a mark without its partner parts what stands on its two sides
-_UNREAD = frozenset({"image", "url", "path", "base64"})  # of an image part: never written into the text
+LONE = START  # a mark without a partner separates the text on its two sides
+_UNREAD = frozenset({"image", "url", "path", "base64"})  # fields of an image part that never become text
 _NEWLINE = "\n"
 
 
 @dataclass
 class Encoded:
-    """Hold token ids [L] and for each its place in the text, start and end in characters; (0, 0) for a begin token."""
+    """Token ids [L] and their offsets in the text, (start, end) in characters; (0, 0) for a BOS token."""
 
     ids: list[int] = field(default_factory=list)
     offsets: list[tuple[int, int]] = field(default_factory=list)
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Match any control token: every added token but white space, which is ordinary text; longer ones first."""
+    """Return a pattern that matches any control token: all added tokens except white space, longer ones first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     tokens = sorted((token for token in added if token.strip()), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
 def mark_text(text: str, pattern: re.Pattern[str]) -> str:
-    """Mark the control tokens in what a person wrote.
+    """Mark the control tokens in user text.
 
     Raises:
-        UserError: the text holds half a character.
+        UserError: if the text contains half a character (a lone surrogate).
     """
     check_characters(text)
     return pattern.sub(f"{START}\\g<0>{END}", text.replace(START, "").replace(END, ""))
 
 
 def mark_conversation(messages: Sequence[Any], pattern: re.Pattern[str]) -> list[Any]:
-    """Mark the control tokens in every string of messages, tools or documents; images stay as they are.
+    """Mark the control tokens in every string of messages, tools or documents; images are left as is.
 
     Raises:
-        UserError: a text holds half a character.
+        UserError: if a text contains half a character.
     """
     marked = [mark_values(message, pattern) for message in messages]
     _part_neighbours([dict(message) for message in messages], marked, pattern)
@@ -70,7 +70,7 @@ def mark_values(value: Any, pattern: re.Pattern[str]) -> Any:
 
 
 def _part_neighbours(messages: list[dict[str, Any]], marked: list[dict[str, Any]], pattern: re.Pattern[str]) -> None:
-    """Put a lone mark between neighbouring texts that would spell a control token together; `marked` is changed."""
+    """Put a lone mark between neighboring texts that would form a control token together; modifies `marked`."""
     places = [place for message in marked for place in _texts(message)]
     texts = [holder[key] for message in messages for holder, key in _texts(message)]
     whole, ends = "".join(texts), list(accumulate(map(len, texts)))
@@ -83,7 +83,7 @@ def _part_neighbours(messages: list[dict[str, Any]], marked: list[dict[str, Any]
 
 
 def _texts(message: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """Find where the texts of a message stand, in reading order: the dict and the key of each."""
+    """Return the locations of a message's texts, in reading order: the dict and the key of each."""
     content = message.get("content")
     if isinstance(content, str):
         return [(message, "content")]
@@ -92,20 +92,20 @@ def _texts(message: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
 
 
 def adds_begin_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer itself puts its begin-of-sequence token in front of a text, as Llama's does."""
+    """Return whether the tokenizer itself prepends its BOS token to a text, as Llama's does."""
     begin = tokenizer.bos_token_id
     return begin is not None and tokenizer("").input_ids[:1] == [begin]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, begin: bool, offsets: bool = False) -> Encoded:
-    """Return the token ids of a text that a chat template wrote; what is marked in it is spelt.
+    """Encode a rendered chat to token ids; marked control tokens are spelled in plain characters.
 
     Args:
-        begin: put the begin-of-sequence token in front.
-        offsets: give each token's place in the text, the marks counted; fast tokenizers only.
+        begin: prepend the BOS token.
+        offsets: also return each token's offsets in the text, marks included; fast tokenizers only.
 
     Raises:
-        UserError: the text holds half a character.
+        UserError: if the text contains half a character.
     """
     check_characters(text)
     encoded = Encoded([tokenizer.bos_token_id], [(0, 0)]) if begin else Encoded()
@@ -127,7 +127,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, begin: bool, offset
 def padded(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], *, offsets: bool = False, **how: Any
 ) -> dict[str, Any]:
-    """Pad the rows to a batch, `how` as of the tokenizer's `pad`; `offset_mapping` of padding is (0, 0)."""
+    """Pad the rows to a batch; `how` goes to the tokenizer's `pad`. The `offset_mapping` of padding is (0, 0)."""
     batch = dict(tokenizer.pad({"input_ids": [row.ids for row in rows]}, verbose=False, **how))
     if offsets:
         left = (how.get("padding_side") or tokenizer.padding_side) == "left"
@@ -138,10 +138,10 @@ def padded(
 
 
 def _add(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, text: str, place: int, offsets: bool) -> None:
-    """Append the tokens of a piece that begins at `place`."""
+    """Append the tokens of a piece of text that begins at `place`."""
     if not text:
         return
-    lead = _NEWLINE if place else ""  # within a text nothing goes in front of a piece, as sentencepiece would put there
+    lead = _NEWLINE if place else ""  # keeps sentencepiece from adding its dummy prefix inside a text
     ids, spans = _tokens(tokenizer, lead + text, offsets)
     if lead:
         newline, _ = _tokens(tokenizer, lead, False)
@@ -163,23 +163,23 @@ def _tokens(
 
 
 def _spelt(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
-    """Return the ids of a control token's characters, none of them a control token's."""
+    """Return token ids that spell a control token's characters, none of them a control token."""
     control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     newline, ids = _spelling(tokenizer, _NEWLINE), _spelling(tokenizer, _NEWLINE + token)
     ids = ids[len(newline) :] if ids[: len(newline)] == newline else _spelling(tokenizer, token)
     if control.isdisjoint(ids):
         return ids
-    # a model that knows the string as a whole: one character at a time
+    # the tokenizer's model has the whole string in its vocabulary: encode one character at a time
     single = [each for character in token for each in _spelling(tokenizer, character)]
     return [each for each in single if each not in control]
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return token ids without a look at the added tokens."""
+    """Return the token ids of a text, ignoring the added tokens."""
     if not tokenizer.is_fast:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
-    backend = tokenizer.backend_tokenizer  # its own option for this is a state and skips special tokens only
+    backend = tokenizer.backend_tokenizer  # `split_special_tokens` is shared state here and skips special tokens only
     text = backend.normalizer.normalize_str(text) if backend.normalizer else text
     pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
     return [token.id for piece in pieces for token in backend.model.tokenize(piece)]

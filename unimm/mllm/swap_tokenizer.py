@@ -1,7 +1,7 @@
-"""A unified model goes on with a fine-tuned version of its own image tokenizer.
+"""Swap the image tokenizer of a unified model for a fine-tuned version of it.
 
-Nothing of the language model moves. The rows of the image ids are kept, so where the codes moved a
-little, drawing starts almost right; what the ids mean has changed all the same, and the model has to be trained.
+The language model is unchanged, including the rows of the image ids, so image generation starts almost right if the
+codes moved only a little. The meaning of the ids has changed all the same: train the model afterwards.
 """
 
 from pathlib import Path
@@ -10,14 +10,14 @@ from typing import Any
 from unimm.errors import UserError
 from unimm.tokenizer.loading import load_image_tokenizer
 
-_PASSING = ("transformers_version", "dtype", "architectures", "_name_or_path")  # of the file, not of the build
+_PASSING = ("transformers_version", "dtype", "architectures", "_name_or_path")  # not part of the architecture
 
 
 def swap_image_tokenizer(model: Any, path: str | Path) -> None:
-    """Put the image tokenizer at `path` into a unified model, in place of the one it has.
+    """Replace the image tokenizer of a unified model by the one at `path`.
 
     Raises:
-        UserError: nothing there, or a tokenizer of another build: then a language model has to be attached to it anew.
+        UserError: if nothing is there, or a tokenizer of another architecture: attach a language model to it instead.
     """
     other = load_image_tokenizer(path)
     own, new = _build_of(model.image_tokenizer), _build_of(other)
@@ -33,7 +33,7 @@ def swap_image_tokenizer(model: Any, path: str | Path) -> None:
 
 
 def _build_of(tokenizer: Any) -> dict[str, Any]:
-    """What decides the names and shapes of a tokenizer's weights and how its images are prepared."""
+    """Return the config fields that determine a tokenizer's weight names and shapes and its image processing."""
     fields = tokenizer.config.to_diff_dict()
     fields |= {f"encoder_config.{name}": value for name, value in fields.pop("encoder_config", {}).items()}
     return {name: value for name, value in fields.items() if name.removeprefix("encoder_config.") not in _PASSING}

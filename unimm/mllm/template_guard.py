@@ -1,8 +1,8 @@
-"""Chat templates from strangers: rendered on trial, within bounds, before transformers renders them.
+"""A guard for untrusted chat templates: a trial rendering with resource limits, before transformers renders them.
 
-A template is a program. jinja's sandbox keeps it away from files and attributes, not from loops without end, strings
-that multiply or numbers of a gigabyte. Here its syntax tree gets a counter in every loop and around every output, and
-operators, filters and calls are looked at before they run; a template that passes does the same work a second time.
+A template is a program. Jinja's sandbox blocks files and attributes, but not endless loops, strings that multiply or
+numbers of a gigabyte. Here counters are inserted into the syntax tree in every loop and around every output, and
+operators, filters and calls are checked before they run. A template that passes is rendered again by transformers.
 """
 
 import re
@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from unimm.errors import UserError, one_line
 
 LONGEST_TEXT = 10_000_000
-"""Characters of one value, or items of one list: ten million, more than any model reads."""
+"""Maximum characters of one value, or items of one list: more than any model's context."""
 MOST_WORK = 10 * LONGEST_TEXT
 MOST_STEPS = 200_000
 MOST_SECONDS = 10.0
@@ -30,11 +30,11 @@ _SLOW_FILTERS = ("urlize", "wordwrap", "striptags")  # quadratic in the text's l
 
 
 class _Refused(Exception):
-    """The template does something that no chat needs."""
+    """Raised if a template does something that no chat needs."""
 
 
 class _Budget:
-    """What one rendering has used up."""
+    """The steps, characters and time that one rendering has used."""
 
     def __init__(self) -> None:
         self.steps, self.work = 0, 0
@@ -46,7 +46,7 @@ class _Budget:
             raise _Refused(f"takes more than {MOST_STEPS} steps or {MOST_SECONDS:g} seconds")
 
     def need(self, size: int) -> None:
-        """Take `size` characters or items from the budget, before they are made."""
+        """Charge `size` characters or items to the budget, before they are created."""
         self.work += size
         if size > LONGEST_TEXT or self.work > MOST_WORK:
             raise _Refused(f"makes more than {LONGEST_TEXT} characters")
@@ -56,7 +56,7 @@ _budget: ContextVar[_Budget] = ContextVar("what a rendering has used up")
 
 
 class _Counting(NodeTransformer):
-    """Puts a counter into loops and macros, around outputs, and in the place of `~`."""
+    """A syntax tree transformer that adds a counter to loops, macros and outputs, and replaces `~`."""
 
     def _counted(self, node: Any, *_: Any) -> Any:
         self.generic_visit(node)
@@ -86,7 +86,7 @@ class _Counting(NodeTransformer):
 
 
 class _GuardedEnvironment(ImmutableSandboxedEnvironment):
-    """transformers' environment, with the counters."""
+    """The Jinja environment of transformers, with counters."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
@@ -98,7 +98,7 @@ class _GuardedEnvironment(ImmutableSandboxedEnvironment):
         _budget.get().step()
 
     def put(self, value: Any) -> Any:
-        """What is written, counted."""
+        """Charge an output to the budget and return it."""
         _budget.get().need(_size(value))
         return value
 
@@ -123,7 +123,7 @@ class _GuardedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _size(value: Any) -> int:
-    """Characters or items of a value, as it stands or once it is written."""
+    """Return the number of characters or items of a value, as it is or once written."""
     if isinstance(value, str | list | tuple | dict):
         return len(value)
     if isinstance(value, int):
@@ -151,7 +151,7 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
 
 
 def _check_arguments(name: str, owner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Of a call or a filter (`owner` is its first argument), before it runs."""
+    """Check the arguments of a call or a filter (`owner` is its first argument) before it runs."""
     values = (*args, *kwargs.values())
     if any(isinstance(value, int) and abs(value) > LARGEST_ARGUMENT for value in values):
         raise _Refused(f"calls {name} with a number above {LARGEST_ARGUMENT}")
@@ -203,10 +203,10 @@ def _compiled(template: str) -> Template:
 
 
 def render_guarded(template: Any, messages: Iterable[Any], **context: Any) -> str:
-    """Render a chat template within bounds.
+    """Render a chat template within resource limits.
 
     Raises:
-        UserError: it is no text, has a fault, refuses the messages, or does more work than any chat needs.
+        UserError: if it is not a string, fails, rejects the messages, or does more work than any chat needs.
     """
     if not isinstance(template, str):
         raise UserError(f"The chat template is a {type(template).__name__}, not a text.")
@@ -221,7 +221,7 @@ def render_guarded(template: Any, messages: Iterable[Any], **context: Any) -> st
         raise UserError("The chat template never ends: it is broken, or made to do harm.") from None
     except TemplateError as error:
         raise UserError(f"The chat template cannot render these messages: {one_line(error)[:200]}.") from error
-    except Exception as error:  # whatever a template's expressions raise
+    except Exception as error:  # a template's expressions can raise anything
         raise UserError(
             f"The chat template cannot render these messages ({type(error).__name__}: {one_line(error)[:150]})."
         ) from error
@@ -230,7 +230,7 @@ def render_guarded(template: Any, messages: Iterable[Any], **context: Any) -> st
 
 
 def _plain(value: Any) -> Any:
-    """As a template sees it: images and other objects only as being there."""
+    """Return a value of plain types for a template; images and other objects become True."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

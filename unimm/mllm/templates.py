@@ -1,9 +1,9 @@
-"""The chat template of a unified model: the host's own, extended by images, or a published one by its name.
+"""The chat template of a unified model: the host's own, extended with images, or a published one by name.
 
-A host's template stays as it is, word for word; in front of it goes what turns the parts of a message into the string
-that it expects, an image part into its three markers. Text-only conversations have the host's own token ids. In the
-templates written here an image renders alike in a user's and in an assistant's turn, and `{% generation %}` marks what
-the assistant says, its closing token included, for assistant-only losses.
+The template of the host (the language or multimodal model that the image tokenizer is attached to) is kept verbatim;
+a prefix converts the parts of a message to the string it expects, with three markers for an image part. Text-only
+conversations keep the host's token ids. In the templates defined here an image renders the same in user and assistant
+turns, and `{% generation %}` marks the assistant's text, including its closing token, for assistant-only losses.
 """
 
 from typing import Any
@@ -55,8 +55,8 @@ _PLAIN = """\
 """
 
 
-# Puts texts and the markers of images in the place of a message's parts, then the host's template goes on unchanged.
-# `trim_blocks`, which transformers sets, removes the newline behind the last tag: the host's first line stays whole.
+# Replaces the parts of a message by a string of texts and image markers; the host's unchanged template follows.
+# `trim_blocks`, which transformers sets, removes the newline after the last tag, so the host's first line is intact.
 _FLATTEN = """\
 {%- set unimm = namespace(messages=[], text='') -%}
 {%- for message in messages -%}
@@ -77,7 +77,7 @@ _FLATTEN = """\
 {%- set messages = unimm.messages %}
 """
 
-# For a host's template that reads parts and leaves the images of the assistant out: they become text of its turn.
+# For a host's template that takes parts but skips images in assistant turns: converts those images to text.
 _FLATTEN_DRAWINGS = """\
 {%- set unimm = namespace(messages=[], parts=[]) -%}
 {%- for message in messages -%}
@@ -96,17 +96,17 @@ _FLATTEN_DRAWINGS = """\
 """
 
 Template = str | dict[str, str]
-"""A chat template, or several by name, of which "default" is used unless another is asked for."""
+"""A chat template, or several by name; "default" is used unless another is requested."""
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers, name: str | None = None) -> Template:
-    """Return the format of that name (`chat_formats.CHAT_FORMATS`); without a name the tokenizer's own template,
-    extended by images if it cannot render them; for a tokenizer without one ChatML if it has the tokens for it, else
-    plain turns.
+    """Return the published template `name` (`chat_formats.CHAT_FORMATS`). Without a name, return the tokenizer's own
+    template, extended with images if it cannot render them; if it has none, ChatML if the tokenizer has its tokens,
+    else plain turns.
 
     Raises:
-        UserError: an unknown name, a format whose closing token the tokenizer does not have, or a template of the
-            tokenizer's own that renders no conversation.
+        UserError: if the name is unknown, the tokenizer lacks the format's closing token, or the tokenizer's own
+            template cannot render a conversation.
     """
     image = markers.begin + markers.image + markers.end
     if name is None and tokenizer.chat_template is not None:
@@ -123,7 +123,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers, name: st
 
 
 def _with_images(tokenizer: PreTrainedTokenizerBase, own: str, markers: Markers) -> str:
-    """Return a tokenizer's own template as it is if it renders images on both sides, else what it lacks and it."""
+    """Return a tokenizer's own template, extended with a prefix if it does not render images in both roles."""
     image = markers.begin + markers.image + markers.end
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
     drawn = {"role": "assistant", "content": [{"type": "image"}]}
@@ -140,31 +140,31 @@ def _with_images(tokenizer: PreTrainedTokenizerBase, own: str, markers: Markers)
     both, _ = _rendered(tokenizer, own, [question, drawn])
     if both.count(markers.image) == 2:
         return own
-    # a template that leaves the markers around an image to the processor does so on both sides
+    # a template that leaves the begin and end markers to the processor does so in both roles
     return _FLATTEN_DRAWINGS.replace("IMAGE", image if markers.begin in seen else markers.image) + own
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]]) -> tuple[str, str]:
-    """Render the conversation in that template, or say why there is none."""
+    """Render the conversation; return the text and an empty string, or an empty text and the error."""
     try:
         return render_guarded(template, messages, add_generation_prompt=False, **tokenizer.special_tokens_map), ""
-    except UserError as error:  # templates for text only add a list to a string
+    except UserError as error:  # text-only templates fail by adding a list to a string
         return "", one_line(error).removesuffix(".")
 
 
 def is_published(template: Template) -> bool:
-    """Return whether a template was written here: it leaves the first begin token to the text tokenizer."""
+    """Return whether a template was built here; such templates leave the first BOS token to the text tokenizer."""
     return isinstance(template, str) and template.startswith(_CONTENT.partition("\n")[0])
 
 
 def closing_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
-    """The token that ends an answer in the format of that name; None where it is no token of its own (plain)."""
+    """Return the token that ends an answer in the format `name`; None if it is not a token (plain)."""
     closing = named_format(name).closing.strip()
     return (tokenizer.eos_token if closing == EOS else closing) or None
 
 
 def _check_closing(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """A model whose tokenizer lacks the token would learn to spell it, and never stop: the wrong template for it."""
+    """Raise UserError if the tokenizer lacks the closing token: the model would learn to spell it and never stop."""
     closing = closing_token(tokenizer, name)
     if closing is None and named_format(name).closing.strip() == EOS:
         raise UserError(f"The chat template {name!r} ends answers with an end token, and the text tokenizer has none.")
@@ -176,21 +176,21 @@ def _check_closing(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def set_chat_template(model: Any, processor: Any, name: str) -> None:
-    """Give a unified model another published format: its processor, its null prompt and what ends an answer.
+    """Switch a unified model to another published format: the processor's template, null prompt and EOS tokens.
 
     Raises:
-        UserError: as in `chat_template`.
+        UserError: see `chat_template`.
     """
     tokenizer = processor.tokenizer
     template = chat_template(tokenizer, Markers(processor.boi_token, processor.image_token, processor.eoi_token), name)
     tokenizer.chat_template = processor.chat_template = template
-    processor.begin_token = True  # the published formats leave the first begin token to the text tokenizer
+    processor.begin_token = True  # published formats leave the first BOS token to the text tokenizer
     model.config.null_prompt = processor.null_prompt_ids()
     model.generation_config.eos_token_id = end_of_turn_ids(tokenizer, name)
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> list[int]:
-    """Token ids that end an answer, in the chat template of that name if there is one."""
+    """Return the token ids that end an answer, in the published chat template `name` if given."""
     ends = [tokenizer.eos_token_id]
     closing = TURN_END if name is None else closing_token(tokenizer, name)
     if closing in tokenizer.get_vocab():

@@ -1,8 +1,8 @@
-"""What every unified host has in common: the head by vocabulary, image ids in and out, checkpoints that are whole or
-refused.
+"""`UnifiedModelMixin`: what all unified models share, on top of their host (the language or multimodal model that the
+image tokenizer is attached to): logits per vocabulary, image ids to pixels and back, and strict checkpoint loading.
 
-Nothing is masked while training (`labels` see every row of the head); without labels only the rows
-that are asked for are computed, so growing the vocabulary leaves the text logits as they were, to the last bit.
+In training, the loss covers all rows of the head. Without labels only the requested rows are computed, so the text
+logits are the same as before the vocabulary was grown, bit for bit.
 """
 
 from typing import Any, Literal
@@ -25,32 +25,33 @@ Vocabulary = Literal["text", "image", "all", "answer"]
 
 
 class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
-    """In front of a host's `...ForConditionalGeneration`. A subclass names its config class and its output class.
+    """Mixin placed before a host's `...ForConditionalGeneration`; a subclass sets its config class and output class.
 
     Expects `self.model` (with `vision_tower`), a head, and `vocabulary.ImageVocabularyFields` in the config.
     """
 
     _output_class: type[ModelOutput]
     positions_are_1d = True
-    """Whether a token's position is its place in its sequence, so that restarting it begins another sequence."""
+    """Whether positions are plain indices into a sequence, so that restarting at 0 begins another packed sequence."""
 
     @property
     def image_tokenizer(self) -> ImageTokenizer:
-        """The vision tower, which is the image tokenizer."""
+        """Return the vision tower, which is the image tokenizer."""
         return self.model.vision_tower
 
     @property
     def visual_vocabulary(self) -> VisualVocabulary:
+        """Return the range of image ids in the vocabulary."""
         return VisualVocabulary(self.config.image_vocab_start, self.config.codebook_size)
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens of one image, M = h * w."""
+        """Return the number of image tokens of one image, M = h * w."""
         height, width = self.config.image_grid
         return height * width
 
     def token_positions(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Positions [B, L] of whole sequences with the attention mask [B, L]; hosts with M-RoPE give [3, B, L]."""
+        """Return the positions [B, L] of full sequences with attention mask [B, L]; [3, B, L] for hosts with M-RoPE."""
         return (mask.cumsum(-1) - 1).clamp_min(0)
 
     @can_return_tuple
@@ -70,21 +71,21 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
         vocabulary: Vocabulary | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        """The host's forward.
+        """Run the host's forward and compute the logits of the requested vocabulary.
 
         Args:
-            input_ids: token_ids [B, L]; drawn images are image ids in it, seen ones are placeholders.
-            pixel_values: [I, 3, H, W], one for every `image_seq_length` placeholders, in reading order.
+            input_ids: token_ids [B, L]; generated images are image ids, input images are placeholders.
+            pixel_values: [I, 3, H, W], one image per `image_seq_length` placeholders, in reading order.
             image_sizes: [I, 2], for hosts that tile, with the pixel_values of their own processor.
-            labels: token_ids [B, L], -100 where there is no loss; the loss goes over the whole vocabulary.
-            logits_at: [n], places in the flattened batch [B * L]: logits [n, ...] of these alone, for a loss over few
-                of many tokens. A head that is called outside of the forward would get wrong gradients under FSDP2.
+            labels: token_ids [B, L], -100 for tokens without loss; the loss is over the whole vocabulary.
+            logits_at: [n], indices into the flattened batch [B * L]: return logits [n, ...] of these only, for a loss
+                over few of many tokens. Calling the head outside of forward gives wrong gradients under FSDP2.
             vocabulary: which logits: "text" [B, L, image_vocab_start], "image" [B, L, K], "all" [B, L, V]; "answer"
-                [B, L, text_vocab_size], what text generation chooses from. None: "all" with labels or in training, else
+                [B, L, text_vocab_size], those of text generation. None: "all" with labels or in training, else
                 "text".
 
         Returns:
-            The host's output class, with `loss` where labels were given.
+            The host's output class, with `loss` if labels are given.
         """
         if vocabulary is None:
             vocabulary = "all" if labels is not None or self.training else "text"
@@ -117,29 +118,30 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
         return self._output_class(loss=loss, logits=logits, **rest)
 
     def _logits(self, hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """Logits [B, L, rows] of `hidden` [B, L, D]."""
+        """Compute the logits [B, L, rows] of `hidden` [B, L, D]."""
         text, base, end = self.config.text_vocab_size, self.visual_vocabulary.base, self.visual_vocabulary.end
         if vocabulary == "all":
             return self._head(hidden, 0, end)
         if vocabulary == "image":
             return self._head(hidden, base, end)
         if vocabulary == "text":
-            # two products: the host's own rows in a product of the host's own shape give the host's own bits
+            # two products: only a matrix product of the host's own shape is bit-identical to the host's logits
             return torch.cat([self._head(hidden, 0, text), self._head(hidden, text, base)], dim=-1)
         if vocabulary == "answer":
             return self._head(hidden, 0, text)
         raise ValueError(f"vocabulary is {vocabulary!r}; known: text, image, all, answer")
 
     def _head(self, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """Rows start..stop-1 of the head; a wrapped one (adapter, quantized, sharded, offloaded) computes all rows."""
+        """Apply rows start..stop-1 of the head; a wrapped head (adapter, quantized, sharded, offloaded) computes all
+        rows, as its weight cannot be sliced."""
         head = self.get_output_embeddings()
         if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
             return head(hidden)[..., start:stop]
         return F.linear(hidden, head.weight[start:stop], None if head.bias is None else head.bias[start:stop])
 
     def trainable_token_indices(self) -> dict[str, list[int]]:
-        """The rows that drawing needs and the host did not have, image ids and the two markers, as PEFT's argument of
-        this name; a tied head follows the embedding."""
+        """Return the rows that image generation needs and the host lacked (image ids and the two markers), as the PEFT
+        argument of this name; a tied head follows the embedding."""
         vocabulary = self.visual_vocabulary
         rows = [*range(vocabulary.base, vocabulary.end), self.config.boi_token_id, self.config.eoi_token_id]
         parts = ("embed_tokens",) if self.config.tie_word_embeddings else ("embed_tokens", "lm_head")
@@ -147,19 +149,19 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """The images [B, 3, H, W] as token_ids [B, M]."""
+        """Encode images [B, 3, H, W] to token_ids [B, M]."""
         return self.visual_vocabulary.token_ids(self.image_tokenizer.encode(pixel_values.to(self.device)).ids)
 
     @torch.no_grad()
     def decode_image_tokens(self, token_ids: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        """Draw token_ids as pixels [B, 3, H, W].
+        """Decode token_ids to pixels [B, 3, H, W].
 
         Args:
-            token_ids: [B, M] or [M], or whole sequences [B, L] that hold exactly M image ids each among other tokens.
-            height: only the checkpoint's own size is possible; so is `width`.
+            token_ids: [B, M] or [M], or full sequences [B, L] with exactly M image ids each among other tokens.
+            height: must be the checkpoint's own size, as must `width`.
 
         Raises:
-            ValueError: another size, or a row without exactly M image ids.
+            ValueError: if the size differs, or a row does not have exactly M image ids.
         """
         size = self.image_tokenizer.config.image_size
         if (height or size, width or size) != (size, size):
@@ -173,11 +175,11 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
         return self.image_tokenizer.decode(self.visual_vocabulary.ids(rows[drawn].view(len(rows), -1)))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-        """Make room for `len(text_tokenizer)` text tokens: they take spare rows below the image ids; nothing moves
-        or shrinks.
+        """Make room for `len(text_tokenizer)` text tokens by using spare rows below the image ids; no row is moved or
+        removed.
 
         Raises:
-            ValueError: more tokens than rows below the image ids.
+            ValueError: if there are more tokens than rows below the image ids.
         """
         tokens = new_num_tokens or 0
         if tokens > self.config.image_vocab_start:
@@ -188,11 +190,11 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a checkpoint that is whole, or refuse it.
+        """Load a complete checkpoint.
 
         Raises:
-            UserError: weights are missing, unexpected or misshapen, or the codebook is not the one that the model
-                was attached to.
+            UserError: if weights are missing, unexpected or of another shape, or the codebook is not the one that the
+                model was attached to.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         _check_codebook(model, args[0] if args else kwargs["pretrained_model_name_or_path"])
@@ -202,7 +204,7 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
 def _check_codebook(model: Any, source: Any) -> None:
     expected = model.config.tokenizer_fingerprint
     offloaded = any(parameter.is_meta for parameter in model.image_tokenizer.parameters())
-    if expected is None or offloaded:  # built from a config alone, or nothing here to hash
+    if expected is None or offloaded:  # built from a config alone, or no weights here to hash
         return
     found = model.image_tokenizer.fingerprint
     if expected != found:

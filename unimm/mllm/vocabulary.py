@@ -1,9 +1,8 @@
-"""Where image ids live inside a language model's vocabulary.
+"""The image ids in a language model's vocabulary.
 
-Ids are arithmetic, `token_id = base + id`; the text tokenizer gets no string for them, so text that a
-user types can never become an image id. The base lies above the padded embedding matrix, never at `len(tokenizer)`:
-real checkpoints pad their matrices (Qwen 151 665 -> 151 936 rows), and a resize to `len(tokenizer) + K` would cut
-those rows off.
+`token_id = base + id`; the text tokenizer has no strings for image ids, so user text can never become one. The base is
+above the padded embedding matrix, never at `len(tokenizer)`: real checkpoints pad their matrices (Qwen 151 665 ->
+151 936 rows), and a resize to `len(tokenizer) + K` would cut those rows off.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ SPARE_ROWS = 64  # rows left free below the image ids, for tokens that are added
 
 @dataclass(frozen=True)
 class Markers:
-    """The strings around an image in the text: begin, the placeholder of one image token, end."""
+    """The marker strings of an image in text: begin, the placeholder of one image token, end."""
 
     begin: str
     image: str
@@ -38,21 +37,21 @@ KNOWN_MARKERS = (
 
 @dataclass(kw_only=True)
 class ImageVocabularyFields:
-    """Config fields of every unified host.
+    """Config fields shared by all unified models.
 
     Args:
-        text_vocab_size: rows that text generation may choose from: the host's own; spare rows follow up to
-            image_vocab_start.
+        text_vocab_size: rows that text generation may choose from: those of the host (the language or multimodal model
+            that the image tokenizer is attached to); spare rows follow up to image_vocab_start.
         image_vocab_start: token id of codebook id 0.
         codebook_size: number of image ids, K.
         image_grid: [h, w] of image tokens in one image.
-        boi_token_id: token before a drawn image; eoi_token_id: token after it.
+        boi_token_id: token before a generated image; eoi_token_id: token after it.
         null_prompt: token ids of the unconditional prompt of guidance, up to and including the begin marker.
-        null_prompt_prob: how often training replaced a drawing prompt by it; 0 means that guidance was never trained.
-        tokenizer_fingerprint: of the image tokenizer that the image ids belong to.
-        host_config: the config of the host that the tokenizer was attached to, for `detach`.
-        image_position_mode: positions of drawn image tokens: "1d", as text; "2d", row and column, for hosts that have
-            such positions for seen images (M-RoPE).
+        null_prompt_prob: probability that training replaced an image prompt by it; 0: guidance was never trained.
+        tokenizer_fingerprint: fingerprint of the image tokenizer that the image ids belong to.
+        host_config: the config of the host, for `detach`.
+        image_position_mode: positions of generated image tokens: "1d", as text; "2d", row and column, for hosts that
+            use such positions for input images (M-RoPE).
     """
 
     text_vocab_size: int = 0
@@ -74,36 +73,36 @@ class ImageVocabularyFields:
 
 @dataclass(frozen=True)
 class VisualVocabulary:
-    """The codebook's place in the vocabulary: id k is token `base + k`, k in 0..size-1."""
+    """The range of image ids in the vocabulary: codebook id k is token `base + k`, k in 0..size-1."""
 
     base: int
     size: int
 
     @property
     def end(self) -> int:
-        """Rows of the whole embedding matrix."""
+        """Return the number of rows of the whole embedding matrix."""
         return self.base + self.size
 
     def token_ids(self, ids: Tensor) -> Tensor:
-        """Codebook ids as ids of the language model's vocabulary, any shape.
+        """Convert codebook ids of any shape to token ids of the language model.
 
         Raises:
-            ValueError: an id lies outside 0..size-1.
+            ValueError: if an id is outside 0..size-1.
         """
         _check_range(ids, 0, self.size, "ids")
         return ids + self.base
 
     def ids(self, token_ids: Tensor) -> Tensor:
-        """The inverse of `token_ids`.
+        """Convert token ids to codebook ids, the inverse of `token_ids`.
 
         Raises:
-            ValueError: a token id is no image id.
+            ValueError: if a token id is not an image id.
         """
         _check_range(token_ids, self.base, self.end, "token_ids")
         return token_ids - self.base
 
     def contains(self, token_ids: Tensor) -> Tensor:
-        """Mask of the entries that are image ids, same shape as `token_ids`."""
+        """Return the mask of the entries that are image ids, same shape as `token_ids`."""
         return (token_ids >= self.base) & (token_ids < self.end)
 
 
@@ -115,19 +114,19 @@ def _check_range(values: Tensor, low: int, high: int, name: str) -> None:
 
 
 def visual_base(embedding_rows: int, tokenizer_length: int) -> int:
-    """The first image id: above every row and every token, at least `SPARE_ROWS` free, a multiple of `SPARE_ROWS`."""
+    """Return the first image id: a multiple of `SPARE_ROWS`, with at least `SPARE_ROWS` free rows below it."""
     used = max(embedding_rows, tokenizer_length)
     return -(-(used + SPARE_ROWS) // SPARE_ROWS) * SPARE_ROWS
 
 
 def add_markers(tokenizer: PreTrainedTokenizerBase, placeholder: str | None = None) -> Markers:
-    """Find the markers that `tokenizer` already has, else add the default ones to it as special tokens.
+    """Return the image markers that `tokenizer` already has, or add the default ones to it as special tokens.
 
     Args:
-        placeholder: the token that the host already takes for one image token.
+        placeholder: the token that the host already uses for one image token.
 
     Raises:
-        ValueError: a marker is not one token.
+        ValueError: if a marker is not a single token.
     """
     vocabulary = tokenizer.get_vocab()
     for markers in KNOWN_MARKERS:
@@ -154,20 +153,20 @@ def grow_rows(
     codes: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """An embedding or head matrix with rows for the image ids; the old rows are kept bit for bit.
+    """Add rows for the image ids to an embedding or head matrix; the old rows are kept bit for bit.
 
     Args:
         rows: [V, D], V <= vocabulary.base.
         row_init: "random": normal, with the mean and standard deviation of each column of the old rows; "mean": the
-            mean old row; "codebook": the codes through a random orthogonal projection, scaled to the mean norm of
-            the old rows (the spare rows below the image ids are then random).
+            mean old row; "codebook": a random orthogonal projection of the codes, scaled to the mean norm of the old
+            rows (the spare rows below the image ids are then random).
         codes: codebook vectors [K, C]; needed by "codebook" only.
 
     Returns:
         [vocabulary.end, D], a new tensor.
 
     Raises:
-        ValueError: unknown `row_init`, more old rows than `vocabulary.base` (growing never shrinks), or no codes.
+        ValueError: if `row_init` is unknown, there are more old rows than `vocabulary.base`, or codes are missing.
     """
     if row_init not in ROW_INITS:
         raise ValueError(f"row_init is {row_init!r}; known: {', '.join(ROW_INITS)}")
@@ -188,7 +187,7 @@ def grow_rows(
 
 
 def _projected_codes(codes: Tensor, norm: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """Codes [K, C] as rows [K, width] of mean norm `norm`; distances between codes are kept when C <= width."""
+    """Project codes [K, C] to rows [K, width] of mean norm `norm`, keeping relative distances if C <= width."""
     centred = codes.detach().float().cpu() - codes.detach().float().cpu().mean(0)
     size = max(centred.shape[1], width)
     projection = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
@@ -197,7 +196,7 @@ def _projected_codes(codes: Tensor, norm: Tensor, width: int, generator: torch.G
 
 
 def set_vocab_size(config: PreTrainedConfig, *, old: int, new: int) -> None:
-    """Set every `vocab_size` in `config` and its nested configs that is `old` to `new`."""
+    """Set every `vocab_size` that equals `old` to `new`, in `config` and its nested configs."""
     if getattr(config, "vocab_size", None) == old:
         config.vocab_size = new
     for value in vars(config).values():

@@ -1,11 +1,11 @@
-"""The frozen DINO ViT-S/16 that a discriminator looks through (Caron et al., https://arxiv.org/abs/2104.14294).
+"""The frozen DINO ViT-S/16 backbone of the discriminator (Caron et al., https://arxiv.org/abs/2104.14294).
 
-What is special, after StyleGAN-T (https://arxiv.org/abs/2301.09515) and VAR's tokenizer training:
+It follows StyleGAN-T (https://arxiv.org/abs/2301.09515) and VAR's tokenizer training:
 
 - five readouts of [B, 384, 196]: after the position embedding and after blocks 2, 5, 8 and 11, each the patch tokens
   plus the class token;
-- no final norm, dropout or drop path; tanh GELU, as the published discriminators have it; fp32 also under autocast;
-- the key bias is zeroed at load: softmax cannot see it, low-precision logits could.
+- no final norm, dropout or drop path; tanh GELU, as in the published discriminators; float32 also under autocast;
+- the key bias is set to zero at load: softmax is invariant to it, but low-precision logits are not.
 
 Shapes: B batch, H W pixels, 196 = 14 x 14 patches of a 224 px input, 384 channels.
 """
@@ -28,7 +28,7 @@ GET = (
     "or the folder facebook/dino-vits16 of the Hugging Face hub"
 )
 
-# Hugging Face's ViT names -> the published file's; query, key and value are joined apart.
+# Hugging Face's ViT names -> the published file's; query, key and value are fused in `_from_hugging_face`.
 HF_NAMES = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -43,7 +43,7 @@ HF_NAMES = {
 
 
 class Attention(nn.Module):
-    """Self-attention with one joint projection, [B, L, 384] -> [B, L, 384]."""
+    """Self-attention with a fused qkv projection, [B, L, 384] -> [B, L, 384]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class DinoTrunk(nn.Module):
-    """Pixels [B, 3, 224, 224] in [0, 1] -> five readouts [B, 384, 196]. Frozen, yet differentiable."""
+    """DINO ViT-S/16: pixels [B, 3, 224, 224] in [0, 1] -> five readouts [B, 384, 196]. Frozen, yet differentiable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,9 +101,9 @@ class DinoTrunk(nn.Module):
 
 
 def load_dino_trunk(path: str | Path | None) -> DinoTrunk:
-    """The trunk with the weights of `path`: the published `.pth`, timm's file, or a Hugging Face ViT file or folder.
+    """Load the trunk from `path`: the published `.pth`, timm's file, or a Hugging Face ViT file or folder.
 
-    Raises UserError that says what to get when there is no such file or it is another network's.
+    Raises UserError, naming the file to get, if there is none or it belongs to another network.
     """
     state = read_weights(path, name=NAME, get=GET, setting="the discriminator's weights")
     if any("attention.attention.query" in key for key in state):
@@ -118,16 +118,17 @@ def load_dino_trunk(path: str | Path | None) -> DinoTrunk:
 
 
 def _readout(x: Tensor) -> Tensor:
+    """Return patch tokens plus the class token of x [B, 197, 384], as [B, 384, 196]."""
     return (x[:, 1:] + x[:, :1]).transpose(1, 2)
 
 
 def _from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Hugging Face ViT's tensors under the published file's names; pooler and final norm left out."""
+    """Convert a Hugging Face ViT's tensors to the published file's names, without pooler and final norm."""
     state = {key.removeprefix("vit."): value for key, value in state.items()}
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
         if key.startswith(("pooler.", "layernorm.", "classifier.")) or ".key." in key or ".value." in key:
-            continue  # keys and values are taken along with their query
+            continue  # keys and values are fused with their query below
         if ".query." in key:
             value = torch.cat([state[key.replace(".query.", f".{part}.")] for part in ("query", "key", "value")])
             key = key.replace("attention.attention.query", "attn.qkv")

@@ -1,9 +1,9 @@
-"""The Inception network that FID, sFID and the inception score are defined by, in plain torch.
+"""The Inception network that defines FID, sFID and the inception score, in plain torch.
 
-It is the TensorFlow network of 2015-12-05 as FID's ports have it (Szegedy et al., https://arxiv.org/abs/1512.00567),
-not torchvision's `inception_v3`: average pools do not count their padding, the last block pools by maximum, there are
-1008 classes, and images are enlarged by TensorFlow 1's bilinear filter, which has no half-pixel centres. Parameters
-have the names of the published files: the ports `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) and
+This is the TensorFlow network of 2015-12-05 as in FID's ports (Szegedy et al., https://arxiv.org/abs/1512.00567), not
+torchvision's `inception_v3`: average pooling excludes padding, the last block max-pools, there are 1008 classes, and
+images are resized by TensorFlow 1's bilinear filter, which has no half-pixel centers. Parameters have the names of the
+published files: the ports `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) and
 `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity) hold the same tensors.
 """
 
@@ -22,13 +22,14 @@ GET_INCEPTION = (
     "weights-inception-2015-12-05-6726825d.pth"
 )
 INPUT_SIDE = 299
-SPATIAL_CHANNELS = 7  # of the 192 that sFID's layer has
+SPATIAL_CHANNELS = 7  # sFID uses the first 7 of the layer's 192 channels
 Step = tuple[str, int, int | tuple[int, int]]  # name, channels, kernel
-Fork = tuple[Step, Step]  # two convolutions of one input, side by side
+Fork = tuple[Step, Step]  # two parallel convolutions of one input
 
 
 class InceptionFeatures(NamedTuple):
-    """`pool` [B, 2048] for FID, `spatial` [B, 2023] for sFID, `probabilities` [B, 1008] for the inception score."""
+    """Features of an image batch: `pool` [B, 2048] for FID, `spatial` [B, 2023] for sFID, and `probabilities` [B, 1008]
+    for the inception score."""
 
     pool: Tensor
     spatial: Tensor
@@ -52,13 +53,13 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions side by side, and one that pools first.
+    """An Inception block: parallel branches of convolutions and a pooling branch, concatenated.
 
     Args:
-        before: channels of the input.
-        chains: the branches; the last convolution of each has stride 2 in a block that shrinks.
-        pool: "average" or "maximum" (then a 1 x 1 convolution to `pool_channels`), or "shrink", which also halves the
-            sides.
+        before: input channels.
+        chains: the branches; with "shrink" the last convolution of each has stride 2.
+        pool: "average" or "maximum" (then a 1 x 1 convolution to `pool_channels`), or "shrink" (max pooling at stride
+            2, which halves the sides).
     """
 
     def __init__(
@@ -127,7 +128,7 @@ def _forked(before: int, pool: str) -> Mixed:
 
 
 class FidInception(nn.Module):
-    """Images uint8 [B, 3, H, W] -> `InceptionFeatures`, in float32."""
+    """FID's Inception network: uint8 images [B, 3, H, W] -> `InceptionFeatures`, in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ class FidInception(nn.Module):
 
 
 def tensorflow1_resize(x: Tensor, side: int) -> Tensor:
-    """[B, C, H, W] -> [B, C, side, side] as TensorFlow 1's resize_bilinear: corner i comes from i * H / side."""
+    """Resize [B, C, H, W] to [B, C, side, side] as TensorFlow 1's resize_bilinear: row i samples at i * H / side."""
     for dim in (2, 3):
         size = x.shape[dim]
         place = torch.arange(side, dtype=x.dtype, device=x.device) * (size / side)
@@ -177,11 +178,11 @@ def tensorflow1_resize(x: Tensor, side: int) -> Tensor:
 
 
 def load_inception(path: str | Path) -> FidInception:
-    """The network with the weights of a file. Raises UserError that says what to get where it is absent or another."""
+    """Load the network from a weight file. Raises UserError, naming the file to get, if it is absent or wrong."""
     network = FidInception()
     state = read_weights(path, name="The Inception network of FID", get=GET_INCEPTION, setting="--inception")
     for key in network.state_dict():
-        if key.endswith("num_batches_tracked"):  # old files lack these counters, which nothing reads
+        if key.endswith("num_batches_tracked"):  # absent in old files, unused in evaluation mode
             state.setdefault(key, torch.tensor(0))
     load_exactly(network, state, name="The Inception network of FID", get=GET_INCEPTION)
     return network

@@ -1,12 +1,11 @@
-"""The frozen networks of the perceptual loss, and of LPIPS as a figure, in plain torch and under the names of their
-published weight files.
+"""The frozen networks of the perceptual loss (LPIPS is also reported as a metric), in plain torch.
 
 - `LPIPS`: five stages of VGG-16 and one linear head each (Zhang et al., https://arxiv.org/abs/1801.03924);
 - `ConvNeXt`: torchvision's ConvNeXt, Small by default (Liu et al., https://arxiv.org/abs/2201.03545), whose logits are
   compared.
 
-Written out here because torchvision is no dependency; parameter names are torchvision's, so that its files load
-without conversion.
+Implemented here because torchvision is not a dependency; parameters have the names of the published weight files
+(torchvision's and LPIPS'), which load without conversion.
 """
 
 from importlib.util import find_spec
@@ -28,13 +27,12 @@ GET_CONVNEXT = "torchvision's convnext_small weights (convnext_small-0c510722.pt
 class LPIPS(nn.Module):
     """LPIPS with VGG-16: two batches of pixels [B, 3, H, W] in [0, 1], sides at least 16 -> mean distance (scalar).
 
-    `stages` are the channels of the convolutions of each stage. The heads' dropout is absent: the network is a judge
-    and never trains.
+    `stages` are the channels of the convolutions of each stage. The heads have no dropout, since the network is frozen.
     """
 
     def __init__(self, stages: tuple[tuple[int, ...], ...] = VGG16_STAGES) -> None:
         super().__init__()
-        # The published shift and scale are for pixels in [-1, 1].
+        # The published shift and scale, for pixels in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
         self.features = nn.Sequential()
@@ -48,7 +46,7 @@ class LPIPS(nn.Module):
                 before = channels
             self.taps.append(len(self.features) - 1)
         for index, stage in enumerate(stages):
-            # The identity stands where the published head has its dropout, so that the name is lin0.model.1.
+            # An identity in place of the published head's dropout keeps the parameter name lin0.model.1.
             head = nn.Sequential(nn.Identity(), nn.Conv2d(stage[-1], 1, 1, bias=False))
             self.add_module(f"lin{index}", nn.ModuleDict({"model": head}))
         self.requires_grad_(False).eval()
@@ -57,7 +55,7 @@ class LPIPS(nn.Module):
         return self.distances(predicted, target).mean()
 
     def distances(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """The distance of each pair of images, [B]. Raises ValueError for sides below 16 px."""
+        """Compute the distance of each pair of images, [B]. Raises ValueError for sides below 16 px."""
         if min(predicted.shape[-2:]) < 16:
             raise ValueError(f"LPIPS needs images of at least 16 px and got {tuple(predicted.shape[-2:])}.")
         with torch.no_grad():
@@ -86,12 +84,12 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depth-wise 7x7, norm, MLP, layer scale, residual: [B, C, H, W] -> the same."""
+    """A ConvNeXt block (depth-wise 7x7, norm, MLP, layer scale, residual): [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-6))
-        # 0 and 2 to 5 are the published indices; 1 was torchvision's permutation to channels last.
+        # The identity at index 1 replaces torchvision's permutation, so that 2 to 5 keep the published indices.
         self.block = nn.Sequential(
             nn.Conv2d(width, width, 7, padding=3, groups=width),
             nn.Identity(),
@@ -107,10 +105,10 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt-Small as a judge: two batches of pixels in [0, 1] -> mean squared difference of their logits.
+    """A ConvNeXt-Small logit loss: two batches of pixels in [0, 1] -> mean squared difference of their logits.
 
-    It has 50.2 M parameters. Both are resized to 224 px (bilinear, antialiased) and ImageNet-normalized first, as
-    TA-TiTok does (https://arxiv.org/abs/2501.07730).
+    It has 50.2 M parameters. Both batches are resized to 224 px (bilinear, antialiased) and ImageNet-normalized first,
+    as in TA-TiTok (https://arxiv.org/abs/2501.07730).
     """
 
     def __init__(
@@ -143,21 +141,21 @@ class ConvNeXt(nn.Module):
         return F.mse_loss(self.logits(predicted), target_logits)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """ImageNet class logits [B, 1000] of pixels [B, 3, H, W] in [0, 1]."""
+        """Compute ImageNet class logits [B, 1000] of pixels [B, 3, H, W] in [0, 1]."""
         x = F.interpolate(pixels, size=(224, 224), mode="bilinear", antialias=True)
         x = self.features((x - self.mean) / self.std)
         return self.classifier(x.mean((2, 3), keepdim=True))
 
 
 def unit_length(x: Tensor, dim: int) -> Tensor:
-    """x / (|x| + 1e-10) along `dim`. The norm's gradient at 0 is taken as 0; LPIPS' own square root gives NaN there."""
+    """Return x / (|x| + 1e-10) along `dim`. Its gradient at 0 is 0; LPIPS' own square root has NaN there."""
     return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + 1e-10)
 
 
 def load_lpips(vgg16: str | Path | None, heads: str | Path | None = None) -> LPIPS:
-    """LPIPS from torchvision's VGG-16 file and the heads' file; without `heads` those of an installed `lpips` package.
+    """Load LPIPS from torchvision's VGG-16 file and the heads' file (None: those of an installed `lpips` package).
 
-    Raises UserError that says what to get when a file is absent or another network's.
+    Raises UserError, naming the file to get, if a file is absent or belongs to another network.
     """
     trunk = read_weights(vgg16, name="The LPIPS trunk", get=GET_VGG16, setting="vgg16")
     linear = read_weights(heads or _packaged_heads(), name="LPIPS", get=GET_HEADS, setting="lpips_heads")
@@ -168,7 +166,7 @@ def load_lpips(vgg16: str | Path | None, heads: str | Path | None = None) -> LPI
 
 
 def load_convnext(path: str | Path | None) -> ConvNeXt:
-    """ConvNeXt-Small from torchvision's file; UserError that says what to get where it is absent or wrong."""
+    """Load ConvNeXt-Small from torchvision's file. Raises UserError, naming what to get, if it is absent or wrong."""
     network = ConvNeXt()
     state = read_weights(path, name="ConvNeXt-S", get=GET_CONVNEXT, setting="convnext_s")
     load_exactly(network, state, name="ConvNeXt-S", get=GET_CONVNEXT)
@@ -176,7 +174,7 @@ def load_convnext(path: str | Path | None) -> ConvNeXt:
 
 
 def _packaged_heads() -> Path | None:
-    """The heads inside an installed `lpips`, found without importing it (its import needs torchvision)."""
+    """Find the heads of an installed `lpips` package without importing it (its import needs torchvision)."""
     package = find_spec("lpips")
     if package is None or package.origin is None:
         return None

@@ -1,8 +1,8 @@
-"""Weight files that a person gives by path: read without unpickling code, hashed, and loaded all or not at all.
+"""Load local weight files of frozen networks: no code is unpickled, and all tensors must match.
 
-The frozen judges of training and evaluation (LPIPS, ConvNeXt, DINO, Inception) are published as `.pth` or
-`.safetensors` files. They are never downloaded here. A `.pth` is read by `torch.load(weights_only=True)`, which refuses
-to run code, and the file's sha256 goes to the log, so that a run can be repeated.
+The networks of losses and metrics (LPIPS, ConvNeXt, DINO, Inception) are published as `.pth` or `.safetensors` files
+and are never downloaded here. A `.pth` is read with `torch.load(weights_only=True)`, which refuses to run code, and the
+file's sha256 is logged, so that a run can be reproduced.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ FILES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_weights(path: str | Path | None, *, name: str, get: str, setting: str) -> dict[str, Tensor]:
-    """The tensors of a weight file (or of a Hugging Face folder), on the CPU; logs the file's sha256.
+    """Read the tensors of a weight file (or a Hugging Face folder) to the CPU and log the file's sha256.
 
-    `name` is what asks for the file, `get` what to fetch and `setting` where its path belongs: the three parts of the
-    error's advice. Raises UserError when there is no path, no file, or no readable state dict in it.
+    The error message names the network that needs the file (`name`), the file to fetch (`get`) and the setting for its
+    path (`setting`). Raises UserError if there is no path, no file, or no readable state dict in it.
     """
     if path is None:
         raise UserError(f"{name} needs a weight file and none was given: get {get} and set {setting} to its path.")
@@ -46,13 +46,13 @@ def read_weights(path: str | Path | None, *, name: str, get: str, setting: str) 
 
 
 def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, name: str, get: str) -> None:
-    """Fill every tensor of `module` from `state`; UserError when a name is missing, superfluous or of another shape."""
+    """Load `state` into `module`. Raises UserError if a tensor is missing, unexpected or of another shape."""
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in state.items()}
     missing = [key for key in wanted if key not in given]
@@ -71,6 +71,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, name: str, g
 
 
 def _file_at(path: Path) -> Path | None:
+    """Return the weight file at `path`, or in it if it is a folder; None if there is none."""
     candidates = [path / name for name in FILES_IN_FOLDER] if path.is_dir() else [path]
     return next((file for file in candidates if file.is_file()), None)
 

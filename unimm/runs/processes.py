@@ -1,4 +1,4 @@
-"""The processes of one run, and what they do together: agree on a refusal, and keep others out of their folder."""
+"""Helpers for distributed runs: raise an error on all ranks together, and lock the run's folder."""
 
 import os
 import platform
@@ -17,12 +17,12 @@ LOCK, WRITER = ".lock", ".writer"
 
 
 def processes() -> PartialState:
-    """The processes of this run; without `cpu`, accelerate takes two processes on a CPU for two runs of one."""
+    """Return the processes of this run; without `cpu`, accelerate treats two CPU processes as two separate runs."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def refuse_together(check: Callable[[], None]) -> None:
-    """Let the main process look, and raise on every process the `UserError` that it finds; call it on all of them."""
+    """Run `check` on the main process and raise its `UserError` on every process; call it on all of them."""
     state, message = processes(), ""
     if state.is_main_process:
         try:
@@ -36,10 +36,10 @@ def refuse_together(check: Callable[[], None]) -> None:
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Hold the folder, which exists, until the process ends, however it ends: the system frees the lock, not we.
+    """Lock an existing folder until this process ends; the operating system releases the lock, even after a crash.
 
     Raises:
-        UserError: another process holds it; says which.
+        UserError: another process holds the lock; the message says which.
     """
     lock = FileLock(folder / LOCK)
     try:

@@ -1,5 +1,4 @@
-"""Where a result comes from: the code's commit, the versions, the weights and the machine that computed it; and files
-that appear whole."""
+"""Record a result's provenance (git commit, package versions, weights, hardware), and write files atomically."""
 
 import hashlib
 import importlib.metadata
@@ -17,14 +16,14 @@ from unimm.errors import UserError, writing
 
 RECORDED_PACKAGES = ("unimm", "torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "numpy", "pillow")
 UNRELATED_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
-"""Of a configuration: where it was read and by what; the dtype is told by the weights themselves."""
+"""Configuration fields that a fingerprint ignores: where and by what it was loaded; the weights carry the dtype."""
 
 
 def check_output(path: str | Path, what: str = "file") -> Path:
-    """Return the path, if a file can be written there: asked before the work whose result it is.
+    """Return the path if a file can be written there; call it before the work whose result goes there.
 
     Raises:
-        UserError: a folder, device, pipe or socket has that name, a parent is no folder, or it is closed to us.
+        UserError: a folder, device, pipe or socket has that name, a parent is not a folder, or it is not writable.
     """
     path = Path(path)
     if "\0" in str(path):
@@ -45,14 +44,16 @@ def check_output(path: str | Path, what: str = "file") -> Path:
 
 
 def _target(path: Path) -> Path:
-    """Where a file of that name lies: a link is followed, never replaced."""
+    """Return the real path of a file: symbolic links are followed, not replaced."""
     return Path(os.path.realpath(path))
 
 
 @contextmanager
 def appearing(path: str | Path, what: str = "file") -> Iterator[Path]:
-    """Yield the name under which to write; at the end the file goes to the disk and gets its own name, so that a
-    reader, or a crash, never sees half of it. Missing folders are made; what fails leaves nothing behind.
+    """Yield a temporary path to write to, and rename it to `path` on success.
+
+    The file is flushed to disk before the rename, so readers never see a partial file, even after a crash. Missing
+    folders are created; a failure leaves nothing behind.
 
     Raises:
         UserError: as in `check_output`, or the disk is full.
@@ -77,7 +78,7 @@ def appearing(path: str | Path, what: str = "file") -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the list of a folder's files, is on the disk."""
+    """Flush a file, or a folder's list of files, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,7 +87,7 @@ def flush(path: Path) -> None:
 
 
 def make_folders(folder: Path) -> list[Path]:
-    """Make the folder and its missing parents, and return those that were made, the deepest first."""
+    """Create the folder and its missing parents, and return those that were created, the deepest first."""
     missing = []
     while not folder.exists():
         missing.append(folder)
@@ -97,13 +98,14 @@ def make_folders(folder: Path) -> list[Path]:
 
 
 def write_atomically(path: str | Path, content: str | bytes, what: str = "file") -> None:
-    """Write a file as a whole, see `appearing`."""
+    """Write a file atomically, see `appearing`."""
     with appearing(path, what) as temporary:
+        # backslashreplace: texts may contain undecodable file names (lone surrogates)
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
 
 
 def package_versions() -> dict[str, str]:
-    """Python and the packages that decide what a run computes; packages that are not installed are left out."""
+    """Return the versions of Python and the packages that affect results; packages not installed are left out."""
     versions = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
         try:
@@ -114,9 +116,9 @@ def package_versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str]:
-    """Return the models of the processor and of the GPUs that a run may use, and what drives them.
+    """Return the CPU and GPU models that a run may use, with the versions of CUDA and cuDNN.
 
-    The same weights give other verdicts on another GPU model, and other last bits on another processor.
+    The same weights lead to different verdicts on another GPU model, and to different last bits on another CPU.
     """
     import torch
 
@@ -131,7 +133,7 @@ def hardware() -> dict[str, str]:
 
 
 def _cpu_model() -> str:
-    """Return the processor's name as the system tells it."""
+    """Return the CPU's name as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -141,7 +143,7 @@ def _cpu_model() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that holds this code (`-dirty` when tracked files differ), None outside a checkout."""
+    """Return the git commit of this code (with `-dirty` if tracked files differ), None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -156,15 +158,15 @@ def git_commit() -> str | None:
 
 
 def model_fingerprint(model: Any) -> str:
-    """sha256 over all that a model computes with: its settings, its defaults of generation, its weights.
+    """Return a sha256 over everything that a model computes with: configuration, generation defaults and weights.
 
-    Where the files lie, how they were cut and which library version wrote them does not matter; the dtype does.
+    The files' location, their sharding and the library version that wrote them do not matter; the dtype does.
     """
     import torch
 
     digest = hashlib.sha256()
     for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-        to_dict = getattr(config, "to_dict", None)  # a network of another library has none
+        to_dict = getattr(config, "to_dict", None)  # models of other libraries have no such config
         settings = None if to_dict is None else _related(to_dict())
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -174,7 +176,7 @@ def model_fingerprint(model: Any) -> str:
 
 
 def _related(settings: Any) -> Any:
-    """The settings without `UNRELATED_SETTINGS`, at any depth."""
+    """Return the configuration without `UNRELATED_SETTINGS`, at any depth."""
     if isinstance(settings, dict):
         return {str(name): _related(value) for name, value in settings.items() if name not in UNRELATED_SETTINGS}
     return settings

@@ -1,4 +1,4 @@
-"""What a command did, for a person and for a program: said on standard output, written as one JSON object if asked."""
+"""Report what a command did: messages for people on standard output, and optionally one JSON object for programs."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ STANDARD_OUTPUT = "-"
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], name: str, *, share: int = 1) -> Iterator[None]:
-    """Put the seconds spent inside, divided by `share`, into `seconds[name]`."""
+    """Store the seconds spent inside, divided by `share`, in `seconds[name]`."""
     start = time.perf_counter()
     yield
     seconds[name] = round((time.perf_counter() - start) / max(1, share), 4)
 
 
 def finite(tree: Any, infinite: list[str], place: str = "") -> Any:
-    """Return a tree of plain values with None for floats that are not finite, whose dotted places go to `infinite`."""
+    """Return the tree with None for floats that are not finite, and append their dotted paths to `infinite`."""
     if isinstance(tree, dict):
         return {
             name: finite(value, infinite, f"{place}.{name}" if place else str(name)) for name, value in tree.items()
@@ -36,13 +36,13 @@ def finite(tree: Any, infinite: list[str], place: str = "") -> Any:
 
 
 class Report:
-    """Collects what `--json FILE` writes.
+    """The report of a command, written by `--json FILE`.
 
     Args:
         path: the file, `-` for standard output, None for no report.
 
     Raises:
-        UserError: the file cannot be written where it is asked for (told before the work, not after it).
+        UserError: the file cannot be written (raised on construction, before the work).
     """
 
     def __init__(self, path: str | None) -> None:
@@ -53,20 +53,20 @@ class Report:
             check_output(path, "report")
 
     def add(self, **content: Any) -> None:
-        """Add fields to the object."""
+        """Add fields to the JSON object."""
         self.content |= content
 
     def timed(self, name: str, *, share: int = 1) -> contextlib.AbstractContextManager[None]:
-        """Put the seconds spent inside, divided by `share`, under `seconds`."""
+        """Store the seconds spent inside, divided by `share`, under `seconds`."""
         return timed(self.seconds, name, share=share)
 
     def say(self, text: str) -> None:
-        """Tell a person; when standard output carries the JSON object, on standard error."""
+        """Print a message, on standard error if standard output carries the JSON object."""
         print(text, file=sys.stderr if self.path == STANDARD_OUTPUT else sys.stdout, flush=True)
 
     def write(self) -> None:
-        """Write the object, if one was asked for. Figures that are not finite, which JSON does not know, become null
-        and are named under `not_finite`."""
+        """Write the JSON object, if requested. Floats that are not finite, which JSON lacks, become null and are listed
+        under `not_finite`."""
         infinite: list[str] = []
         content = finite(self.content | {"seconds": self.seconds}, infinite)
         if infinite:

@@ -1,1 +1,4 @@
-"""Build tiny models and text tokenizers from real configuration classes, for the tests of unimm and of new hosts."""
+"""Tiny models and text tokenizers built from real configuration classes, for testing unimm and new hosts.
+
+A host is the language or multimodal model that an image tokenizer is attached to.
+"""

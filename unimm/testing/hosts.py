@@ -1,4 +1,7 @@
-"""Build tiny random hosts, encoders and image tokenizers of every family that `attach` takes."""
+"""Build tiny random hosts, encoders and image tokenizers of every family that `attach` supports.
+
+A host is the language or multimodal model that an image tokenizer is attached to.
+"""
 
 from typing import Any
 
@@ -77,7 +80,7 @@ ENCODER_FAMILIES = tuple(FAMILIES)
 
 
 def text_tokenizer(special: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """One token a byte, and the special ones."""
+    """Return a byte-level text tokenizer (one token per byte) with the special tokens."""
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={name: n for n, name in enumerate(names)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,12 +90,12 @@ def text_tokenizer(special: tuple[str, ...]) -> PreTrainedTokenizerFast:
 
 
 def vision_config(family: str) -> PreTrainedConfig:
-    """A tiny encoder of the family: 16 px, 4 x 4 patches, two layers of width 32."""
+    """Return the configuration of a tiny encoder: 16 px images, patches of 4 x 4 px, two layers of width 32."""
     return AutoConfig.for_model(family, **_SIZES, **_IMAGE, **_ENCODER_FIELDS[family])
 
 
 def tiny_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A random host of the family and its text tokenizer."""
+    """Build a random host of the family and its text tokenizer."""
     torch.manual_seed(seed)
     text = {
         **_SIZES,
@@ -142,7 +145,11 @@ def _tiny_qwen_vl(family: str, text: dict[str, Any]) -> tuple[PreTrainedModel, P
 
 
 def tiny_tokenizer(host: PreTrainedModel, encoder: str) -> tuple[VQRAE, bool]:
-    """An image tokenizer on an encoder of the family; on the host's own encoder where the families agree (True)."""
+    """Build an image tokenizer on an encoder of the family.
+
+    Returns:
+        The tokenizer, and whether it uses the host's own encoder, which it does if the families match.
+    """
     layer, own = -1, False
     config = vision_config(encoder)
     if host.config.model_type in _MULTIMODAL:

@@ -1,5 +1,7 @@
-"""image <-> features <-> ids <-> image. Knows no language model and no trainer; importing it registers the Auto
-classes."""
+"""Image tokenizers (VQRAE, VFMTok, IDEAL): image <-> features <-> ids <-> image.
+
+The package depends on no language model and no trainer; importing it registers the Auto classes.
+"""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -11,11 +13,11 @@ from unimm.tokenizer.vfmtok import VFMTok
 from unimm.tokenizer.vqrae import VQRAE
 
 TOKENIZERS: dict[str, type[ImageTokenizer]] = {}
-"""model_type -> tokenizer, of all that are registered: what a recipe's `model.kind` may say."""
+"""The registered tokenizers by `model_type`, the valid values of a recipe's `model.kind`."""
 
 
 def register_tokenizer(tokenizer: type[ImageTokenizer]) -> None:
-    """Make a tokenizer known to the Auto classes and to the recipes, by the `model_type` of its configuration."""
+    """Register a tokenizer with the Auto classes and the recipes under its configuration's `model_type`."""
     config = tokenizer.config_class
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, tokenizer, exist_ok=True)

@@ -1,7 +1,7 @@
-"""How much of a codebook a set of images uses, from streaming counts.
+"""Codebook usage statistics of a set of images, from streaming counts.
 
-A small set flatters nobody: T ids drawn uniformly touch only K (1 - exp(-T / K)) of K codes, so count at least 5 K of
-them.
+Usage is underestimated on few ids: T uniformly drawn ids contain only about K (1 - exp(-T / K)) of K codes, so count at
+least 5 K ids.
 """
 
 from typing import Self
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class CodebookUsage:
-    """Counts ids batch by batch; the statistics are those of everything counted so far.
+    """A counter of ids; its statistics cover all ids counted so far.
 
     Args:
         codebook_size: K, the number of codes.
@@ -36,21 +36,21 @@ class CodebookUsage:
 
     @property
     def dead(self) -> int:
-        """Codes that never occurred."""
+        """Return the number of codes that never occurred."""
         return int((self.counts == 0).sum())
 
     @property
     def use(self) -> float:
-        """Share of the codes that occurred at least once."""
+        """Return the share of the codes that occurred at least once."""
         return 1 - self.dead / len(self.counts)
 
     @property
     def entropy(self) -> float:
-        """Entropy of the empirical distribution of ids, in bits; log2 K at most. 0 when nothing was counted."""
+        """Compute the entropy of the empirical id distribution in bits, at most log2 K; 0 if nothing was counted."""
         shares = self.counts.double() / self.counts.sum().clamp(min=1)
         return float(torch.special.entr(shares).sum() / torch.log(torch.tensor(2.0, dtype=torch.float64)))
 
     @property
     def perplexity(self) -> float:
-        """2 to the entropy: as many equally frequent codes would be as uncertain."""
+        """Return 2^entropy, the number of equally frequent codes with the same entropy."""
         return float(2.0**self.entropy)

@@ -1,8 +1,8 @@
-"""What an image tokenizer is: the configurations that stand in `config.json`.
+"""The configurations of the image tokenizers: `VQRAEConfig`, `VFMTokConfig`, `IDEALConfig` and their base.
 
-The configuration wraps the configuration of a pretrained vision model and answers for it. `hidden_size`,
-`image_size` and `patch_size` are what a multimodal host asks its vision tower for, so they are read from the encoder
-and never stored twice.
+A configuration wraps that of a pretrained vision model. `hidden_size`, `image_size` and `patch_size`, which a host (the
+multimodal model that the tokenizer is attached to) looks up on its vision tower's configuration, are properties that
+read the encoder's configuration, so they are never stored twice.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from transformers.configuration_utils import SubConfigSpec
 from unimm.errors import UserError
 from unimm.field_rules import check_settings
 
-GROUPS = 32  # of every group norm in a convolutional pixel head
+GROUPS = 32  # groups of every GroupNorm in a convolutional pixel head
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
 def side(value: int | list[int] | tuple[int, ...]) -> int:
-    """One number for a square size that some configurations write as a pair."""
+    """Return a square size as one number; some configurations store it as a pair."""
     if isinstance(value, int):
         return value
     if len(set(value)) != 1:
@@ -30,14 +30,14 @@ def side(value: int | list[int] | tuple[int, ...]) -> int:
 
 @strict
 class ImageTokenizerConfig(PreTrainedConfig):
-    """What every tokenizer has: an encoder, its feature tap, a codebook, an output patch and the normalization.
+    """Base configuration: encoder, feature layer, codebook size, output patch size and normalization.
 
     Args:
-        encoder_config: the vision model's own configuration.
+        encoder_config: the vision model's configuration.
         feature_layer: which of the encoder's `hidden_states` are the features (-1 = the last block's output).
         apply_post_norm: whether the encoder's final norm is applied to them; only at the last layer.
         codebook_size, codebook_dim: K and C.
-        output_patch_size: pixels a side that one token draws; None = the encoder's patch size.
+        output_patch_size: side in pixels of the patch that one token decodes to; None = the encoder's patch size.
         image_mean, image_std: normalization of `pixel_values` and, inverted, of `pixels`.
     """
 
@@ -69,17 +69,17 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     @property
     def vision(self) -> PreTrainedConfig:
-        """`encoder_config`, as the configuration that it is once this one is built."""
+        """Return `encoder_config`, narrowed to the configuration object that it is after `__post_init__`."""
         assert isinstance(self.encoder_config, PreTrainedConfig)
         return self.encoder_config
 
     def encoder_copy(self) -> PreTrainedConfig:
-        """A copy of `encoder_config` for one module: two modules that share a configuration drift."""
+        """Copy `encoder_config` for one module, so that no module sees another's changes to a shared configuration."""
         return type(self.vision).from_dict(self.vision.to_dict())
 
     @property
     def hidden_size(self) -> int:
-        """D, the width of the features."""
+        """Return D, the width of the features."""
         return self.vision.hidden_size
 
     @property
@@ -92,7 +92,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of the images that the encoder reads."""
+        """Return the side in pixels of the encoder's input images."""
         return side(self.vision.image_size)
 
     @property
@@ -101,24 +101,24 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """Patches of one image, (rows, columns): what a host sees."""
+        """Return the (rows, columns) of the patches of one image, which a host receives as features."""
         rows = self.image_size // self.patch_size
         return rows, rows
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """Return N, the number of patches of one image."""
         rows, columns = self.patch_grid
         return rows * columns
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Image tokens of one image, (rows, columns), in raster order: what is drawn."""
+        """Return the (rows, columns) of the image tokens (ids) of one image, in raster order."""
         return self.patch_grid
 
     @property
     def num_image_tokens(self) -> int:
-        """M."""
+        """Return M, the number of image tokens of one image."""
         rows, columns = self.grid
         return rows * columns
 
@@ -128,16 +128,16 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     @property
     def output_size(self) -> int:
-        """Pixels a side of the images that it draws."""
+        """Return the side in pixels of the decoded images."""
         return self.patch_grid[0] * self.decoded_patch_size
 
     @property
     def geometry(self) -> tuple[object, ...]:
-        """What decides the ids beside the weights: part of the fingerprint."""
+        """Return the settings that decide the ids besides the weights; they enter the fingerprint."""
         return self.model_type, self.image_size, self.patch_size, self.feature_layer, self.apply_post_norm
 
     def check_levels(self, levels: Sequence[int]) -> None:
-        """Raises UserError for encoder levels (1 = the first block's output) that are not there, or not rising."""
+        """Raise UserError if encoder levels (1 = the first block's output) do not exist or do not increase."""
         last = range(self.num_hidden_layers + 1)[self.feature_layer]
         if not levels or list(levels) != sorted(set(levels)) or levels[0] < 1 or levels[-1] > last:
             raise UserError(
@@ -146,8 +146,8 @@ class ImageTokenizerConfig(PreTrainedConfig):
             )
 
     def check_head(self, channels: int, multipliers: Sequence[int], patch: int) -> None:
-        """Raises UserError where a convolutional head does not fit its group norms, or the `patch` pixels a side that
-        one token draws."""
+        """Raise UserError if a convolutional head's channels do not divide into groups, or its upsampling does not
+        produce `patch` pixels a side per token."""
         if channels % GROUPS or channels < GROUPS:
             raise UserError(f"The head's channels come in groups of {GROUPS}, and {channels} is no multiple of it.")
         if (drawn := 2 ** (len(multipliers) - 1)) != patch:
@@ -159,12 +159,12 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
 @strict
 class VQRAEConfig(ImageTokenizerConfig):
-    """VQRAE (arXiv 2511.23386); the defaults are the paper's, and where it is silent those of SimVQ (arXiv 2411.02038).
+    """Configuration of VQRAE (arXiv 2511.23386). Defaults are the paper's, else those of SimVQ (arXiv 2411.02038).
 
     Args:
         decoder_num_hidden_layers: None = as deep as the encoder ("symmetric").
         codebook_bias: a bias in SimVQ's W.
-        train_codebook: also learn C; SimVQ keeps it as drawn.
+        train_codebook: also learn C; SimVQ freezes it at its random initialization.
         pre_quant_norm: a LayerNorm before the in-projection.
     """
 
@@ -178,19 +178,20 @@ class VQRAEConfig(ImageTokenizerConfig):
 
 @strict
 class VFMTokConfig(ImageTokenizerConfig):
-    """VFMTok (arXiv 2507.08441); the defaults are the paper's, and where it is silent those of the released code.
+    """Configuration of VFMTok (arXiv 2507.08441). Defaults are the paper's, else those of the released code.
 
     Args:
-        levels: the encoder blocks (1 = the first) whose outputs are sampled; the last one, behind the final norm where
-            `apply_post_norm`, is what the feature branch predicts.
-        anchor_grid: anchors a side; the ids are theirs.
+        levels: the encoder blocks (1 = the first) whose outputs are sampled; the last one, after the final norm if
+            `apply_post_norm`, is the target of the feature branch.
+        anchor_grid: anchors a side; each anchor yields one id.
         width, num_heads: of sampler and decoder.
-        sampler_num_layers, sampler_points, sampler_inner_size: layers; points a head and level; MLP width.
-        decoder_num_layers, decoder_inner_size, decoder_dropout: layers; MLP width before SwiGLU takes two thirds of it;
-            dropout of the attention.
-        num_registers: of the decoder.
+        sampler_num_layers, sampler_points, sampler_inner_size: layers; points per head and level; MLP width.
+        decoder_num_layers, decoder_inner_size, decoder_dropout: layers; MLP width, of which SwiGLU uses two thirds;
+            attention dropout.
+        num_registers: register tokens of the decoder.
         share_mask_token: one mask token for pixels and features (paper) or one each (released code).
-        head_channels, head_multipliers: of the convolutional head; a pixel token draws 2^(levels - 1) pixels a side.
+        head_channels, head_multipliers: of the convolutional head; with L multipliers a pixel token decodes to
+            2^(L - 1) pixels a side.
     """
 
     model_type = "vfmtok"
@@ -232,17 +233,17 @@ class VFMTokConfig(ImageTokenizerConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The anchors, (rows, columns), in raster order: each is one id, whatever the patches are."""
+        """Return the (rows, columns) of the anchors, one id each in raster order, independent of the patches."""
         return self.anchor_grid, self.anchor_grid
 
     @property
     def decoded_patch_size(self) -> int:
-        """Pixels a side that one pixel token draws: pixel tokens are neither patches nor ids."""
+        """Return the side in pixels that one pixel token decodes to; pixel tokens are neither patches nor ids."""
         return self.output_patch_size or 2 ** (len(self.head_multipliers) - 1)
 
     @property
     def pixel_grid(self) -> tuple[int, int]:
-        """Pixel tokens of one image, (rows, columns)."""
+        """Return the (rows, columns) of the pixel tokens of one image."""
         rows = self.image_size // self.decoded_patch_size
         return rows, rows
 
@@ -257,16 +258,17 @@ class VFMTokConfig(ImageTokenizerConfig):
 
 @strict
 class IDEALConfig(ImageTokenizerConfig):
-    """IDEAL, a discrete autoencoder whose codes explain a deep and a shallow level; the defaults are the released
-    code's.
+    """Configuration of IDEAL (arXiv 2606.11096), an autoencoder of a deep and a shallow encoder level. Defaults are the
+    released code's.
 
     Args:
-        shallow_level, deep_level: the encoder blocks (1 = the first) that are fused; the deep one lies behind the final
-            norm where `apply_post_norm`, the shallow one behind a norm without weights.
+        shallow_level, deep_level: the encoder blocks (1 = the first) that are fused; the deep one is taken after the
+            final norm if `apply_post_norm`, the shallow one after a layer norm without weights.
         num_heads, dropout: of fusion and decoder.
         fusion_inner_size: MLP width; None = twice the encoder's.
         decoder_num_layers, decoder_inner_size, num_registers: of the decoder; None = twice the encoder's width.
-        head_channels, head_multipliers: of the convolutional head; a token draws 2^(levels - 1) pixels a side.
+        head_channels, head_multipliers: of the convolutional head; with L multipliers a token decodes to 2^(L - 1)
+            pixels a side.
     """
 
     model_type = "ideal"
@@ -303,6 +305,6 @@ class IDEALConfig(ImageTokenizerConfig):
 
 
 def check_heads(width: int, heads: int) -> None:
-    """Raises UserError where the heads do not share the width evenly."""
+    """Raise UserError if the width is no multiple of the number of heads."""
     if width % heads:
         raise UserError(f"A width of {width} cannot be shared by {heads} heads.")

@@ -1,6 +1,6 @@
-"""From codes to the tokens that a pixel head paints: one transformer for each of the three tokenizers.
+"""Transformer decoders from codes to the input tokens of a pixel head, one for each of the three tokenizers.
 
-B batch, M image tokens, C codebook width, D encoder width, W decoder width.
+Shapes: B batch, M image tokens, C codebook width, D encoder width, W decoder width.
 """
 
 import torch
@@ -13,11 +13,11 @@ from unimm.tokenizer.layers import GeluMLP, Grid, OwnStart, PreNormBlock, SwiGLU
 
 
 class SymmetricViTDecoder(OwnStart):
-    """The encoder's own block stack on the token grid, [B, M, C] -> [B, M, D].
+    """VQRAE's decoder: the encoder's transformer blocks on the token grid, [B, M, C] -> [B, M, D].
 
-    Bidirectional, randomly initialized, learned positions, a final norm and no CLS. The out-projection is also the
-    "patch size 1"
-    embedding: a 1x1 convolution after a linear layer is the same map (VQRAE, section 3.2).
+    Bidirectional and randomly initialized, with learned positions, a final norm and no CLS token. The out-projection
+    includes the paper's "patch size 1" embedding: a linear layer followed by a 1x1 convolution is one linear map
+    (section 3.2).
     """
 
     def __init__(self, blocks_config: PreTrainedConfig, codebook_dim: int, grid: tuple[int, int]) -> None:
@@ -34,7 +34,7 @@ class SymmetricViTDecoder(OwnStart):
         return self.norm(self.blocks(hidden_states).last_hidden_state)
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:
-        """The position table, resized bicubically where the grid is another one than in training."""
+        """Return the position embeddings, resized bicubically if the grid differs from that of training."""
         return resized_table(self.positions, self.grid, grid)
 
     def start(self) -> None:
@@ -42,18 +42,18 @@ class SymmetricViTDecoder(OwnStart):
 
 
 class CausalDecoder(OwnStart):
-    """VFMTok's shared ViT (arXiv 2507.08441, in the layout of the released code): mask tokens behind the codes become
-    pixel tokens on one grid and the encoder's features on another, by the same causal layers.
+    """VFMTok's shared ViT decoder (arXiv 2507.08441, in the layout of the released code).
 
-    A sequence is codes, CLS, the mask tokens of one branch, registers; every token sees those before it. The registers
-    come last, as in the code, and are therefore seen by nothing.
+    The same causal layers decode mask tokens that follow the codes into pixel tokens on one grid and the encoder's
+    features on another. A sequence is codes, CLS, the mask tokens of one branch, registers. The registers come last, as
+    in the released code, so under the causal mask no other token attends to them.
 
     Args:
         codebook_dim, width, hidden_size: C, W and D.
-        heads, depth, inner: of the layers; `inner` before SwiGLU takes two thirds of it.
+        heads, depth, inner: of the layers; SwiGLU uses two thirds of `inner`.
         anchors: M.
         pixel_grid, feature_grid: (rows, columns) of the two branches' mask tokens.
-        registers: how many.
+        registers: number of register tokens.
         share_mask_token: one mask token for both branches (the paper's default) or one each (the released code).
         dropout: of the attention.
     """
@@ -83,7 +83,7 @@ class CausalDecoder(OwnStart):
         self.positions = nn.Parameter(torch.zeros(1, feature_grid[0] * feature_grid[1], width))
         self.mask_tokens = nn.Parameter(torch.zeros(1 if share_mask_token else 2, 1, width))  # pixels, features
         self.registers = nn.Parameter(torch.zeros(1, registers, width))
-        self.pixel_norm = nn.LayerNorm(width)  # of the codes too
+        self.pixel_norm = nn.LayerNorm(width)  # also of the codes
         self.feature_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(
             PreNormBlock(width, heads, SwiGLU(width, inner), dropout=dropout, causal=True) for _ in range(depth)
@@ -91,12 +91,12 @@ class CausalDecoder(OwnStart):
         self.feature_head = nn.Linear(width, hidden_size)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """codes [B, M, C] -> pixel tokens on `pixel_grid`, [B, P, W]."""
+        """Decode codes [B, M, C] into P pixel tokens on `pixel_grid`, [B, P, W]."""
         positions = resized_table(self.positions, self.feature_grid, self.pixel_grid, nudge=0.1)
         return self._branch(codes, self.mask_tokens[:1] + positions, self.pixel_norm)
 
     def features(self, codes: Tensor) -> Tensor:
-        """codes [B, M, C] -> the encoder's features as the codes tell them, [B, N, D]."""
+        """Predict the encoder's features [B, N, D] from codes [B, M, C]."""
         return self.feature_head(self._branch(codes, self.mask_tokens[-1:] + self.positions, self.feature_norm))
 
     def _branch(self, codes: Tensor, masks: Tensor, norm: nn.Module) -> Tensor:
@@ -105,7 +105,7 @@ class CausalDecoder(OwnStart):
         hidden_states = torch.cat([memory, asked.expand(len(codes), -1, -1)], dim=1)
         for block in self.blocks:
             hidden_states = block(hidden_states)
-        start = memory.shape[1] + 1
+        start = memory.shape[1] + 1  # after the codes and CLS
         return hidden_states[:, start : start + masks.shape[1]]
 
     def start(self) -> None:
@@ -116,17 +116,16 @@ class CausalDecoder(OwnStart):
 
 
 class FeatureDecoder(OwnStart):
-    """IDEAL's decoder (arXiv 2606.11096): the codes in both directions through pre-norm layers, then the deep and the
-    shallow features that they stand for; pixels are painted from the deep ones.
+    """IDEAL's decoder (arXiv 2606.11096): bidirectional pre-norm layers that predict deep and shallow features.
 
-    CLS and registers take part and are not read out.
+    The pixel head decodes the deep features. CLS and register tokens are attended to, and their outputs are dropped.
 
     Args:
         codebook_dim, hidden_size: C and D.
         heads, depth, inner: of the layers.
         grid: (rows, columns) of the codes in training.
-        registers: how many.
-        dropout: of the attention, within the MLP, and of what both add to the residual stream.
+        registers: number of register tokens.
+        dropout: of the attention, inside the MLP, and of the outputs of both.
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class FeatureDecoder(OwnStart):
         self.shallow_head = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """codes [B, M, C] -> deep and shallow features, each [B, M, D]."""
+        """Predict the deep and the shallow features, each [B, M, D], from codes [B, M, C]."""
         tokens = self.projection(codes.to(self.projection.weight.dtype))
         tokens = tokens + resized_table(self.positions, self.grid, grid)
         around = [table.expand(len(codes), -1, -1) for table in (self.cls + self.cls_position, self.registers)]

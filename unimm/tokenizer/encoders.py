@@ -1,8 +1,8 @@
-"""The families of pretrained vision models that can be the encoder, and what differs between them.
+"""The supported families of pretrained vision encoders and their differences.
 
-A family is one row of `FAMILIES`. It says how many prefix tokens (CLS, registers) stand before the
-patches, which block stack the symmetric decoder mirrors, how the family wants to be told about images of another
-size, and the normalization it was trained with where a checkpoint does not say.
+A family is one row of `FAMILIES`. It defines the transformer blocks that the symmetric decoder mirrors, the final norm,
+whether a CLS token precedes the patches, whether images of another size need a flag, and the normalization that the
+family was trained with, used if a checkpoint does not define one.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,10 @@ CLIP: tuple[Channels, Channels] = ((0.48145466, 0.4578275, 0.40821073), (0.26862
 
 
 class DINOv3Blocks(DINOv3ViTEncoder):
-    """DINOv3's blocks with no rotation: a decoder has learned positions of its own, and no image to take them
-    from."""
+    """DINOv3's blocks without rotary embeddings: the decoder has learned positions and no image to derive them from."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> BaseModelOutput:
+        # cos = 1 and sin = 0 make the rotation the identity.
         width = self.config.hidden_size // self.config.num_attention_heads
         cos = torch.ones(hidden_states.shape[1], width, dtype=hidden_states.dtype, device=hidden_states.device)
         return super().forward(hidden_states, position_embeddings=(cos, torch.zeros_like(cos)), **kwargs)
@@ -40,14 +40,14 @@ class DINOv3Blocks(DINOv3ViTEncoder):
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """What sets a family apart.
+    """The properties in which encoder families differ.
 
     Args:
         blocks: (config) -> the family's stack of transformer blocks, [B, N, D] -> an output with `last_hidden_state`.
-        final_norm: the submodule behind the last block.
-        cls_token: whether one stands before the patches; registers, which the config counts, follow it.
-        asks_to_interpolate: whether images of another size need to be announced.
-        normalization: (mean, std) per channel, where the checkpoint has no preprocessor_config.json.
+        final_norm: name of the submodule after the last block.
+        cls_token: whether a CLS token precedes the patches; registers, whose number the config has, follow it.
+        asks_to_interpolate: whether images of another size need `interpolate_pos_encoding=True`.
+        normalization: (mean, std) per channel, if the checkpoint has no preprocessor_config.json.
     """
 
     blocks: Callable[[PreTrainedConfig], nn.Module]
@@ -68,7 +68,7 @@ FAMILIES: dict[str, EncoderFamily] = {
 
 
 def encoder_family(config: PreTrainedConfig) -> EncoderFamily:
-    """The row of the encoder's family. Raises UserError with the supported ones for another."""
+    """Return the encoder's family. Raises UserError, listing the supported families, for an unknown one."""
     if config.model_type not in FAMILIES:
         raise UserError(
             f"No encoder family {config.model_type!r}; the supported ones are {', '.join(sorted(FAMILIES))}."
@@ -77,12 +77,12 @@ def encoder_family(config: PreTrainedConfig) -> EncoderFamily:
 
 
 def prefix_tokens(config: PreTrainedConfig) -> int:
-    """Tokens before the first patch: CLS and registers."""
+    """Return the number of tokens before the first patch: CLS and registers."""
     return int(encoder_family(config).cls_token) + getattr(config, "num_register_tokens", 0)
 
 
 def build_encoder(config: PreTrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
-    """The encoder with random weights. Its attention-pooling head, which no feature needs, is left out."""
+    """Build the encoder with random weights, without its attention-pooling head, which the features do not use."""
     encoder_family(config)
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False
@@ -90,13 +90,12 @@ def build_encoder(config: PreTrainedConfig, attn_implementation: str | None = No
 
 
 def encode_features(encoder: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, ...]:
-    """Every hidden state of the patches, from the embeddings to the last block: a tuple of [B, N, D] without prefix
-    tokens."""
+    """Return the hidden states from the embeddings to the last block, each [B, N, D] without prefix tokens."""
     size = {"interpolate_pos_encoding": True} if encoder_family(encoder.config).asks_to_interpolate else {}
     hidden_states = encoder(pixel_values, output_hidden_states=True, **size).hidden_states
     return tuple(state[:, prefix_tokens(encoder.config) :] for state in hidden_states)
 
 
 def final_norm(encoder: PreTrainedModel) -> nn.Module:
-    """The norm that follows the encoder's last block."""
+    """Return the norm after the encoder's last block."""
     return encoder.get_submodule(encoder_family(encoder.config).final_norm)

@@ -1,7 +1,7 @@
 """IDEAL: a discrete autoencoder of a frozen vision foundation model's features (arXiv 2606.11096).
 
-A code must explain two levels of the encoder. A deep level asks a shallow one for its detail, the codes
-of the two fused are decoded into both again, and the pixels are painted from the predicted deep features alone.
+Each code represents two encoder levels. A deep level cross-attends to a shallow one for detail, the fused features are
+quantized and decoded into both levels, and the pixels are decoded from the predicted deep features alone.
 """
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from unimm.tokenizer.samplers import FusionSampler, plain_norm
 
 
 class IDEAL(ImageTokenizer):
-    """image -> encoder -> shallow and deep -> fusion -> VQ -> blocks -> shallow and deep again -> convolutions."""
+    """IDEAL: image -> encoder -> (shallow, deep) -> fusion -> VQ -> blocks -> (shallow, deep -> convolutions)."""
 
     config_class = IDEALConfig
     trains_encoder = False
@@ -47,16 +47,16 @@ class IDEAL(ImageTokenizer):
         self.post_init()
 
     def sources(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The shallow level, normalized without weights, and the deep one, each [B, N, D]."""
+        """Select the shallow level, normalized without weights, and the deep one, each [B, N, D]."""
         return plain_norm(states[self.config.shallow_level]), states[self.config.deep_level]
 
     def targets(self, sources: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Both levels."""
+        """Return both levels, detached."""
         shallow, deep = sources
         return {"deep": deep.detach(), "shallow": shallow.detach()}
 
     def draw(self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """codes [B, M, C] -> pixels [B, 3, H, W], not clamped, and with `predict` both levels, each [B, M, D]."""
+        """Decode codes [B, M, C] into unclamped pixels [B, 3, H, W] and, if `predict`, both levels, each [B, M, D]."""
         deep, shallow = self.decoder(codes, grid)
         pixels = (self.pixel_head(deep, grid).float() + 1) / 2
         return pixels, {"deep": deep, "shallow": shallow} if predict else {}

@@ -1,7 +1,7 @@
-"""Layers that VFMTok and IDEAL share: attention, pre-norm blocks, SwiGLU, deformable attention, resized tables.
+"""Layers shared by VFMTok and IDEAL: attention, pre-norm blocks, MLPs, deformable attention, resized position tables.
 
-A layer that does not start as transformers' default does is an `OwnStart` and says how it starts;
-`ImageTokenizer` calls it. B batch, L or S tokens, W width.
+A layer whose initialization differs from transformers' default subclasses `OwnStart`; `ImageTokenizer._init_weights`
+calls its `start`. Shapes: B batch, L or S tokens, W width.
 """
 
 import math
@@ -17,7 +17,7 @@ Grid = tuple[int, int]
 
 
 class OwnStart(nn.Module):
-    """A module that draws its own weights, after its children have drawn theirs."""
+    """A module that initializes its own weights, after its children have initialized theirs."""
 
     def start(self) -> None:
         """Initialize in place, with `transformers.initialization` (which leaves loaded tensors alone)."""
@@ -25,7 +25,7 @@ class OwnStart(nn.Module):
 
 
 def start_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for every linear layer within."""
+    """Initialize every linear layer in `module` with Xavier-uniform weights and zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             init.xavier_uniform_(layer.weight)
@@ -34,7 +34,7 @@ def start_linear(module: nn.Module) -> None:
 
 
 def start_torch(module: nn.Module) -> None:
-    """torch's own start for every linear and convolutional layer within: uniform, bounded by fan_in^-0.5."""
+    """Initialize every linear and convolutional layer in `module` as torch does: uniform, bounded by fan_in^-0.5."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             init.kaiming_uniform_(layer.weight, a=5**0.5)
@@ -44,8 +44,7 @@ def start_torch(module: nn.Module) -> None:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `queries` [B, L, W] over `memory` [B, S, W] (themselves when None); `causal` lets token
-    i see the tokens up to i."""
+    """Multi-head attention of `queries` [B, L, W] over `memory` [B, S, W] (None: self-attention), optionally causal."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b, [a, b] = W1 x, then W2. The inner width is two thirds of `inner`, rounded up to a multiple of 8."""
+    """SwiGLU MLP, W2 (silu(a) * b) with [a, b] = W1 x, of two thirds of `inner`, rounded up to a multiple of 8."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -79,7 +78,7 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Sequential):
-    """dropout(W2 dropout(gelu(W1 x)))."""
+    """GELU MLP, dropout(W2 dropout(gelu(W1 x)))."""
 
     def __init__(self, width: int, inner: int, dropout: float) -> None:
         super().__init__(
@@ -88,8 +87,10 @@ class GeluMLP(nn.Sequential):
 
 
 class PreNormBlock(nn.Module):
-    """x + Attention(LN x), then x + MLP(LN x): [B, L, W] -> [B, L, W]. `dropout` is that of the attention's
-    probabilities, `output_dropout` that of its output."""
+    """A pre-norm transformer block, x + Attention(LN x), then x + MLP(LN x): [B, L, W] -> [B, L, W].
+
+    `dropout` applies to the attention probabilities, `output_dropout` to the attention output.
+    """
 
     def __init__(
         self,
@@ -116,10 +117,11 @@ class PreNormBlock(nn.Module):
 
 
 class DeformableAttention(OwnStart):
-    """Deformable DETR's attention (https://arxiv.org/abs/2010.04159, section 4.1): every query reads a few points of
-    each level, at learned offsets from its reference point. The sampling itself is transformers' pure-torch one.
+    """Multi-scale deformable attention (Deformable DETR, https://arxiv.org/abs/2010.04159, section 4.1).
 
-    At the start the points of head h lie in the h-th of `heads` directions, 1 to `points` cells away, and count alike.
+    Every query samples a few points of each level, at learned offsets from its reference point, with transformers'
+    pure-torch kernel. At initialization the points of head h lie in the h-th of `heads` directions, 1 to `points` cells
+    away, with equal weights.
     """
 
     def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
@@ -132,8 +134,17 @@ class DeformableAttention(OwnStart):
         self.sample = MultiScaleDeformableAttention()
 
     def forward(self, queries: Tensor, references: Tensor, values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """queries [B, L, W], references [L, 2] (x, y) in [0, 1], values [B, S, W] of the levels one after the other,
-        whose (rows, columns) are `grids` -> [B, L, W]."""
+        """Attend from queries to values.
+
+        Args:
+            queries: [B, L, W].
+            references: [L, 2], (x, y) in [0, 1].
+            values: [B, S, W], the levels concatenated.
+            grids: (rows, columns) of each level.
+
+        Returns:
+            [B, L, W].
+        """
         batch, length, _ = queries.shape
         places = (batch, length, self.heads, self.levels, self.points)
         sizes = torch.tensor([(columns, rows) for rows, columns in grids], device=queries.device)
@@ -147,7 +158,7 @@ class DeformableAttention(OwnStart):
             starts.to(queries.device),
             references[None, :, None, None, None] + offsets,
             weights,
-            64,  # im2col_step, which the pure-torch form does not read
+            64,  # im2col_step, which the pure-torch implementation ignores
         )
         return self.output(sampled)
 
@@ -165,7 +176,7 @@ class DeformableAttention(OwnStart):
 
 
 def cell_centers(grid: Grid, device: torch.device | None = None) -> Tensor:
-    """(x, y) of a grid's cells in raster order, [rows * columns, 2] in [0, 1]."""
+    """Return the centers (x, y) of a grid's cells in raster order, [rows * columns, 2] in [0, 1]."""
     rows, columns = grid
     y, x = torch.meshgrid(
         (torch.arange(rows, device=device) + 0.5) / rows,
@@ -176,10 +187,10 @@ def cell_centers(grid: Grid, device: torch.device | None = None) -> Tensor:
 
 
 def resized_table(table: Tensor, old: Grid, new: Grid, *, nudge: float = 0.0) -> Tensor:
-    """A position table [1, rows * columns, W] for another grid, bicubically.
+    """Resize a position table [1, rows * columns, W] to another grid by bicubic interpolation.
 
-    With a `nudge` the scale is (new + nudge) / old and it, not the size, places the samples: DINO's way (0.1), which
-    VFMTok's code follows.
+    With a `nudge` the interpolation uses the scale (new + nudge) / old instead of the size, as DINO (0.1) and VFMTok's
+    code do.
     """
     if old == new:
         return table

@@ -1,4 +1,4 @@
-"""Image tokenizers from a folder or the hub."""
+"""Load image tokenizers from a folder or the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from unimm.tokenizer.processing import ImageTokenizerProcessor, image_disagreeme
 
 
 def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
-    """The image tokenizer of a folder or hub id, in evaluation mode.
+    """Load the image tokenizer of a folder or hub id, in evaluation mode.
 
     Raises:
-        UserError: nothing there, something else, or a checkpoint with holes.
+        UserError: there is no checkpoint, it is another kind of model, or its weights are incomplete.
     """
     with reading("The image tokenizer", path):
         check_settings_files(path)
@@ -25,7 +25,7 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
 
 
 def load_with_processor(path: str | Path) -> tuple[ImageTokenizer, ImageTokenizerProcessor]:
-    """The same, and the processor that was saved beside it, which must prepare what the tokenizer reads."""
+    """Load an image tokenizer and its saved processor. Raises UserError if they disagree (`image_disagreements`)."""
     tokenizer = load_image_tokenizer(path)
     with reading("The image tokenizer", path):
         image_processor = ImageTokenizerProcessor.from_pretrained(path)

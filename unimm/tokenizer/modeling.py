@@ -1,8 +1,10 @@
-"""`ImageTokenizer`: the flow that every tokenizer shares, image <-> features <-> ids <-> image.
+"""`ImageTokenizer`, the base class of the image tokenizers: image <-> features <-> ids <-> image.
 
-The tokenizer is a vision tower. `forward` answers as every Hugging Face vision model does, so a
-multimodal host takes it by configuration; the codebook and the decoder ride along in the same checkpoint. Shapes: B
-batch, N patches, M image tokens, D encoder width, C codebook width, H and W pixels.
+An image tokenizer is also a vision tower: `forward` has the signature and output of a Hugging Face vision model, so a
+host (the multimodal model that the tokenizer is attached to) uses it by configuration alone. The codebook and the
+decoder are stored in the same checkpoint.
+
+Shapes: B batch, N patches, M image tokens, D encoder width, C codebook width, H and W pixels.
 """
 
 import hashlib
@@ -29,13 +31,13 @@ from unimm.tokenizer.quantizers import Quantizer
 
 @dataclass
 class ImageTokenizerOutput(ModelOutput):
-    """What the verbs return; each fills what it makes.
+    """The output of `encode` and `reconstruct`; fields that a method does not compute are None.
 
     features [B, N, D], latents [B, M, C], codes [B, M, C], ids [B, M] int64, pixels [B, 3, H, W] (from `reconstruct`
-    not clamped, so that a loss sees the overshoot), and the scalar codebook and commitment losses. `predictions` are
-    the features that a decoder predicts by name ("deep", "shallow"), each [B, N, D], and `targets` the encoder's own,
-    under the same names, without gradient; both are empty where the decoder gives pixels only. `entropy_loss` is the
-    trainer's to fill.
+    not clamped, so that a loss penalizes the overshoot), and the scalar codebook and commitment losses. `predictions`
+    are the features that a decoder predicts by name ("deep", "shallow"), each [B, N, D], and `targets` the encoder's
+    features under the same names, detached; both are empty if the decoder predicts pixels only. `entropy_loss` is
+    filled by the trainer.
     """
 
     features: Tensor = None
@@ -51,10 +53,11 @@ class ImageTokenizerOutput(ModelOutput):
 
 
 class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
-    """Base of the tokenizers. A subclass names its parts: `encoder`, `sampler`, `quantizer`, `decoder`, `pixel_head`.
+    """Base class of the image tokenizers.
 
-    Where it is no straight line from the last features to the pixels, it says which levels are sampled (`sources`) and
-    what the decoder gives (`draw`). `trains_encoder` is whether a training stage may move the encoder.
+    A subclass builds `encoder`, `sampler`, `quantizer`, `decoder` and `pixel_head`. If it samples other levels than the
+    last features, it overrides `sources`; if its decoder returns more than pixels, `draw` and `targets`.
+    `trains_encoder` is whether a training stage may update the encoder.
     """
 
     config_class = ImageTokenizerConfig
@@ -78,8 +81,8 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         "ResidualConv",
         "SpatialAttention",
     ]
-    # bfloat16 storage of these flips about one id in a hundred. The rule also holds when the tokenizer is a part of a
-    # host.
+    # In bfloat16 about one id in a hundred changes. transformers applies the rule also if the tokenizer is a submodule
+    # of a host.
     _keep_in_fp32_modules_strict = ["sampler", "quantizer"]
 
     trains_encoder = True
@@ -90,8 +93,7 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     decoder: nn.Module
     pixel_head: nn.Module
 
-    # ---- the verbs
-    # --------------------------------------------------------------------------------------------------------------
+    # ---- forward, encode, decode ----
 
     def forward(
         self,
@@ -100,9 +102,9 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
-        """A vision tower's answer: `last_hidden_state` is the features [B, N, D], contiguous; nothing is quantized.
+        """Return the output of a vision tower: `last_hidden_state` is the features [B, N, D], contiguous, unquantized.
 
-        `hidden_states` holds every layer up to the feature tap without prefix tokens, so `hidden_states[-1]` is the
+        `hidden_states` holds every layer up to `feature_layer` without prefix tokens, so `hidden_states[-1]` is the
         features too.
         """
         states = self.hidden_states(pixel_values)
@@ -112,19 +114,23 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def encode(self, pixel_values: Tensor) -> ImageTokenizerOutput:
-        """pixel_values [B, 3, H, W] -> features, latents, codes and ids."""
+        """Encode pixel_values [B, 3, H, W] into features, latents, codes and ids."""
         self.grid_of(pixel_values)
         states = self.hidden_states(pixel_values)
         return self._quantized(states, self.sources(states))
 
     def decode(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """ids [B, M] in raster order -> pixels [B, 3, H, W] in [0, 1]. `grid` (rows, columns) for images of another
-        size."""
+        """Decode ids [B, M] in raster order into pixels [B, 3, H, W] in [0, 1].
+
+        `grid` (rows, columns) is needed for images of another size than the configuration's.
+        """
         return self.pixels_from(self.lookup(ids), grid or self.config.grid).clamp(0, 1)
 
     def reconstruct(self, pixel_values: Tensor) -> ImageTokenizerOutput:
-        """`encode`, then the pixels of its codes, not clamped, and the features that the decoder predicts beside them.
-        In evaluation the pixels are those of `decode(ids)`, bit for bit."""
+        """Encode and decode: `encode`'s output plus unclamped pixels and the features that the decoder predicts.
+
+        In evaluation mode the pixels, once clamped, equal `decode(ids)` bit for bit.
+        """
         grid, states = self.grid_of(pixel_values), self.hidden_states(pixel_values)
         sources = self.sources(states)
         output = self._quantized(states, sources)
@@ -133,42 +139,42 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         return output
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """ids [B, M] -> codes [B, M, C]. Raises UserError for an id outside the codebook."""
+        """Return the codes [B, M, C] of ids [B, M]. Raises UserError for an id outside the codebook."""
         return self.quantizer.lookup(ids)
 
-    # ---- their parts
-    # ------------------------------------------------------------------------------------------------------------
+    # ---- steps ----
 
     def hidden_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The encoder's hidden states up to the feature tap, each [B, N, D]."""
+        """Return the encoder's hidden states up to `feature_layer`, each [B, N, D]."""
         self.patch_grid_of(pixel_values)
         states = encode_features(self.encoder, pixel_values.to(self.dtype))
-        states = states[: range(len(states))[self.config.feature_layer] + 1]
+        states = states[: range(len(states))[self.config.feature_layer] + 1]  # range resolves a negative index
         last = final_norm(self.encoder)(states[-1]) if self.config.apply_post_norm else states[-1]
         return (*states[:-1], last.contiguous())
 
     def features(self, pixel_values: Tensor) -> Tensor:
+        """Return the continuous features [B, N, D]."""
         return self.hidden_states(pixel_values)[-1]
 
     def sources(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the sampler reads of the hidden states: the features alone, or several levels, each [B, N, D]."""
+        """Select the sampler's inputs from the hidden states: the features, or several levels, each [B, N, D]."""
         return states[-1:]
 
     def latents(self, *sources: Tensor) -> Tensor:
-        """sources, each [B, N, D] -> latents [B, M, C], in float32 whatever the autocast."""
+        """Compute latents [B, M, C] from sources, each [B, N, D], in float32 also under autocast."""
         with torch.autocast(sources[0].device.type, enabled=False):
             return self.sampler(*(source.float() for source in sources))
 
     def targets(self, sources: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The sources that the decoder predicts, by name."""
+        """Return the sources that the decoder predicts, by name."""
         return {}
 
     def draw(self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """codes [B, M, C] -> pixels [B, 3, H, W], not clamped, and with `predict` the predicted features by name."""
+        """Decode codes [B, M, C] into unclamped pixels [B, 3, H, W] and, if `predict`, predicted features by name."""
         return self.denormalize(self.pixel_head(self.decoder(codes, grid), grid).float()), {}
 
     def pixels_from(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
-        """codes [B, M, C] -> pixels [B, 3, H, W], not clamped."""
+        """Decode codes [B, M, C] into unclamped pixels [B, 3, H, W]. Raises UserError if M does not match `grid`."""
         if codes.shape[1] != grid[0] * grid[1]:
             raise UserError(
                 f"{codes.shape[1]} image tokens do not fill a grid of {grid[0]} x {grid[1]} = {grid[0] * grid[1]}."
@@ -189,11 +195,11 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         )
 
     def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """(rows, columns) of the image tokens that these images become. Raises UserError where they do not fit."""
+        """Return the image tokens' (rows, columns) for these images. Raises UserError if their size does not fit."""
         return self.patch_grid_of(pixel_values)
 
     def patch_grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """(rows, columns) of the patches. Raises UserError where the image is no multiple of the patch size."""
+        """Return the patches' (rows, columns). Raises UserError if a side is no multiple of the patch size."""
         height, width = pixel_values.shape[-2:]
         if height % self.config.patch_size or width % self.config.patch_size:
             raise UserError(
@@ -202,11 +208,11 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         return height // self.config.patch_size, width // self.config.patch_size
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """pixels in [0, 1] -> pixel_values as the encoder expects them."""
+        """Convert pixels in [0, 1] to the pixel_values that the encoder expects."""
         return (pixels - self._channels(self.config.image_mean)) / self._channels(self.config.image_std)
 
     def denormalize(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values -> pixels in [0, 1]."""
+        """Convert pixel_values to pixels in [0, 1]."""
         return pixel_values * self._channels(self.config.image_std) + self._channels(self.config.image_mean)
 
     def _channels(self, values: list[float] | tuple[float, ...]) -> Tensor:
@@ -214,7 +220,7 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what decides the ids of given features: codebook, projections and geometry."""
+        """Return a sha256 over all that decides the ids of given features: sampler, quantizer and geometry."""
         digest = hashlib.sha256()
         digest.update(repr(self.config.geometry).encode())
         for part in ("sampler", "quantizer"):
@@ -223,8 +229,7 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    # ---- building
-    # ---------------------------------------------------------------------------------------------------------------
+    # ---- building ----
 
     @classmethod
     def from_encoder(
@@ -235,21 +240,21 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         attn_implementation: str | None = None,
         **config_fields: Any,
     ) -> Self:
-        """A new tokenizer around a pretrained vision model.
+        """Build a new tokenizer around a pretrained vision model.
 
         Args:
             name_or_path: a name that `unimm encoders` lists, a local Hugging Face folder, or a hub id. A composite
-                checkpoint (SigLIP or CLIP with its text half, InternVL, also in its original layout) gives its vision
-                half.
-            image_size: pixels a side of the images; None takes the checkpoint's (what its patches cover). For
-                another one the position table is interpolated, as the vision model does itself.
+                checkpoint (SigLIP or CLIP with text tower, InternVL, also in its original layout) contributes its
+                vision tower.
+            image_size: side of the images in pixels; None takes the checkpoint's (what its patches cover). For another
+                size the position embeddings are interpolated with the vision model's own method.
             attn_implementation: as in transformers.
-            config_fields: fields of the tokenizer's configuration; normalization and feature layer are the
-                checkpoint's own unless given.
+            config_fields: fields of the tokenizer's configuration; normalization and feature layer default to the
+                checkpoint's.
 
         Raises:
-            UserError: the encoder's weights are incomplete, its family is not supported, or the image's side is no
-                multiple of the patch.
+            UserError: the encoder's weights are incomplete, its family is not supported, or `image_size` is no multiple
+                of the patch size.
         """
         check_attention(attn_implementation)
         source = find_encoder(name_or_path)
@@ -265,7 +270,7 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         return model
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch; an encoder that no stage may move stays in evaluation."""
+        """Set training mode as in torch; an encoder that is never trained stays in evaluation mode."""
         super().train(mode)
         self.encoder.train(mode and self.trains_encoder)
         return self
@@ -274,6 +279,7 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, OwnStart):
             module.start()
+        # Layer scales of a mirrored decoder: its blocks are not inside InternVL's own model, which would set them.
         elif type(module).__name__ == "InternVLVisionLayer":
             init.constant_(module.lambda_1, self.config.vision.layer_scale_init_value)
             init.constant_(module.lambda_2, self.config.vision.layer_scale_init_value)

@@ -1,4 +1,4 @@
-"""From a grid of tokens to an image: one linear layer a patch (VQRAE), or a convolutional head (VFMTok, IDEAL)."""
+"""Pixel heads from a grid of tokens to an image: a linear layer per patch (VQRAE) or convolutions (VFMTok, IDEAL)."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,10 @@ from unimm.tokenizer.layers import OwnStart, start_torch
 
 
 class PatchHead(nn.Module):
-    """One linear layer a token, then the patches side by side: [B, M, D] -> [B, 3, rows*q, columns*q], layout (row,
-    column, channel)."""
+    """A linear layer from each token to a patch, then unpatchify: [B, M, D] -> [B, 3, rows*q, columns*q].
+
+    A patch's output vector has the layout (row, column, channel).
+    """
 
     def __init__(self, hidden_size: int, patch_size: int) -> None:
         super().__init__()
@@ -25,8 +27,10 @@ class PatchHead(nn.Module):
 
 
 class _Norm(nn.GroupNorm):
-    """In float32 whatever the autocast, as CUDA's autocast has it anyway; on a CPU the backward in bfloat16 takes 3.5
-    times as long."""
+    """A group norm in float32 also under autocast.
+
+    CUDA's autocast does so anyway; on a CPU the backward in bfloat16 takes 3.5 times as long.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(GROUPS, channels, eps=1e-6)
@@ -36,7 +40,7 @@ class _Norm(nn.GroupNorm):
 
 
 class ResidualConv(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), [B, C, h, w]; a 1x1 convolution on x where the channels change."""
+    """A residual block, x + conv(silu(norm(conv(silu(norm(x)))))), [B, C, h, w]; x passes a 1x1 if C changes."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -50,7 +54,7 @@ class ResidualConv(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """x + single-head attention over all places of norm(x), [B, C, h, w]."""
+    """Single-head self-attention over all positions, x + attention(norm(x)), [B, C, h, w]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -65,7 +69,7 @@ class SpatialAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the sides by repetition, then a 3x3 convolution."""
+    """Nearest-neighbor upsampling by 2, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -76,13 +80,15 @@ class Upsample(nn.Module):
 
 
 class ConvHead(OwnStart):
-    """LlamaGen's convolutional decoder in VFMTok's light form: two residual blocks a level and no attention but in the
-    middle. [B, h * w, W] -> RGB in about [-1, 1], [B, 3, h * s, w * s] with s = 2^(levels - 1), not clamped.
+    """LlamaGen's convolutional decoder in VFMTok's light form: two residual blocks per level, attention only in the
+    middle.
+
+    [B, h * w, W] -> RGB in about [-1, 1], not clamped, [B, 3, h * s, w * s] with s = 2^(levels - 1).
 
     Args:
         width: of the tokens.
-        channels: at full resolution.
-        multipliers: of the channels, a level each, from full resolution down.
+        channels: base number of channels.
+        multipliers: of the channels, one per level, from full resolution down.
     """
 
     def __init__(self, width: int, channels: int, multipliers: Sequence[int]) -> None:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class Float32Module(nn.Module):
-    """`model.to(torch.bfloat16)` and `model.half()` move its tensors to the device and leave their dtype alone.
+    """A module that stays in float32: `model.to(torch.bfloat16)` or `.half()` may move its tensors, but not cast them.
 
-    Codebook and projections need it: in bfloat16 about one id in a hundred is another one.
+    The codebook and the projections need it: in bfloat16 about one id in a hundred changes.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

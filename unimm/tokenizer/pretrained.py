@@ -1,7 +1,7 @@
-"""Reading pretrained vision models: their configuration, weights and normalization, from a folder or the hub.
+"""Load pretrained vision models (configuration, weights and normalization) from a folder or the Hugging Face hub.
 
-Checkpoints in InternVL's original layout (remote code: fused qkv, other names) are converted tensor by
-tensor, so no foreign code runs; and a checkpoint that does not fill the encoder is refused, never filled at random.
+Checkpoints in InternVL's original layout (remote code: fused qkv, other names) are converted tensor by tensor, so no
+remote code runs. A checkpoint that does not fill the encoder raises an error; nothing is left randomly initialized.
 """
 
 import copy
@@ -26,20 +26,20 @@ from unimm.tokenizer.configuration import side
 from unimm.tokenizer.encoders import FAMILIES, Channels, build_encoder, encoder_family
 from unimm.tokenizer.published import PUBLISHED
 
-ORIGINAL_INTERNVIT = "intern_vit_6b"  # `model_type` of InternViT with remote code, whatever its size
+ORIGINAL_INTERNVIT = "intern_vit_6b"  # `model_type` of InternViT with remote code, for every size
 ORIGINAL_INTERNVL = "internvl_chat"
 
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """Where an encoder comes from, and what its files say of it.
+    """A pretrained encoder's path, configuration and preprocessing, before its weights are loaded.
 
     Args:
         path: a folder or hub id.
-        config: of the vision model, in transformers' own classes.
+        config: the vision model's configuration, as a transformers class.
         original: whether the weights have InternVL's original layout.
-        feature_layer: the hidden state that multimodal models take.
-        image_mean, image_std: of the preprocessor, or the family's.
+        feature_layer: the hidden state that multimodal models use.
+        image_mean, image_std: from the preprocessor's file, else the family's.
     """
 
     path: str
@@ -51,15 +51,15 @@ class EncoderSource:
 
     @property
     def covered_size(self) -> int:
-        """Pixels a side that the patches cover: patches of 14 cover 378 of 384."""
+        """Return the side in pixels that the patches cover: patches of 14 cover 378 of 384."""
         return side(self.config.image_size) // side(self.config.patch_size) * side(self.config.patch_size)
 
 
 def find_encoder(name_or_path: str | Path) -> EncoderSource:
-    """What is known of an encoder before its weights are read.
+    """Find an encoder and read its configuration and preprocessing, without its weights.
 
     Args:
-        name_or_path: a name of `PUBLISHED`, a folder, or a hub id.
+        name_or_path: a name in `PUBLISHED`, a folder, or a hub id.
 
     Raises:
         UserError: it cannot be read, or its family is not supported.
@@ -71,6 +71,7 @@ def find_encoder(name_or_path: str | Path) -> EncoderSource:
         original = fields.get("model_type") in (ORIGINAL_INTERNVIT, ORIGINAL_INTERNVL)
         config = _from_original(fields) if original else _vision_half(AutoConfig.from_pretrained(path))
         family = encoder_family(config)
+        # Count the parameters on the meta device, so an absurd configuration fails before it allocates memory.
         with torch.device("meta"), no_init_weights():
             refuse_excess(build_encoder(copy.deepcopy(config)))
         mean, std = _normalization(path) or family.normalization
@@ -78,11 +79,12 @@ def find_encoder(name_or_path: str | Path) -> EncoderSource:
 
 
 def load_encoder(encoder: PreTrainedModel, source: EncoderSource, attn_implementation: str | None = None) -> None:
-    """Fill `encoder`, built from `source.config` for images of any size, with the checkpoint's weights.
+    """Load the checkpoint's weights into `encoder`, built from `source.config` for images of any size.
 
     Raises:
-        UserError: weights are missing or misshapen.
+        UserError: weights are missing or have another shape.
     """
+    # Load at the checkpoint's own image size; `_fitted` then interpolates the position embeddings.
     config = copy.deepcopy(encoder.config)
     config.image_size = source.config.image_size
     with reading("The encoder", source.path):
@@ -106,7 +108,7 @@ def load_encoder(encoder: PreTrainedModel, source: EncoderSource, attn_implement
 
 @torch.no_grad()
 def _fitted(loaded: PreTrainedModel, encoder: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of `loaded`, its position table interpolated to the encoder's image size by its own method."""
+    """Return the state of `loaded`, position embeddings interpolated to the encoder's image size by its own method."""
     state, size = loaded.state_dict(), side(encoder.config.image_size)
     for name, wanted in encoder.state_dict().items():
         if "position_embedding" in name and state[name].shape != wanted.shape:
@@ -120,7 +122,7 @@ def _vision_half(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _normalization(path: str) -> tuple[Channels, Channels] | None:
-    """What preprocessor_config.json says, None where there is none."""
+    """Read (mean, std) from preprocessor_config.json; None if there is no such file or it has none."""
     file = cached_file(
         path,
         "preprocessor_config.json",
@@ -138,7 +140,7 @@ def _normalization(path: str) -> tuple[Channels, Channels] | None:
 
 
 def _from_original(fields: dict[str, Any]) -> InternVLVisionConfig:
-    """The configuration of InternViT in transformers' names."""
+    """Convert InternViT's original configuration to transformers' names."""
     given = fields["vision_config"] if fields["model_type"] == ORIGINAL_INTERNVL else fields
     return InternVLVisionConfig(
         hidden_size=given["hidden_size"],
@@ -174,7 +176,7 @@ _VISION_PREFIX = "vision_model."
 
 
 def _converted(path: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an original checkpoint under transformers' names; what belongs to a language model is left out."""
+    """Yield an original checkpoint's tensors under transformers' names, with the fused qkv split."""
     for name, tensor in _tensors(path):
         for pattern, replacement in _RENAMED:
             name = pattern.sub(replacement, name)
@@ -186,6 +188,7 @@ def _converted(path: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the vision model's tensors in float32; the language model and its projector (mlp1) are left out."""
     folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
     files = sorted(folder.glob("*.safetensors"))
     if not files:

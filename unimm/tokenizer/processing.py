@@ -1,4 +1,4 @@
-"""`ImageTokenizerProcessor`: images to `pixel_values` and back, with PIL alone (no torchvision)."""
+"""`ImageTokenizerProcessor`: convert images to `pixel_values` and back, with PIL only (no torchvision)."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,12 @@ from unimm.errors import UserError
 
 
 class ImageTokenizerProcessor(SiglipImageProcessorPil):
-    """Turn images into normalized pixel_values [B, 3, H, W] at the tokenizer's size, and back with `postprocess`.
+    """An image processor to normalized pixel_values [B, 3, H, W] at the tokenizer's size, and back by `postprocess`.
 
-    Takes what `unimm.data.images.read_image` takes, single or in lists of any depth; arrays and tensors give what
-    SigLIP's own processor gives for them. Both sides are resized to the tokenizer's (bicubic), as that one does. With
-    `pad_to_square` an image becomes a square in the middle of the mean color first, as LLaVA-1.5 does
-    (`image_aspect_ratio pad`, https://arxiv.org/abs/2310.03744); it is saved, because reading must do as training did.
+    Accepts whatever `unimm.data.images.read_image` accepts, single or in nested lists; arrays and tensors are processed
+    as by SigLIP's processor. Both sides are resized to the tokenizer's size (bicubic), also as there. With
+    `pad_to_square` an image is first padded to a square with the mean color, as in LLaVA-1.5 (`image_aspect_ratio pad`,
+    https://arxiv.org/abs/2310.03744); the setting is saved, because inference must match training.
     """
 
     model_input_names = ["pixel_values"]
@@ -30,7 +30,7 @@ class ImageTokenizerProcessor(SiglipImageProcessorPil):
 
     @classmethod
     def for_tokenizer(cls, config: Any) -> "ImageTokenizerProcessor":
-        """The processor that an `ImageTokenizerConfig` asks for."""
+        """Build the processor for an `ImageTokenizerConfig`."""
         size = {"height": config.image_size, "width": config.image_size}
         return cls(
             size=size,
@@ -41,12 +41,12 @@ class ImageTokenizerProcessor(SiglipImageProcessorPil):
         )
 
     def fetch_images(self, image_url_or_urls: Any) -> list[Any]:
-        """Return the images as a flat list: upright RGB, arrays (whose scale `process_image` tells) as they are."""
+        """Return a flat list of upright RGB images; arrays keep their scale, which `process_image` detects."""
         found = each_image(image_url_or_urls)
         return [_with_channels(to_numpy(each)) if is_array(each) else read_image(each) for each in found]
 
     def process_image(self, image: Any, *, input_data_format: Any = None, **kwargs: Any) -> np.ndarray:
-        """Return one image as [3, H, W], before it is resized: 8 bits, or floats in [0, 1] as they were given."""
+        """Return one image as [3, H, W] before resizing: 8 bits, or floats in [0, 1] if it was given as such."""
         array = rgb_array(image, input_data_format) if is_array(image) else np.asarray(read_image(image))  # [H, W, 3]
         if is_unit(array) and kwargs.get("do_rescale"):
             warnings.warn(
@@ -61,7 +61,7 @@ class ImageTokenizerProcessor(SiglipImageProcessorPil):
     def _padded(
         self, array: np.ndarray, *, do_resize: bool | None = None, size: Any = None, resample: Any = None, **_: Any
     ) -> np.ndarray:
-        """Return [H, W, 3] in the middle of a square of the mean color; of a strip the square at its final size."""
+        """Pad [H, W, 3] to a square with the mean color; a strip is padded directly at the final size."""
         color = tuple(int(255 * channel) for channel in self.image_mean)  # LLaVA's rounding
         side = max(array.shape[:2])
         if not (do_resize and size and size.height and is_strip(array.shape[:2], (side, side))):
@@ -79,12 +79,12 @@ class ImageTokenizerProcessor(SiglipImageProcessorPil):
 
 
 def _with_channels(array: np.ndarray) -> np.ndarray:
-    """Return a gray [H, W] as [1, H, W], which transformers counts as one image."""
+    """Return a gray image [H, W] as [1, H, W], which transformers counts as one image."""
     return array[None] if array.ndim == 2 else array
 
 
 def _squared(image: np.ndarray, color: Sequence[float]) -> np.ndarray:
-    """Return the image [H, W, 3] in the middle of a square of the color; an odd row goes below."""
+    """Center the image [H, W, 3] in a square of the color; an odd row is added at the bottom."""
     height, width, _ = image.shape
     side = max(height, width)
     square = np.empty((side, side, 3), dtype=image.dtype)
@@ -95,8 +95,7 @@ def _squared(image: np.ndarray, color: Sequence[float]) -> np.ndarray:
 
 
 def image_disagreements(image_processor: Any, config: Any) -> Iterator[str]:
-    """Where an image processor prepares other pixels than the tokenizer of `config` reads, one sentence each without
-    its full stop."""
+    """Yield the settings in which an image processor disagrees with `config`, one sentence each without full stop."""
     size, wanted = dict(image_processor.size), {"height": config.image_size, "width": config.image_size}
     if size != wanted:
         yield f"size of the image processor is {size}, and the image tokenizer reads {config.image_size} pixels a side"

@@ -1,7 +1,7 @@
-"""The pretrained vision models that unimm knows by name: what a user can tokenize, and what each gives.
+"""The table of pretrained vision encoders that unimm knows by name.
 
-The numbers are those of the published checkpoints, so every configuration can be built without a
-download; loading reads the checkpoint's own files all the same.
+The numbers are those of the published checkpoints, so every configuration can be built without a download. Loading
+still reads the checkpoint's own configuration.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ from unimm.tokenizer.encoders import FAMILIES, Channels, prefix_tokens
 
 @dataclass(frozen=True)
 class PublishedEncoder:
-    """One checkpoint; `config` are the fields of its family's configuration that differ from the defaults.
+    """A published checkpoint of a vision encoder.
 
     Args:
-        hub_id: where it is published.
-        model_type: its family.
-        image_size, patch_size: pixels a side.
-        width, depth, heads, mlp: of the blocks.
-        feature_layer: the hidden state that multimodal models take (-1 is the last block's output).
+        hub_id: on the Hugging Face hub.
+        model_type: the encoder family.
+        image_size, patch_size: sides in pixels.
+        width, depth, heads, mlp: of the transformer blocks.
+        feature_layer: the hidden state that multimodal models use (-1 is the last block's output).
+        config: the other fields of the family's configuration that differ from the defaults.
     """
 
     hub_id: str
@@ -36,12 +37,12 @@ class PublishedEncoder:
 
     @property
     def grid(self) -> int:
-        """Patches a side."""
+        """Return the number of patches a side."""
         return self.image_size // self.patch_size
 
     @property
     def normalization(self) -> tuple[Channels, Channels]:
-        """(mean, std) per channel."""
+        """Return (mean, std) per channel."""
         return FAMILIES[self.model_type].normalization
 
     @property
@@ -49,7 +50,7 @@ class PublishedEncoder:
         return prefix_tokens(self.vision_config())
 
     def vision_config(self) -> PreTrainedConfig:
-        """The configuration of the vision model, for the pixels that its patches cover (378 of SigLIP's 384)."""
+        """Build the vision model's configuration, at the image size that its patches cover (378 of SigLIP's 384)."""
         fields = {
             "image_size": self.grid * self.patch_size,
             "patch_size": self.patch_size,
@@ -115,7 +116,7 @@ PUBLISHED: dict[str, PublishedEncoder] = {
 
 
 def encoder_table() -> str:
-    """Every encoder in a row: what it reads and what it gives."""
+    """Format all encoders as a table, one row each: input size, output tokens, architecture and hub id."""
     head = ("name", "pixels", "patch", "tokens", "width", "depth", "heads", "mlp", "prefix", "tap", "hub id")
     rows = [head] + [
         (

@@ -1,15 +1,12 @@
-"""Vector quantizers: latents [B, M, C] to the nearest rows of a codebook [K, C], and ids back to them.
+"""Vector quantizers: map latents [B, M, C] to the nearest rows of a codebook [K, C], and ids back to codes.
 
-- `SimVQ` (arXiv 2411.02038, VQRAE): the codebook is Q = C W, where C is drawn once and stays and W is learned. Every
-  row moves when W moves, the unused ones too, so the codebook does not collapse.
-- `NormalizedVQ` (LlamaGen, arXiv 2406.06525; VFMTok, IDEAL): a few dimensions, codes and latents of length 1.
+- `SimVQ` (arXiv 2411.02038, VQRAE): the codebook is Q = C W, with C frozen at its random initialization and W learned.
+  An update of W moves every row, unused ones too, so the codebook does not collapse.
+- `NormalizedVQ` (LlamaGen, arXiv 2406.06525; VFMTok, IDEAL): low-dimensional, codes and latents L2-normalized.
 
-Special here:
-
-- the search is exact (`tokenizer.search`), autocast or not;
-- `lookup` is the very operation that `forward` uses, W and length included (SimVQ's published code forgets W), so
-  decoding ids gives the same bits;
-- codes are gathered with `F.embedding`: the backward of plain indexing is not deterministic on the CPU.
+The nearest-code search is exact (`tokenizer.search`), also under autocast. `lookup` and `forward` use the same
+operation, W and normalization included (SimVQ's published code omits W), so decoding ids is bitwise equal. Codes are
+gathered with `F.embedding` because the backward of plain indexing is not deterministic on the CPU.
 """
 
 from collections.abc import Callable
@@ -28,7 +25,7 @@ from unimm.tokenizer.search import nearest_codes
 
 @dataclass
 class QuantizerOutput:
-    """codes [B, M, C] (with the straight-through gradient where gradients are on), ids [B, M], scalar losses."""
+    """Output of a quantizer: codes [B, M, C] (with straight-through gradient if enabled), ids [B, M], scalar losses."""
 
     codes: Tensor
     ids: Tensor
@@ -43,11 +40,11 @@ def _itself(value: Tensor) -> Tensor:
 def code_entropy(
     latents: Tensor, codebook: Tensor, temperature: float, *, share: Callable[[Tensor], Tensor] = _itself
 ) -> Tensor:
-    """The entropy term of latents [..., C] over a codebook [K, C]: H of one latent's codes, averaged, minus H of the
-    average, where p = softmax(-|z - q|^2 / temperature) (LlamaGen's code, which IDEAL follows).
+    """Compute the entropy loss of latents [..., C] over a codebook [K, C]: mean H(p) - H(mean p).
 
-    Low where every latent is sure of its code and all codes are in use; between -ln K and 0. `share` averages the [K]
-    shares of the codes over the processes of a run.
+    p = softmax(-|z - q|^2 / temperature) over the codes (LlamaGen's code, which IDEAL follows). The loss is between
+    -ln K and 0, and low if every latent is assigned confidently and all codes are used. `share` averages the [K] mean
+    probabilities over the processes of a run.
     """
     flat = latents.reshape(-1, latents.shape[-1]).float()
     with torch.autocast(flat.device.type, enabled=False):
@@ -58,27 +55,28 @@ def code_entropy(
 
 
 class Quantizer(Float32Module, OwnStart):
-    """What all quantizers do; a subclass says what its codebook is, how latents compare with it and how a code moves.
+    """Base class of the quantizers.
 
-    `codebook` is what is stored, [K, C]; `effective_codebook` what latents are compared with.
+    `codebook` [K, C] is the stored tensor, `effective_codebook` [K, C] the codes that latents are compared with. A
+    subclass defines `effective_codebook`, `comparable` and how a code is set (`adopt`, `_move`).
     """
 
     codebook: Tensor
 
     @property
     def effective_codebook(self) -> Tensor:
-        """[K, C] in float32, differentiable."""
+        """Return the codes [K, C] in float32, differentiable."""
         raise NotImplementedError
 
     def comparable(self, latents: Tensor) -> Tensor:
-        """Latents [..., C] as they are compared with `effective_codebook`, in float32."""
+        """Return latents [..., C] as they are compared with `effective_codebook`, in float32."""
         return latents.float()
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        """latents [B, M, C] -> the nearest codes, and the two terms of the quantization loss (means over all elements).
+        """Quantize latents [B, M, C] and compute both quantization losses (means over all elements).
 
-        The codebook term moves the codebook only, the commitment term the latents only; the reconstruction's gradient
-        passes to the latents and not to the codebook (VQRAE, section 3.4).
+        The codebook loss updates the codebook only, the commitment loss the latents only; the gradient of the
+        reconstruction reaches the latents and not the codebook (VQRAE, section 3.4).
         """
         latents = self.comparable(latents)
         table = self.effective_codebook
@@ -88,25 +86,25 @@ class Quantizer(Float32Module, OwnStart):
         commitment_loss = F.mse_loss(latents, codes.detach())
         out = codes.detach()
         if torch.is_grad_enabled() and latents.requires_grad:
-            out = latents + (out - latents).detach()
+            out = latents + (out - latents).detach()  # rounds, so done only if a gradient is needed
         return QuantizerOutput(out, ids, codebook_loss, commitment_loss)
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """The codes of ids [B, M] -> [B, M, C]. Raises UserError for an id outside the codebook."""
+        """Return the codes [B, M, C] of ids [B, M]. Raises UserError for an id outside the codebook."""
         size = len(self.codebook)
         if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < size):
             raise UserError(f"Image ids run from 0 to {size - 1}; these run from {int(ids.min())} to {int(ids.max())}.")
         return F.embedding(ids, self.effective_codebook)
 
     def entropy(self, latents: Tensor, temperature: float, *, share: Callable[[Tensor], Tensor] = _itself) -> Tensor:
-        """`code_entropy` of latents [B, M, C] over this codebook."""
+        """Compute `code_entropy` of latents [B, M, C] over this codebook."""
         return code_entropy(self.comparable(latents), self.effective_codebook, temperature, share=share)
 
     @torch.no_grad()
     def fit(self, latents: Tensor, iterations: int = 10, seed: int = 0) -> None:
-        """Start from data: the codes become the k-means centres of `latents` [n, C].
+        """Initialize from data: set the codes to the k-means centers of `latents` [n, C].
 
-        Ours, not the paper's: on a small codebook it starts with every code in use. Needs at least K latents.
+        Not in the papers: it makes a small codebook start with every code in use. Raises UserError if n < K.
         """
         size = len(self.codebook)
         if len(latents) < size:
@@ -123,25 +121,27 @@ class Quantizer(Float32Module, OwnStart):
         self.adopt(centres)
 
     def adopt(self, codes: Tensor) -> None:
-        """Make `codes` [K, C] the effective codebook."""
+        """Set the effective codebook to `codes` [K, C]."""
         self.codebook.copy_(codes)
 
     @torch.no_grad()
     def redundant(self, latents: Tensor, counts: Tensor) -> Tensor:
-        """The codes that another, more frequent one stands in for (ours, not the paper's): indices [n].
+        """Return the indices [n] of codes that a more frequent code can replace (not in the papers).
 
-        Two codes that are closer to each other than the error that they leave on the worse-served half of `latents`
-        [m, C] tell apart what needs no telling apart while others go without. `counts` [K]: how often each was chosen.
+        Two codes are redundant if their squared distance is below the mean quantization error of the worse half of
+        `latents` [m, C]: they split what one code could cover while other latents have no close code. `counts` [K] is
+        how often each code was chosen.
         """
         _, errors = self._served(latents)
         return self._stood_in_for(counts, _radius(errors)).nonzero().flatten()
 
     @torch.no_grad()
     def reestimate(self, latents: Tensor, seed: int = 0) -> int:
-        """Move idle and redundant codes onto latents [m, C] that are served worse than `redundant`'s radius (ours).
+        """Move unused and redundant codes onto latents [m, C] with an error above `redundant`'s radius.
 
-        For a trained tokenizer: everything else stays. Repeated on fresh latents it spreads the codes evenly over what
-        occurs, however often it occurs. Returns how many codes moved.
+        Re-estimates the codebook of a trained tokenizer (not in the papers); all else is unchanged. Repeated on fresh
+        latents it spreads the codes evenly over the latents' support, whatever their frequency. Returns how many codes
+        moved.
         """
         ids, errors = self._served(latents)
         counts = torch.bincount(ids, minlength=len(self.codebook))
@@ -155,27 +155,27 @@ class Quantizer(Float32Module, OwnStart):
         return len(idle)
 
     def _served(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The id and the squared error of each of the latents [m, C]."""
+        """Return the id and the squared quantization error of each of the latents [m, C], both [m]."""
         flat, table = self.comparable(latents.detach()), self.effective_codebook
         ids = nearest_codes(flat, table)
         return ids, (flat - F.embedding(ids, table)).square().sum(dim=1)
 
     def _stood_in_for(self, counts: Tensor, radius: Tensor) -> Tensor:
-        """Mask [K] of the codes with a more frequent one within `radius` (squared)."""
+        """Return the mask [K] of codes with a more frequent code (ties: lower index) within `radius` (squared)."""
         table = self.effective_codebook
         order, counts = torch.arange(len(table), device=table.device), counts.to(table.device)
         more = (counts[None] > counts[:, None]) | ((counts[None] == counts[:, None]) & (order[None] < order[:, None]))
         return (more & (torch.cdist(table, table).square() < radius)).any(dim=1)
 
     def _move(self, codes: Tensor, targets: Tensor) -> None:
-        """Make the effective codes with these indices [n] equal to `targets` [n, C]."""
+        """Set the effective codes with indices `codes` [n] to `targets` [n, C]."""
         self.codebook[codes] = self.comparable(targets).to(self.codebook.dtype)
 
     @torch.no_grad()
     def restart(self, dead: Tensor, latents: Tensor, seed: int = 0) -> None:
-        """Move the codes `dead` [n] onto latents [m, C] that the codebook serves badly (ours, not the paper's).
+        """Restart the codes `dead` [n] at latents [m, C] with a large quantization error (not in the papers).
 
-        Of the worst-served half a random choice is taken, so that the new codes differ.
+        The latents are sampled with replacement from the half with the largest errors, so the new codes vary.
         """
         latents = latents.detach().float()
         _, errors = self._served(latents)
@@ -186,7 +186,7 @@ class Quantizer(Float32Module, OwnStart):
 
 
 class SimVQ(Quantizer):
-    """`codebook` is C [K, C], a persistent buffer; `projection` is W."""
+    """SimVQ (arXiv 2411.02038): `codebook` is C [K, C], a persistent buffer unless it is trained; `projection` is W."""
 
     def __init__(self, codebook_size: int, codebook_dim: int, bias: bool = False, train_codebook: bool = False) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class SimVQ(Quantizer):
 
     @property
     def effective_codebook(self) -> Tensor:
-        """Q = C W, [K, C] in float32, differentiable with respect to W."""
+        """Return Q = C W, [K, C] in float32, differentiable with respect to W."""
         with torch.autocast(self.codebook.device.type, enabled=False):
             return self.projection(self.codebook)
 
@@ -208,22 +208,22 @@ class SimVQ(Quantizer):
         init.kaiming_uniform_(self.projection.weight, a=5**0.5)
 
     def adopt(self, codes: Tensor) -> None:
-        """C becomes `codes` [K, C], and W the identity."""
+        """Set C to `codes` [K, C] and W to the identity."""
         self.codebook.copy_(codes)
         self.projection.weight.copy_(torch.eye(codes.shape[1]))
         if self.projection.bias is not None:
             self.projection.bias.zero_()
 
     def _move(self, codes: Tensor, targets: Tensor) -> None:
-        """Give the codes [n] rows of C that W, which stays, maps onto `targets` [n, C]."""
+        """Solve for the rows `codes` [n] of C that the unchanged W maps onto `targets` [n, C]."""
         targets = targets - (0 if self.projection.bias is None else self.projection.bias)
-        # In float64, so that the last bit of the float32 result does not depend on where the tensors lie in memory.
+        # In float64, because the last bit of a float32 solution depends on the tensors' memory alignment.
         solution = torch.linalg.lstsq(self.projection.weight.double(), targets.double().t()).solution
         self.codebook[codes] = solution.t().to(self.codebook.dtype)
 
 
 class NormalizedVQ(Quantizer):
-    """`codebook` [K, C] is learned by the codebook and entropy terms; rows and latents are compared at length 1."""
+    """A codebook [K, C] learned by the codebook and entropy losses, with L2-normalized rows and latents."""
 
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
         super().__init__()
@@ -231,18 +231,18 @@ class NormalizedVQ(Quantizer):
 
     @property
     def effective_codebook(self) -> Tensor:
-        """The rows at length 1, [K, C] in float32."""
+        """Return the L2-normalized rows, [K, C] in float32."""
         return F.normalize(self.codebook.float(), dim=1)
 
     def comparable(self, latents: Tensor) -> Tensor:
-        """Latents at length 1; the straight-through gradient is that of these."""
+        """Return the L2-normalized latents; the straight-through gradient is taken at these."""
         return F.normalize(latents.float(), dim=-1)
 
     def start(self) -> None:
-        init.uniform_(self.codebook, -1.0, 1.0)  # the published bounds 1 / K are lost when the rows get length 1
+        init.uniform_(self.codebook, -1.0, 1.0)  # LlamaGen's bounds 1 / K have no effect after normalization
         init.copy_(self.codebook, F.normalize(self.codebook, dim=1))
 
 
 def _radius(errors: Tensor) -> Tensor:
-    """The mean squared error of the worse-served half."""
+    """Return the mean of the larger half of the squared errors."""
     return errors.topk(max(1, len(errors) // 2)).values.mean()

@@ -1,4 +1,4 @@
-"""Samplers: how features become latents, [B, N, D] -> [B, M, C]. All are in float32, as the ids depend on them."""
+"""Samplers: modules from encoder features to latents, [B, N, D] -> [B, M, C], in float32 because ids depend on them."""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from unimm.tokenizer.precision import Float32Module
 
 
 class GridSampler(Float32Module):
-    """Every patch keeps its place (M = N): a linear in-projection to the codebook's width (VQRAE, section 3.2)."""
+    """VQRAE's sampler: one latent per patch (M = N), by a linear projection to the codebook width (section 3.2)."""
 
     def __init__(self, hidden_size: int, codebook_dim: int, pre_norm: bool = False) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class GridSampler(Float32Module):
 
 
 class LevelAdapter(OwnStart):
-    """One level's features to the sampler's width, [B, N, D] -> [B, N, W]."""
+    """An MLP from one level's features to the sampler's width, [B, N, D] -> [B, N, W]."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class LevelAdapter(OwnStart):
 
 
 class AnchorLayer(OwnStart):
-    """Post-norm: the anchors read the levels around their places, then each other (from the first on), then an MLP."""
+    """A post-norm layer: deformable attention to the levels, causal self-attention of the anchors, and an MLP."""
 
     def __init__(self, width: int, heads: int, levels: int, points: int, inner: int) -> None:
         super().__init__()
@@ -74,13 +74,15 @@ class AnchorLayer(OwnStart):
 
 
 class AnchorSampler(Float32Module, OwnStart):
-    """VFMTok's region-adaptive sampling (arXiv 2507.08441): learned anchors on a grid of their own, in raster order,
-    gather from several encoder levels by deformable attention; M is free of N.
+    """VFMTok's region-adaptive sampling (arXiv 2507.08441).
+
+    Learned anchors on their own grid, in raster order, sample several encoder levels by deformable attention, so M is
+    independent of N.
 
     Args:
         hidden_size, width, codebook_dim: D, W and C.
         heads, depth, points, inner: of the layers; `points` per head and level.
-        levels: how many encoder levels.
+        levels: number of encoder levels.
         anchor_grid, patch_grid: (rows, columns) of the anchors and of the patches.
     """
 
@@ -109,7 +111,7 @@ class AnchorSampler(Float32Module, OwnStart):
         self.projection = nn.Linear(width, codebook_dim)
 
     def forward(self, *levels: Tensor) -> Tensor:
-        """Encoder levels, each [B, N, D] -> latents [B, M, C]."""
+        """Sample encoder levels, each [B, N, D], into latents [B, M, C]."""
         values = torch.cat([adapter(level) for adapter, level in zip(self.adapters, levels, strict=True)], dim=1)
         places = cell_centers(self.anchor_grid, values.device)
         anchors = self.norm(self.anchors).expand(len(values), -1, -1)
@@ -124,12 +126,13 @@ class AnchorSampler(Float32Module, OwnStart):
 
 
 class FusionSampler(Float32Module, OwnStart):
-    """IDEAL's fusion of a shallow and a deep level (arXiv 2606.11096; M = N): each deep token asks all shallow ones for
-    the detail that it lacks, then an MLP and the in-projection.
+    """IDEAL's fusion of a shallow and a deep level (arXiv 2606.11096; M = N).
+
+    Deep tokens cross-attend to all shallow tokens for detail, followed by an MLP and the projection to latents.
 
     Args:
         hidden_size, codebook_dim: D and C.
-        heads, inner, dropout: of the attention and the MLP, whose output has the dropout too.
+        heads, inner, dropout: of the attention and the MLP; dropout also applies to the MLP's output.
     """
 
     def __init__(self, hidden_size: int, codebook_dim: int, *, heads: int, inner: int, dropout: float) -> None:
@@ -142,7 +145,7 @@ class FusionSampler(Float32Module, OwnStart):
         self.projection = nn.Linear(hidden_size, codebook_dim)
 
     def forward(self, shallow: Tensor, deep: Tensor) -> Tensor:
-        """Two levels, each [B, N, D] -> latents [B, N, C]."""
+        """Fuse two levels, each [B, N, D], into latents [B, N, C]."""
         fused = deep + self.attention(self.deep_norm(deep), self.shallow_norm(shallow))
         fused = fused + self.mlp(self.mlp_norm(fused))
         return self.projection(fused)
@@ -152,5 +155,5 @@ class FusionSampler(Float32Module, OwnStart):
 
 
 def plain_norm(features: Tensor) -> Tensor:
-    """A layer norm without weights, in float32 (IDEAL's of the shallow level, eps 1e-6)."""
+    """Apply a layer norm without weights in float32, as IDEAL does to the shallow level (eps 1e-6)."""
     return F.layer_norm(features.float(), features.shape[-1:], eps=1e-6)

@@ -1,8 +1,8 @@
-"""VFMTok: a frozen vision foundation model as a tokenizer (arXiv 2507.08441).
+"""VFMTok: an image tokenizer on a frozen vision foundation model (arXiv 2507.08441).
 
-An id is not a patch's. Learned anchors gather from four levels of the encoder wherever their offsets
-lead, and a causal ViT turns their codes into pixels and, beside them, into the encoder's last features. So M and the
-grid of the ids are chosen freely, and an image has one size: the one that the anchors were laid out for.
+Ids do not correspond to patches. Learned anchors sample several encoder levels (four by default) at learned offsets,
+and a causal ViT decodes their codes into pixels and into the encoder's last features. The number M and the grid of the
+ids are therefore free, but images must have the size that the anchors were configured for.
 """
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from unimm.tokenizer.samplers import AnchorSampler
 
 
 class VFMTok(ImageTokenizer):
-    """image -> encoder -> four levels -> anchors -> VQ -> causal ViT -> (pixel tokens -> convolutions | features)."""
+    """VFMTok: image -> encoder -> levels -> anchors -> VQ -> causal ViT -> (pixel tokens -> ConvHead | features)."""
 
     config_class = VFMTokConfig
     trains_encoder = False
@@ -58,18 +58,18 @@ class VFMTok(ImageTokenizer):
         self.post_init()
 
     def sources(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The sampled levels, each [B, N, D]."""
+        """Select the sampled levels, each [B, N, D]."""
         return tuple(states[level] for level in self.config.levels)
 
     def targets(self, sources: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The last level, which the feature branch predicts."""
+        """Return the last level, the target of the feature branch."""
         return {"deep": sources[-1].detach()}
 
     def draw(self, codes: Tensor, grid: tuple[int, int], *, predict: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """codes [B, M, C] -> pixels [B, 3, H, W], not clamped, and with `predict` the features [B, N, D].
+        """Decode codes [B, M, C] into unclamped pixels [B, 3, H, W] and, if `predict`, features [B, N, D].
 
         Raises:
-            UserError: another grid than the anchors'.
+            UserError: `grid` is not the anchors' grid.
         """
         if grid != self.config.grid:
             raise UserError(
@@ -80,7 +80,7 @@ class VFMTok(ImageTokenizer):
         return pixels, {"deep": self.decoder.features(codes)} if predict else {}
 
     def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """The anchors' grid. Raises UserError for images of another size than the anchors were laid out for."""
+        """Return the anchors' grid. Raises UserError if the images do not have the configured size."""
         (height, width), side = pixel_values.shape[-2:], self.config.image_size
         if (height, width) != (side, side):
             raise UserError(

@@ -1,8 +1,8 @@
 """VQRAE: a vector-quantized representation autoencoder (arXiv 2511.23386, figure 2).
 
-One pretrained encoder, two outputs: its continuous features for understanding, and ids of a high-dimensional SimVQ
-codebook over the same features, which a ViT that mirrors the encoder turns back into pixels. There is no convolution
-besides the patch embedding.
+One pretrained encoder has two outputs: continuous features for understanding, and ids of a high-dimensional SimVQ
+codebook over the same features, which a ViT that mirrors the encoder decodes into pixels. The patch embedding is the
+only convolution.
 """
 
 from transformers import PreTrainedConfig
@@ -17,7 +17,7 @@ from unimm.tokenizer.samplers import GridSampler
 
 
 class VQRAE(ImageTokenizer):
-    """image -> encoder -> features -> in-projection -> SimVQ -> out-projection -> mirrored blocks -> patches."""
+    """VQRAE: image -> encoder -> features -> in-projection -> SimVQ -> out-projection -> mirrored blocks -> patches."""
 
     config_class = VQRAEConfig
 
@@ -32,7 +32,7 @@ class VQRAE(ImageTokenizer):
 
 
 def mirrored(config: VQRAEConfig) -> PreTrainedConfig:
-    """The configuration of the decoder's blocks: the encoder's own, at the depth that the tokenizer asks for."""
+    """Return the configuration of the decoder's blocks: the encoder's, at the decoder's depth."""
     blocks = config.encoder_copy()
     blocks.num_hidden_layers = config.decoder_num_hidden_layers or blocks.num_hidden_layers
     blocks._attn_implementation = config._attn_implementation

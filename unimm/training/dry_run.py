@@ -1,9 +1,9 @@
-"""`--dry-run`: what a run would train, what it would take, and one batch of it, before it begins.
+"""`--dry-run`: print what a run would train and its memory, time and disk, and show one batch, without training.
 
-Memory and time are measured on a few real steps of the recipe itself, on this device, within seconds: one micro-batch
-a step, on a CPU of a few samples (the first, which warms up, of two), without compilation. The whole step is reckoned
-from the passes of its micro-batches and from what a step takes beside them (clipping, optimizer, average). Nothing is
-saved but one image or page in the output folder.
+Memory and time are measured on a few real steps of the recipe, on this device, within seconds: one micro-batch per
+step, without compilation, on a CPU with few samples (two in the first step, which warms up). The time of a full step
+is extrapolated from the passes of its micro-batches and the rest of a step (clipping, optimizer, averaging). Nothing
+is saved but one image or HTML page in the output folder.
 """
 
 import copy
@@ -31,28 +31,28 @@ from unimm.training.loop.throughput import peak_memory
 from unimm.training.tokenizer.parameters import part_of
 from unimm.training.tokenizer.trainer import TokenizerTrainer
 
-STEPS = 3  # of which the first warms up
+STEPS = 3  # the first is a warm-up
 BUDGET = 10.0
-"""Seconds after which no third step is begun, and thrice as many after which no second one."""
+"""Seconds after which no third step is started; no second one after three times as many."""
 CPU_SAMPLES = 8
-"""Samples of a micro-batch on a CPU, where the time goes with their number."""
+"""Samples of a micro-batch on a CPU, where time is proportional to their number."""
 WARM_SAMPLES = 2
-"""Of the step that warms up, there."""
+"""Samples of the warm-up step on a CPU."""
 SHEET_IMAGES = 16
 
 
 @dataclass
 class Measured:
-    """What steps of one micro-batch took, and how it relates to a real step.
+    """Measurements of steps of one micro-batch, and their relation to a real step.
 
     Args:
-        share: of the real micro-batch's samples that were measured.
-        micro_batches: of a real step.
-        compiled: whether the run compiles what was measured eager.
+        share: share of the real micro-batch's samples that was measured.
+        micro_batches: micro-batches of a real step.
+        compiled: whether the run compiles what was measured without compilation.
 
     Attributes:
-        seconds, passes: of each step, and of its forward and backward passes.
-        activations: bytes that the first forward pass kept for the backward one.
+        seconds, passes: seconds of each step, and of its forward and backward passes.
+        activations: bytes that the forward pass kept for the backward pass.
     """
 
     share: float = 1.0
@@ -64,19 +64,19 @@ class Measured:
 
     @property
     def enough(self) -> bool:
-        """Whether no further step is to be begun."""
+        """Return whether the time budget is used up, so that no further step should start."""
         return sum(self.seconds) > (3 * BUDGET if len(self.seconds) < 2 else BUDGET)
 
     @property
     def seconds_per_step(self) -> float:
-        """Of the whole step, reckoned from the warmed steps, where there are some."""
+        """Return the seconds of a full step, extrapolated from the steps after the warm-up if there are any."""
         warmed = slice(1, None) if len(self.seconds) > 1 else slice(None)
         seconds, passes = (sum(each[warmed]) / max(1, len(each[warmed])) for each in (self.seconds, self.passes))
         return passes * self.micro_batches / self.share + seconds - passes
 
     @property
     def said(self) -> str:
-        """What the figure is made of, where it is no whole warmed step."""
+        """Return a note on how the time was estimated, empty if it was measured on full steps after a warm-up."""
         parts = ["not warmed up, too long rather than too short"] if len(self.seconds) < 2 else []
         parts += [f"reckoned from {self.share:.3g} of a micro-batch"] if self.share < 1 else []
         parts += [f"{self.micro_batches} micro-batches a step"] if self.micro_batches > 1 else []
@@ -86,7 +86,8 @@ class Measured:
 
 @contextmanager
 def counting_activations(measured: Measured, weights: Iterable[Tensor]) -> Iterator[None]:
-    """Within, add up what autograd keeps, each storage once and weights not at all."""
+    """Add up the bytes that autograd saves for backward inside the context; each storage counts once, weights do
+    not."""
     known = {tensor.untyped_storage().data_ptr() for tensor in weights}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -104,12 +105,12 @@ def counting_activations(measured: Measured, weights: Iterable[Tensor]) -> Itera
 
 
 def short(args: StreamTrainingArguments) -> StreamTrainingArguments:
-    """The same settings for a few small steps that leave nothing behind."""
+    """Return a copy of the settings for a few small steps that save and log nothing."""
     args = copy.copy(args)
     args.max_steps, args.disable_tqdm, args.report_to = STEPS, True, []
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
     args.gradient_accumulation_steps, args.dataloader_num_workers = 1, 0
-    args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False  # of workers
+    args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False  # both need workers
     if hasattr(args, "compile_blocks"):
         args.compile_blocks = False
     if _is_cut(args):
@@ -118,7 +119,8 @@ def short(args: StreamTrainingArguments) -> StreamTrainingArguments:
 
 
 def _is_cut(args: StreamTrainingArguments) -> bool:
-    """Whether micro-batches are made smaller; several processes would need every flow in the batch of each."""
+    """Return whether micro-batches are made smaller. Not with several processes, as each needs every flow in its
+    batch."""
     return args.device.type == "cpu" and args.world_size == 1
 
 
@@ -145,13 +147,14 @@ class _Clock(TrainerCallback):
 
 
 def dry_run_stream(trainer: StreamTrainer, real: StreamTrainingArguments, show: Callable[[Any], None]) -> None:
-    """Of a trainer that was made with `short` settings; `real` are those of the run, `show` shows one batch."""
+    """Measure a trainer made with `short` settings and print the estimates; `real` are the settings of the run, `show`
+    receives one batch."""
     measured, step = _measured(trainer.args, real), trainer.training_step
     processes().print(trainer.args.precision.note())
     collate, cut = trainer.data_collator, _is_cut(trainer.args)
 
     def timed(*arguments: Any, **options: Any) -> Tensor:
-        counted = len(measured.passes) == 1
+        counted = len(measured.passes) == 1  # in the second step: the first may have fewer samples
         begun = time.perf_counter()
         with counting_activations(measured, trainer.model.parameters()) if counted else nullcontext():
             loss = step(*arguments, **options)
@@ -181,7 +184,8 @@ def dry_run_stream(trainer: StreamTrainer, real: StreamTrainingArguments, show: 
 
 
 def short_tokenizer(config: TokenizerTrainingConfig) -> TokenizerTrainingConfig:
-    """The same settings with small steps, and without the fit of the codebook, which is none."""
+    """Return a copy of the settings with small steps, and without k-means initialization, which is not part of a
+    step."""
     config = copy.copy(config)
     config.codebook_init, config.report_to, config.gradient_accumulation_steps = "random", [], 1
     if not torch.accelerator.is_available():
@@ -190,8 +194,9 @@ def short_tokenizer(config: TokenizerTrainingConfig) -> TokenizerTrainingConfig:
 
 
 def dry_run_tokenizer(trainer: TokenizerTrainer, real: TokenizerTrainingConfig, path: Path) -> None:
-    """Measure a trainer made with `short_tokenizer` settings (`real` are those of the run) and write a sheet of
-    images, the first batch above its reconstructions. With a GAN from its first step on, as in most of a run."""
+    """Measure a trainer made with `short_tokenizer` settings and print the estimates; `real` are the settings of the
+    run. Write the first images above their reconstructions to `path`. A GAN is active from the first step on, as it is
+    in most of a run."""
     config, tokenizer = trainer.config, trainer.tokenizer
     measured = Measured(config.batch_size / real.batch_size, real.gradient_accumulation_steps)
     main = trainer.accelerator.is_main_process
@@ -231,7 +236,7 @@ def dry_run_tokenizer(trainer: TokenizerTrainer, real: TokenizerTrainingConfig, 
 
 
 def sheet(rows: list[Tensor]) -> Image.Image:
-    """Rows of pixels [B, 3, H, W] in [0, 1], each resized to the first row's size, below each other."""
+    """Stack rows of pixels [B, 3, H, W] in [0, 1] into one image, each resized to the first row's size."""
     size = rows[0].shape[-2:]
     lines = [torch.cat(list(nn.functional.interpolate(row.float(), size=size)), dim=2) for row in rows]
     pixels = torch.cat(lines, dim=1).clamp(0, 1).mul(255).round().byte()
@@ -239,7 +244,7 @@ def sheet(rows: list[Tensor]) -> Image.Image:
 
 
 def show_label_mask(processor: Any, path: Path) -> Callable[[Any], None]:
-    """Shows a batch of flows in the terminal and as a page."""
+    """Return a function that shows the label mask of a batch of flows in the terminal and as an HTML page."""
 
     def show(batch: Any) -> None:
         rows = rows_of(batch, processor)
@@ -251,7 +256,7 @@ def show_label_mask(processor: Any, path: Path) -> Callable[[Any], None]:
 
 
 def show_images(path: Path, pixels_of: Callable[[Any], Tensor]) -> Callable[[Any], None]:
-    """Shows the images that a batch holds, as one sheet."""
+    """Return a function that saves the images of a batch as one image grid."""
 
     def show(batch: Any) -> None:
         pixels = pixels_of(batch)[:SHEET_IMAGES]
@@ -261,11 +266,11 @@ def show_images(path: Path, pixels_of: Callable[[Any], Tensor]) -> Callable[[Any
     return show
 
 
-# ---- what is said ----
+# ---- printing ----
 
 
 def say_groups(model: nn.Module, groups: list[dict[str, Any]], title: str = "parameter groups") -> None:
-    """Every group with its rate, its decay and the parts that its weights belong to; then what is frozen."""
+    """Print each parameter group with its learning rate, weight decay and model parts, then the frozen parts."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     print(title)
     for number, group in enumerate(groups, 1):
@@ -290,7 +295,7 @@ def say_memory(
     device: torch.device,
     beside: Iterable[nn.Module] = (),
 ) -> None:
-    """Bytes by what they are for, on one process."""
+    """Print the memory of one process by purpose."""
     learning = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     parts = {
         "weights": model_bytes(model),
@@ -307,7 +312,7 @@ def say_memory(
 
 
 def say_time_and_disk(measured: Measured, steps: int, checkpoint: int, keep: int | None) -> None:
-    """Of the whole run on this device."""
+    """Print the estimated time of the whole run on this device, and the disk space of its checkpoints."""
     seconds = measured.seconds_per_step
     hours, minutes = divmod(round(seconds * steps / 60), 60)
     whole = f"{hours} h {minutes:02d} min without evaluations"

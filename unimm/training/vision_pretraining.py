@@ -1,8 +1,7 @@
-"""Pretraining of a small vision foundation model: SigLIP's sigmoid loss beside masked denoising.
+"""Pretraining of a small vision foundation model with SigLIP's sigmoid loss and masked denoising.
 
-The stand-in for a downloaded SigLIP2 where nothing may be downloaded. Captions teach what is there; predicting every
-patch's clean pixels from an image with hidden patches and noise keeps where and how large it is, which a tokenizer
-over the features will need.
+A stand-in for a downloaded SigLIP2 if nothing can be downloaded. Captions teach semantics; predicting every patch's
+clean pixels from a masked and noisy image keeps position and size in the features, which an image tokenizer needs.
 SigLIP: arXiv 2303.15343; masked prediction with one linear layer: SimMIM, arXiv 2111.09886.
 """
 
@@ -33,7 +32,8 @@ from unimm.training.loop.stream_trainer import StreamTrainer
 
 @dataclass
 class VisionPretrainingConfig:
-    """`mask_ratio` of the patches are hidden; `noise` is the standard deviation on normalized pixels."""
+    """Settings of the losses: `mask_ratio` is the share of masked patches, `noise` the standard deviation of the noise
+    on normalized pixels."""
 
     mask_ratio: Decay = 0.25
     noise: NonNegative = 0.1
@@ -42,7 +42,7 @@ class VisionPretrainingConfig:
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
-    """[B, 3, H, W] -> [B, N, p*p*3] in raster order, layout (row, column, channel)."""
+    """Split images [B, 3, H, W] into patches [B, N, p*p*3] in raster order, layout (row, column, channel)."""
     batch, channels, height, width = pixel_values.shape
     rows, columns = height // patch_size, width // patch_size
     x = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
@@ -58,10 +58,10 @@ class Embeddings:
 
 
 def sigmoid_loss(own: Embeddings, scale: Tensor, bias: Tensor, window: Sequence[Embeddings] | None = None) -> Tensor:
-    """Every image against every caption of the global batch (SigLIP, algorithm 1); `window` holds the embeddings of all
-    micro-batches of this process, where there are several.
+    """Compute SigLIP's loss (algorithm 1) of every image against every caption of the global batch.
 
-    Each micro-batch computes the loss of all of them, in which its own rows alone are differentiable.
+    `window` holds the embeddings of all micro-batches of this process, if there are several. Each micro-batch computes
+    the loss over all of them, with gradients to its own rows only.
     """
     known = list(window or [own])
     index = micro_batch_index()
@@ -76,7 +76,7 @@ def sigmoid_loss(own: Embeddings, scale: Tensor, bias: Tensor, window: Sequence[
 
 
 class VisionPretraining(nn.Module):
-    """SigLIP with a linear pixel head that is thrown away afterwards; `self.siglip` is what a run keeps."""
+    """SigLIP (`self.siglip`, which a run saves) with a linear pixel head that is discarded after pretraining."""
 
     def __init__(self, siglip_config: SiglipConfig, config: VisionPretrainingConfig, attn_implementation: str) -> None:
         super().__init__()
@@ -91,8 +91,8 @@ class VisionPretraining(nn.Module):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, seed: int, window: Sequence[Embeddings] | None = None
     ) -> dict[str, Tensor]:
-        """pixel_values [B, 3, H, W], input_ids [B, L] padded to one length -> the losses. `seed` is that of the step's
-        corruption; `window` as in `sigmoid_loss`."""
+        """Compute the losses of pixel_values [B, 3, H, W] and input_ids [B, L], padded to one length; `seed` is for the
+        step's masks and noise, `window` as in `sigmoid_loss`."""
         own, hidden_states = self._embed(pixel_values, input_ids, seed)
         caption = sigmoid_loss(own, self.siglip.logit_scale, self.siglip.logit_bias, window)
         predicted = self.pixel_head(hidden_states).float()
@@ -101,7 +101,7 @@ class VisionPretraining(nn.Module):
         return {"loss": loss, "caption_loss": caption.detach(), "pixel_loss": pixel.detach()}
 
     def embed(self, pixel_values: Tensor, input_ids: Tensor, seed: int) -> Embeddings:
-        """The embeddings of a micro-batch, corrupted as `forward` does."""
+        """Return the embeddings of a micro-batch, corrupted as in `forward`."""
         return self._embed(pixel_values, input_ids, seed)[0]
 
     def _embed(self, pixel_values: Tensor, input_ids: Tensor, seed: int) -> tuple[Embeddings, Tensor]:
@@ -111,10 +111,10 @@ class VisionPretraining(nn.Module):
         return Embeddings(images, texts), vision.hidden_states[-1]
 
     def corrupt(self, pixel_values: Tensor, seed: int) -> Tensor:
-        """Noise everywhere, and `mask_ratio` of the patches replaced by zero (the normalized middle gray)."""
+        """Add noise to pixel_values [B, 3, H, W] and set `mask_ratio` of the patches to zero (normalized mid-gray)."""
         batch, _, height, width = pixel_values.shape
         rows, columns = height // self.patch_size, width // self.patch_size
-        every, device = global_size(batch), pixel_values.device  # all processes and micro-batches draw the same
+        every, device = global_size(batch), pixel_values.device  # all processes and micro-batches sample alike
         generator = torch.Generator(device).manual_seed(seed)
         hidden = own_rows(torch.rand(every, 1, rows, columns, device=device, generator=generator))
         noise = own_rows(torch.randn(every, *pixel_values.shape[1:], device=device, generator=generator))
@@ -124,17 +124,17 @@ class VisionPretraining(nn.Module):
 
 
 class VisionPretrainingTrainer(StreamTrainer):
-    """A `StreamTrainer` whose micro-batches know each other's embeddings."""
+    """A `StreamTrainer` whose micro-batches contrast with the embeddings of the whole step."""
 
     _embeddings: list[Embeddings] | None = None
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
-        """As in StreamTrainer; the embeddings of the step before are of no use."""
+        """Return StreamTrainer's micro-batches, and drop the embeddings of the previous step."""
         self._embeddings = None
         return super().get_batch_samples(*args)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Any:
-        """As in Trainer, against the captions of the whole step."""
+        """Compute Trainer's loss, with every image against the captions of the whole step."""
         seed = (self.args.seed << 32) + self.state.global_step
         if self._embeddings is None and len(self.window) > 1:
             self._embeddings = self._look_ahead(seed)
@@ -142,7 +142,7 @@ class VisionPretrainingTrainer(StreamTrainer):
 
     @torch.no_grad()
     def _look_ahead(self, seed: int) -> list[Embeddings]:
-        """Of every micro-batch, by a first pass that draws no random number of the run."""
+        """Compute the embeddings of every micro-batch in a first pass that leaves the run's random state untouched."""
         found, model = [], self.accelerator.unwrap_model(self.model)
         with preserve_rng_state(self.args.device):
             for index, inputs in enumerate(self.window):

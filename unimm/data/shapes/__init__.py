@@ -1,7 +1,7 @@
 """The shapes data set: a seeded, unlimited, offline source of scenes, prompts and conversations.
 
-Scenes hold one to four flat objects with anti-aliased edges at free positions on a plain background (`world`).
-What is said about them (`prompts`, `conversations`) follows from the scene by rule, so every answer and verdict is
+Scenes have one to four flat objects with anti-aliased edges at arbitrary positions on a plain background (`world`).
+Captions and answers (`prompts`, `conversations`) are derived from the scene by rule, so every answer and verdict is
 exact.
 """
 

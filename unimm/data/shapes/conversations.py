@@ -1,4 +1,4 @@
-"""Conversations about scenes of the shapes data set: every answer follows from the scene by rule."""
+"""Questions and answers about scenes of the shapes data set; every answer is derived from the scene by rule."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PLACES = (("top left", "top", "top right"), ("left", "center", "right"), ("botto
 
 @dataclass(frozen=True)
 class Turn:
-    """One question about a scene and its answer."""
+    """A question about a scene and its answer."""
 
     kind: str
     question: str
@@ -28,12 +28,13 @@ def _name(obj: SceneObject) -> str:
 
 
 def _listing(scene: Scene) -> str:
-    """The objects from left to right."""
+    """List the objects from left to right."""
     return enumeration([with_article(_name(obj)) for obj in sorted(scene.objects, key=lambda obj: obj.x)])
 
 
 def _existence(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    """Yes and no are equally likely; half of the wrong pairs join a color and a shape that are both there."""
+    """Ask if an object exists: yes and no are equally likely, and half of the absent pairs combine a color and a shape
+    that are both present."""
     present = {(o.color, o.shape) for o in scene.objects}
     shapes, colors = {o.shape for o in scene.objects}, {o.color for o in scene.objects}
     yes, form = bool(rng.random() < 0.5), int(rng.integers(4))
@@ -73,7 +74,7 @@ def _count(rng: np.random.Generator, scene: Scene) -> Turn:
 
 
 def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    """The relation of two objects that a name tells apart and that stand in exactly one relation."""
+    """Ask for the relation of two objects with unique names that have exactly one relation."""
     names = [_name(o) for o in scene.objects]
     unique = [o for o in scene.objects if names.count(_name(o)) == 1]
     couples = [(a, b) for a in unique for b in unique if a is not b and len(relative_position(a.box, b.box)) == 1]
@@ -85,7 +86,7 @@ def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 
 def _place(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    """In which of nine fields of the image the centre of an object lies that a name tells apart."""
+    """Ask in which cell of a 3 x 3 grid the center of an object with a unique name lies."""
     names = [_name(o) for o in scene.objects]
     obj = _pick(rng, [o for o in scene.objects if names.count(_name(o)) == 1])
     if obj is None:
@@ -104,7 +105,7 @@ def _describe(rng: np.random.Generator, scene: Scene) -> Turn:
 
 
 def _pick(rng: np.random.Generator, options: Sequence) -> Any:
-    """One of the options, None when there is none."""
+    """Sample one of the options; None if there are none."""
     return options[int(rng.integers(len(options)))] if options else None
 
 
@@ -119,11 +120,11 @@ _QUESTIONS: dict[str, Callable[[np.random.Generator, Scene], Turn | None]] = {
 }
 KINDS = tuple(_QUESTIONS)
 KIND_SHARES = dict(zip(KINDS, (0.2, 0.15, 0.2, 0.25, 0.1, 0.04, 0.06), strict=True))
-"""How often each kind of question is asked."""
+"""Share of each kind of question."""
 
 
 def sample_talking_scene(rng: np.random.Generator) -> Scene:
-    """A scene to talk about: half of them repeat shapes or colors, so that counting is a question."""
+    """Sample a scene for a conversation: half of them repeat shapes or colors, so that counting is not trivial."""
     if rng.random() < 0.5:
         return sample_scene(rng)
     shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[: int(rng.integers(1, 4))]]
@@ -137,11 +138,11 @@ def sample_talking_scene(rng: np.random.Generator) -> Scene:
 def sample_conversation(
     rng: np.random.Generator, *, num_turns: int | None = None, kind_shares: Mapping[str, float] | None = None
 ) -> tuple[Scene, list[Turn]]:
-    """A scene and `num_turns` different questions about it (None: 3 to 8), their kinds by `kind_shares` (None:
+    """Sample a scene and `num_turns` different questions about it (None: 3 to 8), of kinds by `kind_shares` (None:
     KIND_SHARES).
 
     Raises:
-        UserError: an unknown kind, or no share above 0.
+        UserError: a kind is unknown, a share is negative, or no share is above 0.
     """
     wanted = int(rng.integers(3, 9)) if num_turns is None else num_turns
     shares = _shares(KIND_SHARES if kind_shares is None else kind_shares)
@@ -159,7 +160,7 @@ def sample_conversation(
 
 
 def _shares(given: Mapping[str, float]) -> np.ndarray:
-    """The share of each of KINDS, summing to 1."""
+    """Normalize the shares of KINDS to sum to 1."""
     if unknown := sorted(given.keys() - _QUESTIONS.keys()):
         raise UserError(f"There is no question kind {unknown[0]!r}; the kinds are {', '.join(KINDS)}.")
     shares = np.array([given.get(kind, 0.0) for kind in KINDS], dtype=np.float64)
@@ -169,7 +170,7 @@ def _shares(given: Mapping[str, float]) -> np.ndarray:
 
 
 def sample_questions(rng: np.random.Generator, kind: str) -> tuple[Scene, Turn]:
-    """A fresh scene and one question of `kind` about it. Raises UserError for an unknown kind."""
+    """Sample a scene and one question of `kind` about it. Raises UserError for an unknown kind."""
     if kind not in _QUESTIONS:
         raise UserError(f"There is no question kind {kind!r}; the kinds are {', '.join(KINDS)}.")
     while True:
@@ -180,5 +181,5 @@ def sample_questions(rng: np.random.Generator, kind: str) -> tuple[Scene, Turn]:
 
 
 def describe(scene: Scene) -> str:
-    """The whole scene in one line: its objects from left to right, and the background."""
+    """Describe the whole scene in one line: its objects from left to right, and the background."""
     return f"{_listing(scene)} on {with_article(scene.background)} background"

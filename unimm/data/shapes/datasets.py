@@ -11,10 +11,10 @@ from unimm.data.shuffling import Rows
 
 
 class ShapesImages(Rows):
-    """`{"image": PIL, "text": what it shows, "key": n}` for `length` scenes; `allow_withheld` also draws the withheld
-    pairs."""
+    """A data set of `length` scenes as `{"image": PIL, "text": description, "key": n}`; `allow_withheld` includes the
+    withheld pairs."""
 
-    sizes: Mapping[str, int] = {}  # without end: no number of rows decides what item n is
+    sizes: Mapping[str, int] = {}  # endless: item n does not depend on a number of rows
 
     def __init__(self, length: int, seed: int, allow_withheld: bool = False) -> None:
         self.length = length

@@ -1,8 +1,9 @@
-"""Text-to-image prompts of the shapes data set, in GenEval's grammar (arXiv 2310.11513; class = shape name).
+"""Text-to-image prompts of the shapes data set, in GenEval's grammar (https://arxiv.org/abs/2310.11513; class = shape
+name).
 
-A prompt carries GenEval's rule metadata, so the benchmark's own verdict scores a drawing of it. The texts
-are split into "train" and "test" by a hash of the text itself: a fifth of all wordings never occurs in training,
-whatever the seed.
+A prompt carries GenEval's rule metadata, so the benchmark's own verdict scores an image generated from it. The texts
+are split into "train" and "test" by a hash of the text: a fifth of all wordings never occurs in training, whatever the
+seed.
 """
 
 import hashlib
@@ -47,7 +48,7 @@ OPENINGS = tuple(
     )
 )
 TEST_SHARE = 5  # one text in TEST_SHARE is kept for evaluation
-# How often each kind of caption is drawn in training: the hard ones more often. "scene" names one to four objects with
+# Share of each kind of caption in training: the hard ones are more frequent. "scene" names one to four objects with
 # their colors.
 TRAINING_SHARES = {
     "single_object": 0.08,
@@ -62,14 +63,14 @@ BACKGROUND_SHARE = 0.5  # how often a prompt also names the background
 
 
 def split_of(text: str) -> Split:
-    """Which split a prompt's text belongs to: a pure function of the text."""
+    """Return the split of a prompt, a pure function of its text."""
     return "test" if hashlib.sha256(text.encode()).digest()[0] % TEST_SHARE == 0 else "train"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text-to-image prompt with GenEval's rules; `pairs` and `background` say what a training image of it must
-    show."""
+    """A text-to-image prompt with GenEval's rules (`include`, `exclude`); `background` is the background color that it
+    names, if any."""
 
     tag: str
     prompt: str
@@ -78,7 +79,7 @@ class Prompt:
     background: str | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """GenEval's JSON object: tag, include, exclude (counting only) and prompt."""
+        """Return GenEval's JSON object: tag, include, exclude (counting only) and prompt."""
         rules: dict[str, Any] = {"tag": self.tag, "include": [dict(rule) for rule in self.include]}
         if self.exclude:
             rules["exclude"] = [dict(rule) for rule in self.exclude]
@@ -148,10 +149,10 @@ _GRAMMAR: dict[str, Callable] = {
 def sample_prompt(
     rng: np.random.Generator, tag: str | None = None, *, split: Split = "train", withheld: bool = False
 ) -> Prompt:
-    """A random prompt of `split`; `tag` None draws one by TRAINING_SHARES (train) or uniformly (test).
+    """Sample a prompt of `split`; without a `tag`, the tag is sampled by TRAINING_SHARES (train) or uniformly (test).
 
-    `withheld=True` gives prompts that name a withheld pair (tags "colors" and "color_attr"): evaluation only. Without
-    it no prompt names one. Raises UserError for an unknown tag or for withheld prompts of the training split.
+    `withheld=True` returns prompts that name a withheld pair (tags "colors" and "color_attr"), for evaluation only.
+    Without it no prompt names one. Raises UserError for an unknown tag or for withheld prompts of the training split.
     """
     if tag is not None and tag not in _GRAMMAR:
         raise UserError(f"There is no prompt tag {tag!r}; the tags are {', '.join(_GRAMMAR)}.")
@@ -164,7 +165,7 @@ def sample_prompt(
         opening = OPENINGS[int(rng.integers(len(OPENINGS)))]
         ending = f" on {with_article(background)} background" if background else ""
         prompt = Prompt(name, f"{opening} {text}{ending}", include, exclude, background)
-        # Withheld prompts are held out by what they name, so that both halves of their texts may be asked.
+        # Withheld prompts are held out by the pairs they name, so the hash split of their texts does not apply.
         if prompt.names_withheld == withheld and (withheld or split_of(prompt.prompt) == split):
             return prompt
 
@@ -178,7 +179,7 @@ def _draw_tag(rng: np.random.Generator, split: Split, withheld: bool) -> str:
 
 
 def scene_for(rng: np.random.Generator, prompt: Prompt) -> Scene:
-    """A scene that fulfils the prompt and holds nothing else; what the prompt leaves open is drawn at random."""
+    """Sample a scene that matches the prompt and has no other objects; unspecified attributes are random."""
     colors = list(COLORS)
     while True:
         pairs: list[tuple[str, str]] = []
@@ -199,6 +200,6 @@ def _holds(rule: dict[str, Any], index: int, objects: Sequence[SceneObject]) -> 
 
 
 def sample_captioned_scene(rng: np.random.Generator, *, split: Split = "train") -> tuple[Scene, Prompt]:
-    """A prompt of `split` and a scene that shows it."""
+    """Sample a prompt of `split` and a scene that matches it."""
     prompt = sample_prompt(rng, split=split)
     return scene_for(rng, prompt), prompt

@@ -1,9 +1,10 @@
-"""Read an image of the shapes data set strictly: crisp shapes of plain colors on an empty canvas, or a refusal.
+"""A strict detector for images of the shapes data set: it accepts crisp shapes of plain colors on an empty canvas, and
+reports why it refuses anything else.
 
-The second detector, beside `unimm.data.shapes.detector`, which forgives blur, speckles and ragged edges. This one has
-its own geometry and thresholds. An object is a connected component whose intersection with the best-fitting analytic
-shape is at least MIN_OVERLAP of their union, pixel by pixel and without any softening; its color is the median of its
-inner pixels and must lie near a named one. Whatever else differs from the background may cover MAX_STRAY pixels.
+`unimm.data.shapes.detector` tolerates blur, speckles and ragged edges; this one does not, and has its own geometry and
+thresholds. An object is a connected component whose intersection over union with the best-fitting analytic shape is at
+least MIN_OVERLAP, pixel by pixel and without blur; its color is the median of its inner pixels and must be close to a
+named one. All other foreground together may cover at most MAX_STRAY pixels.
 """
 
 from collections import Counter
@@ -19,16 +20,16 @@ from unimm.data.shapes.detector import label_components
 from unimm.data.shapes.world import COLORS
 
 MIN_OVERLAP = 0.85  # intersection over union with the analytic shape
-MIN_PIXELS = 24  # a smaller component is a stray, not an object
+MIN_PIXELS = 24  # smaller components count as stray pixels, not objects
 MAX_STRAY = 8  # pixels that belong to no object
 FAINTEST = 30.0  # RGB distance from the background at which a pixel counts as foreground
 FARTHEST_COLOR = 40.0  # RGB distance of an object's color from its name's; the named ones are at least 82 apart
 NEIGHBORHOOD = 2  # pixels within which the strongest contrast decides where an edge runs
-FIT_STEPS = (1.0, 0.5, 0.25, 0.125)  # pixels by which centre and radius are moved, one step width after the other
+FIT_STEPS = (1.0, 0.5, 0.25, 0.125)  # step sizes of the hill climbing over center and radius, in pixels
 
 Region = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-# Whether a point lies inside the shape, in units of half the side of its box; y points down.
+# Whether a point is inside the shape, in units of half the side of its box; y points down.
 REGIONS: dict[str, Region] = {
     "circle": lambda x, y: x**2 + y**2 <= 1,
     "square": lambda x, y: (abs(x) <= 1) & (abs(y) <= 1),
@@ -50,33 +51,33 @@ class StrictObject:
     score: float
 
     def as_rule_input(self) -> dict[str, Any]:
-        """Return the mapping that `unimm.evaluation.geneval.rules.verdict` reads: label, color, box, score."""
+        """Return the mapping that `unimm.evaluation.geneval.rules.verdict` takes: label, color, box, score."""
         fields = asdict(self)
         return {"label": fields.pop("shape"), **fields}
 
 
 @dataclass(frozen=True)
 class StrictReading:
-    """What an image holds: the accepted `objects`, and why the image as a whole is refused, if it is."""
+    """The result for one image: the accepted `objects`, and the reasons to refuse the whole image, if any."""
 
     objects: tuple[StrictObject, ...]
     refusals: tuple[str, ...]
 
     @property
     def names(self) -> Counter[tuple[str, str]]:
-        """Return how often each (color, shape) occurs."""
+        """Count the occurrences of each (color, shape)."""
         return Counter((item.color, item.shape) for item in self.objects)
 
     def shows(self, expected: Counter[tuple[str, str]]) -> bool:
-        """Return whether the image holds exactly these (color, shape), crisp, and nothing else."""
+        """Return whether the image shows exactly these (color, shape), crisp, and nothing else."""
         return not self.refusals and self.names == expected
 
 
 def read_strictly(image: Image.Image | np.ndarray) -> StrictReading:
-    """Read an image (PIL, or uint8 [H, W, 3]).
+    """Detect the objects of an image (PIL, or uint8 [H, W, 3]), strictly.
 
     Raises:
-        ValueError: an array of another type or layout.
+        ValueError: the array has another type or layout.
     """
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
@@ -109,7 +110,7 @@ def _strongest_nearby(contrast: np.ndarray) -> np.ndarray:
 
 
 def _read(pixels: np.ndarray, member: np.ndarray) -> StrictObject | str:
-    """Return the object that a component is, or why it is none."""
+    """Return the object of a component, or the reason to refuse it."""
     (x, y, radius), shape, overlap = _best_fit(member)
     color, distance = _name_of(np.median(pixels[_inner(member)], axis=0))
     place = f"near ({x:.0f}, {y:.0f})"
@@ -121,7 +122,7 @@ def _read(pixels: np.ndarray, member: np.ndarray) -> StrictObject | str:
 
 
 def _inner(member: np.ndarray) -> np.ndarray:
-    """Return the pixels whose four neighbors belong too, where there are some: the others are mixed with the ground."""
+    """Return the pixels whose four neighbors are members too, or all if there are none: edges mix in the background."""
     padded = np.pad(member, 1)
     inner = member & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inner if inner.any() else member
@@ -133,7 +134,7 @@ def _name_of(color: np.ndarray) -> tuple[str, float]:
 
 
 def _best_fit(member: np.ndarray) -> tuple[tuple[float, float, float], str, float]:
-    """Return (x, y, radius), the name and the overlap of the analytic shape that covers a component [H, W] best."""
+    """Fit analytic shapes to a component [H, W]; return (x, y, radius), name and overlap of the best one."""
     rows, columns = np.nonzero(member)
     y1, y2, x1, x2 = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
     start = ((x1 + x2) / 2, (y1 + y2) / 2, max(x2 - x1, y2 - y1) / 2)
@@ -156,7 +157,7 @@ def _best_fit(member: np.ndarray) -> tuple[tuple[float, float, float], str, floa
 def _climb(
     overlap: Callable[..., float], start: tuple[float, float, float]
 ) -> tuple[tuple[float, float, float], float]:
-    """Move (x, y, radius) by ever smaller steps as long as that raises the overlap; return both."""
+    """Maximize the overlap over (x, y, radius) by hill climbing with decreasing steps; return both."""
     place, best = start, overlap(*start)
     for step in FIT_STEPS:
         moved = True

@@ -1,8 +1,8 @@
-"""Scenes of the shapes data set and how they become pixels.
+"""Scenes of the shapes data set: sampling and rendering.
 
-Objects are signed distance functions, so edges are anti-aliased at any position and size (nothing snaps
-to a patch grid), and an image is a pure function of its `Scene`. Lengths are in pixels; x grows to the right and y
-down, and the centre of the top-left pixel is (0.5, 0.5).
+Objects are signed distance functions, so edges are anti-aliased at any position and size (nothing snaps to a patch
+grid), and an image is a pure function of its `Scene`. Lengths are in pixels; x points right and y down, and the center
+of the top-left pixel is (0.5, 0.5).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from unimm.errors import UserError
 
 IMAGE_SIZE = 64
 MIN_RADIUS, MAX_RADIUS = 8.0, 14.0
-MIN_GAP = 3.0  # free pixels between the boxes of two objects, and between an object and the border MIN_BORDER
+MIN_GAP = 3.0  # free pixels between the boxes of two objects; MIN_BORDER: between a box and the image border
 MIN_BORDER = 1.0
 # Four large objects do not fit into 64 pixels: the more there are, the lower the largest radius.
 LARGEST_RADIUS = {1: 14.0, 2: 14.0, 3: 12.5, 4: 11.0}
@@ -37,7 +37,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "cream": (238, 225, 195),
 }
 
-# Pairs that no training caption or conversation ever names or shows: they measure composition.
+# Pairs that no training caption or conversation ever names or shows: they measure compositional generalization.
 WITHHELD: frozenset[tuple[str, str]] = frozenset(
     {
         ("red", "triangle"),
@@ -61,7 +61,7 @@ def _square(dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
 
 
 def _triangle(dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
-    """Isosceles, apex up, filling its box."""
+    """Return the distance to an isosceles triangle, apex up, that fills its box."""
     return np.maximum(dy - r, (2 * np.abs(dx) - dy - r) / np.sqrt(5.0))
 
 
@@ -70,13 +70,13 @@ def _diamond(dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
 
 
 def _cross(dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
-    """A plus whose arms are a third of the box wide."""
+    """Return the distance to a plus sign whose arms are a third of the box wide."""
     ax, ay = np.abs(dx), np.abs(dy)
     return np.minimum(np.maximum(ax - r, ay - r / 3), np.maximum(ax - r / 3, ay - r))
 
 
 def _ring(dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
-    """A circle with a hole of half its radius."""
+    """Return the distance to a circle with a hole of half its radius."""
     distance = np.hypot(dx, dy)
     return np.maximum(distance - r, r / 2 - distance)
 
@@ -94,7 +94,7 @@ SHAPES: tuple[str, ...] = tuple(DISTANCES)
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: `x`, `y` its centre and `radius` half the side of its box, in pixels."""
+    """An object: `x`, `y` are its center and `radius` is half the side of its box, in pixels."""
 
     shape: str
     color: str
@@ -104,7 +104,7 @@ class SceneObject:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """(x1, y1, x2, y2) in pixels."""
+        """Return (x1, y1, x2, y2) in pixels."""
         return (self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius)
 
 
@@ -116,13 +116,13 @@ class Scene:
 
 
 def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """How much of each pixel the shape covers, in [0, 1], for pixel centres at offsets `dx`, `dy` from the shape's
-    centre."""
+    """Compute the share of each pixel that the shape covers, in [0, 1], for pixel centers at offsets `dx`, `dy` from
+    the shape's center."""
     return np.clip(0.5 - DISTANCES[shape](dx, dy, radius), 0.0, 1.0)
 
 
 def render_array(scene: Scene) -> np.ndarray:
-    """The scene as uint8 RGB, [H, W, 3]."""
+    """Render the scene as uint8 RGB, [H, W, 3]."""
     size = scene.image_size
     canvas = np.empty((size, size, 3), dtype=np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
@@ -138,15 +138,15 @@ def render_array(scene: Scene) -> np.ndarray:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB image of `scene.image_size` pixels a side."""
+    """Render the scene as a square RGB image of side `scene.image_size`."""
     return Image.fromarray(render_array(scene))
 
 
 def place(rng: np.random.Generator, count: int, image_size: int = IMAGE_SIZE) -> list[tuple[float, float, float]]:
-    """`count` (x, y, radius) whose boxes keep MIN_GAP from each other and MIN_BORDER from the border."""
+    """Sample `count` (x, y, radius) whose boxes keep MIN_GAP from each other and MIN_BORDER from the border."""
     if count not in LARGEST_RADIUS:
         raise UserError(f"A scene holds 1 to {max(LARGEST_RADIUS)} objects, not {count}.")
-    while True:  # a draw fits with a probability far above zero for each count
+    while True:  # rejection sampling: every count is accepted with a probability far above zero
         placed: list[tuple[float, float, float]] = []
         radii = rng.uniform(MIN_RADIUS, LARGEST_RADIUS[count], size=count)
         for radius in np.sort(radii)[::-1]:
@@ -162,7 +162,7 @@ def place(rng: np.random.Generator, count: int, image_size: int = IMAGE_SIZE) ->
 
 
 def allowed_pairs(allow_withheld: bool) -> list[tuple[str, str]]:
-    """The (color, shape) pairs that may be drawn."""
+    """List the (color, shape) pairs that may be sampled."""
     return [(c, s) for c in COLORS for s in SHAPES if allow_withheld or (c, s) not in WITHHELD]
 
 
@@ -170,7 +170,7 @@ _PAIRS = {flag: allowed_pairs(flag) for flag in (False, True)}
 
 
 def compose(rng: np.random.Generator, pairs: Sequence[tuple[str, str]], background: str | None = None) -> Scene:
-    """A scene that holds exactly these (color, shape) pairs, at free places."""
+    """Sample a scene of exactly these (color, shape) pairs, at free positions."""
     spots = place(rng, len(pairs))
     tone = background or str(rng.choice(list(BACKGROUNDS)))
     objects = (SceneObject(shape, color, x, y, r) for (color, shape), (x, y, r) in zip(pairs, spots, strict=True))
@@ -178,7 +178,7 @@ def compose(rng: np.random.Generator, pairs: Sequence[tuple[str, str]], backgrou
 
 
 def sample_scene(rng: np.random.Generator, *, num_objects: int | None = None, allow_withheld: bool = False) -> Scene:
-    """A random scene of 1 to 4 objects (or `num_objects`); withheld pairs appear only when asked for."""
+    """Sample a scene of 1 to 4 objects (or `num_objects`); withheld pairs appear only with `allow_withheld`."""
     count = int(rng.integers(1, 5)) if num_objects is None else num_objects
     pool = _PAIRS[allow_withheld]
     return compose(rng, [pool[i] for i in rng.integers(len(pool), size=count)])

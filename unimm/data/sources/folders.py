@@ -1,5 +1,5 @@
-"""Images in a folder, captions beside them: `name.txt` beside `name.jpg`, or `metadata.jsonl` as Hugging Face's
-imagefolder has it ({"file_name": "name.jpg", "text": ...}, in the folder or in folders below)."""
+"""Image folders with captions: `name.txt` next to `name.jpg`, or a `metadata.jsonl` as in Hugging Face's imagefolder
+({"file_name": "name.jpg", "text": ...}, in the folder or its subfolders)."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ METADATA = "metadata.jsonl"
 
 
 class FolderImages(Rows):
-    """Every image below a folder, in the order of its path; rows are `{"image", "text", "key"}`.
+    """A data set of all images below a folder, sorted by path; rows are `{"image", "text", "key"}`.
 
     Raises:
-        UserError: no image, or a metadata.jsonl that cannot be read.
+        UserError: there is no image, or a metadata.jsonl cannot be read.
     """
 
     def __init__(self, folder: Path, options: ReadOptions | None = None) -> None:
@@ -56,7 +56,7 @@ class FolderImages(Rows):
 
 
 def _metadata(path: Path, column: str) -> dict[Path, Any]:
-    """{image: caption} of one metadata.jsonl."""
+    """Read {image path: caption} from one metadata.jsonl."""
     captions: dict[Path, Any] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -1,12 +1,11 @@
-"""Images as ids on disk: encoded once by a tokenizer, trained on many times.
+"""Image token ids on disk: images encoded once by an image tokenizer, for many training runs.
 
-    FOLDER/manifest.json            which shards there are, of how many rows; written last (`recipes/encode.py`)
-    FOLDER/ids-00000.parquet        rows `ids` (M uint16), and `text`, `key`, `class_label` where they are known
+    FOLDER/manifest.json            list of the shards and their numbers of rows; written last (`recipes/encode.py`)
+    FOLDER/ids-00000.parquet        columns `ids` (M uint16), and `text`, `key`, `class_label` if they are known
 
-The tokenizer's fingerprint, the codebook size, the grid and what the images were stand in every file's
-metadata, so ids of another tokenizer are refused instead of trained on. A file appears whole or not at all.
-Text-to-image reads folders of shards (`IdsFolder`), class-conditional drawing one file
-(`unimm.class_conditional.ids`).
+Every file's metadata holds the tokenizer's fingerprint, the codebook size, the grid and a description of the images, so
+ids of another tokenizer are rejected instead of trained on. Files are written atomically. Text-to-image training reads
+folders of shards (`IdsFolder`), class-conditional training one file (`unimm.class_conditional.ids`).
 """
 
 import json
@@ -27,14 +26,14 @@ METADATA_KEY = b"unimm"
 LARGEST_CODEBOOK = 2**16  # uint16
 MANIFEST = "manifest.json"
 COLUMNS = ("text", "key", "class_label")
-"""What may stand beside the ids."""
+"""Optional columns next to the ids."""
 POOLED_ROWS = 65_536
-"""Rows that are shuffled together, and kept in memory for it: 128 MB at 1024 ids."""
+"""Number of rows that are shuffled together and kept in memory: 128 MB at 1024 ids."""
 
 
 @dataclass(frozen=True)
 class IdsInfo:
-    """What the metadata of a file of ids says; `made_from` says in words which images it holds."""
+    """Metadata of a file of ids; `made_from` describes the encoded images."""
 
     tokenizer_fingerprint: str
     codebook_size: int
@@ -46,7 +45,7 @@ class IdsInfo:
         return self.grid[0] * self.grid[1]
 
     def require(self, *, tokenizer_fingerprint: str) -> None:
-        """Raise UserError, which names both, where another tokenizer made the ids."""
+        """Raise UserError, naming both, if another tokenizer produced the ids."""
         if self.tokenizer_fingerprint != tokenizer_fingerprint:
             raise UserError(
                 f"These ids were extracted by the tokenizer {self.tokenizer_fingerprint[:12]} and the run names "
@@ -54,7 +53,7 @@ class IdsInfo:
             )
 
     def refuse_ids(self, ids: np.ndarray, whose: str) -> None:
-        """Raise UserError where ids [n, M] do not fill the grid or lie outside the codebook."""
+        """Raise UserError if ids [n, M] do not fill the grid or are outside the codebook."""
         if ids.shape[1] != self.num_image_tokens:
             rows, columns = self.grid
             raise UserError(
@@ -69,7 +68,7 @@ class IdsInfo:
 
 
 def unigram_entropy(parts: Iterable[np.ndarray], codebook_size: int) -> float:
-    """Of the ids' frequencies, in nats: the loss of a model that knows how often each id occurs and nothing else."""
+    """Compute the entropy of the id frequencies, in nats: the loss of a model that knows only these frequencies."""
     counts = sum(
         (np.bincount(ids.ravel(), minlength=codebook_size) for ids in parts), np.zeros(codebook_size, np.int64)
     )
@@ -78,7 +77,7 @@ def unigram_entropy(parts: Iterable[np.ndarray], codebook_size: int) -> float:
 
 
 def entropy_line(sequences: int, entropy: float, codebook_size: int) -> str:
-    """What a run from ids says at its start."""
+    """Format the line that a run on ids logs at its start."""
     uniform = float(np.log(codebook_size))
     return f"{sequences} sequences of ids; unigram entropy {entropy:.3f} nats an id, ln K {uniform:.3f}"
 
@@ -87,13 +86,13 @@ def entropy_line(sequences: int, entropy: float, codebook_size: int) -> str:
 
 
 def write_ids(path: Path, info: IdsInfo, batches: Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-    """Write batches of {"ids": [b, M]} and `columns` [b] under another name, then rename.
+    """Write batches of {"ids": [b, M]} and `columns` [b] to a temporary file, then rename it to `path`.
 
     Raises:
-        UserError: an id outside the codebook, a sequence of another length, a codebook too large for 16 bits, or a
-            place that cannot be written to.
+        UserError: an id is outside the codebook, a sequence has another length, the codebook is too large for 16 bits,
+            or the path cannot be written to.
     """
-    import pyarrow as pa  # comes with datasets (the train extra); drawing does without
+    import pyarrow as pa  # comes with datasets (the train extra); not needed for generation
     import pyarrow.parquet as pq
 
     if info.codebook_size > LARGEST_CODEBOOK:
@@ -113,10 +112,10 @@ def write_ids(path: Path, info: IdsInfo, batches: Iterable[Mapping[str, Any]], c
 
 
 def read_ids(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], IdsInfo]:
-    """The ids [n, M] uint16 of the file at `path`, its other columns, and what it says of itself.
+    """Read the ids [n, M] uint16 of the file at `path`, its other columns and its metadata.
 
     Raises:
-        UserError: it is missing, was not written by `write_ids`, is empty, or holds ids outside the codebook or
+        UserError: the file is missing, was not written by `write_ids`, is empty, or has ids outside the codebook or
             sequences that do not fill the grid.
     """
     import pyarrow.parquet as pq
@@ -136,7 +135,7 @@ def read_ids(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], IdsInfo]:
 
 
 def info_of(metadata: Mapping[bytes, bytes] | None, path: str | Path) -> IdsInfo:
-    """What a parquet file's metadata says of its ids. Raises UserError where it says nothing."""
+    """Parse the `IdsInfo` from a parquet file's metadata. Raises UserError if there is none."""
     described = (metadata or {}).get(METADATA_KEY)
     if described is None:
         raise UserError(f"{path} does not say which tokenizer made it: extract the ids anew.")
@@ -149,7 +148,7 @@ def _info(fields: dict[str, Any]) -> IdsInfo:
 
 
 def _ids_of(table: Any) -> np.ndarray:
-    """The column `ids` of an arrow table as [n, M]."""
+    """Return the column `ids` of an Arrow table as [n, M]."""
     return table["ids"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
 
 
@@ -158,7 +157,7 @@ def _ids_of(table: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class IdsManifest:
-    """Of a folder of ids: what they are, the entropy of their frequencies in nats, columns, and the shards in order as
+    """Manifest of a folder of ids: their info, unigram entropy in nats, columns, and the shards in order as
     {"name", "rows", "skipped": {reason: rows of the source}}."""
 
     info: IdsInfo
@@ -171,7 +170,7 @@ class IdsManifest:
 
     @classmethod
     def read(cls, folder: str) -> "IdsManifest":
-        """Raises UserError where the folder is not finished, or its manifest cannot be read."""
+        """Read the manifest of a folder. Raises UserError if encoding has not finished or the file cannot be read."""
         place = f"{folder}/{MANIFEST}"
         with reaching(place):
             fs, path = opened_place(place)
@@ -188,16 +187,16 @@ class IdsManifest:
 
 
 def holds_ids(source: str) -> bool:
-    """Whether the folder `source` is one of ids, finished or not."""
+    """Return whether `source` is a folder of ids, finished or not."""
     folder = Path(filled(source))
     return folder.is_dir() and any(folder.glob("ids-*.parquet"))
 
 
 class IdsFolder(Rows):
-    """The shards of a folder, one behind the other; rows are {"ids": [M] int64} and the other columns.
+    """A data set of the concatenated shards of a folder; rows are {"ids": [M] int64} and the other columns.
 
     Raises:
-        UserError: the folder is not finished; a shard is missing, of another length than the manifest says, or of
+        UserError: encoding has not finished; a shard is missing, has another length than the manifest says, or is from
             another tokenizer.
     """
 
@@ -228,7 +227,7 @@ class IdsFolder(Rows):
         }
 
     def require_captions(self) -> None:
-        """Raise UserError where there is no column `text`."""
+        """Raise UserError if there is no column `text`."""
         if "text" not in self.column_names:
             raise UserError(
                 f"The ids in {self.folder} have no captions (columns {', '.join(self.column_names)}): encode them from "

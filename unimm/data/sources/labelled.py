@@ -1,4 +1,4 @@
-"""Images with a class: labelled parquet files, and a labelled corner of the shapes data set that needs no file."""
+"""Images with class labels: parquet files with a label column, and a labelled subset of the shapes data set."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ LABEL = "label"
 
 
 class LabelledImages(Dataset):
-    """The first `count` rows (None: all) of a parquet file as `{"image": PIL RGB, "label": int}`.
+    """A data set of the first `count` rows (None: all) of a parquet file as `{"image": PIL RGB, "label": int}`.
 
     Args:
-        part: which rows of the file: (share that is held out, "train" or "test"); None takes all.
+        part: (held-out share, "train" or "test"), the part of the rows to use; None takes all.
 
     Raises:
-        UserError: no such file, no column `label` of whole numbers, or fewer rows than asked for.
+        UserError: there is no such file, no integer column `label`, or fewer than `count` rows.
     """
 
     def __init__(self, source: str, count: int | None = None, part: tuple[float, Split] | None = None) -> None:
@@ -49,7 +49,8 @@ class LabelledImages(Dataset):
 
 
 class LabelledShapes(Dataset):
-    """`length` scenes of one object, whose shape is the class (0 to 5); scene n depends on (seed, n) only."""
+    """A data set of `length` single-object scenes, whose shape is the class (0 to 5); scene n depends only on
+    (seed, n)."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length = length
@@ -68,10 +69,10 @@ class LabelledShapes(Dataset):
 def labelled_images(
     source: str, count: int | None = None, *, seed: int = 0, part: tuple[float, Split] | None = None
 ) -> LabelledImages | LabelledShapes:
-    """The labelled images of `source`: a parquet file, or "shapes" with a `count` and a seed.
+    """Open the labelled images of `source`: a parquet file, or "shapes" with a `count` and a seed.
 
     Raises:
-        UserError: the source cannot be read, has no labels, or holds fewer than `count` images.
+        UserError: the source cannot be read, has no labels, or has fewer than `count` images.
     """
     if source != "shapes":
         return LabelledImages(source, count, part)

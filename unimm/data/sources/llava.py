@@ -1,15 +1,15 @@
-"""Conversations in LLaVA's format: a JSON list or JSON lines, beside a folder of images.
+"""Conversations in LLaVA's format: a JSON list or JSON Lines file, and a folder of images.
 
     {"image": "1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}]}
 
-The whole file is looked through before the first step. Rows that cannot be used (`BadRow`) are skipped,
-counted by reason and named in a log file, and a share of them above a limit stops the run. An image that turns out to
-be cut off only when it is read counts too; the next row stands in for it, so sample n stays a function of n. Rows are
-kept as one block of bytes, which worker processes share.
+The whole file is checked before the first step. Bad rows (`BadRow`) are skipped, counted by reason and logged, and the
+run stops if their share exceeds a limit. An image that turns out to be damaged only when it is loaded counts too; the
+next row replaces it, so sample n stays a function of n. Rows are kept as one block of bytes, which worker processes
+share.
 
 Reads the files of LLaVA-1.5 (https://github.com/haotian-liu/LLaVA): 558K and 595K captions, mix665k. `image` may be a
-list; a turn's only `<image>` moves in front of its text with one line break between, as LLaVA trains; several stay
-where they are. A first turn of the assistant is dropped, as LLaVA drops it.
+list. A single `<image>` in a turn moves in front of its text, followed by a line break, as LLaVA trains; several stay
+where they are. A leading assistant turn is dropped, as in LLaVA.
 """
 
 import copy
@@ -44,34 +44,33 @@ LLAVA_SUFFIXES = (".json", ".jsonl")
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_LENGTH = 128
-"""Words that an image counts for where rows are grouped by length, as in LLaVA's `lengths`."""
+"""Number of words that an image counts for if rows are grouped by length, as in LLaVA's `lengths`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is kept of a row: names of images, turns of (role, text with placeholders)."""
+    """A parsed row: image file names, and turns of (role, text with placeholders)."""
 
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
 
     @property
     def length(self) -> int:
-        """Words and images, as LLaVA's sampler counts them; below zero without an image."""
+        """Return the length in words and images, as LLaVA's sampler counts it; negative without an image."""
         words = sum(len(text.split()) for _, text in self.turns)
         return words + IMAGE_LENGTH if self.images else -words
 
 
 @dataclass(frozen=True)
 class LlavaOptions:
-    """How a file is read.
+    """How a LLaVA file is read.
 
     Args:
-        image_folder: what the names of the images are relative to.
+        image_folder: folder that the image names are relative to.
         max_bad_share: share of the rows that may be skipped before the run stops.
-        drop_questions: the user's turns are their images alone, as in LLaVA's pretraining.
-        reserved: strings that stand for images in the model's text; a row that writes one cannot be used.
-        log: file that the skipped rows are named in, one JSON object a line; its name with .report.json gets the
-            counts. None writes nothing.
+        drop_questions: keep only the images of the user's turns, as in LLaVA's pretraining.
+        reserved: image placeholder strings of the model; a row that contains one is a bad row.
+        log: JSON Lines file of the skipped rows; the counts go to the same name with .report.json. None writes nothing.
     """
 
     image_folder: Path
@@ -82,10 +81,10 @@ class LlavaOptions:
 
 
 class LlavaConversations:
-    """The usable rows of a file, in its order.
+    """The usable rows of a LLaVA file, in file order.
 
     Raises:
-        UserError: the file cannot be read, holds no usable row, or more than `max_bad_share` of its rows are bad.
+        UserError: the file cannot be read, has no usable row, or more than `max_bad_share` of its rows are bad.
     """
 
     blocks: None = None
@@ -104,7 +103,7 @@ class LlavaConversations:
         kept = [(n, row) for n, row in rows if n not in bad]
         self.numbers = np.array([n for n, _ in kept], dtype=np.int64)
         self.modality_lengths = np.array([row.length for _, row in kept], dtype=np.int64)
-        self._rows = np.arange(len(kept))  # of them, those of this part
+        self._rows = np.arange(len(kept))  # the subset of the kept rows in this part
         pieces = [json.dumps([row.images, row.turns]).encode() for _, row in kept]
         self._bytes, self._ends = b"".join(pieces), np.cumsum([0, *map(len, pieces)])
         self._damaged: set[int] = set()
@@ -117,7 +116,7 @@ class LlavaConversations:
         return len(self.numbers)
 
     def part(self, share: float, split: Split) -> "LlavaConversations":
-        """Return the rows that are trained on, or the held-out `share` of them (`unimm.data.held_out`).
+        """Return the training rows, or the held-out `share` of the rows (`unimm.data.held_out`).
 
         Raises:
             UserError: nothing can be held out.
@@ -132,13 +131,13 @@ class LlavaConversations:
         return part
 
     def row(self, index: int) -> Row:
-        """The usable row `index`."""
+        """Return the usable row `index`."""
         place = self._rows[index]
         images, turns = json.loads(self._bytes[self._ends[place] : self._ends[place + 1]])
         return Row(tuple(images), tuple((role, text) for role, text in turns))
 
     def messages(self, index: int) -> list[Message]:
-        """Row `index` modulo their number; where an image of it is damaged, the next row with whole images."""
+        """Return the messages of row `index` modulo the number of rows, or of the next row if an image is damaged."""
         for step in range(len(self)):
             place = (index + step) % len(self)
             row = self.row(place)
@@ -151,7 +150,7 @@ class LlavaConversations:
         raise UserError(f"No row of {self.path} is left whose images can be read.")
 
     def _skip_damaged(self, number: int, detail: str) -> None:
-        """Name a row whose image broke while it was read, once; worker processes meet in the log."""
+        """Log a row with a damaged image, once; the log file also shares the count between worker processes."""
         if number in self._damaged:
             return
         self._damaged.add(number)
@@ -187,13 +186,13 @@ class LlavaConversations:
 
 
 def open_llava(path: Path, options: LlavaOptions) -> LlavaConversations:
-    """As `LlavaConversations`, but a file that did not change is looked through once, however many streams read it."""
+    """Open a LLaVA file; the result is cached, so several streams check an unchanged file only once."""
     require_files(path, options.image_folder)
     return _opened(path, options, os.stat(path).st_mtime_ns)
 
 
 def require_files(path: Path, image_folder: Path) -> None:
-    """Raise UserError if the file or the folder of its images is missing."""
+    """Raise UserError if the file or its image folder is missing."""
     if not path.is_file():
         raise UserError(
             f"There is no file {path} with conversations; set $UNIMM_DATA to the folder that holds the data."
@@ -208,10 +207,10 @@ def _opened(path: Path, options: LlavaOptions, changed: int) -> LlavaConversatio
 
 
 def parse_row(record: Any, reserved: Sequence[str] = ()) -> Row:
-    """A record of the file, checked: turns in order, an answer, as many placeholders as images.
+    """Parse and check a record: alternating turns, an answer, as many placeholders as images.
 
     Raises:
-        BadRow: with the reason.
+        BadRow: a check fails.
     """
     turns = _turns(record)
     images = record.get("image") or []
@@ -225,7 +224,7 @@ def parse_row(record: Any, reserved: Sequence[str] = ()) -> Row:
             if marker in text:
                 raise BadRow("marker in the text", f"the {role}'s turn {text!r:.80} holds {marker}")
     placeholders = sum(text.count(PLACEHOLDER) for _, text in turns)
-    if images and not placeholders:  # some files leave it out: the images come first
+    if images and not placeholders:  # some files omit the placeholder: put the images first
         first = next(n for n, (role, _) in enumerate(turns) if role == "user")
         turns[first] = ("user", PLACEHOLDER * len(images) + turns[first][1])
     elif placeholders != len(images):
@@ -252,7 +251,7 @@ def _turns(record: Any) -> list[tuple[str, str]]:
 
 
 def check_order(roles: Sequence[str]) -> None:
-    """Raise BadRow unless user and assistant take turns, behind at most one turn of the system, with an answer."""
+    """Raise BadRow unless user and assistant alternate, after at most one system turn, with at least one answer."""
     talk = roles[1:] if roles and roles[0] == "system" else roles
     named = ", ".join(roles) or "nobody"
     if list(talk) != [("user", "assistant")[n % 2] for n in range(len(talk))]:
@@ -262,7 +261,7 @@ def check_order(roles: Sequence[str]) -> None:
 
 
 def messages_of(row: Row, images: Sequence[Image.Image], drop_questions: bool = False) -> Iterator[Message]:
-    """Yield the turns of a row with its images in the place of their names."""
+    """Yield the turns of a row as messages, with images instead of placeholders."""
     remaining = iter(images)
     for role, text in row.turns:
         raw_images = text.count(PLACEHOLDER)
@@ -281,7 +280,7 @@ def messages_of(row: Row, images: Sequence[Image.Image], drop_questions: bool = 
 
 
 def _records(path: Path) -> Iterable[Any]:
-    """The file's records; a line that is no JSON is given as its `BadRow`."""
+    """Read the records of a file; a line that is not JSON becomes a `BadRow` in the list."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -319,7 +318,7 @@ def _parsed(records: Iterable[Any], reserved: Sequence[str]) -> Iterator[Row | B
 
 
 def _unreadable(names: Iterable[str], folder: Path) -> dict[str, BadRow]:
-    """Those of the images whose file is missing or does not begin like an image."""
+    """Return {name: `BadRow`} for the images whose file is missing or has no valid image header."""
     paths = {folder / name: name for name in names}
     return {
         paths[path]: BadRow("unreadable image" if os.path.exists(path) else "missing image", str(error))

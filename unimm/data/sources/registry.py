@@ -1,12 +1,12 @@
-"""Images and their captions from wherever they lie: one function decides by what the source looks like.
+"""Opening of image data sets: `open_images` picks the reader from the form of the source string.
 
 | source | is read as |
 |---|---|
-| `hub:owner/name` | a data set of the Hugging Face hub (or a local folder of one) |
-| `FILE.parquet`, `FILE.tar`, a folder that holds such files | one or many shards |
-| `DIR/{000..009}.tar`, `DIR/*.parquet` | the shards that the pattern names |
+| `hub:owner/name` | a data set of the Hugging Face Hub (or a local copy of one) |
+| `FILE.parquet`, `FILE.tar`, a folder of such files | one or many shards |
+| `DIR/{000..009}.tar`, `DIR/*.parquet` | the shards that match the pattern |
 | a URL of any of these (`hf://`, `s3://`, `https://`, ...) | the same, read in place |
-| any other folder | its images, captions beside them |
+| any other folder | its images, with captions in files next to them |
 """
 
 import os
@@ -26,7 +26,7 @@ SHARDS = (".parquet", ".tar")
 
 
 def open_images(source: str | Path, options: ReadOptions | None = None) -> Rows:
-    """The rows of `source`, each `{"image": PIL RGB, "text": str, "key": str}` with what else it holds.
+    """Open `source`; rows are `{"image": PIL RGB, "text": str, "key": str}` with the source's other fields.
 
     Raises:
         UserError: the source cannot be found or read, or is empty.
@@ -48,7 +48,7 @@ def open_images(source: str | Path, options: ReadOptions | None = None) -> Rows:
 
 
 def hub_images(name: str, options: ReadOptions) -> Rows:
-    """A data set of the hub: copied to the cache, or with `streaming` its parquet or tar files read in place."""
+    """Open a data set of the Hub: copied to the cache, or with `streaming` its parquet or tar files read in place."""
     from datasets import load_dataset, load_dataset_builder
 
     with reading("The hub data set", name):

@@ -1,4 +1,4 @@
-"""Rows of parquet files at any place, read one row group at a time; only the newest few stay in memory."""
+"""Random access to the rows of local or remote parquet files, one row group at a time, with a small cache."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,20 +10,22 @@ from unimm.errors import UserError
 
 
 class RowGroups:
-    """Parquet files, one behind the other; a reader that follows `BlockOrder` reads every row group once an epoch.
+    """Concatenated parquet files; a reader that follows `BlockOrder` reads every row group once per epoch.
 
     Args:
         places: paths or URLs.
-        source: what messages call them all.
-        pooled_rows: about how many rows are shuffled together, and kept in memory for it.
-        columns: that are read, None for all.
+        source: name of the whole source in error messages.
+        pooled_rows: approximate number of rows that are shuffled together and kept in memory.
+        columns: columns to read; None reads all.
 
     Attributes:
-        blocks: rows of each row group; pool: row groups that are shuffled together.
-        column_names; file_rows and file_metadata: of each file.
+        blocks: number of rows of each row group.
+        pool: number of row groups that are shuffled together.
+        column_names: columns, the same in all files.
+        file_rows, file_metadata: number of rows and metadata of each file.
 
     Raises:
-        UserError: a file is missing or no parquet file, or there are no rows.
+        UserError: a file is missing or is not a parquet file, or there are no rows.
     """
 
     def __init__(
@@ -55,18 +57,18 @@ class RowGroups:
         return int(self.starts[-1])
 
     def row(self, index: int) -> Any:
-        """Row `index` as a table of one row."""
+        """Return row `index` as a table of one row."""
         block = self._block(index)
         if block not in self._kept:
             while (
                 len(self._kept) > self.pool
-            ):  # one more than a pool: what stands in for a skipped row may lie behind it
+            ):  # one more than a pool: the replacement of a skipped row may be in the next block
                 del self._kept[next(iter(self._kept))]
             self._kept[block] = self._read(*self.groups[block])
         return self._kept[block].slice(index - int(self.starts[block]), 1)
 
     def name(self, index: int) -> str:
-        """Where row `index` stands, for messages."""
+        """Return the location of row `index` for error messages."""
         block = self._block(index)
         place, group = self.groups[block]
         return f"row {index - int(self.starts[block])} of row group {group} of {place}"
@@ -84,7 +86,7 @@ class RowGroups:
 
 
 def _footer(place: str) -> tuple[list[int], list[str], dict[bytes, bytes]]:
-    """Rows of each row group of a file, its columns, and what else it says of itself."""
+    """Read the number of rows of each row group of a file, its columns and its metadata."""
     import pyarrow.parquet as pq  # comes with datasets, the train extra
 
     with reaching(place):

@@ -1,4 +1,4 @@
-"""How rows of a source from outside become {"image", "text", "key", ...}: the settings, and the checks of each row."""
+"""Read options of external data, and the decoding and checks that turn a raw row into {"image", "text", "key", ...}."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ from unimm.errors import UserError
 
 @dataclass
 class ReadOptions:
-    """How a source of images is read.
+    """How a source of images is read and filtered.
 
     Args:
-        split, subset: of a hub data set.
+        split, subset: split and subset of a Hub data set.
         streaming: read the parquet or tar files in place, shard by shard, instead of copying tables to the cache first.
-        image_column, text_column: of tables; `text_column` also of the .json and metadata.jsonl beside images.
-        max_aspect_ratio: images whose longer side is more times the shorter are left out.
-        min_side: images whose shorter side has fewer pixels are left out.
+        image_column, text_column: columns of tables; `text_column` is also the caption's field in .json and
+            metadata.jsonl files next to images.
+        max_aspect_ratio: leave out images whose longer side / shorter side is larger.
+        min_side: leave out images whose shorter side has fewer pixels.
     """
 
     split: str = "train"
@@ -40,7 +41,7 @@ class ReadOptions:
             )
 
     def check(self, size: tuple[int, int]) -> None:
-        """Raise `Filtered` for (width, height) that are not wanted."""
+        """Raise `Filtered` if an image of (width, height) is filtered out."""
         short, long = sorted(size)
         if short < self.min_side:
             raise Filtered("too small", f"{size[0]} x {size[1]} pixels, min_side {self.min_side}")
@@ -48,18 +49,18 @@ class ReadOptions:
             raise Filtered("too long", f"{size[0]} x {size[1]} pixels, max_aspect_ratio {self.max_aspect_ratio}")
 
     def named(self, source: str) -> str:
-        """Return the source with the part of a hub data set that is read of it."""
+        """Return the source name, with the subset and split of a Hub data set appended."""
         return f"{source}#{self.subset or ''}#{self.split}" if source.startswith("hub:") else source
 
     @property
     def filters(self) -> str:
-        """What is left out, in words; empty where nothing is."""
+        """Describe the active filters; empty if there are none."""
         parts = [f"min_side {self.min_side}"] if self.min_side else []
         parts += [f"max_aspect_ratio {self.max_aspect_ratio}"] if self.max_aspect_ratio is not None else []
         return ", ".join(parts)
 
     def image(self, value: Any, name: str) -> Image.Image:
-        """The image of a file's bytes, a path, or a table's {"bytes", "path"}. Raises `BadRow`."""
+        """Load an image from a file's bytes, a path, or a table's {"bytes", "path"}. Raises `BadRow`."""
         if isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         try:
@@ -74,7 +75,7 @@ class ReadOptions:
         raise BadRow("no image", f"{name} holds {type(value).__name__} where its image should be")
 
     def caption(self, value: Any, name: str) -> str:
-        """The caption that a row holds, of several the first, empty for none. Raises `BadRow`."""
+        """Return the caption of a row: the first of several, empty if there is none. Raises `BadRow`."""
         if isinstance(value, list) and value:
             value = value[0]
         if value is None or value == []:

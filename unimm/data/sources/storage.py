@@ -1,7 +1,7 @@
-"""Where data lies: local paths and URLs of any file system that fsspec knows (hf://, s3://, https://).
+"""Access to files by local path or by URL of any fsspec file system (hf://, s3://, https://).
 
-Special here: `{000..009}` names files one by one, so that one that is missing is missed, where a pattern with `*` takes
-what there is. Ranges of a file are read without fetching the rest.
+`{000..009}` expands to every file name of the range, so a missing file is an error, while a pattern with `*` matches
+only existing files. Byte ranges are read without fetching the rest of a file.
 """
 
 import glob
@@ -24,12 +24,12 @@ _READERS = 16
 
 
 def filled(source: str) -> str:
-    """`source` with `$UNIMM_DATA` filled in (default ../shared)."""
+    """Return `source` with `$UNIMM_DATA` substituted (default ../shared)."""
     return source.replace("$UNIMM_DATA", os.environ.get("UNIMM_DATA", "../shared"))
 
 
 def data_path(source: str) -> Path:
-    """The local path `source` with `$UNIMM_DATA` filled in."""
+    """Return the local path `source` with `$UNIMM_DATA` substituted."""
     return Path(filled(source))
 
 
@@ -38,12 +38,12 @@ def is_url(source: str) -> bool:
 
 
 def is_pattern(source: str) -> bool:
-    """Whether `source` names many files: `{000..009}`, `*`, `?` or `[`."""
+    """Return whether `source` is a pattern of many files: `{000..009}`, `*`, `?` or `[`."""
     return bool(_RANGE.search(source)) or (glob.has_magic(source) and not Path(source).exists())
 
 
 def listed(pattern: str) -> list[str]:
-    """The files that a pattern names, in order; of `{000..009}` every one, be it there or not.
+    """List the files that a pattern names, in order; `{000..009}` lists every one, even if it does not exist.
 
     Raises:
         UserError: nothing matches.
@@ -77,13 +77,13 @@ def _matching(pattern: str) -> list[str]:
 
 
 def opened_place(place: str) -> tuple[Any, str]:
-    """(file system, path in it) of a local path or URL."""
+    """Return (file system, path in it) of a local path or URL."""
     return fsspec.core.url_to_fs(place)
 
 
 @contextmanager
 def reaching(place: str) -> Iterator[None]:
-    """Within, a file is looked for and read: what goes wrong becomes one sentence that names it."""
+    """Convert errors of file access inside the context into a one-sentence `UserError` that names the file."""
     try:
         yield
     except FileNotFoundError:
@@ -100,10 +100,10 @@ def reaching(place: str) -> Iterator[None]:
 
 
 def read_range(place: str, first: int, last: int) -> bytes:
-    """The bytes `first` to `last`, exclusive, of a file."""
+    """Read the bytes `first` to `last`, exclusive, of a file."""
     with reaching(place):
         fs, path = opened_place(place)
-        if fs.async_impl:  # one request; others open a file for it, which would read ahead
+        if fs.async_impl:  # a single range request; opening a file would read ahead
             return fs.cat_file(path, start=first, end=last)
         with fs.open(path, "rb", cache_type="none") as file:
             file.seek(first)
@@ -111,14 +111,14 @@ def read_range(place: str, first: int, last: int) -> bytes:
 
 
 def of_all(places: Sequence[str], look: Callable[[str], T], what: str) -> list[T]:
-    """`look` at every place, several at a time, because storage answers late rather than slowly."""
+    """Call `look` on every place, in parallel threads, because storage latency dominates."""
     with ThreadPoolExecutor(_READERS) as pool:
         results = pool.map(look, places)
         return list(tqdm(results, total=len(places), desc=what, unit="file", disable=len(places) < 2 * _READERS))
 
 
 def cache_folder(name: str) -> Path:
-    """A folder for what is costly to find out again: in $UNIMM_CACHE, else beside Hugging Face's."""
+    """Return the cache folder `name`: in $UNIMM_CACHE, or else in Hugging Face's home folder."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(os.environ.get("UNIMM_CACHE") or Path(HF_HOME) / "unimm") / name

@@ -1,5 +1,5 @@
-"""Images in tables: parquet files through `datasets` (memory-mapped, any row at once), or in place, row group by row
-group, where the files are too large to copy or lie elsewhere."""
+"""Images in parquet tables: through `datasets` (memory-mapped, fast random access), or read in place by row group if
+the files are too large to copy or are remote."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from unimm.data.sources.rows import ReadOptions
 from unimm.errors import UserError
 
 POOLED_ROWS = 2048
-"""Rows of a table read in place that are shuffled together, and kept in memory for it."""
+"""Number of rows of a table read in place that are shuffled together and kept in memory."""
 
 
 class TableImages(Rows):
-    """The rows of a `datasets.Dataset` as `{"image": PIL RGB, "text": str, "key": str}` and their other columns.
+    """The rows of a `datasets.Dataset` as `{"image": PIL RGB, "text": str, "key": str}` with the other columns.
 
     Raises:
-        UserError: no column of images.
+        UserError: there is no image column, or there are no rows.
     """
 
     def __init__(self, table: Any, source: str, options: ReadOptions | None = None) -> None:
@@ -28,7 +28,7 @@ class TableImages(Rows):
         self.source, self.options = source, options or ReadOptions()
         column = self.options.image_column
         _require_columns(table.column_names, self.options, source)
-        if isinstance(table.features[column], Image):  # unpacked here, where a damaged one can be told from a good one
+        if isinstance(table.features[column], Image):  # decoded here, so that a damaged image is a bad row
             table = table.cast_column(column, Image(decode=False))
         self.table, self.column_names = table, table.column_names
         self.caption_gap = _caption_gap(table.column_names, self.options)
@@ -43,7 +43,7 @@ class TableImages(Rows):
 
 
 def parquet_images(paths: Sequence[Path], options: ReadOptions | None = None, source: str = "") -> TableImages:
-    """The rows of local parquet files, one behind the other."""
+    """Open local parquet files, concatenated."""
     from datasets import Dataset  # the train extra: heavy, and not needed for the shapes data set
     from datasets.exceptions import DatasetGenerationError
 
@@ -59,7 +59,7 @@ def parquet_images(paths: Sequence[Path], options: ReadOptions | None = None, so
 
 
 class ParquetShards(Rows):
-    """As `TablePictures`, of parquet files at any place, read in place (`RowGroups`)."""
+    """The same rows as `TableImages`, from local or remote parquet files that are read in place (`RowGroups`)."""
 
     def __init__(self, places: Sequence[str], source: str, options: ReadOptions) -> None:
         self.options = options

@@ -1,13 +1,12 @@
-"""Images in tar files, as webdataset and BLIP3o write them: `key.jpg`, `key.txt`, `key.json`, `key.cls` make a row.
+"""Images in tar shards, as written by webdataset and BLIP3o: `key.jpg`, `key.txt`, `key.json`, `key.cls` form a row.
 
-A tar file has no table of contents, so one is made: the headers are read once and the places of the members kept in a
-cache. From then on every row can be read at once, by one range read, from a disk or a URL, and the position in the data
-is a number.
+A tar file has no index, so one is built: the headers are read once and the offsets of the members are cached. After
+that any row is read with one range read, from disk or a URL, and the position in the data is a single number.
 
-Names are cut as webdataset cuts them (https://github.com/webdataset/webdataset, `base_plus_ext`): a member's key ends
-at the first dot of its file name, and members that follow each other under one key are a row. A kind with dots in it
-(`key.seg.png`) stands in for a plain one (`key.png`) where there is none, as webdataset decodes it by its last part.
-What makes a row ambiguous (two members of one kind) or unreadable (a link) makes it a bad row, counted and named.
+Names are split as in webdataset (https://github.com/webdataset/webdataset, `base_plus_ext`): a member's key ends at the
+first dot of its file name, and consecutive members with the same key form a row. A kind with dots (`key.seg.png`) is
+used as the plain kind (`key.png`) if there is none, as webdataset decodes by the last suffix. An ambiguous row (two
+members of one kind) or an unreadable one (a link) is a bad row, counted and logged.
 """
 
 import hashlib
@@ -31,17 +30,17 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
 READ = (*IMAGES, *CAPTIONS, "cls")
 POOL = 8
-"""Shards whose rows are shuffled together."""
+"""Number of shards whose rows are shuffled together."""
 _BLOCK = 512
-_KEPT_INDICES = POOL + 1  # what stands in for a skipped row may lie behind the pool
+_KEPT_INDICES = POOL + 1  # the replacement of a skipped row may be in the next shard
 _INDEX_VERSION = 2
 
 
 class TarImages(Rows):
-    """The rows of tar files at any place, `{"image", "text", "key"}` and the fields of their .json.
+    """The rows of local or remote tar shards: `{"image", "text", "key"}` and the fields of their .json.
 
     Raises:
-        UserError: a shard is missing, cut off or no tar file, or holds no rows.
+        UserError: a shard is missing, truncated or not a tar file, or has no rows.
     """
 
     pool = POOL
@@ -87,21 +86,21 @@ class TarImages(Rows):
 
 
 def index_of(place: str) -> list[dict[str, Any]]:
-    """Return the rows of a tar file in order: {"key", "members": {kind: [first byte, length]}, "bad": None, or [reason,
-    detail] of a row that cannot be used}."""
+    """Return the rows of a tar file in order: {"key", "members": {kind: [first byte, length]}, "bad": None or [reason,
+    detail]}."""
     return json.loads(_index_file(place).read_text(encoding="utf-8").partition("\n")[2])
 
 
 def size_of(place: str) -> tuple[int, bool]:
-    """Rows of a tar file, and whether any has a caption."""
+    """Return the number of rows of a tar file, and whether any row has a caption."""
     with _index_file(place).open(encoding="utf-8") as file:
         rows, captioned = json.loads(file.readline())
     return rows, captioned
 
 
 def _index_file(place: str) -> Path:
-    """The cached index of a tar file, made where there is none or the file changed: its size in the first line, its
-    rows in the second."""
+    """Return the cached index file of a tar file, and build it if it is missing or the tar file changed. The first line
+    holds the result of `size_of`, the second the rows."""
     with reaching(place):
         fs, path = opened_place(place)
         stamp = f"{_INDEX_VERSION} {place if is_url(place) else os.path.abspath(place)} {fs.ukey(path)}"
@@ -119,7 +118,7 @@ def _index_file(place: str) -> Path:
 
 
 def _scan(place: str, file: Any) -> list[dict[str, Any]]:
-    """Read the headers of an open tar file; members that follow each other under one key are a row."""
+    """Read the headers of an open tar file; consecutive members with the same key form a row."""
     rows: list[dict[str, Any]] = []
     row: dict[str, Any] | None = None
     end = 0
@@ -137,7 +136,7 @@ def _scan(place: str, file: Any) -> list[dict[str, Any]]:
                 if not row["members"]:
                     rows.append(row)
                 _add(row, kind, member)
-        file.seek(end)
+        file.seek(end)  # a complete tar ends with zero blocks; tarfile does not report a missing end
         whole = file.read(_BLOCK) == bytes(_BLOCK)
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         whole, reason = False, str(error)
@@ -152,7 +151,7 @@ def _scan(place: str, file: Any) -> list[dict[str, Any]]:
 
 
 def _add(row: dict[str, Any], kind: str, member: tarfile.TarInfo) -> None:
-    """Put a member into its row; the first thing that is wrong with a row is what it is refused for."""
+    """Add a member to its row; a bad row keeps the first reason found."""
     if not member.isreg() or member.issparse():
         row["bad"] = row["bad"] or ["link in a tar", f"{member.name} is a link or sparse, no plain file"]
     elif kind in row["members"]:
@@ -161,9 +160,9 @@ def _add(row: dict[str, Any], kind: str, member: tarfile.TarInfo) -> None:
 
 
 def _key_of(name: str) -> tuple[str, str]:
-    """(key, kind) of a member: its name is cut at the first dot behind the last slash; ("", "") of a hidden file, and
-    without a dot, which are of no row."""
-    name = printable(name)  # it may be no UTF-8
+    """Split a member's name into (key, kind) at the first dot after the last slash; ("", "") for hidden files and names
+    without a dot, which belong to no row."""
+    name = printable(name)  # it may not be UTF-8
     folder, slash, base = name.rpartition("/")
     stem, _, kind = base.partition(".")
     return (folder + slash + stem, kind.lower()) if stem and kind else ("", "")
@@ -174,7 +173,7 @@ def _last(kind: str) -> str:
 
 
 def _chosen(members: dict[str, Sequence[int]], name: str) -> dict[str, Sequence[int]]:
-    """The members that are read, under their plain kinds. Raises BadRow if several could be meant."""
+    """Select the members to read, by plain kind. Raises BadRow if the choice is ambiguous."""
     chosen = {kind: place for kind, place in members.items() if kind in READ}
     for kinds in (IMAGES, ("txt",), ("json",), ("cls",)):
         dotted = [kind for kind in members if _last(kind) in kinds]
@@ -190,7 +189,7 @@ def _chosen(members: dict[str, Sequence[int]], name: str) -> dict[str, Sequence[
 
 
 def _members(place: str, members: dict[str, Sequence[int]]) -> dict[str, bytes]:
-    """The bytes of a row's members, by one range read over them all."""
+    """Read the bytes of a row's members with one range read that spans them all."""
     first = min(start for start, _ in members.values())
     last = max(start + length for start, length in members.values())
     data = read_range(place, first, last)

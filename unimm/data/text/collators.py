@@ -1,10 +1,10 @@
-"""Samples of messages -> padded tensors with exact label masks, one batch for each flow.
+"""Data collator for multimodal conversations: samples of messages to padded tensors with exact label masks, one batch
+per flow.
 
 Labels come from the chat template's own `{% generation %}` spans (`unimm.data.text.label_spans`), never from
-tokenizing pieces again, and a sample whose spans and turns do not match is an error, not a silently empty row. Rows are
-padded within their flow only, on the right, and cut behind the last label, so that short drawings do not pay for long
-conversations; or several share a row (`unimm.data.text.packing`).
-The processor is given; any of the usual contract will do. B rows, L tokens, I images.
+re-tokenizing pieces, and a sample whose spans and turns do not match raises an error instead of training on an empty
+row. Rows are right-padded within their flow only and cut after the last label, so that short drawings do not pay for
+long conversations; or several samples share a row (`unimm.data.text.packing`). B rows, L tokens, I images.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 class ChatProcessor(Protocol):
-    """What is needed of a processor: a chat template with generation marks, placeholders expanded to image tokens."""
+    """Interface of the processor: a chat template with generation marks, placeholders expanded to image tokens."""
 
     tokenizer: Any
     chat_template: str | dict[str, str]
@@ -47,7 +47,7 @@ class ChatProcessor(Protocol):
 
 @dataclass
 class _Rows:
-    """Samples as padded rows: what the processor made of them, and which of its tokens are drawn and learned [B, L]."""
+    """Samples as padded rows: the processor's output, and which of its tokens are drawn and labelled [B, L]."""
 
     samples: list[dict[str, Any]]
     inputs: Any
@@ -60,24 +60,24 @@ class FlowCollator:
     """Collate samples {"flow", "kind", "index", "messages"} into {flow: batch}.
 
     A batch holds
-        input_ids, attention_mask [B, L]: placeholders stand for seen and for drawn image tokens alike;
-        labels [B, L]: conversations: what the assistant says, its closing token included; drawings: the placeholders of
-            the drawn image tokens only (to be replaced by their ids); -100 elsewhere;
-        drawn [B, L] bool: those placeholders;
+        input_ids, attention_mask [B, L]: the same placeholder stands for input and for drawn image tokens;
+        labels [B, L]: for conversations the assistant's tokens, its closing token included; for drawings only the
+            placeholders of the drawn image tokens (later replaced by their ids); -100 elsewhere;
+        drawn [B, L] bool: the placeholders of drawn image tokens;
         pixel_values [I, 3, H, W]: images in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
-            absent without any;
-        drawn_ids [I, M]: in the place of drawn_pixel_values where drawings are ids already.
+            absent if there are none;
+        drawn_ids [I, M]: instead of drawn_pixel_values if drawings are already ids.
 
-    With `max_length` a conversation ends after so many tokens, and one that has nothing left to learn is left out of
-    its batch with a warning (`truncation`). With `pack_length` the samples of a flow share rows of at most that
-    many tokens; `position_ids` [R, P] stand in the place of the attention mask (`unimm.data.text.packing`).
+    With `max_length` a conversation is truncated to that many tokens, and a sample without any label left is dropped
+    from its batch with a warning (`truncation`). With `pack_length` the samples of a flow share rows of at most that
+    many tokens; `position_ids` [R, P] replace the attention mask (`unimm.data.text.packing`).
 
-    A drawing's text is the very prompt that generation starts from, so it needs nothing of the template for it.
+    A drawing's text is exactly the prompt that generation starts from, so it needs no marks in the template.
 
     Raises:
-        UserError: a sample without an assistant turn, or whose label spans do not match its assistant turns, or that
-        holds half a character; a drawing that does not end with one drawn image. With `pack_length`: a sample that is
-        longer, or that holds an image to look at. With `max_length`: a batch of which nothing is left.
+        UserError: a sample has no assistant turn, has label spans that do not match its assistant turns, or contains a
+            lone surrogate; a drawing does not end with one drawn image. With `pack_length`: a sample is longer, or has
+            an input image. With `max_length`: no sample of a batch is left.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class FlowCollator:
         labelled = rows.labelled
         input_ids = torch.as_tensor(rows.inputs["input_ids"])
         attention_mask = torch.as_tensor(rows.inputs["attention_mask"])
+        # Cut after the last label or image token: image placeholders must stay, or they would not match the images.
         length = int((labelled | (input_ids == self.processor.image_token_id)).any(0).nonzero()[-1]) + 1
         batch = {
             "input_ids": input_ids[:, :length],
@@ -119,7 +120,7 @@ class FlowCollator:
         return pack(batch, even_rows(lengths.tolist(), capacity), self.processor.tokenizer.pad_token_id)
 
     def _said(self, samples: list[dict[str, Any]]) -> _Rows:
-        """Conversations: all of the assistant's turns are learned."""
+        """Tokenize conversations: all of the assistant's turns are labelled."""
         processor, tokens = self.processor, self.processor.tokenizer.special_tokens_map
         marked = [{**sample, "messages": self._marked(sample)} for sample in samples]
         conversations = [rendered(sample, processor.chat_template, tokens) for sample in marked]
@@ -147,7 +148,7 @@ class FlowCollator:
         return _Rows(samples, inputs, _drawings(samples) if self.max_length is None else [], drawn, labelled)
 
     def _marked(self, sample: dict[str, Any]) -> list[Any]:
-        """Mark the control tokens in the sample's messages: they are plain characters."""
+        """Mark control-token strings in the sample's messages, so that they are tokenized as plain characters."""
         try:
             return self.processor.mark_control_tokens(sample["messages"])
         except UserError as error:
@@ -156,8 +157,8 @@ class FlowCollator:
     def _cut(
         self, samples: list[dict[str, Any]], inputs: Any, said: np.ndarray, capacity: int
     ) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """Rows of at most `capacity` tokens: the samples that still learn something, and what [B', L]; `inputs` is
-        changed in place."""
+        """Truncate rows to `capacity` tokens; return the samples with labels left and their label mask [B', L].
+        `inputs` is changed in place."""
         processor, flow = self.processor, samples[0]["flow"]
         if any(_drawings(samples)):
             raise UserError(
@@ -187,14 +188,14 @@ class FlowCollator:
         return [sample for sample, each in zip(samples, learns, strict=True) if each], said[learns]
 
     def _drawn(self, samples: list[dict[str, Any]]) -> _Rows:
-        """Drawings: their placeholders are all that is learned."""
+        """Tokenize drawings: only the placeholders of the drawn image are labelled."""
         for sample in samples:
             _check_drawing(sample)
         processor = self.processor
         asked = [self._marked(sample)[:-1] for sample in samples]
         prompts = processor.apply_chat_template(asked, add_generation_prompt=True)
         how = {"padding": True, "padding_side": "right", "return_tensors": "np"}
-        if _ids(samples):  # no image from which the processor would know where to put placeholders
+        if _ids(samples):  # without an image the processor cannot expand placeholders, so write them out here
             drawing = processor.boi_token + processor.image_token * processor.num_image_tokens
             inputs = processor.encode([prompt + drawing for prompt in prompts], **how)
         else:
@@ -205,7 +206,7 @@ class FlowCollator:
                 **how,
             )
         image_tokens = torch.as_tensor(inputs["input_ids"]) == processor.image_token_id
-        from_the_end = image_tokens.flip(1).cumsum(1).flip(1)  # an image to look at may come before the drawing
+        from_the_end = image_tokens.flip(1).cumsum(1).flip(1)  # an input image may come before the drawing
         drawn = image_tokens & (from_the_end <= processor.num_image_tokens)
         return _Rows(samples, inputs, _drawings(samples), drawn, drawn)
 
@@ -224,7 +225,7 @@ def _check_drawing(sample: dict[str, Any]) -> None:
 
 
 def _drawings(samples: Sequence[dict[str, Any]]) -> list[bool]:
-    """For each image, in reading order, whether the assistant drew it."""
+    """Return for each image, in reading order, whether the assistant drew it."""
     return [
         turn["role"] == "assistant"
         for sample in samples
@@ -235,14 +236,14 @@ def _drawings(samples: Sequence[dict[str, Any]]) -> list[bool]:
 
 
 def _ids(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """The drawings that are ids already, as a batch [I, M]."""
+    """Stack the drawings that are already ids as {"drawn_ids": [I, M]}; empty if there are none."""
     ids = [part["ids"] for sample in samples for part in _image_parts(sample) if "ids" in part]
     return {"drawn_ids": torch.from_numpy(np.stack(ids))} if ids else {}
 
 
 def _split_images(pixel_values: Any, drawings: Sequence[bool]) -> dict[str, Tensor]:
-    """Split the images [I, 3, H, W], which come in reading order, by who shows them; the flags of cut rows are left
-    out, where nothing is drawn."""
+    """Split the images [I, 3, H, W], in reading order, into input and drawn images; `drawings` is empty for truncated
+    rows, which have no drawn images."""
     if pixel_values is None:
         return {}
     drawings = drawings or [False] * len(pixel_values)

@@ -1,12 +1,11 @@
-"""Which tokens of a conversation are the assistant's: by the spans that its chat template marks, turn by turn, or by
-where a template without marks writes each answer.
+"""Label masks of conversations: find the assistant's tokens from the spans that the chat template marks, or, for a
+template without marks, from where it writes each answer.
 
-Nothing is tokenized in pieces. A turn's tokens are those that overlap its `{% generation %}` span in the
-rendered text, also where a token reaches over the span's edge (" yes" behind "ASSISTANT:") and where an image's
-placeholder became many tokens in front of it. White space that a tokenizer leaves out of its offsets (ByteLevel's
-`trim_offsets`, as in Llama 3, reports an empty place for "\\n\\n") counts from the end of the token before. A turn
-without a span, a span without its turn's text and a turn without a token are errors that print the turn. T assistant
-turns, L tokens.
+The text is tokenized once, as a whole. A turn's tokens are those that overlap its `{% generation %}` span in the
+rendered text, also if a token crosses the span's edge (" yes" after "ASSISTANT:") or if an image placeholder before it
+was expanded to many tokens. White space that a tokenizer leaves out of its offsets (ByteLevel's `trim_offsets`, as in
+Llama 3, reports an empty span for "\\n\\n") counts from the end of the previous token. A turn without a span, a span
+without its turn's text and a turn without a token raise errors that print the turn. T assistant turns, L tokens.
 """
 
 import re
@@ -30,15 +29,15 @@ _MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
 def rendered(
     sample: Mapping[str, Any], chat_template: str | Mapping[str, str], tokens: Mapping[str, Any]
 ) -> tuple[str, list[Span]]:
-    """Return the sample's text and the span of each of its assistant's turns.
+    """Render the sample's text and return it with the span of each assistant turn.
 
     Args:
         sample: {"flow", "index", "messages"}.
-        chat_template: one, or several by name, of which "default" is taken.
-        tokens: special tokens by name, which the template may use.
+        chat_template: one template, or several by name, of which "default" is used.
+        tokens: special tokens by name, for the template.
 
     Raises:
-        UserError: no assistant turn, a template that does not mark every one of them, or that refuses the sample.
+        UserError: there is no assistant turn, or the template does not mark every one of them or rejects the sample.
     """
     template = chat_template if isinstance(chat_template, str) else chat_template["default"]
     marks = _MARKS.search(template) is not None
@@ -73,8 +72,8 @@ def rendered(
 def _found(messages: Sequence[Mapping[str, Any]], template: str, tokens: Mapping[str, Any]) -> tuple[str, list[Span]]:
     """Return the text and the span of each answer, for a template without `{% generation %}`.
 
-    Two private characters around an answer's text say where it stands. Its span begins where a prompt for an answer
-    ends, and takes in what closes a turn. There are no spans if the template writes another text around the two.
+    Two private-use characters around an answer's text locate it. Its span starts where the generation prompt ends and
+    includes the tokens that close a turn. No spans are returned if the markers change the rendered text.
     """
 
     def render(turns: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
@@ -88,7 +87,7 @@ def _found(messages: Sequence[Mapping[str, Any]], template: str, tokens: Mapping
     said: Any = [{"type": "text", "text": "?"}] if isinstance(messages[0]["content"], list) else "?"
     exchange = [{"role": "user", "content": said}, _fenced({"role": "assistant", "content": said})]
     closing = render(exchange).rpartition(CLOSE)[2]
-    closing = closing.rstrip() or closing  # white space behind a closing token is not learned
+    closing = closing.rstrip() or closing  # white space after a closing token is not a label
     answers = (number for number, turn in enumerate(messages) if turn["role"] == "assistant")
     spans: list[Span] = []
     place = 0
@@ -97,7 +96,7 @@ def _found(messages: Sequence[Mapping[str, Any]], template: str, tokens: Mapping
         if piece == OPEN:
             opened = place
         elif piece == CLOSE:
-            start = place if opened is None else opened  # a template may cut off where an answer begins
+            start = place if opened is None else opened  # a template may cut off the start of an answer
             prompt = render(messages[: next(answers)], prompt=True)
             start = len(prompt) if len(prompt) <= start and text.startswith(prompt) else start
             after = len(text) - len(text[place:].lstrip())
@@ -110,7 +109,7 @@ def _found(messages: Sequence[Mapping[str, Any]], template: str, tokens: Mapping
 
 
 def _fenced(turn: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An assistant's turn with the two characters around its text, inside the white space that templates trim."""
+    """Return an assistant turn with the two markers around its text, inside the white space that templates trim."""
     if turn["role"] != "assistant":
         return turn
     content = turn["content"]
@@ -127,27 +126,29 @@ def _fenced(turn: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def turn_tokens(spans: Sequence[Span], offsets: np.ndarray, replacements: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The tokens of each span, bool [T, L].
+    """Return the token mask of each span, bool [T, L].
 
     Args:
-        offsets: start and end of each token in the text with its placeholders replaced [L, 2]; (0, 0) for tokens that
-            stand for no text.
-        replacements: {"span", "new_span"} of each replaced placeholder, in order.
+        offsets: start and end of each token in the text with expanded placeholders [L, 2]; (0, 0) for tokens without
+            text.
+        replacements: {"span", "new_span"} of each expanded placeholder, in order.
     """
     ends = [each["span"][1] for each in replacements]
     gained = [0, *(each["new_span"][1] - each["span"][1] for each in replacements)]
     starts, stops = offsets[:, 0].copy(), offsets[:, 1]
+    # White space with an empty offset span starts where the previous token ends (ByteLevel's `trim_offsets`).
     empty = (starts == stops) & (stops > 0)
     starts[1:][empty[1:]] = stops[:-1][empty[1:]]
     masks = np.zeros((len(spans), len(offsets)), dtype=bool)
     for mask, span in zip(masks, spans, strict=True):
+        # Shift the span by what the placeholders before it gained when they were expanded to image tokens.
         start, end = (char + gained[bisect_right(ends, char)] for char in span)
         mask[:] = (starts < end) & (stops > start)
     return masks
 
 
 def check_every_turn_has_tokens(sample: Mapping[str, Any], masks: np.ndarray) -> None:
-    """Raise UserError, with the turn, where a row of the masks [T, L] is empty."""
+    """Raise UserError, with the turn, if a row of the masks [T, L] is empty."""
     for number, (turn, mask) in enumerate(zip(assistant_turns(sample), masks, strict=True), start=1):
         if not mask.any():
             raise UserError(
@@ -157,7 +158,7 @@ def check_every_turn_has_tokens(sample: Mapping[str, Any], masks: np.ndarray) ->
 
 
 def parts_of(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a turn holds, one part for a plain string."""
+    """Return the content parts of a turn; a plain string becomes one text part."""
     return [{"type": "text", "text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"]
 
 

@@ -1,8 +1,8 @@
-"""Several samples in one row, so that short ones do not pay for long ones, and each sample on its own.
+"""Sequence packing: several samples share one row, without attending to each other.
 
-There is no attention mask. Positions restart at every sample, and transformers makes the block-diagonal
-causal mask out of that where no cache is asked for (`use_cache=False`), so no sample sees another, to the last bit. The
-first token of a sample is never a label: what would predict it belongs to another sample. N samples, R rows, P tokens.
+There is no attention mask. Positions restart at every sample, and transformers builds the block-diagonal causal mask
+from them if no cache is used (`use_cache=False`), so samples do not affect each other, bit for bit. The first token of
+a sample is never a label: it would be predicted from another sample. N samples, R rows, P tokens.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ IGNORED = -100
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Samples by row: each goes into the first row with room for it, the longest first; their order within the batch
-    does not matter to a mean over it."""
+    """Assign samples to rows by first-fit decreasing: the longest first, each into the first row with room for it.
+    Reordering the batch does not change its mean loss."""
     rows: list[list[int]] = []
     room: list[int] = []
     for sample in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
@@ -31,8 +31,9 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def even_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Samples by row: as many rows as first fit needs, filled evenly. A batch is as wide as its fullest row, so each
-    sample, the longest first, goes into the emptiest one (Graham 1969); first fit's rows stay where that is worse."""
+    """Assign samples to as many rows as `first_fit` needs, filled evenly. A batch is as wide as its fullest row, so
+    each sample, the longest first, goes into the emptiest row (Graham 1969); `first_fit`'s rows are kept if that is
+    worse."""
     rows = first_fit(lengths, capacity)
     dealt: list[list[int]] = [[] for _ in rows]
     filled = [0] * len(rows)
@@ -45,16 +46,16 @@ def even_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(batch: dict[str, Tensor], rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """A batch of right-padded samples [N, L] as rows [R, P], P the tokens of the fullest one.
+    """Pack a batch of right-padded samples [N, L] into rows [R, P], with P the tokens of the fullest row.
 
     Args:
         batch: `input_ids`, `attention_mask`, `labels` and `drawn` [N, L]; `drawn_pixel_values` [N, 3, H, W] or
             `drawn_ids` [N, M] or neither.
-        rows: which samples stand in which row (`even_rows`).
-        pad: token id for what is left of a row, which is a sequence of its own and learns nothing.
+        rows: the samples of each row (`even_rows`).
+        pad: padding token id; the padding of a row is a sequence of its own, without labels.
 
     Returns:
-        `input_ids`, `position_ids`, `labels` and `drawn` [R, P], and what is drawn in the order of the rows.
+        `input_ids`, `position_ids`, `labels` and `drawn` [R, P], and the drawings in the order of the rows.
     """
     lengths = batch["attention_mask"].sum(1).tolist()
     width = max(sum(lengths[sample] for sample in row) for row in rows)
@@ -71,9 +72,9 @@ def pack(batch: dict[str, Tensor], rows: Sequence[Sequence[int]], pad: int) -> d
             end = start + lengths[sample]
             for name in ("input_ids", "labels", "drawn"):
                 packed[name][k, start:end] = batch[name][sample, : lengths[sample]]
-            packed["labels"][k, start] = IGNORED
+            packed["labels"][k, start] = IGNORED  # it would be predicted from the previous sample
             packed["position_ids"][k, start:end] = torch.arange(lengths[sample])
             start = end
-        packed["position_ids"][k, start:] = torch.arange(width - start)
+        packed["position_ids"][k, start:] = torch.arange(width - start)  # padding is a sequence of its own
     order = torch.tensor([sample for row in rows for sample in row])
     return packed | {name: batch[name][order] for name in ("drawn_pixel_values", "drawn_ids") if name in batch}

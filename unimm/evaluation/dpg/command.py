@@ -1,4 +1,4 @@
-"""The command of DPG-Bench: `unimm eval dpg`, eval/dpg.py."""
+"""Command line of DPG-Bench (`unimm eval dpg`, eval/dpg.py)."""
 
 import argparse
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from unimm.runs.report import Report
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
+    """Build the argument parser; without a `description` this module's docstring is shown."""
     made = argparse.ArgumentParser(
         prog=None if description else "unimm eval dpg",
         description=description or __doc__,
@@ -63,7 +64,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Do what the command line asks. Raises UserError: what a person got wrong."""
+    """Draw or read images, ask the questions, and report. Raise UserError for invalid arguments or files."""
     arguments = parse_run(parser(description), argv, bench=BENCH)
     _check(arguments)
     report = Report(arguments.json if processes().is_main_process else None)
@@ -133,7 +134,7 @@ def _manifest(
     judge: Judge | None,
     known: Sequence[KnownAnswer],
 ) -> Manifest:
-    """How the run comes about. Raises UserError for a model that draws and judges, or cannot draw."""
+    """Build the run's manifest. Raise UserError if the model cannot draw, or would score its own images."""
     weights: dict[str, str] = {}
     settings: dict[str, Any] = {"num_images": arguments.num_images, "question_file": prompts.blob}
     if evaluated is not None:
@@ -157,5 +158,5 @@ def _manifest(
 
 
 def _same_folder(arguments: argparse.Namespace) -> bool:
-    """Whether --model and --judge name one folder; with --images the model is named to say who drew them."""
+    """Return whether --model and --judge are one folder; with --images, --model only names who drew them."""
     return arguments.model is not None and Path(arguments.model).resolve() == Path(arguments.judge).resolve()

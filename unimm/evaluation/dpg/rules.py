@@ -1,15 +1,14 @@
-"""DPG-Bench (Hu et al. 2024, https://arxiv.org/abs/2403.05135): yes-or-no questions about images of dense prompts.
+"""Scoring rules of DPG-Bench (Hu et al. 2024, https://arxiv.org/abs/2403.05135): yes-or-no questions on dense prompts.
 
-Pure scoring: no model, no files. An image's score is the share of its questions that were answered yes, where a
-question counts as no when one of those that it depends on does; a prompt's score is the mean over its images, DPG is
-100 times the mean over prompts.
+Pure functions: no model, no files. An image's score is the fraction of its questions answered yes, and a question
+counts as no if one that it depends on does. A prompt's score is the mean over its images; DPG is 100 times the mean
+over prompts.
 
-Three rules stand side by side. `COMPAT` is the published script with its faults, which the published
-figures contain: the first row of the question file is skipped, a prompt whose question depends on a lost one is dropped
-without a word, an answer counts only as the exact string "yes", and the categories come from the last image of a
-prompt, before zeroing. `FIXED` takes all rows, images and spellings; its zeroing is the same. `PLAIN` is that with
-the first yes or no of an answer, whatever else it says. An answer that is neither yes nor no to a rule counts as a no,
-as the script has it, and is counted as `unparsed`.
+Three rules are reported. `COMPAT` reproduces the published script with its bugs, which the published figures contain:
+the first row of the question file is skipped, a prompt whose question depends on a lost one is silently dropped, only
+the exact string "yes" counts, and categories use the last image of a prompt, before zeroing. `FIXED` takes all rows,
+images and spellings, with the same zeroing. `PLAIN` is `FIXED` with the first yes or no of an answer, whatever else it
+says. An answer that a rule parses as neither yes nor no counts as no, as in the script, and as `unparsed`.
 """
 
 from collections import defaultdict
@@ -35,8 +34,8 @@ class Question:
 
     Args:
         number: 1...n within the prompt.
-        parents: the questions that it depends on.
-        category: on the second level, as in "entity - whole".
+        parents: numbers of the questions that it depends on.
+        category: the second-level category, as in "entity - whole".
     """
 
     number: int
@@ -46,7 +45,7 @@ class Question:
 
 
 class ImageScore(NamedTuple):
-    """`raw` answers as 0 or 1, `kept` the same after zeroing, by question number; `score` is the mean of `kept`."""
+    """One image: `raw` answers as 0 or 1 by question number, `kept` after zeroing, `score` the mean of `kept`."""
 
     raw: dict[int, float]
     kept: dict[int, float]
@@ -55,7 +54,7 @@ class ImageScore(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """One way of counting; see the module. `read` gives "yes", "no" or anything else of an answer."""
+    """One way of counting; see the module docstring. `read` maps an answer to "yes", "no" or anything else."""
 
     name: str
     skip_first_row: bool
@@ -64,10 +63,11 @@ class Rule:
     drops_errors: bool
 
     def is_yes(self, answer: str) -> bool:
+        """Return whether the answer counts as a yes."""
         return self.read(answer) == "yes"
 
     def is_parsed(self, answer: str) -> bool:
-        """Return whether the answer is a yes or a no, and not a no because nothing was found."""
+        """Return whether the answer is a yes or a no, rather than a no for lack of either."""
         return self.read(answer) in ("yes", "no")
 
 
@@ -79,14 +79,14 @@ PLAIN = Rule("plain", False, plain_reading, every_image=True, drops_errors=False
 def read_questions(
     rows: Iterable[Mapping[str, Any]], rule: Rule = FIXED, *, first_row: int = 0
 ) -> dict[str, list[Question]]:
-    """The questions of each prompt, from the rows of dpg_bench.csv.
+    """Group the rows of dpg_bench.csv into the questions of each prompt.
 
     Args:
-        first_row: where in the file the first of `rows` stands.
+        first_row: index in the file of the first of `rows`.
 
     Raises:
-        UserError: a column is missing or unreadable, or (by the fixed rule) a prompt has a number twice or a question
-            depends on one that is not there.
+        UserError: a column is missing or unreadable, or (except with `COMPAT`) a prompt has a duplicate number or a
+            question depends on a missing one.
     """
     questions: dict[str, list[Question]] = {}
     previous = None
@@ -95,7 +95,7 @@ def read_questions(
             continue
         item, question = str(row.get("item_id")), _question(row, index)
         if item not in questions or (item != previous and rule.drops_errors):
-            questions[item] = []  # the script forgets what it had of a prompt that comes back
+            questions[item] = []  # the script overwrites a prompt whose rows are not contiguous
         questions[item].append(question)
         previous = item
     if not rule.drops_errors:
@@ -105,28 +105,28 @@ def read_questions(
 
 
 def score_image(questions: Sequence[Question], answers: Answers, rule: Rule = FIXED) -> ImageScore:
-    """One image's score by its answers.
+    """Score one image from its answers.
 
     Raises:
-        KeyError: an answer is missing, or a question depends on one that is not there.
+        KeyError: an answer is missing, or a question depends on a missing one.
     """
     raw = {question.number: float(rule.is_yes(answers[question.number])) for question in questions}
     kept = dict(raw)
-    for question in questions:  # in the order of the rows: zeros go on to what follows
+    for question in questions:  # in row order, so that zeros propagate to later questions
         if any(kept[parent] == 0 for parent in question.parents if parent != NO_PARENT):
             kept[question.number] = 0.0
     return ImageScore(raw, kept, float(np.mean(list(kept.values()))))
 
 
 def score_prompt(questions: Sequence[Question], answers: Sequence[Answers], rule: Rule = FIXED) -> list[ImageScore]:
-    """The scores of a prompt's images. Raises as `score_picture`."""
+    """Score each image of a prompt. Raise as `score_image` does."""
     return [score_image(questions, each, rule) for each in answers]
 
 
 def category_answers(
     questions: Sequence[Question], scores: Sequence[ImageScore], rule: Rule = FIXED
 ) -> list[tuple[str, float, float]]:
-    """(category, raw, kept) of the answers that the rule counts: of every image, or of the last one."""
+    """Return (category, raw, kept) of the answers that the rule counts: on every image, or on the last one."""
     counted = scores if rule.every_image else scores[-1:]
     return [(q.category, score.raw[q.number], score.kept[q.number]) for score in counted for q in questions]
 
@@ -134,16 +134,16 @@ def category_answers(
 def summarize(
     questions: Mapping[str, Sequence[Question]], answers: Mapping[str, Sequence[Answers]], rule: Rule = FIXED
 ) -> dict[str, Any]:
-    """The benchmark's figures, all times 100.
+    """Compute the benchmark's figures.
 
     Args:
-        questions: of `read_questions`, by the same rule.
-        answers: per prompt the answers about each of its images.
+        questions: from `read_questions`, with the same rule.
+        answers: for each prompt, the answers about each of its images.
 
     Returns:
-        `dpg`, None where no prompt is left; `prompts`, their number; `dropped`, the prompts that the compatible rule
-        loses; `scores` per prompt; `categories` and `level1`, means of the raw answers; with the fixed rule
-        `categories_kept` and `level1_kept` too.
+        `dpg` (times 100), None if no prompt is left; `prompts`, their number; `dropped`, the prompts that `COMPAT`
+        loses; `scores` per prompt, in [0, 1]; `categories` and `level1`, means of the raw answers times 100; except
+        with `COMPAT` also `categories_kept` and `level1_kept`.
 
     Raises:
         UserError: a prompt has no questions.
@@ -176,7 +176,7 @@ def summarize(
 
 
 def level1(category: str) -> str:
-    """The first level of a category: "entity" of "entity - whole"."""
+    """Return the first level of a category: "entity" for "entity - whole"."""
     return category.split("-")[0].strip()
 
 

@@ -1,9 +1,8 @@
-"""DPG-Bench: prompts drawn, or a folder of 2 x 2 grids read, and every question asked about every image.
+"""DPG-Bench: draw the prompts or read a folder of 2 x 2 grids, and ask a VQA model every question about every image.
 
-An image depends on its prompt, its number and the run's seed only, and a prompt's images are always
-drawn together; so interruptions and processes leave no trace. A record holds the question rows and the answers as
-written: all of `rules.py` are pure functions of the records. The figures of one run come from one
-judge.
+An image depends only on its prompt, its sample number and the run's seed, and a prompt's images are always drawn
+together, so interruptions and the number of processes do not change results. A record holds the question rows and the
+answers as written, so the scores of `rules.py` are pure functions of the records. A run uses one VQA model.
 """
 
 import csv
@@ -31,32 +30,32 @@ from unimm.evaluation.vqa import Judge
 from unimm.mllm.draw_prompts import draw_prompts
 
 BENCH = "dpg"
-OFFICIAL_CSV = "98457fc9901943f51ff9a30367250fc292533bed"  # git's name of the published dpg_bench.csv
+OFFICIAL_CSV = "98457fc9901943f51ff9a30367250fc292533bed"  # git blob hash of the published dpg_bench.csv
 GET_CSV = "dpg_bench.csv from ELLA's repository (dpg_bench/), or from Jialuo21/DPG-Bench on the hub"
 GRID_SIDE = 2
 
-Rows = list[dict[str, Any]]  # of the question file, each with its `row` in it
+Rows = list[dict[str, Any]]  # rows of the question file, each with its index as `row`
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is drawn and asked: prompts by item, their question rows, and git's name of the question file."""
+    """Prompts by item, their question rows, and the git blob hash of the question file."""
 
     texts: dict[str, str]
     rows: dict[str, Rows] = field(default_factory=dict)
     blob: str | None = None
 
     def limited(self, limit: int | None) -> "Prompts":
-        """The first `limit` prompts of the file."""
+        """Return the first `limit` prompts of the file."""
         kept = dict(list(self.texts.items())[:limit])
         return Prompts(kept, {item: rows for item, rows in self.rows.items() if item in kept}, self.blob)
 
 
 def read_question_file(path: str | Path) -> Prompts:
-    """The prompts and questions of a dpg_bench.csv.
+    """Read the prompts and questions of a dpg_bench.csv.
 
     Raises:
-        UserError: there is none (with what to get), or it is another kind of file.
+        UserError: the file is missing (the message says what to download) or is not a question file.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,7 +68,7 @@ def read_question_file(path: str | Path) -> Prompts:
     missing = [name for name in (*COLUMNS, "text") if name not in (lines[0] if lines else {})]
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}, or no rows: get {GET_CSV}.")
-    read_questions(lines)  # whatever is wrong with it is said before anything is drawn
+    read_questions(lines)  # validate the questions before anything is drawn
     texts: dict[str, str] = {}
     rows: dict[str, Rows] = {}
     for index, line in enumerate(lines):
@@ -79,7 +78,7 @@ def read_question_file(path: str | Path) -> Prompts:
 
 
 def read_prompts(path: str | Path) -> Prompts:
-    """Prompts without questions: lines of {"item_id": ..., "prompt": ...}. Raises UserError for anything else."""
+    """Read prompts without questions, lines of {"item_id": ..., "prompt": ...}. Raise UserError for other files."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         texts = {str(line["item_id"]): str(line["prompt"]) for line in lines}
@@ -91,19 +90,21 @@ def read_prompts(path: str | Path) -> Prompts:
 
 
 class Images(Protocol):
-    """Where images come from."""
+    """A source of images: drawn by a model or read from grids."""
 
     keys: list[Key]
 
     def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image | UserError]]:
-        """Return the files of these images with each image, or why it cannot be read."""
+        """Return each image's file together with the image, or with the error if it cannot be read."""
         ...
 
-    def seed(self, key: Key) -> int: ...
+    def seed(self, key: Key) -> int:
+        """Return the seed that the image was drawn with, 0 if unknown."""
+        ...
 
 
 class DrawnImages:
-    """Images that a unified model draws; a file that is there is not drawn again."""
+    """Images drawn by a unified model; a prompt whose files all exist is not drawn again."""
 
     def __init__(
         self, model: Any, processor: Any, prompts: Prompts, store: RunStore, num_images: int, sampling: dict[str, Any]
@@ -115,6 +116,7 @@ class DrawnImages:
     def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image | UserError]]:
         paths = [self.store.image_path(*key) for key in block]
         if not all(path.exists() for path in paths):
+            # Draw the whole block even if one file is missing: another batch could change the last bits.
             texts, seeds = [self.prompts.texts[item] for item, _ in block], [self.seed(key) for key in block]
             drawn = draw_prompts(self.model, self.processor, texts, seeds, **self.sampling)
             for path, image in zip(paths, drawn, strict=True):
@@ -126,11 +128,11 @@ class DrawnImages:
 
 
 class GridImages:
-    """Read the images of a folder in the official layout: ITEM.png, a grid of 2 x 2 images of `resolution` pixels. A
-    file that cannot be read gives rows that say so.
+    """Images from a folder in the official layout: ITEM.png, a grid of 2 x 2 images of `resolution` pixels each. A file
+    that cannot be read leads to records with that reason.
 
     Raises:
-        UserError: files are missing (unless they may be), nothing is there, or a grid has another size.
+        UserError: files are missing (without `allow_missing`), no file can be read, or a grid has another size.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class GridImages:
             raise UserError(f"None of {len(present)} grids in {folder} can be read; the first: {read[0]}")
         for item, grid in zip(present, read, strict=True):
             if not isinstance(grid, UserError):
-                self._check_size(item, grid)  # told before the first question is asked
+                self._check_size(item, grid)  # fail before the first question is asked
 
     def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image | UserError]]:
         items = list(dict.fromkeys(item for item, _ in block))
@@ -167,7 +169,7 @@ class GridImages:
         return 0
 
     def content(self) -> Iterable[str]:
-        """Each grid's name and sha256."""
+        """Yield each grid's item and sha256."""
         for item in dict.fromkeys(item for item, _ in self.keys):
             yield f"{item} {hashlib.sha256(self._path(item).read_bytes()).hexdigest()}"
 
@@ -188,15 +190,15 @@ class GridImages:
 
 
 def judge_images(store: RunStore, images: Images, prompts: Prompts, judge: Judge | None) -> dict[str, Any]:
-    """Ask about every image that the run has no record of, and finish it; gives its summary.
+    """Ask the questions about every image without a record, finish the run and return its summary.
 
-    Without a judge the images are drawn and nothing is asked.
+    Without a `judge` (the VQA model), images are drawn and nothing is asked.
     """
     described = {} if judge is None else judge.describe()
     size = len({sample for _, sample in images.keys})
     for block in tqdm(store.split_blocks(images.keys, size), desc="DPG", unit="prompt"):
         start, loaded = time.perf_counter(), images.load(block)
-        rows = prompts.rows.get(block[0][0], [])  # a block is one prompt's
+        rows = prompts.rows.get(block[0][0], [])  # a block holds the images of one prompt
         found = judged_or_error([image for _, image in loaded], functools.partial(_ask, judge, rows))
         for key, (path, _), scores in zip(block, loaded, found, strict=True):
             if key in store.done:
@@ -218,11 +220,11 @@ def judge_images(store: RunStore, images: Images, prompts: Prompts, judge: Judge
 
 
 def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
-    """Return `official-compat`, `fixed` and `plain`, each with `dpg`, its interval (prompts resampled), categories,
-    what was lost, and how many answers were `unparsed`: neither yes nor no to the rule, or a guess of the judge.
+    """Return `official-compat`, `fixed` and `plain`, each with `dpg`, its interval (resampling prompts), categories,
+    dropped prompts, and the number of `unparsed` answers: neither yes nor no by the rule, or guessed by the VQA model.
 
     Raises:
-        UserError: the records come from more than one judge.
+        UserError: the records come from more than one VQA model.
     """
     if len(judges := {json.dumps(record.judge, sort_keys=True) for record in records}) > 1:
         raise UserError(f"These records come from {len(judges)} judges, whose figures are no one scale: one run each.")
@@ -237,7 +239,7 @@ def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary for a person: both rules side by side, the judge above them."""
+    """Format the summary: the VQA model, then the three rules side by side."""
     if FIXED.name not in summary:
         return f"{summary['pictures']} images of {summary['prompts']} prompts"
     rules, judge = [summary[rule.name] for rule in (COMPAT, FIXED, PLAIN)], summary["judge"]
@@ -259,7 +261,7 @@ def _two_digits(value: float | None) -> str:
 
 
 def write_grids(folder: Path, paths: Mapping[Key, Path]) -> Path:
-    """Write the images as the official 2 x 2 grids, ITEM.png in `folder`; places without a readable one are black."""
+    """Write the images as official 2 x 2 grids, ITEM.png in `folder`; cells without a readable image are black."""
     by_item: dict[str, list[Path]] = {}
     for (item, _), path in sorted(paths.items()):
         by_item.setdefault(item, []).append(path)
@@ -279,12 +281,12 @@ def write_grids(folder: Path, paths: Mapping[Key, Path]) -> Path:
 
 
 def _unanswered(rows: Rows) -> dict[str, Any]:
-    """Return the scores of an image that nobody could look at: no answer to any question, which every rule counts."""
+    """Return the scores of an unreadable image: an empty answer to every question, which every rule counts as no."""
     return {"answers": {str(int(row["proposition_id"])): "" for row in rows}} if rows else {}
 
 
 def _ask(judge: Judge | None, rows: Rows, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """Return the scores of each image, by itself: an answer depends on nothing else."""
+    """Return the scores of each image, asked separately from the others."""
     return [{} if judge is None else _answers_about(judge, image, rows) for image in images]
 
 
@@ -300,8 +302,8 @@ def _answers_about(judge: Judge, image: Image.Image, rows: Rows) -> dict[str, An
 
 
 def _answers(records: Sequence[Record], rule: Rule) -> tuple[dict[str, list[dict[int, str]]], int]:
-    """Return the answers about every image of a prompt, and how many of them are unparsed. What the judge had to guess
-    stays for the rules that take it, and is no answer to the plain one."""
+    """Return the answers about every image of each prompt, and how many of them are unparsed. A guessed answer counts
+    for the other rules, but is empty for `PLAIN`."""
     answers, unparsed = dict[str, list[dict[int, str]]](), 0
     for record in sorted(records, key=lambda record: record.key):
         given, guessed = record.raw_scores["answers"], record.raw_scores.get("guessed", [])
@@ -313,7 +315,7 @@ def _answers(records: Sequence[Record], rule: Rule) -> tuple[dict[str, list[dict
 
 def _figures(rows: Rows, records: Sequence[Record], rule: Rule) -> dict[str, Any]:
     answers, unparsed = _answers(records, rule)
-    # Not every prompt need be there; the script's fault concerns the first row of the file.
+    # The records may cover only some prompts, but COMPAT skips a row only if it is the first of the whole file.
     questions = read_questions(rows, rule, first_row=rows[0]["row"])
     lost = [item for item in answers if item not in questions]  # its only question stood in the first row
     figures = summarize(questions, {item: each for item, each in answers.items() if item not in lost}, rule)

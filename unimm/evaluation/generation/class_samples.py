@@ -1,8 +1,8 @@
-"""Many images of a class-conditional model in the file that the ADM evaluator reads (arXiv 2105.05233, its
-`evaluations/`): one npz whose `arr_0` is uint8 [N, H, W, 3].
+"""Sample a class-conditional model into the file format of the ADM evaluator (arXiv 2105.05233, its `evaluations/`):
+one npz whose `arr_0` is uint8 [N, H, W, 3].
 
-Images are written as they are drawn, N of them never stand in memory, and the file appears whole or
-not at all. Image k is of class k modulo the number of classes and depends on (seed, k) only.
+Images are streamed to the file, so that the N images are never all in memory, and the file appears complete or not at
+all. Image k is of class k modulo the number of classes and depends on (seed, k) only.
 """
 
 import zipfile
@@ -23,8 +23,11 @@ from unimm.sampling import ImageSampling
 
 @dataclass(frozen=True)
 class SamplesPlan:
-    """`image_size`: pixels a side in the file, resized (bicubic, on 8 bits) from what the tokenizer draws; None keeps
-    it. The evaluator's reference statistics of ImageNet are at 256."""
+    """The settings of a sampling run.
+
+    `image_size` is the side length in the file, resized (bicubic, on 8 bits) from the tokenizer's output; None keeps
+    the output size. The evaluator's reference statistics of ImageNet are at 256.
+    """
 
     num_images: int = 50_000
     batch_size: int = 50
@@ -34,10 +37,10 @@ class SamplesPlan:
 
 
 def write_samples(drawer: ClassDrawer, path: str | Path, plan: SamplesPlan, sampling: ImageSampling) -> tuple[int, ...]:
-    """Draw `plan.num_images` images into the npz at `path`; returns the array's shape.
+    """Generate `plan.num_images` images into the npz at `path`; return the array's shape.
 
     Raises:
-        UserError: a plan of less than one image, or a place that cannot be written to (told before the drawing).
+        UserError: the plan has fewer than one image, or `path` cannot be written (raised before sampling starts).
     """
     if min(plan.num_images, plan.batch_size) < 1:
         raise UserError(f"{plan.num_images} images in batches of {plan.batch_size}: both must be at least 1.")
@@ -48,7 +51,7 @@ def write_samples(drawer: ClassDrawer, path: str | Path, plan: SamplesPlan, samp
 
 
 def drawn_batches(drawer: ClassDrawer, plan: SamplesPlan, sampling: ImageSampling) -> Iterable[np.ndarray]:
-    """uint8 [b, H, W, 3], one batch after the other."""
+    """Yield the generated images as batches, uint8 [b, H, W, 3]."""
     classes = drawer.model.config.num_classes
     for start in tqdm(range(0, plan.num_images, plan.batch_size), desc="images", unit="batch"):
         labels = [k % classes for k in range(start, min(start + plan.batch_size, plan.num_images))]
@@ -62,7 +65,7 @@ def drawn_batches(drawer: ClassDrawer, plan: SamplesPlan, sampling: ImageSamplin
 
 
 def write_npz(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray]) -> None:
-    """Stream uint8 batches [b, H, W, 3] into `arr_0` of an npz, under another name that is renamed at the end.
+    """Stream uint8 batches [b, H, W, 3] into `arr_0` of an npz, in a temporary file that is renamed at the end.
 
     Raises:
         UserError: the file cannot be written, or the batches do not fill `shape` (nothing is left behind).
@@ -71,6 +74,7 @@ def write_npz(path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray])
     written = 0
     with appearing(path, "samples") as temporary:
         archive = zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED)
+        # zip64: the size is unknown when the entry is opened, and may exceed 2 GiB
         with archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for batch in batches:

@@ -1,4 +1,4 @@
-"""The command that compares drawn images with real ones: `unimm eval generation`, eval/generation.py."""
+"""The command that compares generated images with real ones: `unimm eval generation`, eval/generation.py."""
 
 import argparse
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ from unimm.runs.provenance import git_commit
 from unimm.runs.report import Report
 
 BENCH = "generation"
-KEY = ("sets", 0)  # a run has one record: figures belong to a set, not to an image
+KEY = ("sets", 0)  # a run has one record: scores belong to a set, not to an image
 
 Figures = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Parse, load, compare, report.
+    """Parse the arguments, load the feature space, compare the sets, and report the scores.
 
     Raises:
-        UserError: what a person got wrong.
+        UserError: invalid arguments or inputs.
     """
     arguments = parse_run(_parser(description), argv, bench=BENCH)
     _check(arguments)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
 
 
 def _compared(arguments: argparse.Namespace, space: FeatureSpace) -> Figures:
-    """The figures, by all processes together; the samples' statistics are written where they are asked for."""
+    """Compute the scores on all processes together; write the samples' statistics if requested."""
     reference = read_reference(arguments.reference, space, arguments.num_images, arguments.batch_size)
     generated = _collected(arguments, space)
     found = compare(generated, reference, space=space, kernel_size=arguments.kernel_size)
@@ -73,7 +73,7 @@ def _collected(arguments: argparse.Namespace, space: FeatureSpace) -> Collected:
 
 
 def _recorded(arguments: argparse.Namespace, space: FeatureSpace, described: dict[str, Any]) -> Figures:
-    """The figures, kept in the run's folder and taken from there when it holds them already."""
+    """Compute the scores and keep them in the run's folder, or take them from there if it already has them."""
     with RunStore.open(arguments.output, _manifest(arguments, described)) as store:
         mine = store.split([KEY])
         if KEY not in store.done or arguments.write_statistics is not None:

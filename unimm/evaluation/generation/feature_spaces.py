@@ -1,8 +1,9 @@
-"""Networks in whose features sets of images are compared: Inception from a user's file, any vision encoder, or an
-image tokenizer's own encoder.
+"""Feature spaces for comparing sets of images: Inception (from a local file), any vision encoder, or an image
+tokenizer's own encoder.
 
-A space has a name, and figures carry it (`fid` is Inception's alone, `fd_dinov2_cls_224` another scale);
-its description holds the weights' sha256, the layer and the preprocessing. Every space takes the same 8-bit images.
+Distances carry the name of their space (`fid` is reserved for Inception, `fd_dinov2_cls_224` is on another scale). A
+space's description holds the sha256 of the weights, the layer and the preprocessing. All spaces take the same 8-bit
+images.
 """
 
 from pathlib import Path
@@ -24,8 +25,8 @@ POOL, SPATIAL, PROBABILITIES = "pool", "spatial", "probabilities"
 
 
 class FeatureSpace(Protocol):
-    """`features` of images uint8 [B, H, W, 3]: always `pool` [B, D]; Inception's also `spatial` and
-    `probabilities`."""
+    """A feature space. `features` takes images uint8 [B, H, W, 3] and returns `pool` [B, D]; Inception also returns
+    `spatial` and `probabilities`."""
 
     name: str
 
@@ -35,7 +36,7 @@ class FeatureSpace(Protocol):
 
 
 class InceptionSpace:
-    """FID's own network."""
+    """The features of FID's Inception network."""
 
     name = "inception"
 
@@ -53,7 +54,7 @@ class InceptionSpace:
 
 
 class EncoderSpace:
-    """A pretrained vision encoder: its CLS token behind the final norm, or the mean of the patches where it has none.
+    """The features of a pretrained vision encoder: the CLS token after the final norm, or the mean patch without CLS.
 
     Images are resized to the encoder's own size (bicubic, no crop), as dgm-eval does for DINOv2.
     """
@@ -84,8 +85,8 @@ class EncoderSpace:
 class TokenizerSpace:
     """The mean patch feature of an image tokenizer's encoder.
 
-    It flatters the tokenizer: a decoder that was trained towards these features makes them right before the image
-    is. `original` says that the encoder is the one that the tokenizer began with.
+    It is biased in favor of the tokenizer: a decoder trained toward these features matches them before it matches the
+    image. `original` means that the encoder is the one from which the tokenizer's training started.
     """
 
     def __init__(self, tokenizer: ImageTokenizer, *, original: bool) -> None:
@@ -108,7 +109,7 @@ class TokenizerSpace:
 def load_space(
     inception: str | Path | None, encoder: str | Path | None, device: str | torch.device | None = None
 ) -> FeatureSpace | None:
-    """The space of an Inception file or of an encoder's folder; None where neither is named.
+    """Load the space of an Inception file or of an encoder's folder; None if neither is given.
 
     Raises:
         UserError: the file or folder cannot be read, or holds another network.
@@ -120,7 +121,7 @@ def load_space(
 
 
 def space_settings(described: dict[str, Any]) -> dict[str, Any]:
-    """What `FeatureSpace.describe` says beside the sha256 of the weights, which a manifest keeps among its weights."""
+    """Return `FeatureSpace.describe` without the sha256 of the weights, which a manifest keeps under `weights`."""
     return {name: value for name, value in described.items() if name != "sha256"}
 
 

@@ -1,10 +1,10 @@
-"""Sets of drawn images against sets of real ones: FID, sFID, inception score, kernel distance, precision and recall.
+"""Compare generated images with real ones: FID, sFID, inception score, kernel distance, precision and recall.
 
 The same code compares reconstructions with their originals. Sets come from a folder, a parquet file or the ADM
 evaluator's npz; a reference npz may hold statistics (`mu`, `sigma`, `mu_s`, `sigma_s`) instead of images or beside
-them, as the published ones do. Images of another size are never resized in silence, and sets of different N never
-compared: the distance depends on N. An image that cannot be read, or a rare one of another size, is left out and named;
-it still counts for the N of its set. Processes share the images and merge exact statistics.
+them, like the published ones. Images of another size are never resized silently, and sets of different N are never
+compared, because the distance depends on N. An unreadable image, or a rare one of another size, is left out and named;
+it still counts toward the N of its set. Processes share the images and merge exact statistics.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,14 +37,16 @@ from unimm.evaluation.runs.store import processes
 from unimm.runs.provenance import appearing
 
 KERNEL_SUBSETS, KERNEL_SIZE, SCORE_SPLITS = 100, 1000, 10
-MAX_ODD_SHARE = 0.01  # of a set: more images of another size than the first one's are no accident
+MAX_ODD_SHARE = 0.01  # of a set; more images that differ in size from the first one are an error
 ADM_STATISTICS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 
 
 @dataclass
 class Collected:
-    """What a feature space sees of a set: streaming statistics of every kind, and all pooled features and
-    probabilities; `count` images were seen, the `unreadable` ones were left out."""
+    """The features of a set: streaming statistics of every kind, and all pooled features and probabilities.
+
+    `count` images were processed; the `unreadable` ones were left out.
+    """
 
     statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Collected:
     unreadable: list[str] = field(default_factory=list)
 
     def add(self, features: dict[str, Tensor]) -> None:
-        """Take in one batch of a `FeatureSpace`. Raises UserError where a feature is not finite."""
+        """Add one batch of features. Raises UserError if a feature is not finite."""
         for name, values in features.items():
             if not torch.isfinite(values).all():
                 raise UserError("The network gives features that are not finite: are its weights whole?")
@@ -63,7 +65,7 @@ class Collected:
         self.count += len(features[POOL])
 
     def merged(self) -> "Collected":
-        """What all processes have collected, in their order, on each of them."""
+        """Return, on every process, what all processes have collected, in rank order."""
         if processes().num_processes == 1:
             return self
         whole = Collected()
@@ -82,8 +84,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class Reference:
-    """What is compared with: moments by kind, and the pooled features where there are images; the `unreadable` ones are
-    in neither."""
+    """The reference set: moments by kind, and the pooled features if there are images; the `unreadable` ones are in
+    neither."""
 
     moments: dict[str, Moments]
     pool: Tensor | None = None
@@ -91,8 +93,10 @@ class Reference:
 
 
 class PairedSets:
-    """Originals and their reconstructions as two sets; `add` takes them batch by batch, uint8 [B, H, W, 3]. A pair of
-    which one has features that are not finite is left out of both, and counted."""
+    """Originals and their reconstructions as two sets; `add` takes batches, uint8 [B, H, W, 3].
+
+    If one image of a pair has non-finite features, the pair is left out of both sets, and counted.
+    """
 
     def __init__(self, space: FeatureSpace) -> None:
         self.space, self.originals, self.drawn, self.left_out = space, Collected(), Collected(), 0
@@ -107,7 +111,7 @@ class PairedSets:
         self.drawn.add(pair[1])
 
     def figures(self) -> dict[str, Any]:
-        """Those of `compare`, the reference being the same images before they were reconstructed."""
+        """Compute the scores of `compare`, with the originals as the reference."""
         moments = {kind: statistics.moments for kind, statistics in self.originals.statistics.items()}
         reference = Reference(moments, self.originals.all(POOL))
         found = compare(self.drawn, reference, space=self.space)
@@ -115,7 +119,7 @@ class PairedSets:
 
 
 def collect(space: FeatureSpace, images: ImageSet, batch_size: int = 50) -> Collected:
-    """The features of a set, shared by all processes in contiguous parts.
+    """Compute the features of a set; each process takes a contiguous part of the images.
 
     Raises:
         UserError: too many images differ from the first one in size, or fewer than two can be read.
@@ -148,7 +152,10 @@ def collect(space: FeatureSpace, images: ImageSet, batch_size: int = 50) -> Coll
 
 
 def _collect_batch(collected: Collected, space: FeatureSpace, batch: Sequence[tuple[str, Image.Image]]) -> None:
-    """Add the features of a batch; a single image whose features are not finite is left out and named."""
+    """Add the features of a batch; an image with non-finite features is left out and named.
+
+    If no image of the batch has finite features, `Collected.add` raises: then the network is at fault.
+    """
     features = space.features(to_array([image for _, image in batch]))
     kept = finite_rows(features)
     if kept.any() and not kept.all():
@@ -158,13 +165,15 @@ def _collect_batch(collected: Collected, space: FeatureSpace, batch: Sequence[tu
 
 
 def finite_rows(features: dict[str, Tensor]) -> Tensor:
-    """Return which images [B] have finite features only."""
+    """Return a mask [B] of the images whose features are all finite."""
     return torch.stack([torch.isfinite(values).flatten(1).all(dim=1) for values in features.values()]).all(dim=0)
 
 
 def _first_readable(images: ImageSet) -> tuple[str, tuple[int, int]]:
-    """Return the name and the size of the first image that can be read. Raises UserError if there is none, or one
-    image only."""
+    """Return the name and the size of the first image that can be read.
+
+    Raises UserError if there is none, or if the set has fewer than two images.
+    """
     if len(images) < 2:
         raise UserError(f"{len(images)} images are no distribution: give at least 2.")
     reason: UserError | None = None
@@ -177,10 +186,10 @@ def _first_readable(images: ImageSet) -> tuple[str, tuple[int, int]]:
 
 
 def read_reference(source: str, space: FeatureSpace, count: int | None, batch_size: int = 50) -> Reference:
-    """The reference set: ADM's npz with statistics, images or both, or images from elsewhere.
+    """Read the reference set: ADM's npz with statistics, images or both, or images from another source.
 
     Raises:
-        UserError: as `collect`; statistics of another width or for another space than Inception.
+        UserError: as `collect`; or the npz has neither, malformed statistics, or statistics of another feature space.
     """
     path = data_path(source)
     moments: dict[str, Moments] = {}
@@ -203,14 +212,14 @@ def read_reference(source: str, space: FeatureSpace, count: int | None, batch_si
 def compare(
     generated: Collected, reference: Reference, *, space: FeatureSpace, kernel_size: int | None = None
 ) -> dict[str, Any]:
-    """The figures of one set against another, each as far as the space and the reference allow.
+    """Compute all scores of a set against a reference that the space and the reference allow.
 
-    `fid` and `sfid` (Inception), `fd_NAME` (any other space); `kid` over `kernel_size` images a subset (1000, or as
+    `fid` and `sfid` (Inception), `fd_NAME` (any other space); `kid` with `kernel_size` images per subset (1000, or as
     many as there are), `precision`, `recall`, `density`, `coverage`; `inception_score` over 10 splits of a fixed
     permutation and `inception_score_adm` over blocks of 5000 in the given order; `count` and `count_reference`.
 
     Raises:
-        UserError: the sets differ in number, or hold fewer images than a figure needs.
+        UserError: the sets differ in size or feature width, or hold fewer images than a score needs.
     """
     inception, found = space.name == "inception", dict[str, Any]()
     found |= {"count": generated.count, "count_reference": reference.moments[POOL].count}
@@ -234,7 +243,7 @@ def compare(
         smaller = min(len(pool), len(reference.pool))
         size = min(KERNEL_SIZE, smaller) if kernel_size is None else kernel_size
         if generated.unreadable or reference.unreadable:
-            size = min(size, smaller)
+            size = min(size, smaller)  # left-out images must not make the requested subset size an error
         if smaller <= PRDC_NEIGHBOURS or size > smaller:
             raise UserError(
                 f"Subsets of {size} images and {PRDC_NEIGHBOURS} neighbours need more than {smaller} images."
@@ -254,14 +263,14 @@ def compare(
 
 
 def _whole(moments: Moments, unreadable: Sequence[str]) -> Moments:
-    """Return the moments with the N that the set was asked to have: it decides whether two sets are comparable."""
+    """Return the moments with N including unreadable images: sets are comparable if their requested sizes are equal."""
     return replace(moments, count=None if moments.count is None else moments.count + len(unreadable))
 
 
 def write_images_npz(
     source: str, path: str | Path, count: int | None = None, unreadable: Sequence[str] = ()
 ) -> tuple[int, ...]:
-    """Write a set of images, but for the `unreadable` ones, as the ADM evaluator's npz; returns the array's shape.
+    """Write a set of images, without the `unreadable` ones, as the ADM evaluator's npz; return the array's shape.
 
     Raises:
         UserError: another image cannot be read, sizes differ, or the file cannot be written.
@@ -275,8 +284,10 @@ def write_images_npz(
 
 
 def write_statistics(path: str | Path, collected: Collected, space: FeatureSpace) -> None:
-    """What ADM's reference files hold of a set, and the name of the space. Raises UserError where it cannot be
-    written."""
+    """Write the statistics of a set in the format of ADM's reference files, and the name of the space.
+
+    Raises UserError if the file cannot be written.
+    """
     arrays: dict[str, Any] = {"space": np.array(space.name), "count": np.array(collected.count)}
     for kind, (mean, covariance) in ADM_STATISTICS.items():
         if kind in collected.statistics:

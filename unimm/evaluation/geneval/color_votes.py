@@ -1,8 +1,8 @@
-"""The color of an object, as GenEval's scorer asks for it: CLIP (https://arxiv.org/abs/2103.00020) among ten colors.
+"""Zero-shot color classification of objects with CLIP (https://arxiv.org/abs/2103.00020), as in GenEval's scorer.
 
-What lies outside the object's mask becomes gray, the box is cut out, and CLIP's own preparation cuts the
-ends off what is longer than wide; all three are the benchmark's and stay. Each class has a text classifier of its own,
-three wordings averaged on the sphere.
+Pixels outside the object's mask become gray, the box is cropped, and CLIP's center crop cuts off the ends of elongated
+boxes; all three are part of the benchmark. Each class has its own text classifier over ten colors, the normalized mean
+of three prompt templates.
 """
 
 from collections.abc import Sequence
@@ -29,26 +29,26 @@ CLIP_SHA256 = "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 GREY, KEEP = "#999", "original"
-LOGIT_SCALE = 100.0
+LOGIT_SCALE = 100.0  # affects the shares of the vote, not which color wins
 
 
 class Vote(NamedTuple):
-    """The color of an object, and the share of the vote (softmax over the ten) that each color has."""
+    """The color of an object, and each color's share of the vote (softmax over the ten colors)."""
 
     color: str
     shares: dict[str, float]
 
 
 class ColorVoter:
-    """Names the colors of objects.
+    """A CLIP that classifies the colors of objects.
 
     Args:
         model: a CLIP, in evaluation mode.
-        text_tokenizer: its own.
-        name: where it comes from.
-        background: what the rest of the image is painted in; "original" keeps it.
-        crop: whether the object's box is cut out.
-        batch_size: objects in a forward.
+        text_tokenizer: the CLIP's text tokenizer.
+        name: name of the checkpoint.
+        background: color of the pixels outside the mask; "original" keeps them.
+        crop: whether to crop to the object's box.
+        batch_size: objects per forward.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class ColorVoter:
 
     @torch.inference_mode()
     def vote(self, image: Image.Image, segments: Sequence[Segment], class_name: str) -> list[Vote]:
-        """The vote on each segment of `class_name`.
+        """Classify the color of each segment of `class_name`.
 
         Raises:
-            UserError: the network gave scores that are not finite.
+            UserError: the network returned scores that are not finite.
         """
         views = [object_view(image, segment, self.background, crop=self.crop) for segment in segments]
         votes = []
@@ -82,12 +82,12 @@ class ColorVoter:
         return votes
 
     def describe(self) -> dict[str, Any]:
-        """What stands beside every number of this voter."""
+        """Return name, weights, dtype and device, to be recorded with every result."""
         kind = str(self.model.dtype).removeprefix("torch.")
         return {"name": self.name, "sha256": self.fingerprint, "dtype": kind, "device": self.model.device.type}
 
     def _logits(self, views: Sequence[Image.Image], class_name: str) -> Tensor:
-        """[B, 10] in float32."""
+        """Return the color logits [B, 10] in float32."""
         size = self.model.config.vision_config.image_size
         pixel_values = torch.stack([prepare_view(view, size) for view in views])
         features = self.model.get_image_features(pixel_values=pixel_values.to(self.model.device, self.model.dtype))
@@ -101,7 +101,7 @@ class ColorVoter:
         return logits
 
     def _classifier(self, class_name: str) -> Tensor:
-        """[10, D]: per color the mean of its wordings, on the unit sphere."""
+        """Return the text classifier [10, D]: per color the mean over the templates, L2-normalized."""
         if class_name not in self._classifiers:
             texts = [template.format(color=color, name=class_name) for color in COLORS for template in TEMPLATES]
             tokens = self.text_tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
@@ -112,16 +112,16 @@ class ColorVoter:
 
 
 def object_view(image: Image.Image, segment: Segment, background: str = GREY, *, crop: bool = True) -> Image.Image:
-    """What CLIP is shown of an object in an upright RGB image."""
+    """Mask and crop one object of an upright RGB image, as CLIP receives it."""
     blank = image if background == KEEP else Image.new("RGB", image.size, color=background)
     alone = Image.composite(image, blank, Image.fromarray(segment.mask))
-    return alone.crop(segment.box) if crop else alone  # Pillow rounds the corners, halves to even
+    return alone.crop(segment.box) if crop else alone  # Pillow rounds fractional corners, halves to even
 
 
 def prepare_view(view: Image.Image, size: int) -> Tensor:
-    """CLIP's own preparation: the short side to `size` (bicubic), the centre cut out, normalized; [3, size, size].
+    """Preprocess as the original CLIP: short side to `size` (bicubic), center crop, normalize; [3, size, size].
 
-    Half a pixel of the crop's offset is rounded to even, as the original code does; transformers rounds it down.
+    A crop offset of half a pixel is rounded to even, as in the original code; transformers rounds it down.
     """
     width, height = view.size
     resized = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
@@ -140,10 +140,10 @@ def load_color_voter(
     background: str = GREY,
     crop: bool = True,
 ) -> ColorVoter:
-    """The CLIP in a local folder.
+    """Load the CLIP from a local folder.
 
     Raises:
-        UserError: no folder is given or there, or a broken checkpoint.
+        UserError: the folder is not given or missing, or the checkpoint is broken.
     """
     what = f"its model.safetensors has the sha256 {CLIP_SHA256}"
     folder = checkpoint_folder(path, "--clip", CLIP_ID, what)

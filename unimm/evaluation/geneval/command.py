@@ -1,8 +1,8 @@
-"""The command of GenEval, eval/geneval.py: draw or read images, check the scorer on known ones, judge them.
+"""Command line of GenEval (`unimm eval gen`, eval/geneval.py): draw or read images and score them.
 
-A second judge may answer questions about the same images (`--vqa`). Instead of scoring it calibrates verdicts against
-people (`--calibrate`), looks for the prompts in training captions (`--contamination`), or writes the prompts
-(`--write-prompts`).
+The scorer is first checked on known images. With `--vqa`, a VQA model scores the same images a second time. Other modes
+compare verdicts with human annotations (`--calibrate`), search training captions for the prompts (`--contamination`),
+or write the prompts (`--write-prompts`).
 """
 
 import argparse
@@ -58,10 +58,11 @@ from unimm.runs.report import Report
 
 RESULTS, QUESTIONS = "geneval_results.jsonl", "questions"
 RECORDED_SCORE = 0.05  # detections are kept from here on, so that other thresholds can be tried without a detector
-SHAPES_PROMPTS = 50  # of each tag, where no --limit is given
+SHAPES_PROMPTS = 50  # per tag, if --limit is not given
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
+    """Build the argument parser; without a `description` this module's docstring is shown."""
     made = argparse.ArgumentParser(
         prog=None if description else "unimm eval gen",
         description=description or __doc__,
@@ -103,10 +104,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Do what the command line asks.
+    """Run the mode that the command line selects.
 
     Raises:
-        UserError: what a person got wrong.
+        UserError: invalid arguments, unreadable files, or a scorer that fails on known images.
     """
     arguments = parse_run(parser(description), argv, bench=BENCH)
     report = Report(arguments.json if processes().is_main_process else None)
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
 
 
 def _score(arguments: argparse.Namespace, report: Report) -> None:
+    """Draw or read the images, score them, and write the results."""
     if arguments.output is None:
         raise UserError("--output DIR is not given: images, detections and verdicts are kept there.")
     if arguments.export is not None and Path(arguments.export).exists():
@@ -168,7 +170,7 @@ def _score(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def _given(arguments: argparse.Namespace) -> ImageFolder | None:
-    """The folder to judge, if one is. Raises UserError where it is also said how to draw."""
+    """Read the folder given by --images, if any. Raise UserError if drawing options are given too."""
     if arguments.images is None:
         return None
     drawing = ("model", "prompts", "limit", "guidance_scale", "temperature")
@@ -178,7 +180,7 @@ def _given(arguments: argparse.Namespace) -> ImageFolder | None:
 
 
 def _evaluated(arguments: argparse.Namespace) -> EvaluatedModel:
-    """The model under test. Raises UserError for an image tokenizer alone."""
+    """Load the model under test. Raise UserError for an image tokenizer alone."""
     evaluated = load_evaluated_model(arguments.model, arguments.device)
     if evaluated.model is None:
         raise UserError(f"{arguments.model} is an image tokenizer and cannot draw: give a unified model.")
@@ -186,7 +188,7 @@ def _evaluated(arguments: argparse.Namespace) -> EvaluatedModel:
 
 
 def _check_classes(prompts: Mapping[str, Metadata], scorer: Scorer) -> None:
-    """Refuse prompts about what the scorer cannot find, before anything is drawn."""
+    """Raise UserError, before anything is drawn, if a prompt names a class that the scorer does not know."""
     for item, prompt in prompts.items():
         for rule in (*prompt["include"], *prompt.get("exclude", ())):
             if rule["class"] not in scorer.class_names:
@@ -204,7 +206,7 @@ def _second_judge(
     prompts: Mapping[str, Metadata],
     manifest: Manifest,
 ) -> None:
-    """The same images judged by answers, and where the two judges part."""
+    """Score the same images with a VQA model and report where it disagrees with the detector."""
     with report.timed("load_vqa"):
         judge = load_vqa_model(arguments.vqa, device=arguments.device)
     folder, described = Path(arguments.output), judge.describe()
@@ -256,6 +258,7 @@ def _scorer(arguments: argparse.Namespace) -> Scorer:
         "device": torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")),
         "dtype": getattr(torch, arguments.dtype),
     }
+    # The detector must keep every score that a threshold, now or in a later recount, could accept.
     lowest = min(RECORDED_SCORE, thresholds.threshold, thresholds.counting_threshold)
     detector = load_detector(arguments.detector, min_score=lowest, batch_size=arguments.batch_size, **place)
     voter = load_color_voter(arguments.clip, background=arguments.background, crop=not arguments.no_crop, **place)
@@ -263,7 +266,7 @@ def _scorer(arguments: argparse.Namespace) -> Scorer:
 
 
 def _calibrate(arguments: argparse.Namespace, report: Report) -> None:
-    """Verdicts against the majority of people, per tag."""
+    """Compare recorded verdicts with the majority of human raters, per tag."""
     if arguments.verdicts is None:
         raise UserError("--calibrate needs --verdicts DIR, the folder of a finished run on the annotated images.")
     records = read_records(arguments.verdicts)
@@ -282,7 +285,7 @@ def _calibrate(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def _contamination(arguments: argparse.Namespace, report: Report) -> None:
-    """How many captions are prompts of the track, or could be."""
+    """Count captions that match the track's prompts or their templates."""
     track = _track(arguments)
     found = overlap(read_captions(arguments.contamination), [prompt["prompt"] for prompt in track.prompts])
     report.say("\n".join([f"{arguments.contamination} against {track.name}", *found.lines()]))

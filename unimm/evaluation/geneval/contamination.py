@@ -1,8 +1,8 @@
-"""How many training captions are prompts of the benchmark, or could have been: exact, normalized, and by template.
+"""Contamination check: count training captions that match GenEval's prompts exactly, normalized, or by template.
 
-Training data grown from GenEval's own grammar ("a photo of a C1 X and a C2 Y") lifts the score without a
-single prompt being copied, so every sentence that the grammar could have written is counted by itself: once with the
-benchmark's own classes and colors, once with any nouns in their places.
+Training data generated from GenEval's grammar ("a photo of a C1 X and a C2 Y") raises the score without copying a
+single prompt. Captions that fit the grammar are therefore counted separately: once with the benchmark's own classes and
+colors, once with any nouns in place of the classes.
 """
 
 import json
@@ -18,15 +18,15 @@ from unimm.errors import UserError, one_line
 from unimm.evaluation.geneval.rules import COCO_CLASSES, COLORS
 
 CAPTION_KEYS = ("caption", "text", "prompt")
-EXAMPLES = 5  # captions of each kind that a report shows
-_COCO_OWN_NAMES = ("mouse", "remote", "keyboard")  # what the benchmark calls computer mouse, tv remote, ...
+EXAMPLES = 5  # captions kept per kind of match
+_COCO_OWN_NAMES = ("mouse", "remote", "keyboard")  # COCO's names of computer mouse, tv remote, computer keyboard
 _NOUN = r"[a-z]+(?: [a-z]+){0,2}"  # one to three words
 _ARTICLE = "an? "
 
 
 @dataclass
 class Overlap:
-    """Captions by how they match, the prompts that were met, and a few captions of each kind."""
+    """Counts of captions by kind of match, the prompts that were found, and a few captions per kind."""
 
     captions: int = 0
     exact: int = 0
@@ -37,7 +37,7 @@ class Overlap:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """For a person: one line per kind of match."""
+        """Format one line per kind of match."""
         kinds = {"exact": self.exact, "normalized": self.normalized}
         kinds |= {"template": sum(self.template.values()), "any class": sum(self.template_any_class.values())}
         shares = [f"{name:<12} {count:>8} of {self.captions} captions" for name, count in kinds.items()]
@@ -45,12 +45,12 @@ class Overlap:
 
 
 def normalize_caption(text: str) -> str:
-    """Lower case, letters and digits only, single spaces."""
+    """Lowercase the text and keep only letters, digits and single spaces."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def overlap(captions: Iterable[str], prompts: Sequence[str]) -> Overlap:
-    """Compare captions with prompts. A normalized match is no exact one, and a template match neither of the two."""
+    """Compare captions with prompts. Each caption counts once: as exact, else normalized, else by template."""
     exact, normalized = set(prompts), {normalize_caption(prompt): prompt for prompt in prompts}
     closed, any_class = _templates(_words(COCO_CLASSES), _words(COLORS)), _templates(_NOUN, _words(COLORS))
     result, met = Overlap(), set[str]()
@@ -81,10 +81,10 @@ def overlap(captions: Iterable[str], prompts: Sequence[str]) -> Overlap:
 
 
 def read_captions(path: str | Path) -> Iterator[str]:
-    """Captions of a text file, one per line, or of a JSONL file with `caption`, `text` or `prompt`.
+    """Yield the captions of a text file, one per line, or of a JSONL file with `caption`, `text` or `prompt`.
 
     Raises:
-        UserError: the file cannot be read, or a line of JSON holds no caption.
+        UserError: the file cannot be read, or a line of JSON has no caption.
     """
     path = Path(path)
     try:
@@ -110,13 +110,13 @@ def _caption(line: str, source: str) -> str:
 
 
 def _words(names: Sequence[str]) -> str:
-    """A pattern of any of the names, longer ones first, COCO's own names beside the benchmark's."""
+    """Build a pattern that matches any of the names, longer ones first; classes include COCO's original names."""
     known = {*names, *(_COCO_OWN_NAMES if names is COCO_CLASSES else ())}
     return "|".join(sorted(known, key=lambda name: (-len(name), name)))
 
 
 def _templates(noun: str, color: str) -> dict[str, re.Pattern[str]]:
-    """Per tag the sentences of the grammar; single objects only where the nouns are known, else all would match."""
+    """Compile the grammar's pattern per tag; single objects only for known nouns, else any object would match."""
     some, colored = f"{_ARTICLE}(?:{noun})", f"{_ARTICLE}(?:{color}) (?:{noun})"
     numbers = "|".join(NUMBERS[2:5])
     many = noun if noun == _NOUN else "|".join(_plurals(noun.split("|")))

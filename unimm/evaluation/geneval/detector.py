@@ -1,13 +1,12 @@
-"""Objects in photographs: Mask2Former (https://arxiv.org/abs/2112.01527) read as GenEval's scorer reads it.
+"""Instance detection with Mask2Former (https://arxiv.org/abs/2112.01527), post-processed as GenEval's scorer does.
 
-Special here is what stands around the network. The library's own post-processing scores masks at 384 x 384 and gives
-one label per query; the benchmark's detector does neither, so its steps are written out below: the 100 best pairs of
-query and class, masks at the image's own size, class probability times mask quality, boxes from masks. Preparation
-follows it too: bilinear without antialiasing, the short side 800 and the long side at most 1333, zeros on the right and
-below up to a multiple of 32.
+The post-processing of transformers scores masks at 384 x 384 and returns one label per query. The benchmark's detector
+does neither, so its steps are implemented here: the 100 best (query, class) pairs, masks at the image's own size, class
+probability times mask quality, boxes from masks. Preprocessing follows it too: bilinear without antialiasing, short
+side 800 and long side at most 1333, zero padding on the right and below to a multiple of 32.
 
-The published weights in this library's format are another training of the same architecture than the official scorer's,
-hence the name `geneval-hf`: absolute scores shift, and `--calibrate` measures how far from people they are.
+The published transformers weights come from another training run of the same architecture than the official scorer's,
+hence the name `geneval-hf`: absolute scores shift, and `--calibrate` measures the agreement with people.
 """
 
 from collections.abc import Sequence
@@ -30,13 +29,13 @@ from unimm.saving import no_load_report, refuse_holes
 DETECTOR_ID = "facebook/mask2former-swin-small-coco-instance"
 SHORT_SIDE, LONG_SIDE, MULTIPLE = 800, 1333, 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-CANDIDATES = 100  # pairs of query and class that are looked at
-# What COCO, and with it the checkpoint, calls the three classes that the benchmark renames.
+CANDIDATES = 100  # (query, class) pairs that are considered
+# COCO's names, used by the checkpoint, of the three classes that the benchmark renames.
 _RENAMED = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
 
 
 class Segment(NamedTuple):
-    """One object: `label` indexes COCO_CLASSES, `box` is (x1, y1, x2, y2) in whole pixels, `mask` bool [H, W]."""
+    """An object: `label` indexes COCO_CLASSES, `box` is (x1, y1, x2, y2) in whole pixels, `mask` bool [H, W]."""
 
     label: int
     box: tuple[float, float, float, float]
@@ -45,7 +44,7 @@ class Segment(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """(height, width) of an image, of its resized form, and of that with the padding that the network sees."""
+    """(height, width) of an image, after resizing, and after padding (the network's input)."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -53,6 +52,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, height: int, width: int) -> "Geometry":
+        """Compute the geometry of an image of this size."""
         scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
         resized = (int(height * scale + 0.5), int(width * scale + 0.5))
         padded = (-(-resized[0] // MULTIPLE) * MULTIPLE, -(-resized[1] // MULTIPLE) * MULTIPLE)
@@ -60,13 +60,13 @@ class Geometry(NamedTuple):
 
 
 class InstanceDetector:
-    """Finds objects of COCO's 80 classes.
+    """A Mask2Former that detects objects of COCO's 80 classes.
 
     Args:
         model: a Mask2Former for those classes, in evaluation mode.
-        name: where it comes from.
-        min_score: segments with a lower score are left out; below every threshold that will be asked for.
-        batch_size: images of one size in a forward.
+        name: name of the checkpoint.
+        min_score: segments with a lower score are dropped; keep it below every threshold that will be used.
+        batch_size: images (of one size) per forward.
     """
 
     def __init__(self, model: Any, name: str, *, min_score: float = 0.05, batch_size: int = 4) -> None:
@@ -75,10 +75,10 @@ class InstanceDetector:
 
     @torch.inference_mode()
     def detect(self, images: Sequence[Image.Image]) -> list[list[Segment]]:
-        """The segments of each upright RGB image, the best first.
+        """Return the segments of each upright RGB image, best first.
 
         Raises:
-            UserError: the network gave scores that are not finite.
+            UserError: the network returned scores that are not finite.
         """
         found: dict[int, list[Segment]] = {}
         by_size: dict[tuple[int, int], list[int]] = {}
@@ -94,12 +94,12 @@ class InstanceDetector:
         return [found[index] for index in range(len(images))]
 
     def describe(self) -> dict[str, Any]:
-        """What stands beside every number of this detector."""
+        """Return name, weights, dtype and device, to be recorded with every result."""
         kind = str(self.model.dtype).removeprefix("torch.")
         return {"name": self.name, "sha256": self.fingerprint, "dtype": kind, "device": self.model.device.type}
 
     def _forward(self, images: Sequence[Image.Image], geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """Class logits [B, Q, 81] and mask logits [B, Q, H/4, W/4], in float32."""
+        """Return class logits [B, Q, 81] and mask logits [B, Q, H/4, W/4], in float32."""
         pixel_values = prepare(images, geometry).to(self.model.device, self.model.dtype)
         output = self.model(pixel_values=pixel_values)
         classes, masks = output.class_queries_logits.float(), output.masks_queries_logits.float()
@@ -112,7 +112,7 @@ class InstanceDetector:
 
 
 def prepare(images: Sequence[Image.Image], geometry: Geometry) -> Tensor:
-    """Images of one size as the network's input [B, 3, H, W]: resized, rounded to 8 bits, normalized, padded."""
+    """Convert images of one size to the network's input [B, 3, H, W]: resize, round to 8 bits, normalize, pad."""
     pixels = torch.from_numpy(to_array(images)).permute(0, 3, 1, 2).float()
     resized = F.interpolate(pixels, geometry.resized, mode="bilinear", align_corners=False).round()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -121,16 +121,16 @@ def prepare(images: Sequence[Image.Image], geometry: Geometry) -> Tensor:
 
 
 def segments_of(class_logits: Tensor, mask_logits: Tensor, geometry: Geometry, min_score: float) -> list[Segment]:
-    """Segments of one image, the best first.
+    """Return the segments of one image, best first.
 
     Args:
-        class_logits: [Q, 81], the last for "no object".
+        class_logits: [Q, 81], the last column for "no object".
         mask_logits: [Q, h, w] over the padded input.
     """
     labels = class_logits.shape[-1] - 1
     probabilities = class_logits.softmax(-1)[:, :-1].flatten()  # [Q * 80]
     best = probabilities.topk(min(CANDIDATES, len(probabilities)))
-    # Mask quality is at most 1, so what is too low already needs no mask.
+    # Mask quality is at most 1: a class probability below min_score can be dropped before any mask is resized.
     kept = best.values > min_score
     scores, queries, classes = best.values[kept], best.indices[kept] // labels, best.indices[kept] % labels
     found = []
@@ -147,7 +147,7 @@ def segments_of(class_logits: Tensor, mask_logits: Tensor, geometry: Geometry, m
 
 
 def box_of(mask: Tensor) -> tuple[float, float, float, float]:
-    """The box around a mask [H, W]: first column and row, and one past the last; zeros for an empty mask."""
+    """Return the box of a mask [H, W]: first column and row, and one past the last; zeros for an empty mask."""
     columns, rows = mask.any(0).nonzero()[:, 0], mask.any(1).nonzero()[:, 0]
     if not len(columns):
         return (0.0, 0.0, 0.0, 0.0)
@@ -162,10 +162,10 @@ def load_detector(
     min_score: float = 0.05,
     batch_size: int = 4,
 ) -> InstanceDetector:
-    """The detector in a local folder.
+    """Load the detector from a local folder.
 
     Raises:
-        UserError: no folder is given or there, a broken checkpoint, or one of other classes than COCO's 80.
+        UserError: the folder is not given or missing, the checkpoint is broken, or its classes are not COCO's 80.
     """
     folder = checkpoint_folder(path, "--detector", DETECTOR_ID, "an instance segmentation of COCO, about 280 MB")
     with reading("The detector", folder), no_load_report():
@@ -178,10 +178,10 @@ def load_detector(
 
 
 def checkpoint_folder(path: str | Path | None, option: str, hub_id: str, what: str) -> Path:
-    """The folder that a person gave for a checkpoint.
+    """Return the folder of a checkpoint given by a command line option.
 
     Raises:
-        UserError: none is given, or it holds no checkpoint; says what to get and where it goes.
+        UserError: none is given, or it holds no checkpoint; the message says what to download and where to put it.
     """
     advice = (
         f"Get {hub_id} ({what}) with `hf download {hub_id} --local-dir FOLDER` and give that folder as {option} "
@@ -196,7 +196,7 @@ def checkpoint_folder(path: str | Path | None, option: str, hub_id: str, what: s
 
 
 def check_classes(names: dict[int, str], source: Path) -> None:
-    """Refuse a checkpoint whose labels are not COCO's 80 things in COCO's order: they are matched by index.
+    """Check that a checkpoint's labels are COCO's 80 classes in COCO's order; they are matched by index.
 
     Raises:
         UserError: another number of classes, or another name at an index.
@@ -213,7 +213,7 @@ def check_classes(names: dict[int, str], source: Path) -> None:
 
 
 def _at_image_size(mask_logits: Tensor, geometry: Geometry) -> Tensor:
-    """Mask logits [h, w] over the padded input -> [H, W] over the image."""
+    """Resize mask logits [h, w] over the padded input to [H, W] over the image."""
     padded = F.interpolate(mask_logits[None, None], geometry.padded, mode="bilinear", align_corners=False)
     inside = padded[..., : geometry.resized[0], : geometry.resized[1]]
     return F.interpolate(inside, geometry.original, mode="bilinear", align_corners=False)[0, 0]

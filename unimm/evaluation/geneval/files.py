@@ -1,10 +1,10 @@
-"""GenEval's folders of images, in and out, and its file of results.
+"""Read and write GenEval's official image folders and result file.
 
     FOLDER/00000/metadata.jsonl          the prompt's line of metadata
     FOLDER/00000/samples/00000.png       images; any number of digits is read, five are written
 
-A folder that anybody's model filled is judged like our own, and the official scorer and
-`summary_scores.py` read what is written here.
+Images of any model can be scored from such a folder, and the official scorer and `summary_scores.py` can read the files
+that are written here.
 """
 
 import json
@@ -27,26 +27,26 @@ _IMAGE = re.compile(r"(\d+)\.png")
 
 
 class ImageFolder(NamedTuple):
-    """A folder of the official layout: per item its metadata, per (item, sample) an image."""
+    """A folder in the official layout: metadata per item, an image file per (item, sample)."""
 
     prompts: dict[str, Metadata]
     images: dict[Key, Path]
 
     def content(self) -> list[tuple[str, int, str]]:
-        """(item, sample, sha256 of the file) of every image: what a result on this folder is a result on."""
+        """Return (item, sample, sha256 of the file) of every image, which identifies the folder's content."""
         return [(*key, sha256(path.read_bytes()).hexdigest()) for key, path in sorted(self.images.items())]
 
 
 def item_name(index: int) -> str:
-    """The folder, and the item, of the prompt with this index."""
+    """Return the item, which is also the folder name, of the prompt with this index."""
     return f"{index:05d}"
 
 
 def read_folder(folder: str | Path) -> ImageFolder:
-    """Images and metadata of a folder in the official layout.
+    """Read the image paths and metadata of a folder in the official layout.
 
     Raises:
-        UserError: another layout, a folder without metadata or images, or two images of one number.
+        UserError: the layout differs, metadata or images are missing, or two folders or images have one number.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -79,7 +79,7 @@ def write_folder(target: str | Path, prompts: Mapping[str, Metadata], images: Ma
     """Copy images into the official layout, metadata last: a folder with metadata is complete.
 
     Raises:
-        UserError: the target holds something already, or cannot be written to.
+        UserError: the target is not empty or cannot be written to.
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -97,7 +97,7 @@ def write_folder(target: str | Path, prompts: Mapping[str, Metadata], images: Ma
 
 
 def official_results(records: Iterable[Record], scorer: Scorer) -> str:
-    """The official scorer's lines (filename, tag, prompt, correct, reason, metadata, details), one per image."""
+    """Format records as the official result lines (filename, tag, prompt, correct, reason, metadata, details)."""
     lines = []
     for record in records:
         objects = scorer.objects(record.inputs, record.raw_scores.get("detections", []))
@@ -120,10 +120,10 @@ def official_results(records: Iterable[Record], scorer: Scorer) -> str:
 
 
 def canaries_of(folder: str | Path) -> list[Canary]:
-    """A person's own known images: the official layout, with `"expected": true` or false in each metadata.jsonl.
+    """Read a user's known images: the official layout, with `"expected": true` or false in each metadata.jsonl.
 
     Raises:
-        UserError: another layout, or a metadata.jsonl that does not say what is expected.
+        UserError: the layout differs, or a metadata.jsonl has no `expected`.
     """
     images = read_folder(folder)
     known = []

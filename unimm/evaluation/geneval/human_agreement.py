@@ -1,11 +1,11 @@
-"""How far a scorer's verdicts agree with people: GenEval's own annotations, five raters an image (arXiv 2310.11513).
+"""Agreement of a scorer with people, on GenEval's annotations with five raters per image (arXiv 2310.11513).
 
-A rater was not asked whether an image is right but how many objects there are, which colors they have
-and where they stand, so what he thinks of the prompt follows by rule from his answers; an image is right for people
-when most of its raters say so. Beside it stands what most raters said of the caption as a whole (`caption`: it fully
-captures the meaning). The paper's detector agrees with the majority on 83 % of the images.
+Raters were asked for the number, colors and positions of objects, not whether the image is correct, so a rater's
+verdict on the prompt is derived from these answers by rule (`rules`); the majority decides. `caption` is the majority
+on the caption as a whole (the grade "fully captures the meaning"). The paper's detector agrees with the majority on
+83 % of the images.
 
-Some rows of one published file are torn in two at a line break inside a rater's free text; they are joined again.
+Some rows of one published file are split at a line break inside a rater's free text; they are joined again.
 """
 
 import csv
@@ -19,7 +19,7 @@ import numpy as np
 
 from unimm.errors import UserError, one_line
 
-FULLY_CAPTURED = "4"  # of the raters' four grades of how an image fits its caption
+FULLY_CAPTURED = "4"  # the best of four grades of how well an image fits its caption
 PAPER_AGREEMENT = 0.83
 _COLUMNS = ("Input.index", "Input.caption", "Answer.task-count-0", "Answer.task-color-0", "Answer.task-quality")
 _AXES = {"left of": ("x", "left"), "right of": ("x", "right"), "above": ("y", "above"), "below": ("y", "below")}
@@ -28,7 +28,7 @@ Key = tuple[int, int]  # (prompt index, sample)
 
 
 class HumanVerdict(NamedTuple):
-    """What most raters of one image say: by the prompt's rules, and of the caption as a whole."""
+    """The majority's verdict on one image: by the prompt's rules, and on the caption as a whole."""
 
     rules: bool
     caption: bool
@@ -36,7 +36,7 @@ class HumanVerdict(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A scorer against people on the same images."""
+    """Agreement and confusion counts of a scorer and people on the same images."""
 
     images: int
     agreement: float
@@ -48,10 +48,10 @@ class Comparison(NamedTuple):
 
 
 def read_annotations(path: str | Path) -> list[dict[str, str]]:
-    """The rows of an annotation file (`.csv` or `.csv.gz`), one per image and rater.
+    """Read the rows of an annotation file (`.csv` or `.csv.gz`), one per image and rater.
 
     Raises:
-        UserError: the file cannot be read, or is none of GenEval's annotation files.
+        UserError: the file cannot be read, or is not one of GenEval's annotation files.
     """
     path = Path(path)
     try:
@@ -68,7 +68,7 @@ def read_annotations(path: str | Path) -> list[dict[str, str]]:
 def human_verdicts(
     annotations: Iterable[Mapping[str, str]], prompts: Sequence[Mapping[str, Any]]
 ) -> dict[Key, HumanVerdict]:
-    """The majority per image, keyed by (prompt index, sample).
+    """Compute the majority verdict per image, keyed by (prompt index, sample).
 
     Raises:
         UserError: an annotated caption is not the prompt of that index.
@@ -89,10 +89,10 @@ def human_verdicts(
 
 
 def fulfils(row: Mapping[str, str], prompt: Mapping[str, Any]) -> bool:
-    """Whether one rater's answers describe an image of the prompt.
+    """Return whether one rater's answers satisfy the prompt.
 
-    Counting prompts want the very number, the others at least one of each; a color must be among those that the rater
-    named; object 1 stands to object 0 as he said.
+    Counting prompts require the exact number, the others at least the rule's count; a color must be among those that
+    the rater named; the position of object 1 relative to object 0 must match.
     """
     exact = bool(prompt.get("exclude"))
     for index, rule in enumerate(prompt["include"]):
@@ -109,10 +109,10 @@ def fulfils(row: Mapping[str, str], prompt: Mapping[str, Any]) -> bool:
 
 
 def compare(verdicts: Mapping[Key, bool], people: Mapping[Key, bool]) -> Comparison:
-    """Agreement, confusion and Cohen's kappa on the images that both judged.
+    """Compute agreement, confusion counts and Cohen's kappa on the images that both scored.
 
     Raises:
-        UserError: there is no such image.
+        UserError: they have no image in common.
     """
     shared = sorted(verdicts.keys() & people.keys())
     if not shared:
@@ -131,7 +131,7 @@ def compare(verdicts: Mapping[Key, bool], people: Mapping[Key, bool]) -> Compari
 def compare_by_tag(
     verdicts: Mapping[Key, bool], people: Mapping[Key, bool], prompts: Sequence[Mapping[str, Any]]
 ) -> dict[str, Comparison]:
-    """`compare` for every tag that both judged, in the order of the prompts, and for `all` of them."""
+    """Run `compare` per tag that both scored, in order of first appearance, and on `all` images."""
     shared = sorted(verdicts.keys() & people.keys())
     result = {}
     for tag in dict.fromkeys(prompts[item]["tag"] for item, _ in shared):
@@ -140,7 +140,7 @@ def compare_by_tag(
 
 
 def agreement_table(rows: Mapping[str, Comparison]) -> str:
-    """For a person: one line per tag with agreement, kappa and the four cells of the confusion."""
+    """Format one line per tag with agreement, kappa and the four confusion counts."""
     titles = ("images", "agree", "kappa", "both", "people", "scorer", "neither")
     lines = ["  " + " " * 14 + "".join(f"{title:>10}" for title in titles)]
     for tag, row in rows.items():
@@ -151,20 +151,20 @@ def agreement_table(rows: Mapping[str, Comparison]) -> str:
 
 
 def cohens_kappa(a: np.ndarray, b: np.ndarray) -> float:
-    """Agreement of two yes/no raters beyond chance; 1 where both always say the same one thing, and 0 for chance."""
+    """Compute Cohen's kappa of two binary raters: 0 for chance; 1 if both always give the same single verdict."""
     observed = float((a == b).mean())
     expected = float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
     return 1.0 if expected == 1 else (observed - expected) / (1 - expected)
 
 
 def _majority(votes: Iterable[bool]) -> bool:
-    """More than half: a tie is no majority."""
+    """Return whether more than half of the votes are true; a tie is no majority."""
     cast = list(votes)
     return 2 * sum(cast) > len(cast)
 
 
 def _joined(rows: Sequence[list[str]], width: int, path: Path) -> list[list[str]]:
-    """Rows of `width` fields; a short one continues, inside its last field, in the next."""
+    """Join split rows to `width` fields: a short row continues, inside its last field, in the next row."""
     whole: list[list[str]] = []
     torn: list[str] = []
     for number, row in enumerate(rows, 2):

@@ -1,4 +1,4 @@
-"""Masks as polygons: small enough to stand in a record, for the page that shows what a detector saw."""
+"""Convert masks to polygons, small enough to store in a record; the report draws them as the detector's output."""
 
 import numpy as np
 
@@ -8,10 +8,10 @@ TOLERANCE = 1 / 250  # of the longer side: less than a pixel of a thumbnail
 
 
 def outlines(mask: np.ndarray) -> list[list[float]]:
-    """The borders of a mask [H, W], outer ones and those of holes, each x1, y1, x2, y2, ... in pixels.
+    """Return the outer borders and hole borders of a mask [H, W], each as x1, y1, x2, y2, ... in pixels.
 
-    Corners of pixels are whole numbers, as in boxes; filled by the even-odd rule the polygons give the mask again, to
-    `TOLERANCE`.
+    Pixel corners have integer coordinates, as in boxes. Filled by the even-odd rule, the polygons reproduce the mask up
+    to `TOLERANCE`.
 
     Raises:
         UserError: scikit-image is not installed.
@@ -20,6 +20,7 @@ def outlines(mask: np.ndarray) -> list[list[float]]:
         from skimage.measure import approximate_polygon, find_contours
     except ImportError:
         raise UserError("Masks are outlined by scikit-image, which is not installed: install unimm[eval].") from None
-    borders = find_contours(np.pad(mask, 1).astype(np.float32), 0.5)  # rows, columns between the centres of pixels
+    borders = find_contours(np.pad(mask, 1).astype(np.float32), 0.5)  # (row, column), pixel centers at integers
+    # Padding added 1, and in corner coordinates a pixel's center is at +0.5: subtract 0.5 in all.
     simple = [approximate_polygon(border, TOLERANCE * max(mask.shape)) for border in borders]
     return [(border[:-1, ::-1] - 0.5).round(1).flatten().tolist() for border in simple if len(border) > 3]

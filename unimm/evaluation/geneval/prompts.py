@@ -1,9 +1,9 @@
-"""GenEval's 553 prompts, grown from its grammar instead of shipped (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
+"""GenEval's 553 prompts, generated from its grammar (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513).
 
-One random stream, drawn from in the order of the tags, gives the official list byte for byte: the same
-prompts, order and metadata. Exact duplicates are dropped, so each tag has at most 100. The grammar's oddities are the
-benchmark's own and stay: "two benchs", "a skis", no colored person. Any other file of prompts is a track of its own:
-rewritten prompts are easier, and a score on them is never GenEval's.
+One random stream, consumed in the order of the tags, reproduces the official list byte for byte: prompts, order and
+metadata. Exact duplicates are dropped, so each tag has at most 100 prompts. The grammar's oddities are the benchmark's
+and are kept: "two benchs", "a skis", no colored person. Any other file of prompts is a track of its own: rewritten
+prompts are easier, and a score on them is not a GenEval score.
 """
 
 import hashlib
@@ -27,23 +27,24 @@ OFFICIAL_TRACK = "geneval"
 REWRITTEN_TRACK = "geneval-rewritten"
 OWN_TRACK = "geneval-own-prompts"
 
-_DRAWS = 100  # prompts drawn for each tag, before duplicates are dropped
+_DRAWS = 100  # prompts sampled per tag, before duplicates are dropped
 _PERSON = COCO_CLASSES.index("person")
 
 
 class PromptTrack(NamedTuple):
-    """What is drawn and judged: a name for the row of the table, and one line of metadata per prompt."""
+    """A named list of prompts to draw and score, with one line of metadata per prompt."""
 
     name: str
     prompts: list[Metadata]
 
     @property
     def sha256(self) -> str:
+        """Return the hash of the prompts as JSONL."""
         return hashlib.sha256(to_jsonl(self.prompts).encode()).hexdigest()
 
 
 def official_prompts(seed: int = OFFICIAL_SEED) -> list[Metadata]:
-    """The list that the official generator writes; at its own seed the one that everybody reports on."""
+    """Generate the official generator's list; the default seed is that of the published prompts."""
     rng = np.random.default_rng(seed)
     drawn = [
         *_single_object(rng),
@@ -53,22 +54,23 @@ def official_prompts(seed: int = OFFICIAL_SEED) -> list[Metadata]:
         *_several(_position, rng),
         *_several(_color_attr, rng),
     ]
+    # Duplicates are dropped and not redrawn, which would change the random stream.
     return [json.loads(line) for line in dict.fromkeys(json.dumps(each) for each in drawn)]
 
 
 def to_jsonl(prompts: Iterable[Mapping[str, Any]]) -> str:
-    """One JSON object per line, as `evaluation_metadata.jsonl` has them."""
+    """Format prompts as one JSON object per line, as in `evaluation_metadata.jsonl`."""
     return "".join(json.dumps(prompt) + "\n" for prompt in prompts)
 
 
 def read_prompts(path: str | Path) -> PromptTrack:
-    """A user's file of prompts, one JSON object of metadata per line.
+    """Read a user's prompts, one JSON object of metadata per line.
 
-    The track is GenEval's own only where every line is: the same rules with other words are `geneval-rewritten`, other
-    rules `geneval-own-prompts`.
+    The track is `geneval` only if every line is official; the same rules with other words are `geneval-rewritten`,
+    other rules `geneval-own-prompts`.
 
     Raises:
-        UserError: the file cannot be read, or a line has no tag, rules or prompt that the scorer could judge.
+        UserError: the file cannot be read, or a line has no tag, rules or prompt that can be scored.
     """
     path = Path(path)
     try:
@@ -82,7 +84,7 @@ def read_prompts(path: str | Path) -> PromptTrack:
 
 
 def track_of(prompts: Sequence[Mapping[str, Any]]) -> str:
-    """Which row of the table a list of prompts belongs to; the beginning of the official list is still official."""
+    """Return the track that a list of prompts belongs to; a subset of the official list is still official."""
     official = {json.dumps(each, sort_keys=True) for each in official_prompts()}
     if all(json.dumps(each, sort_keys=True) in official for each in prompts):
         return OFFICIAL_TRACK
@@ -91,10 +93,10 @@ def track_of(prompts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check_prompt(text: str, source: str) -> Metadata:
-    """One line of metadata, if it is one that the rules can judge.
+    """Parse and validate one line of metadata.
 
     Raises:
-        UserError: what is wrong with it, after `source`.
+        UserError: the rules cannot be applied to it; the message starts with `source`.
     """
     try:
         prompt = json.loads(text)

@@ -1,6 +1,6 @@
-"""The second judge of GenEval's images: a model that answers questions about them, and where the two part.
+"""Score GenEval's images with a VQA model and compare its verdicts with the detector's.
 
-Its verdicts are records of a run of their own, beside the detector's, and never stand in one column with them.
+The verdicts are the records of a separate run next to the detector's, and are never mixed with them.
 """
 
 import functools
@@ -28,7 +28,7 @@ DISAGREEMENTS = "disagreements.jsonl"
 
 
 class AnswersQuestions(Protocol):
-    """What a judge must be able to do; `unimm.evaluation.vqa.load_vqa_model` gives one."""
+    """The interface of a VQA model; `unimm.evaluation.vqa.load_vqa_model` returns one."""
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]: ...
 
@@ -42,7 +42,7 @@ def question_images(
     judge: AnswersQuestions,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Ask about every image that the run has no record of, and finish it; gives its summary."""
+    """Ask the questions about every image without a record, finish the run and return its summary."""
     described = judge.describe()
     blocks = store.split_blocks(sorted(raw_images), batch_size)
     for block in tqdm(blocks, desc="questions", unit="batch", disable=not blocks):
@@ -69,14 +69,14 @@ def question_images(
 
 
 def _answers(judge: AnswersQuestions, pairs: Sequence[tuple[Image.Image, list[Question]]]) -> list[list[str]]:
-    """Return the answers to the questions about each image, asked together."""
+    """Return the answers to the questions about each image; all images share one call."""
     images = [image for image, asked in pairs for _ in asked]
     answers = iter(judge.answer(images, [question.text for _, asked in pairs for question in asked]))
     return [[next(answers) for _ in asked] for _, asked in pairs]
 
 
 def _judged(asked: Sequence[Question], answers: list[str] | UserError) -> dict[str, Any]:
-    """Return the fields of a record that the answers fill; about an image that cannot be read there are none."""
+    """Return the record fields that the answers fill; an image that cannot be read counts as wrong."""
     if isinstance(answers, UserError):
         reason = unreadable(answers)
         return {"raw_scores": {"score": 0.0, "unparsed": 0}, "verdict": False, "reason": reason}
@@ -90,10 +90,10 @@ def _judged(asked: Sequence[Question], answers: list[str] | UserError) -> dict[s
 
 
 def compare_judges(first: Sequence[Record], second: Sequence[Record], folder: Path) -> Agreement:
-    """Agreement of the detector's and the questions' verdicts; the images that they part on, as JSON lines.
+    """Compare the detector's and the VQA model's verdicts; write the images they disagree on as JSON lines.
 
     Raises:
-        ValueError: the two did not judge the same images.
+        ValueError: the two did not score the same images.
     """
     by_key = {record.key: record for record in first}
     answered = {record.key: record for record in second}

@@ -1,9 +1,9 @@
-"""GenEval's rules asked as questions: a second judge of the same prompts, one that answers instead of detecting.
+"""GenEval's rules as questions for a VQA model, a second scorer next to the detector.
 
-Questions and right answers follow from the metadata by rule, so no data set of questions is needed. A
-image is right when every answer is; its `score` is the share of right answers. An answer from which no yes, number or
-color can be read is counted as `unparsed` and wrong: nothing is guessed. Where this judge and the detector disagree is
-where people should look first (https://arxiv.org/abs/2512.16853 shows how far a detector alone can drift).
+Questions and expected answers are derived from the metadata by rule, so no question data set is needed. An image is
+correct if every answer is; its `score` is the fraction of correct answers. An answer without a readable yes, no, number
+or color counts as `unparsed` and wrong: nothing is guessed. Images on which the two scorers disagree are the first to
+inspect (https://arxiv.org/abs/2512.16853 shows how far a detector alone can drift).
 """
 
 import re
@@ -19,7 +19,7 @@ _OTHER_COLORS = frozenset({"gray", "grey", "gold", "silver", "beige", "cyan", "m
 
 
 class Question(NamedTuple):
-    """`kind`: existence, count, color or position; `expected`: yes, digits or a color's name."""
+    """A question: `kind` is existence, count, color or position; `expected` is yes, digits or a color's name."""
 
     kind: str
     text: str
@@ -27,7 +27,7 @@ class Question(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What the answers say about one image; `read` holds what was understood of each, None where nothing was."""
+    """The verdict on one image from its answers; `read` holds the parsed answers, None if unparsed."""
 
     correct: bool
     score: float
@@ -36,7 +36,7 @@ class Answered(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Two judges on the same images: counts of each pair of verdicts, and the images that they part on."""
+    """Two scorers on the same images: counts of equal verdicts, and the images they disagree on."""
 
     both_right: int
     both_wrong: int
@@ -45,12 +45,13 @@ class Agreement(NamedTuple):
 
     @property
     def rate(self) -> float:
+        """Return the fraction of images with equal verdicts."""
         total = self.both_right + self.both_wrong + len(self.only_first) + len(self.only_second)
         return (self.both_right + self.both_wrong) / total
 
 
 def questions(metadata: Mapping[str, Any]) -> list[Question]:
-    """What must be answered rightly about an image of this prompt."""
+    """Build the questions and expected answers of a prompt."""
     asked = []
     counted = {rule["class"] for rule in metadata.get("exclude", ())}
     include = metadata["include"]
@@ -70,7 +71,7 @@ def questions(metadata: Mapping[str, Any]) -> list[Question]:
 
 
 def read_answer(kind: str, answer: str) -> str | None:
-    """Yes or no, the one number, or the one color that an answer holds; None where it holds none, or several."""
+    """Parse the yes or no, number, or color of an answer; None if there is none, or several numbers or colors."""
     words = re.findall(r"[a-z0-9]+", normalize(answer))
     if kind in ("existence", "position"):
         return words[0] if words and words[0] in ("yes", "no") else None
@@ -82,7 +83,7 @@ def read_answer(kind: str, answer: str) -> str | None:
 
 
 def judge_answers(asked: Sequence[Question], answers: Sequence[str]) -> Answered:
-    """The verdict on one image. Raises ValueError where answers and questions differ in number."""
+    """Score the answers about one image. Raise ValueError if the numbers of answers and questions differ."""
     reasons, read = [], []
     for question, answer in zip(asked, answers, strict=True):
         understood = read_answer(question.kind, answer)
@@ -95,10 +96,10 @@ def judge_answers(asked: Sequence[Question], answers: Sequence[str]) -> Answered
 
 
 def agreement(first: Mapping[Any, bool], second: Mapping[Any, bool]) -> Agreement:
-    """Compare two judges, each a mapping from (item, sample) to a verdict.
+    """Compare two scorers, each a mapping from (item, sample) to a verdict.
 
     Raises:
-        ValueError: they did not judge the same images.
+        ValueError: they did not score the same images.
     """
     if first.keys() != second.keys():
         raise ValueError(f"the judges saw {len(first)} and {len(second)} images, not the same ones")
@@ -113,7 +114,7 @@ def agreement(first: Mapping[Any, bool], second: Mapping[Any, bool]) -> Agreemen
 
 
 def mean_score(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The share of right answers per tag, averaged over images; rows with `tag` and `score`."""
+    """Compute the mean `score` per tag over rows with `tag` and `score`."""
     by_tag: dict[str, list[float]] = {}
     for row in rows:
         by_tag.setdefault(row["tag"], []).append(row["score"])

@@ -1,16 +1,15 @@
-"""GenEval's rules: does an image, given what a detector found in it, show what its prompt asked for?
+"""GenEval's rules (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513): decide from detections if an image is correct.
 
-Pure numpy: no detector, no color classifier, no files. Special about these rules (Ghosh et al. 2023,
-https://arxiv.org/abs/2310.11513):
+Pure numpy: no detector, no color classifier, no files.
 
-- objects of a class are ordered by confidence and only the `count` most confident ones are judged, so extra objects
-  are harmless unless the metadata excludes them (only the counting prompts do);
-- counting prompts use a confidence threshold of their own, 0.9 instead of 0.3;
-- the direction of an offset is normalized by the offset *before* the dead zone was subtracted, so that a diagonal
-  neighbour may stand in two relations, one, or none.
+- Objects of a class are ordered by confidence and only the `count` most confident ones are checked, so extra objects
+  are harmless unless the metadata excludes them (only the counting prompts do).
+- Counting prompts use a confidence threshold of their own, 0.9 instead of 0.3.
+- The direction of an offset is normalized by the offset *before* the dead zone is subtracted, so a diagonal neighbor
+  may be in two relations, one, or none.
 
-Scores and boxes are compared in float32, as the detectors give them. x points right, y down; a box is (x1, y1, x2,
-y2) in pixels.
+Scores and boxes are compared in float32, as detectors return them. x points right, y down; a box is (x1, y1, x2, y2)
+in pixels.
 """
 
 from collections import defaultdict
@@ -37,7 +36,7 @@ COCO_CLASSES = tuple(_COCO_NAMES.split(","))
 
 
 class Verdict(NamedTuple):
-    """What the rules say about one image: `counts` are the kept detections per class."""
+    """The rules' result for one image: `reasons` lists what failed, `counts` the kept detections per class."""
 
     correct: bool
     reasons: list[str]
@@ -45,7 +44,7 @@ class Verdict(NamedTuple):
 
 
 class FoundObject(NamedTuple):
-    """A detection that counts: `box` is [4] in float32."""
+    """A detection above the threshold: `box` is [4] in float32."""
 
     box: np.ndarray
     color: str | None
@@ -53,7 +52,7 @@ class FoundObject(NamedTuple):
 
 
 def box_iou(box_a: Box, box_b: Box) -> float:
-    """Intersection over union of two boxes in the inclusive-pixel convention (a side is x2 - x1 + 1 pixels)."""
+    """Compute the IoU of two boxes in the inclusive-pixel convention (a side is x2 - x1 + 1 pixels)."""
     a, b = np.asarray(box_a, dtype=np.float32)[:4], np.asarray(box_b, dtype=np.float32)[:4]
     shared = _inclusive_area(np.concatenate([np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])]))
     union = _inclusive_area(a) + _inclusive_area(b) - shared
@@ -71,16 +70,16 @@ def verdict(
     max_overlap: float = 1.0,
     position_threshold: float = 0.1,
 ) -> Verdict:
-    """Judge one image by its prompt's metadata.
+    """Apply the rules of a prompt's metadata to the detections of one image.
 
     Args:
         metadata: one line of GenEval's metadata: `tag`, `include` (class, count, optional color and position) and
             optional `exclude` (class, count).
         detections: mappings with `label` (index into `class_names`, or the class name itself), `box` (xyxy), `score`
-            and, where a prompt asks for a color, `color`.
-        threshold, counting_threshold: confidence that a detection must exceed; the second holds for the counting tag.
-        max_objects: per class, the most confident ones are kept.
-        max_overlap: a detection that overlaps a better one of its class by this IoU or more is dropped; 1 is off.
+            and, if the prompt asks for a color, `color`.
+        threshold, counting_threshold: confidence that a detection must exceed; the second is for the counting tag.
+        max_objects: number of most confident detections kept per class.
+        max_overlap: drop a detection whose IoU with a better one of its class is at least this; 1 disables it.
         position_threshold: dead zone of `relative_position`.
 
     Raises:
@@ -89,7 +88,7 @@ def verdict(
     limit = counting_threshold if metadata["tag"] == "counting" else threshold
     objects = select_objects(detections, class_names, limit=limit, max_objects=max_objects, max_overlap=max_overlap)
     reasons: list[str] = []
-    groups: list[list[FoundObject] | None] = []  # per include entry its objects, None where it failed
+    groups: list[list[FoundObject] | None] = []  # objects of each include entry, None if it failed
     for wanted in metadata["include"]:
         found = objects.get(wanted["class"], [])[: wanted["count"]]
         reason = _first_failure(wanted, found, groups, position_threshold)
@@ -104,7 +103,7 @@ def verdict(
 
 
 def failed_rule(reason: str) -> str | None:
-    """Which rule a reason of `verdict` speaks of: too few, too many, color or position; None for another text."""
+    """Return the rule that a reason of `verdict` names: too few, too many, color or position; None for other text."""
     if reason.startswith("no target for ") or (reason.startswith("expected ") and " target, found" in reason):
         return "position"
     if not (reason.startswith("expected ") and ", found " in reason):
@@ -115,10 +114,11 @@ def failed_rule(reason: str) -> str | None:
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Scores of many judged images, each a mapping with `tag`, `prompt` and `correct`.
+    """Compute GenEval's scores from many images, each a mapping with `tag`, `prompt` and `correct`.
 
-    Returns the mean per tag; `overall`, the unweighted mean of the six tags; `correct_images`, the mean over all
-    images; and `correct_prompts`, the share of prompts with at least one right image.
+    Returns:
+        The mean per tag; `overall`, the unweighted mean of the six tags; `correct_images`, the mean over all images;
+        and `correct_prompts`, the fraction of prompts with at least one correct image.
 
     Raises:
         ValueError: a tag is unknown, or one of the six has no image.
@@ -147,7 +147,7 @@ def select_objects(
     max_objects: int,
     max_overlap: float,
 ) -> dict[str, list[FoundObject]]:
-    """Detections above the confidence `limit` per class, the most confident first (equal scores keep their order)."""
+    """Return the detections above the confidence `limit` per class, most confident first (ties keep their order)."""
     names = set(class_names)
     by_class: dict[str, list[FoundObject]] = defaultdict(list)
     for detection in detections:
@@ -182,7 +182,7 @@ def _first_failure(
     groups: list[list[FoundObject] | None],
     position_threshold: float,
 ) -> str | None:
-    """Why `found` does not fulfil one include entry, in GenEval's words; None when it does."""
+    """Return why `found` does not satisfy one include entry, in GenEval's words; None if it does."""
     name, count = wanted["class"], wanted["count"]
     if len(found) < count:
         return f"expected {name}>={count}, found {len(found)}"

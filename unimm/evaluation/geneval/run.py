@@ -1,8 +1,8 @@
-"""GenEval (https://arxiv.org/abs/2310.11513): prompts drawn, or a folder of images read, then detected and judged.
+"""GenEval (https://arxiv.org/abs/2310.11513): generate an image per prompt and sample, or read a folder, and score it.
 
-Image (item, sample) depends on the run's seed and its own number only, and batches are always the same
-neighbours, so one process or several, at once or after interruptions, give the same bytes. What is judged is the file
-on disk. Every record holds all detections, from which the table can be made again under other thresholds.
+Image (item, sample) depends only on the run's seed and its own key, and batches always have the same members, so any
+number of processes, interrupted or not, writes the same bytes. Scoring reads the file on disk. Every record holds all
+detections, so the table can be recomputed under other thresholds.
 """
 
 import time
@@ -32,13 +32,13 @@ SHAPES_TRACK = "geneval-shapes"
 
 @dataclass(frozen=True)
 class GenevalPlan:
-    """How much is drawn, and how.
+    """Number of prompts and images, and the sampling settings.
 
     Args:
-        num_images: images of each prompt; the benchmark draws four.
-        limit: prompts of each tag, None for all.
-        batch_size: images in one forward; the last bits of a result may depend on it, so it is part of the run.
-        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p` in place of the checkpoint's own.
+        num_images: images per prompt; the benchmark draws four.
+        limit: prompts per tag, None for all.
+        batch_size: images per forward; the last bits of a result may depend on it, so the manifest records it.
+        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, overriding the checkpoint's defaults.
     """
 
     num_images: int = 4
@@ -54,7 +54,7 @@ class GenevalPlan:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
 
     def choose(self, track: PromptTrack) -> dict[str, Metadata]:
-        """The prompts that are drawn, by item: their number in the track, whatever was left out before them."""
+        """Return the prompts to draw by item, which is the index in the full track even under `limit`."""
         chosen, taken = {}, dict[str, int]()
         for index, prompt in enumerate(track.prompts):
             taken[prompt["tag"]] = taken.get(prompt["tag"], 0) + 1
@@ -63,11 +63,12 @@ class GenevalPlan:
         return chosen
 
     def keys(self, prompts: Mapping[str, Metadata]) -> list[Key]:
+        """Return (item, sample) of every image."""
         return [(item, sample) for item in prompts for sample in range(self.num_images)]
 
 
 class Images(Protocol):
-    """Where images come from."""
+    """A source of images: drawn by a model or read from a folder."""
 
     keys: list[Key]
 
@@ -75,16 +76,16 @@ class Images(Protocol):
     def prompts(self) -> Mapping[str, Metadata]: ...
 
     def paths(self, block: Sequence[Key]) -> list[Path]:
-        """The files of these images, which exist afterwards."""
+        """Return the files of these images, drawing those that are missing."""
         ...
 
     def seed(self, key: Key) -> int:
-        """What the image was drawn with, 0 where nobody knows."""
+        """Return the seed that the image was drawn with, 0 if unknown."""
         ...
 
 
 class DrawnImages:
-    """Images that a unified model draws, each once: a file that is there is not drawn again."""
+    """Images drawn by a unified model; existing files are kept."""
 
     def __init__(
         self, model: Any, processor: Any, prompts: Mapping[str, Metadata], plan: GenevalPlan, store: RunStore
@@ -95,6 +96,7 @@ class DrawnImages:
     def paths(self, block: Sequence[Key]) -> list[Path]:
         paths = [self.store.image_path(*key) for key in block]
         if not all(path.exists() for path in paths):
+            # Draw the whole block even if one file is missing: another batch could change the last bits.
             texts, seeds = [self.prompts[item]["prompt"] for item, _ in block], [self.seed(key) for key in block]
             images = draw_prompts(self.model, self.processor, texts, seeds, **self.plan.sampling)
             for image, path in zip(images, paths, strict=True):
@@ -107,7 +109,7 @@ class DrawnImages:
 
 
 class GivenImages:
-    """Images of a folder in the official layout."""
+    """Images from a folder in the official layout."""
 
     def __init__(self, folder: ImageFolder) -> None:
         self.prompts, self.images, self.keys = folder.prompts, folder.images, sorted(folder.images)
@@ -120,7 +122,7 @@ class GivenImages:
 
 
 def score_images(store: RunStore, raw_images: Images, scorer: Scorer, batch_size: int) -> dict[str, Any]:
-    """Judge every image that the run has no record of, and finish it; gives its summary."""
+    """Score every image without a record, finish the run and return its summary."""
     judge = scorer.describe()
     blocks = store.split_blocks(raw_images.keys, batch_size)
     for block in tqdm(blocks, desc="GenEval", unit="batch", disable=not blocks):
@@ -149,7 +151,7 @@ def score_images(store: RunStore, raw_images: Images, scorer: Scorer, batch_size
 
 
 def _judged(scorer: Scorer, prompt: Metadata, detections: list[Detection] | UserError) -> dict[str, Any]:
-    """Return the fields of a record that the rules fill; an image that could not be read or judged shows nothing."""
+    """Return the record fields that the rules fill; an image that could not be read or scored counts as wrong."""
     if isinstance(detections, UserError):
         reason = unreadable(detections)
         return {"raw_scores": {"plain": False, "unparsed": 0}, "verdict": False, "reason": reason}
@@ -159,6 +161,6 @@ def _judged(scorer: Scorer, prompt: Metadata, detections: list[Detection] | User
 
 
 def shapes_track(seed: int, prompts_per_tag: int) -> PromptTrack:
-    """Held-out prompts of the shapes data set, `prompts_per_tag` of each tag."""
+    """Return `prompts_per_tag` held-out prompts of the shapes data set for each tag."""
     plan = ShapesPlan(prompts=prompts_per_tag, seed=seed)
     return PromptTrack(SHAPES_TRACK, [prompt.metadata() for tag in TAGS for prompt in held_out_prompts(plan, tag)])

@@ -1,7 +1,7 @@
-"""What finds the objects that GenEval's rules judge: a detector with a color classifier, or the shapes data set's own.
+"""Scorers for GenEval: Mask2Former with a CLIP color classifier, or the shapes data set's analytic detector.
 
-No scorer scores before it has judged known images rightly. A detector on the wrong device or with the
-wrong configuration gives numbers, too, and nothing else would show that they are bad.
+A scorer must first get known images right (`Scorer.check`): a detector on the wrong device or with the wrong
+configuration returns numbers too, and nothing else would show that they are bad.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,12 +27,12 @@ Detection = dict[str, Any]
 
 PLAIN_COLORS = {"red": (230, 20, 20), "green": (20, 160, 40), "blue": (25, 50, 220)}
 CANARY_SIZE = 224
-MAJORITY = 0.5  # the share of the vote above which a color is no guess
+MAJORITY = 0.5  # a color with a larger share of the vote is not a guess
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The official scorer's options, under their own names; see `unimm.evaluation.geneval.rules.verdict`."""
+    """Options of the official scorer, by their official names; see `unimm.evaluation.geneval.rules.verdict`."""
 
     threshold: float = 0.3
     counting_threshold: float = 0.9
@@ -45,11 +45,12 @@ class Thresholds:
             raise UserError(f"{self} means nothing: thresholds are at least 0, and max_objects is at least 1.")
 
     def limit(self, metadata: Mapping[str, Any]) -> float:
+        """Return the confidence threshold of a prompt's tag."""
         return self.counting_threshold if metadata["tag"] == "counting" else self.threshold
 
 
 class Canary(NamedTuple):
-    """A known image: its name, what is asked of it, and the only right verdict."""
+    """A known image for the sanity check: name, metadata to check it against, and the expected verdict."""
 
     name: str
     image: Image.Image
@@ -58,48 +59,49 @@ class Canary(NamedTuple):
 
 
 class PlainVerdict(NamedTuple):
-    """Whether an image shows its prompt without guessed colors, and how many objects' colors had to be guessed."""
+    """A verdict that ignores guessed colors, and the number of objects whose color was a guess."""
 
     correct: bool
     guessed: int
 
 
 def color_is_known(detection: Mapping[str, Any]) -> bool:
-    """Return whether the color of a detection has more than half of the vote, where there was one."""
+    """Return whether a detection's color has more than half of the vote; True if there was no vote."""
     votes = detection.get("color_votes")
     return not votes or votes.get(detection.get("color"), 0.0) > MAJORITY
 
 
 class Scorer:
-    """Detections of images, and the rules' verdicts on them."""
+    """Base class: detects objects in images and applies GenEval's rules to them."""
 
     name: str
     class_names: Sequence[str]
     thresholds: Thresholds
 
     def detections(self, images: Sequence[Image.Image], prompts: Sequence[Metadata]) -> list[list[Detection]]:
-        """Per upright RGB image what the rules read: label (a class name), box, score, and color where asked for; for
-        the page also `outline` and `color_votes`, where the scorer has them."""
+        """Return the detections of each upright RGB image: `label` (a class name), `box`, `score`, and `color` if the
+        prompt asks for one; for the report also `outline` and `color_votes`, if the scorer has them."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What stands beside every number: the scorer's name, its models, its thresholds."""
+        """Return the scorer's name, models and thresholds, to be recorded with every result."""
         raise NotImplementedError
 
     def weights(self) -> dict[str, str]:
-        """The fingerprints of its models, by their role."""
+        """Return the fingerprints of the models by role."""
         return {}
 
     def canaries(self) -> list[Canary]:
-        """Known images that come with the scorer."""
+        """Return the scorer's built-in known images."""
         raise NotImplementedError
 
     def judge(self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> Verdict:
+        """Apply the official rules."""
         return verdict(metadata, detections, class_names=self.class_names, **asdict(self.thresholds))
 
     def plain(self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> PlainVerdict:
-        """Judge without colors that had to be guessed: the official rule takes the best of ten, however close they are;
-        here a color is known if it has more than half of the vote."""
+        """Apply the rules without guessed colors: the official rule takes the best of ten colors however close they
+        are; here a color counts only with more than half of the vote."""
         known = [each if color_is_known(each) else {**each, "color": None} for each in detections]
         found = self.objects(metadata, known)
         colored = [rule for rule in metadata["include"] if rule.get("color")]
@@ -109,17 +111,17 @@ class Scorer:
     def objects(
         self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]
     ) -> dict[str, list[FoundObject]]:
-        """The detections that count for this prompt, per class."""
+        """Return the detections that count for this prompt, per class."""
         options, limit = self.thresholds, self.thresholds.limit(metadata)
         return select_objects(
             detections, self.class_names, limit=limit, max_objects=options.max_objects, max_overlap=options.max_overlap
         )
 
     def check(self, canaries: Sequence[Canary]) -> int:
-        """Judge known images; gives their number.
+        """Score known images and return their number.
 
         Raises:
-            UserError: there is none, a score is not finite, or a verdict is wrong.
+            UserError: there are none, a score is not finite, or a verdict is wrong.
         """
         if not canaries:
             raise UserError(f"{self.name} has no known image to judge first: give --canary FOLDER.")
@@ -138,7 +140,7 @@ class Scorer:
 
 
 class ShapesScorer(Scorer):
-    """The shapes data set's analytic detector. Its score is a geometric overlap, no confidence: what it accepts
+    """The shapes data set's analytic detector. Its score is a geometric overlap, not a confidence, so every detection
     counts."""
 
     name = "shapes"
@@ -154,7 +156,8 @@ class ShapesScorer(Scorer):
         return {"name": self.name, "thresholds": asdict(self.thresholds)}
 
     def canaries(self) -> list[Canary]:
-        """Of every tag an image that shows its prompt and an empty one; of positions also the mirrored one."""
+        """Return, for every tag, a correct image and an empty one; for positions also the correct one rotated by 180
+        degrees."""
         rng, known = np.random.default_rng(0), list[Canary]()
         for tag in TAGS:
             prompt = sample_prompt(rng, tag, split="test")
@@ -169,7 +172,7 @@ class ShapesScorer(Scorer):
 
 
 class DetectorScorer(Scorer):
-    """`geneval-hf`: a Mask2Former finds objects, a CLIP names the colors that a prompt asks about."""
+    """`geneval-hf`: Mask2Former detects objects, CLIP classifies the colors that a prompt asks about."""
 
     name = "geneval-hf"
     class_names = COCO_CLASSES
@@ -193,10 +196,10 @@ class DetectorScorer(Scorer):
         return {"detector": self.detector.fingerprint, "clip": self.voter.fingerprint}
 
     def canaries(self) -> list[Canary]:
-        """Three photographs that scikit-image brings: a cat, a person, a cup, and none of them a zebra.
+        """Return three photographs from scikit-image (a cat, a person, a cup), each also with a class that it lacks.
 
         Raises:
-            UserError: scikit-image is not installed, or the color classifier fails on plain colors already.
+            UserError: scikit-image is not installed, or the color classifier fails on plain colors.
         """
         images = photographs()
         self._check_plain_colors()
@@ -212,7 +215,7 @@ class DetectorScorer(Scorer):
         return known
 
     def _check_plain_colors(self) -> None:
-        """Plain red, green and blue must be called so."""
+        """Raise UserError unless plain red, green and blue images are classified as such."""
         whole = Segment(0, (0.0, 0.0, CANARY_SIZE, CANARY_SIZE), 1.0, np.ones((CANARY_SIZE, CANARY_SIZE), bool))
         for color, value in PLAIN_COLORS.items():
             (vote,) = self.voter.vote(Image.new("RGB", (CANARY_SIZE, CANARY_SIZE), value), [whole], "apple")
@@ -222,8 +225,9 @@ class DetectorScorer(Scorer):
                 )
 
     def _described(self, image: Image.Image, segments: Sequence[Segment], prompt: Metadata) -> list[Detection]:
-        """Detections, those above the threshold with the outline of their mask, and those of them that may be asked for
-        their color with the vote on it."""
+        """Return all detections; those above the threshold have an outline, and those whose color the prompt asks about
+        have the vote on it."""
+        # Compare in float32 as `rules` does, so that both select the same detections.
         limit = np.float32(self.thresholds.limit(prompt))
         above = [index for index, each in enumerate(segments) if np.float32(each.score) > limit]
         rows: list[Detection] = [  # the best first
@@ -241,5 +245,5 @@ class DetectorScorer(Scorer):
 
 
 def _plain(found: Mapping[str, Any]) -> Detection:
-    """Plain numbers in place of numpy's, as JSON wants them."""
+    """Convert numpy numbers to Python floats, which JSON can encode."""
     return {**found, "box": [float(side) for side in found["box"]], "score": float(found["score"])}

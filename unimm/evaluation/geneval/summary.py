@@ -1,8 +1,8 @@
-"""GenEval's table from the records of a run: six tags, their mean, intervals by prompt, and why images failed.
+"""GenEval's result table from the records of a run: six tags, their mean, intervals, and why images failed.
 
-Nothing but the records is read, so the table can be made again, later and without a model. `overall` is
-the unweighted mean of the six tags and is given only where all six have images; beside it stands the mean over
-images. Four images of one prompt are no four independent ones: intervals resample prompts, within their tags.
+Only the records are read, so the table can be recomputed later without a model. `overall` is the unweighted mean of the
+six tags, computed only if all six have images; `correct_images` is the mean over images. The images of one prompt are
+not independent, so intervals resample prompts within their tags.
 """
 
 import re
@@ -14,7 +14,7 @@ from unimm.evaluation.geneval.rules import TAGS, summary
 from unimm.evaluation.metrics.bootstrap import bootstrap_mean
 from unimm.evaluation.runs.records import UNREADABLE, Record, unreadable_names
 
-# What a line of a verdict's reason begins and goes on with -> the rule that failed.
+# Rule that failed -> pattern of its line in a verdict's reason; the first match wins.
 _PATTERNS = {
     UNREADABLE: rf"{UNREADABLE}: ",
     "unparsed": r"unparsed answer to ",
@@ -29,10 +29,10 @@ _RULES = {name: re.compile(pattern) for name, pattern in _PATTERNS.items()}
 
 
 def failed_rules(reason: str) -> list[str]:
-    """The kinds of the failed rules in a verdict's reason, one per line of it.
+    """Return the kind of failed rule for each line of a verdict's reason.
 
     Raises:
-        ValueError: a line that no rule writes.
+        ValueError: a line matches no rule.
     """
     kinds = []
     for line in filter(None, reason.split("\n")):
@@ -44,16 +44,16 @@ def failed_rules(reason: str) -> list[str]:
 
 
 def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the table: `scores` {tags, overall, correct_images, correct_prompts}, `intervals` [low, high] of the same
-    names, `failed` (how often each kind of rule did), `images`, `prompts`, `missing_tags`; `unparsed`, how many colors
-    or answers had to be guessed or could not be read; `unreadable`, the items whose image could not be; and, where a
-    detector judged, `plain`, the scores without guesses."""
+    """Return the table: `scores` {tags, overall, correct_images, correct_prompts}; `intervals` [low, high] of the tags,
+    overall and correct_images; `failed`, the count per kind of rule; `images`, `prompts`, `missing_tags`; `unparsed`,
+    how many colors or answers were guessed or could not be read; `unreadable`, the items whose image could not be read;
+    and, if the scorer is a detector, `plain`, the scores without guesses."""
     rows = [{"tag": record.inputs["tag"], "prompt": record.item, "correct": record.verdict} for record in records]
     readings = [record.raw_scores.get("plain") for record in records]
     plain = [row | {"correct": reading} for row, reading in zip(rows, readings, strict=True) if reading is not None]
     tags = [tag for tag in TAGS if any(row["tag"] == tag for row in rows)]
     missing = [tag for tag in TAGS if tag not in tags]
-    # Without all tags there is no overall: the mean of fewer is another number under the same name.
+    # Without all six tags there is no overall: a mean over fewer is not comparable.
     scores = _scores(rows, tags)
     kinds = Counter(kind for record in records for kind in failed_rules(record.reason))
     return {
@@ -70,7 +70,7 @@ def summarize_records(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def table(summarized: dict[str, Any]) -> str:
-    """For a person: one line per score, with its interval."""
+    """Format one line per score, with its interval."""
     scores, plain = summarized["scores"], summarized.get("plain", {})
     lines = [f"  {'':<16} {'':>7}  {'':<14}  {'plain':>7}"] if plain else []
     for name in [name for name in (*TAGS, "overall", "correct_images", "correct_prompts") if name in scores]:
@@ -99,7 +99,7 @@ def _mean(rows: Sequence[dict[str, Any]], tag: str) -> float:
 
 
 def _intervals(rows: Sequence[dict[str, Any]], tags: Sequence[str], *, with_overall: bool) -> dict[str, Any]:
-    """Per name [low, high], None where a tag holds fewer than two prompts."""
+    """Compute [low, high] per score, None if a tag has fewer than two prompts."""
     spread = {}
     for tag in tags:
         of_tag = [row for row in rows if row["tag"] == tag]

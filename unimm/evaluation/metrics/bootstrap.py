@@ -1,9 +1,9 @@
-"""Bootstrap intervals of scores whose samples come in clusters.
+"""Cluster bootstrap: confidence intervals for scores whose samples come in clusters.
 
-Four drawings of one prompt, or six questions about one image, are not independent: whole clusters are drawn again
-(Efron & Tibshirani 1993, chapter 8), else the interval is too narrow. With strata, such as GenEval's tags, clusters
-are drawn within each stratum, and the score is the mean of the strata's means. Intervals are percentiles of 2000
-resamples of a fixed seed.
+Four images of one prompt, or six questions about one image, are not independent: whole clusters are resampled (Efron &
+Tibshirani 1993, chapter 8), else the interval is too narrow. With strata, such as GenEval's tags, clusters are drawn
+within each stratum, and the score is the mean of the strata's means. Intervals are percentiles of 2000 resamples with
+a fixed seed.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -21,7 +21,7 @@ Statistic = Callable[[Weights], np.ndarray]
 
 
 class Interval(NamedTuple):
-    """A score and where it may lie; `low` and `high` are None where a stratum holds fewer than two clusters."""
+    """A score with its confidence interval; `low` and `high` are None if a stratum has fewer than two clusters."""
 
     value: float
     low: float | None
@@ -30,8 +30,8 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How far run B lies above run A on the same samples; `p` is the two-sided bootstrap probability of no difference,
-    None where there is no interval."""
+    """The difference of run B minus run A on the same samples; `p` is the two-sided bootstrap p-value of no difference,
+    None if there is no interval."""
 
     value: float
     low: float | None
@@ -49,7 +49,7 @@ def bootstrap_mean(
     level: float = LEVEL,
     seed: int = SEED,
 ) -> Interval:
-    """The mean of `values`, or with `strata` the mean of the strata's means.
+    """Return the mean of `values`, or with `strata` the mean of the strata's means, with its interval.
 
     Args:
         values, clusters, strata: one entry per sample.
@@ -68,7 +68,7 @@ def paired_bootstrap(
     level: float = LEVEL,
     seed: int = SEED,
 ) -> Difference:
-    """B minus A, entry by entry of the same samples: every resample draws the same clusters for both runs."""
+    """Return B minus A over the same samples: every resample draws the same clusters for both runs."""
     a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"two runs are compared sample by sample, not {a.shape} and {b.shape} values")
@@ -90,7 +90,7 @@ def bootstrap(
     level: float = LEVEL,
     seed: int = SEED,
 ) -> Interval:
-    """The interval of any score that is a function of how often each sample counts, such as F1."""
+    """Return the interval of any score that is a function of sample weights (how often each counts), such as F1."""
     value, drawn, count = _resampled(statistic, clusters, strata, resamples, seed)
     if drawn is None:
         return Interval(value, None, None, count)
@@ -100,7 +100,7 @@ def bootstrap(
 def _resampled(
     statistic: Statistic, clusters: Sequence[Hashable], strata: Sequence[Hashable] | None, resamples: int, seed: int
 ) -> tuple[float, np.ndarray | None, int]:
-    """The score, the scores of the resamples [R] (None where a stratum is too small), the number of clusters."""
+    """Return the score, the scores of the resamples [R] (None if a stratum is too small), the number of clusters."""
     if not len(clusters):
         raise ValueError("there is nothing to resample: no samples")
     value = float(statistic(np.ones((1, len(clusters))))[0])
@@ -115,7 +115,7 @@ def _resampled(
 def _numbered_clusters(
     clusters: Sequence[Hashable], strata: Sequence[Hashable] | None
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The number of each sample's cluster [n], and per stratum the numbers of its clusters."""
+    """Return the index of each sample's cluster [n], and for each stratum the indices of its clusters."""
     strata = [None] * len(clusters) if strata is None else strata
     numbers: dict[Hashable, int] = {}
     homes: dict[int, Hashable] = {}
@@ -131,7 +131,7 @@ def _numbered_clusters(
 
 
 def _draws(index: np.ndarray, groups: list[np.ndarray], resamples: int, seed: int) -> Iterator[Weights]:
-    """Weights [r, n], in as many pieces as memory asks for."""
+    """Yield weights [r, n], in pieces that bound memory use."""
     rng = np.random.default_rng(seed)
     total = sum(map(len, groups))
     piece = max(1, min(resamples, WEIGHTS_AT_ONCE // len(index)))
@@ -140,13 +140,14 @@ def _draws(index: np.ndarray, groups: list[np.ndarray], resamples: int, seed: in
         counts = np.zeros((rows, total))
         for group in groups:
             size = len(group)
+            # offset each row by its own range, so that one bincount counts all rows
             chosen = rng.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
             counts[:, group] = np.bincount(chosen.ravel(), minlength=rows * size).reshape(rows, size)
         yield counts[:, index]
 
 
 def _stratified_mean(values: np.ndarray, strata: Sequence[Any] | None) -> Statistic:
-    """The mean over strata of the means of `values` [n] in each."""
+    """Return the statistic that averages `values` [n] within each stratum, then over strata."""
     names = [None] * len(values) if strata is None else list(strata)
     if len(names) != len(values):
         raise ValueError(f"{len(values)} values come with {len(names)} strata")

@@ -1,8 +1,8 @@
-"""Which option of a multiple-choice question an answer names, read plainly.
+"""Plain parsing of multiple-choice answers: find the option that an answer names.
 
-The tools of the benchmarks find a letter somehow: the first character of "Because" is option B to one, "DNA" ends in
-option A to another. Here a letter counts that stands by itself, or an option whose text is written out, and nothing
-else does.
+The benchmarks' own tools tend to find a letter in any answer: for one, the first character of "Because" is option B,
+for another "DNA" ends in option A. Here only a letter that stands by itself counts, or an option whose text is written
+out.
 """
 
 import re
@@ -32,7 +32,7 @@ def plain_choice(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def had_to_guess(letter: str | None, answer: str, options: Mapping[str, str]) -> bool:
-    """Return whether a tool read a letter that the answer neither holds as a letter nor writes out as an option."""
+    """Return whether a tool's `letter` appears in the answer neither as a letter nor as an option's text."""
     return letter is not None and letter not in letters_in(answer) | options_in(answer, options)
 
 
@@ -49,8 +49,10 @@ def letters_in(answer: str) -> set[str]:
 
 
 def options_in(answer: str, options: Mapping[str, str]) -> set[str]:
-    """Return the letters of the options whose text the answer holds, word for word; "cat" is not named by "cat food"
-    where that is an option too."""
+    """Return the letters of the options whose text the answer contains, word for word.
+
+    "cat" is not named by "cat food" if that is an option too.
+    """
     said = f" {_words(answer)} "
     texts = {letter: f" {_words(text)} " for letter, text in options.items()}
     named = {letter: text for letter, text in texts.items() if text.strip() and text in said}
@@ -60,5 +62,5 @@ def options_in(answer: str, options: Mapping[str, str]) -> set[str]:
 
 
 def _words(text: str) -> str:
-    """Return the words of a text as `normalize` has them, without any punctuation between them."""
+    """Return the words of a text after `normalize`, without any punctuation between them."""
     return " ".join(normalize(re.sub(r"[^\w.'%-]+", " ", text)).split())

@@ -2,12 +2,12 @@
 
     ‖μ_x - μ_y‖² + tr Σ_x + tr Σ_y - 2 tr (Σ_x Σ_y)^½        (Heusel et al. 2017, https://arxiv.org/abs/1706.08500)
 
-Everything is float64, means and scatters merge exactly over batches and processes (Chan et al. 1983), and
-the last trace is the sum of the square roots of the eigenvalues of Σ_x^½ Σ_y Σ_x^½, which is symmetric. ADM's evaluator
-takes scipy's square root of the product instead; that agrees to 1e-12 on covariances of full rank and fails on others,
-which any N below the features' width gives (`adm_frechet_distance`).
+Everything is float64. Means and scatter matrices merge exactly over batches and processes (Chan et al. 1983). The last
+trace is the sum of the square roots of the eigenvalues of Σ_x^½ Σ_y Σ_x^½, which is symmetric. ADM's evaluator takes
+scipy's square root of the product instead (`adm_frechet_distance`); that agrees to 1e-12 on covariances of full rank
+and fails on others, which occur for any N below the feature width.
 
-The distance falls with N whatever the images are: figures of different N are figures of different scales.
+The distance decreases with N for any images, so distances at different N are not comparable.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from unimm.errors import UserError
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean [D] and covariance [D, D] (over N - 1); `count` is N, None where a file does not say it."""
+    """Mean [D] and covariance [D, D] (over N - 1); `count` is N, None if a file does not state it."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -28,7 +28,7 @@ class Moments:
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that come batch by batch.
+    """Streaming mean and covariance of features.
 
     Args:
         width: D, the number of features.
@@ -40,7 +40,7 @@ class FeatureStatistics:
         self.scatter = np.zeros((width, width))  # [D, D], the sum of (x - mean)(x - mean)^T
 
     def update(self, features: Any) -> None:
-        """Take in features [B, D] of any float type. Raises ValueError for another shape or for one not finite."""
+        """Add features [B, D] of any float type. Raises ValueError for another shape or non-finite features."""
         batch = np.asarray(features, dtype=np.float64)
         if batch.ndim != 2 or batch.shape[1] != len(self.mean):
             raise ValueError(f"features of width {len(self.mean)} are [B, {len(self.mean)}], not {list(batch.shape)}")
@@ -51,7 +51,7 @@ class FeatureStatistics:
             self._add(len(batch), mean, (batch - mean).T @ (batch - mean))
 
     def merge(self, other: Self) -> None:
-        """Take in what another process has seen. Raises ValueError for another width."""
+        """Add the statistics of another process. Raises ValueError for another width."""
         if len(other.mean) != len(self.mean):
             raise ValueError(f"features of width {len(other.mean)} cannot join features of width {len(self.mean)}")
         if other.count:
@@ -59,12 +59,13 @@ class FeatureStatistics:
 
     @property
     def moments(self) -> Moments:
-        """Raises ValueError before the second feature: there is no covariance."""
+        """Return mean and covariance so far. Raises ValueError for fewer than two features: there is no covariance."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 features, not {self.count}")
         return Moments(self.mean.copy(), self.scatter / (self.count - 1), self.count)
 
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        # pairwise update of Chan et al. 1983: exact, without the cancellation of sums of squares
         total, offset = self.count + count, mean - self.mean
         self.scatter += scatter + np.outer(offset, offset) * (self.count * count / total)
         self.mean += offset * (count / total)
@@ -72,7 +73,7 @@ class FeatureStatistics:
 
 
 def moments_of(features: Any) -> Moments:
-    """The moments of features [N, D] that are all there."""
+    """Compute the moments of features [N, D]."""
     array = np.asarray(features)
     statistics = FeatureStatistics(array.shape[1])
     statistics.update(array)
@@ -80,7 +81,7 @@ def moments_of(features: Any) -> Moments:
 
 
 def frechet_distance(x: Moments, y: Moments) -> float:
-    """The distance, symmetric form; rounding does not take it below 0.
+    """Compute the Fréchet distance in its symmetric form, clamped at 0 against rounding errors.
 
     Raises ValueError for moments of different widths.
     """
@@ -93,10 +94,10 @@ def frechet_distance(x: Moments, y: Moments) -> float:
 
 
 def adm_frechet_distance(x: Moments, y: Moments, epsilon: float = 1e-6) -> float:
-    """The distance as ADM's evaluator computes it, to compare with its figures; needs scipy (the extra `eval`).
+    """Compute the distance as ADM's evaluator does, for comparison with its results; needs scipy (the extra `eval`).
 
     Raises:
-        ValueError: the square root of the product is not real, as its own assertion has it.
+        ValueError: the square root of the product is not real, which the evaluator also rejects.
     """
     from scipy.linalg import sqrtm
 
@@ -113,7 +114,7 @@ def adm_frechet_distance(x: Moments, y: Moments, epsilon: float = 1e-6) -> float
 
 
 def require_same_count(x: Moments, y: Moments) -> None:
-    """Raises UserError where two sets that are compared image by image differ in their number."""
+    """Raise UserError if two sets hold different numbers of images."""
     if x.count != y.count:
         raise UserError(f"The sets hold {x.count} and {y.count} images; the distance depends on N: use equal numbers.")
 

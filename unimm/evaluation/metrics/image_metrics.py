@@ -1,14 +1,16 @@
-"""How close images are to their originals: PSNR, SSIM, and the image that any tokenizer has to beat.
+"""Image metrics for reconstruction: PSNR, SSIM, and a baseline that paints each patch in its mean color.
 
-All take pixels [B, 3, H, W] in [0, 1], score each image by itself (float64 inside) and return [B]; averaging is the
-caller's. Papers disagree on these numbers mostly by convention, so ours are named: PSNR has data range 1. SSIM is
-Wang et al. 2004 (https://doi.org/10.1109/TIP.2003.819861) with an 11 x 11 Gaussian window of sigma 1.5, data range 1,
-population covariance, the mean over channels and over the positions where the window lies wholly inside the image:
-scikit-image's with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`. (torchmetrics has the
-same map, but also averages over positions that see a reflected border.) LlamaGen and those who took its script call
-scikit-image's default, a uniform 7 x 7 window with sample covariance, at a data range of 2, which is the range of
-[-1, 1], on images in [0, 1]: the constants are four times too large and the figure is higher
-(`ssim_llamagen_compat`; https://github.com/FoundationVision/LlamaGen/issues/72).
+The metrics take pixels [B, 3, H, W] in [0, 1], score each image by itself (in float64) and return [B]; the caller
+averages. Papers differ on these metrics mostly by convention, so ours are explicit:
+
+- PSNR has data range 1.
+- SSIM is Wang et al. 2004 (https://doi.org/10.1109/TIP.2003.819861) with an 11 x 11 Gaussian window of sigma 1.5, data
+  range 1 and population covariance, averaged over channels and over the positions at which the window lies inside the
+  image. It equals scikit-image's with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`.
+  (torchmetrics computes the same map, but also averages over positions that include a reflected border.)
+- `ssim_llamagen_compat` is the SSIM of LlamaGen and of work that reuses its script: scikit-image's default (a uniform
+  7 x 7 window with sample covariance) on images in [0, 1], but with data range 2, the range of [-1, 1]. The constants
+  are four times too large, which raises the score (https://github.com/FoundationVision/LlamaGen/issues/72).
 """
 
 from collections.abc import Callable
@@ -18,34 +20,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HIGHEST_PSNR = 100.0
-"""dB: what equal images count as in means and records, which cannot bear the infinite truth."""
+"""PSNR in dB that identical images count as in means and records, which must be finite."""
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 LLAMAGEN_WINDOW, LLAMAGEN_DATA_RANGE = 7, 2.0
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per image in dB, infinite for equal ones. Raises ValueError for unlike shapes."""
+    """Compute the peak signal-to-noise ratio per image in dB, infinite for identical images.
+
+    Raises ValueError for different shapes.
+    """
     _check_pair(pixels, reference)
     error = (pixels.double() - reference.double()).square().flatten(1).mean(dim=1)
     return -10 * torch.log10(error)
 
 
 def capped_psnr(pixels: Tensor, reference: Tensor) -> Tensor:
-    """Return `psnr`, at most HIGHEST_PSNR: always finite. Raises as `psnr` does."""
+    """Compute `psnr`, capped at HIGHEST_PSNR and so always finite. Raises as `psnr` does."""
     return psnr(pixels, reference).clamp(max=HIGHEST_PSNR)
 
 
 def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity per image, at most 1.
+    """Compute the structural similarity per image, at most 1.
 
-    Raises ValueError for unlike shapes or for images smaller than the window.
+    Raises ValueError for different shapes or for images smaller than the window.
     """
     return _ssim(pixels, reference, _gaussian_means, window=SSIM_WINDOW, data_range=1.0)
 
 
 def ssim_llamagen_compat(pixels: Tensor, reference: Tensor) -> Tensor:
-    """What LlamaGen's evaluation prints as SSIM: too high, and only comparable with figures that were made so."""
+    """Compute SSIM as LlamaGen's evaluation does: too high, and comparable only with scores computed this way."""
     return _ssim(
         pixels,
         reference,
@@ -82,9 +87,9 @@ def _ssim(
 
 
 def mean_color_per_patch(pixels: Tensor, patch_size: int) -> Tensor:
-    """The images with every `patch_size` square painted in its mean color: what plain colors could give.
+    """Paint every `patch_size` square of the images in its mean color: a baseline for reconstructions.
 
-    Raises ValueError when the sides are no multiples of `patch_size`.
+    Raises ValueError if the sides are not multiples of `patch_size`.
     """
     height, width = pixels.shape[-2:]
     if height % patch_size or width % patch_size:
@@ -94,12 +99,12 @@ def mean_color_per_patch(pixels: Tensor, patch_size: int) -> Tensor:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels as they would be saved: clamped to [0, 1] and rounded to 8 bits, same shape."""
+    """Convert pixels to 8 bits as an image file would store them: clamped to [0, 1] and rounded, same shape."""
     return (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _gaussian_means(maps: Tensor) -> Tensor:
-    """Gaussian-weighted local means [B, C, H - 10, W - 10] of maps [B, C, H, W]."""
+    """Compute Gaussian-weighted local means [B, C, H - 10, W - 10] of maps [B, C, H, W]."""
     offsets = torch.arange(SSIM_WINDOW, dtype=maps.dtype, device=maps.device) - SSIM_WINDOW // 2
     weights = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
     weights = weights / weights.sum()

@@ -1,8 +1,8 @@
-"""Open answers of MMMU, read plainly.
+"""Plain parsing of MMMU's open answers.
 
-MMMU's own tool takes every number and every tail of a sentence for a candidate and is content if one of them holds the
-right answer: "between 1 and 9" is right for 9, and "category" for "cat". Here an answer is the whole text, or the only
-number in it.
+MMMU's own tool takes every number and every end of a sentence as a candidate, and accepts the answer if one of them
+contains the right answer: "between 1 and 9" is right for 9, and "category" for "cat". Here an answer is the whole text,
+or the only number in it.
 """
 
 import ast
@@ -14,10 +14,10 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\w])")
 
 
 def plain_open(answer: str, expected: str) -> bool | None:
-    """Return whether an answer is one of the expected ones; None if it is empty, or names several numbers.
+    """Return whether an answer is one of the expected ones; None if it is empty or, for a number, names several.
 
     Args:
-        expected: the answer, or several as the benchmark's tables hold them: "['5', 'five']".
+        expected: the answer, or several in the format of the benchmark's tables: "['5', 'five']".
     """
     if not answer.strip():
         return None
@@ -32,7 +32,7 @@ def plain_open(answer: str, expected: str) -> bool | None:
 
 
 def accepted_answers(expected: str) -> list[str]:
-    """Return the answers that a table's field stands for: itself, or the items of a list that was written as text."""
+    """Return the answers that a table's field stands for: itself, or the items of a list written as text."""
     if expected.strip().startswith("["):
         try:
             return [str(each) for each in ast.literal_eval(expected)]

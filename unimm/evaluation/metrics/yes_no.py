@@ -1,9 +1,9 @@
-"""Yes-or-no questions: four readings of an answer, and the scores of POPE (https://arxiv.org/abs/2305.10355) and MME
+"""Yes-or-no questions: four ways to parse an answer, and the scores of POPE (https://arxiv.org/abs/2305.10355) and MME
 (https://arxiv.org/abs/2306.13394).
 
-The readings disagree ("Yes." is wrong for lmms-eval's POPE and right for the official one; "NO" is a yes there), so a
-score is named by its reading. Answers that are neither, and those from which a tool guesses a yes or no that is not
-written in them, are counted as `unparsed`.
+The parsers ("readings") disagree: "Yes." is wrong for lmms-eval's POPE and right for the official one, for which "NO"
+is a yes. So each score names its reading. Answers that are neither yes nor no, and answers from which a tool guesses a
+yes or no that is not written in them, are counted as `unparsed`.
 """
 
 import re
@@ -32,7 +32,7 @@ _MARKUP = re.compile(r"[^\w\s]|_")
 
 
 def mme_reading(answer: str) -> str:
-    """ "yes", "no" or "other" as MME's own tool reads it: by the first four characters."""
+    """Return "yes", "no" or "other" as MME's own tool does: by the first four characters."""
     text = answer.lower().strip().replace(".", "")
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text, OTHER)
@@ -40,19 +40,19 @@ def mme_reading(answer: str) -> str:
 
 
 def strict_reading(answer: str) -> str:
-    """As lmms-eval's POPE: the whole answer is yes or no, or it is wrong."""
+    """Parse as lmms-eval's POPE does: the whole answer is yes or no, or it is wrong."""
     text = answer.lower().strip()
     return text if text in ("yes", "no") else OTHER
 
 
 def official_reading(answer: str) -> str:
-    """As POPE's own script: a first sentence without "No", "not" or "no" among its words is a yes."""
+    """Parse as POPE's own script does: a first sentence without the words "No", "not" or "no" is a yes."""
     words = answer.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def plain_reading(answer: str) -> str:
-    """The first word that is yes or no, whatever its case, punctuation and markup."""
+    """Return the first word that is yes or no, ignoring case, punctuation and markup."""
     return next((word for word in _words(answer) if word in ("yes", "no")), OTHER)
 
 
@@ -61,13 +61,14 @@ def _words(answer: str) -> list[str]:
 
 
 def mme_guesses(answer: str) -> bool:
-    """Return whether MME's tool finds neither yes nor no, or one that is no word of the answer ("Noise", "Not me")."""
+    """Return whether MME's tool finds neither yes nor no, or one that is not a word of it ("Noise", "Not me")."""
     read, words = mme_reading(answer), _words(answer)
+    # a lone "y" or "n" is an abbreviation, not a guess
     return read == OTHER or (read not in words and words != [read[0]])
 
 
 def official_guesses(answer: str) -> bool:
-    """Return whether POPE's script takes an answer for a yes because it finds no "no", though no yes is written."""
+    """Return whether POPE's script takes an answer as a yes although no "yes" is written, because it finds no "no"."""
     return official_reading(answer) == "yes" and plain_reading(answer) != "yes"
 
 
@@ -80,17 +81,17 @@ _GUESSES = {official_reading: official_guesses, mme_reading: mme_guesses}
 
 
 def pope_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """POPE by each reading.
+    """Compute POPE's scores by each reading.
 
     Args:
         rows: `answer`, `expected` (yes or no) and `category`, the split (random, popular, adversarial).
 
     Returns:
-        reading -> {split: its scores, "mean_f1": of the splits, which LLaVA's papers print, "pooled": over all}.
+        reading -> {split: its scores, "mean_f1": mean over splits, as in LLaVA's papers, "pooled": over all rows}.
     """
     scores: dict[str, Any] = {}
     for name, read in POPE_READINGS.items():
-        # a verbose answer is no miss for lmms-eval, which raises its recall
+        # lmms-eval does not count a verbose answer as a miss, which raises its recall
         forgiving = name == "lmms_eval"
         splits = {split: binary_scores(group, read, forgiving) for split, group in grouped(rows, "category").items()}
         mean_f1 = mean([split["f1"] for split in splits.values()])
@@ -101,12 +102,12 @@ def pope_scores(rows: Sequence[Row]) -> dict[str, Any]:
 def binary_scores(
     rows: Sequence[Row], read: Callable[[str], str] = plain_reading, forgiving: bool = False
 ) -> dict[str, float]:
-    """accuracy, precision, recall, f1 and yes_ratio (of the predictions), all in [0, 1], and how many were `unparsed`:
-    neither, or a guess.
+    """Compute accuracy, precision, recall, f1 and yes_ratio (of the predictions), all in [0, 1], and the number of
+    `unparsed` answers (neither yes nor no, or a guess).
 
     Args:
         rows: `answer` and `expected`.
-        forgiving: whether a yes that was answered with neither counts as no miss in the recall.
+        forgiving: whether an expected yes that was answered with neither is left out of the recall.
     """
     pairs = [(read(row["answer"]), row["expected"]) for row in rows]
     hits = pairs.count(("yes", "yes"))
@@ -129,18 +130,18 @@ def unparsed(answer: str, read: Callable[[str], str]) -> bool:
 
 
 def mme_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """MME: every image has two questions; a category's score is the accuracy plus the share of images with both
-    right, in percent.
+    """Compute MME's scores. Every image has two questions; a category's score is the accuracy plus the share of images
+    with both right, in percent.
 
     Args:
         rows: `answer`, `expected`, `category` and `question_id`, which the two questions about an image share.
 
     Returns:
-        perception (at most 2000), cognition (at most 800), their categories' acc, acc_plus and score, `unparsed`; and
+        perception (at most 2000), cognition (at most 800), the categories' acc, acc_plus and score, `unparsed`; and
         `plain`, the same by the plain reading.
 
     Raises:
-        UserError: an image without its two questions, or an unknown category.
+        UserError: an image does not have two questions, or a category is unknown.
     """
     return {**_mme_scores(rows, mme_reading), "plain": _mme_scores(rows, plain_reading)}
 
@@ -161,14 +162,14 @@ def _mme_scores(rows: Sequence[Row], read: Callable[[str], str]) -> dict[str, An
 
 
 def _both(name: str, pair: Sequence[Row], read: Callable[[str], str]) -> int:
-    """How many of an image's two questions are right."""
+    """Return how many of an image's two questions are answered right."""
     if len(pair) != 2:
         raise UserError(f"MME asks 2 questions about each image, {name} has {len(pair)}: give an even limit.")
     return sum(read(row["answer"]) == row["expected"] for row in pair)
 
 
 def grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    """Rows by the value of `key`, in the order of their first row."""
+    """Group rows by the value of `key`, in the order of their first row."""
     groups = defaultdict(list)
     for row in rows:
         groups[row[key]].append(row)
@@ -176,10 +177,10 @@ def grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, 0 of nothing."""
+    """Return the mean, 0 for no values."""
     return ratio(sum(values), len(values))
 
 
 def ratio(part: float, whole: float) -> float:
-    """part / whole, 0 where there is nothing."""
+    """Return part / whole, 0 if `whole` is 0."""
     return float(part / whole) if whole else 0.0

@@ -1,8 +1,8 @@
-"""The command that draws captioned images by their captions and looks for the nearest of them all: eval/nearest.py.
+"""The command that checks memorization: it generates images from the captions of a set, and finds the nearest image of
+the set for each (eval/nearest.py).
 
-A drawing is right where no other image of the set is nearer to it, in pixels, than the one whose
-caption it was asked for. That is a check of what was learned by heart, so the tokenizer's own copies are measured
-beside it: nobody draws better than they are.
+A generated image is right if no other image of the set is nearer to it, in pixels, than the one whose caption was the
+prompt. The tokenizer's reconstructions are measured beside it: they are the upper bound for generated images.
 """
 
 import argparse
@@ -37,7 +37,7 @@ JUDGE = {"name": "nearest image of the set", "rule": "no other image has a small
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Parse, draw, compare, report."""
+    """Parse the arguments, generate images, find their nearest images, and report the matches."""
     arguments = _parse(argv, description)
     report = Report(arguments.json)
     with report.timed("load"):
@@ -70,11 +70,12 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
 
 
 def captioned(source: str, count: int, size: int) -> tuple[list[str], np.ndarray, dict[int, UserError]]:
-    """Return the captions and images, uint8 [N, size, size, 3], of a source, and by row why others cannot be read;
-    `count` 0: all.
+    """Return the captions and images, uint8 [N, size, size, 3], of a source, and the errors of unreadable rows, by row.
+
+    Reads the first `count` rows; 0 reads all.
 
     Raises:
-        UserError: it cannot be read, or has fewer than two captioned images.
+        UserError: the source cannot be read, or has fewer than two captioned images.
     """
     images = open_images(data_path(source))
     read = each_or_error(range(min(count or len(images), len(images))), images.__getitem__)
@@ -94,7 +95,7 @@ def _record(
     keys: list[Key],
     arguments: argparse.Namespace,
 ) -> None:
-    """Draw and judge what is missing of one part."""
+    """Generate and score the missing samples of one part."""
     row_of = {key: row for row, key in enumerate(keys)}
     make = _DRAW[part]
     for block in tqdm(store.split_blocks(keys, arguments.batch_size), desc=part, unit="batch"):
@@ -149,7 +150,7 @@ _DRAW: dict[str, Draw] = {"drawing": _drawn, "reconstruction": _copied}
 
 
 def _summary(records: list[Record]) -> dict[str, Any]:
-    """Return, of each part, how many are nearest to their own image; and the rows that cannot be read."""
+    """Return, for each part, how many images are nearest to their own image; and the unreadable rows."""
     found: dict[str, Any] = {"unreadable": unreadable_names(records)}
     for part in PARTS:
         own = [record for record in records if record.inputs.get("part") == part]

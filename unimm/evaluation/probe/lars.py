@@ -1,8 +1,8 @@
-"""LARS: stochastic gradient descent whose steps are as large as the weights allow, layer by layer (arXiv 1708.03888).
+"""The LARS optimizer: SGD with momentum whose step is scaled per layer by the norm of the weights (arXiv 1708.03888).
 
 For a matrix w with gradient g:  d = g + weight_decay w,  d <- trust |w| / |d| d  (unless a norm is 0),
-m <- momentum m + d,  w <- w - lr m. Vectors (biases) take d = g. As the linear probe of MAE uses it (arXiv 2111.06377,
-appendix A.2).
+m <- momentum m + d,  w <- w - lr m. Vectors (biases) take d = g. This is the variant of MAE's linear probe (arXiv
+2111.06377, appendix A.2).
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """See the module's docstring for the step."""
+    """The LARS optimizer; see the module docstring for the update rule."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure` as in torch."""
+        """Take one optimization step; `closure` as in torch."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

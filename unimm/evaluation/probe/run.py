@@ -1,10 +1,10 @@
-"""What a linear layer and a nearest-neighbour vote read from frozen features: the class of an image.
+"""Linear probing and k-NN classification on the frozen features of an image tokenizer.
 
-Protocol: MAE's linear probe (arXiv 2111.06377, appendix A.2), BatchNorm without affine parameters and one linear layer,
-LARS, no weight decay, a cosine schedule after a warm-up, base rate x batch / 256. Two things are scaled down: images
-are seen as centre crops and their mirror images, encoded once, and the batch is smaller. The base rate is chosen on a
-tenth of the training images, then a head is trained on all of them; test images choose nothing. The vote is DINO's
-(arXiv 2104.14294, appendix F.1): k nearest by cosine, weighted by exp(cosine / 0.07).
+The linear probe follows MAE (arXiv 2111.06377, appendix A.2): BatchNorm without affine parameters and one linear layer,
+LARS, no weight decay, a cosine schedule after a warm-up, learning rate base x batch / 256. Two things are scaled down:
+images are center crops and their mirror images, encoded once, and the batch is smaller. The base rate is chosen on a
+held-out tenth of the training images, then a head is trained on all of them; test images choose nothing. The k-NN
+classifier is DINO's (arXiv 2104.14294, appendix F.1): k nearest by cosine, weighted by exp(cosine / 0.07).
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,16 +32,16 @@ VOTE_TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """What is probed and how long.
+    """The settings of a probe.
 
     Args:
-        source, test_source: labelled parquet files, or "shapes".
-        num_train, num_test: images; None takes all.
-        level: which of the encoder's hidden states are the features; None takes the tokenizer's own.
-        kinds: features, latents (before the quantizer), codes (after it) and lookup (the codes of the ids), each the
-            mean over its tokens.
-        base_rates: of the sweep; a rate is base x batch_size / 256.
-        neighbours: k of the vote.
+        source, test_source: labeled parquet files, or "shapes".
+        num_train, num_test: number of images; None takes all.
+        level: index of the encoder's hidden state that is used as features; None takes the tokenizer's own.
+        kinds: features, latents (before the quantizer), codes (after it) and lookup (the codes of the ids), each
+            averaged over its tokens.
+        base_rates: base learning rates of the sweep; a learning rate is base x batch_size / 256.
+        neighbours: k of the k-NN classifier.
     """
 
     source: str
@@ -62,16 +62,20 @@ class ProbePlan:
 def probe_tokenizer(
     tokenizer: ImageTokenizer, image_processor: Any, plan: ProbePlan, bad: Bad | None = None
 ) -> dict[str, dict[str, Any]]:
-    """{kind: {"linear", "knn": accuracies on the test images, "base_rate": the chosen, "sweep": {rate: accuracy}}}.
+    """Probe the representations of a tokenizer.
 
     Args:
-        bad: is told of each image that cannot be read, which is left out; without it, the error is raised.
+        bad: called for each image that cannot be read, which is left out; without it, the error is raised.
+
+    Returns:
+        {kind: {"linear", "knn": test accuracies, "base_rate": the chosen one, "sweep": {rate: held-out accuracy}}}.
 
     Raises:
-        UserError: images that cannot be read, a level that the encoder does not have, or a kind that is not known.
+        UserError: images cannot be read, the encoder does not have the level, or a kind is unknown.
     """
     if unknown := sorted(set(plan.kinds) - set(KINDS)):
         raise UserError(f"There is no representation {unknown[0]!r}; known are {', '.join(KINDS)}.")
+    # two seeds: both sets may come from one generated source ("shapes")
     train = labelled_images(plan.source, plan.num_train, seed=2 * plan.seed)
     test = labelled_images(plan.test_source, plan.num_test, seed=2 * plan.seed + 1)
     train_tables, train_labels = embed(tokenizer, image_processor, train, plan, flip=plan.flip, bad=bad)
@@ -83,7 +87,7 @@ def probe_tokenizer(
 
 
 def random_twin(tokenizer: ImageTokenizer, seed: int = 0) -> ImageTokenizer:
-    """The same architecture with random weights: the floor that a trained tokenizer must beat."""
+    """Return the same architecture with random weights: the baseline that a trained tokenizer must beat."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = type(tokenizer.config).from_dict(tokenizer.config.to_dict())
@@ -102,7 +106,8 @@ def embed(
     flip: bool,
     bad: Bad | None = None,
 ) -> tuple[dict[Kind, Tensor], Tensor]:
-    """{kind: [n, width]} and labels [n]; with `flip` each image's mirror image is the row behind it."""
+    """Embed all images; return {kind: [n, width]} and labels [n]. With `flip`, each image's mirror image is the next
+    row."""
     tables: dict[Kind, list[Tensor]] = {kind: [] for kind in plan.kinds}
     labels: list[int] = []
     for images, classes in _batches(raw_images, tokenizer.config.image_size, flip, bad):
@@ -117,7 +122,7 @@ def embed(
 def mean_vectors(
     tokenizer: ImageTokenizer, pixel_values: Tensor, kinds: Sequence[Kind], level: int | None
 ) -> dict[Kind, Tensor]:
-    """pixel_values [B, 3, H, W] -> {kind: [B, width]} in float32, means over patches or image tokens.
+    """Encode pixel_values [B, 3, H, W] to {kind: [B, width]} in float32, means over patches or image tokens.
 
     Raises:
         UserError: the encoder has no such level.
@@ -168,11 +173,12 @@ def _batches(
 def probe(
     train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, plan: ProbePlan, copies: int = 1
 ) -> dict[str, Any]:
-    """Both verdicts on vectors train [n, width] and test [m, width]; see `probe_tokenizer`. `copies` rows of train, one
-    behind the other, are one image.
+    """Evaluate both classifiers on vectors train [n, width] and test [m, width]; returns as `probe_tokenizer`.
+
+    Each `copies` consecutive rows of train come from one image.
 
     Raises:
-        UserError: fewer than two classes or ten vectors, or a test class that training never shows.
+        UserError: there are fewer than two classes or ten training vectors, or a test class is not in the training set.
     """
     classes = int(labels.max()) + 1
     if int(labels.min()) < 0 or len(labels.unique()) < 2 or len(train) < 10 or int(test_labels.max()) >= classes:
@@ -200,7 +206,7 @@ def probe(
 
 
 def train_head(vectors: Tensor, labels: Tensor, classes: int, base_rate: float, plan: ProbePlan) -> nn.Sequential:
-    """BatchNorm1d and a linear layer, trained on vectors [n, width], in evaluation mode."""
+    """Train BatchNorm1d and a linear layer on vectors [n, width]; return them in evaluation mode."""
     generator = torch.Generator().manual_seed(plan.seed)
     linear = nn.Linear(vectors.shape[1], classes)
     nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
@@ -223,13 +229,13 @@ def train_head(vectors: Tensor, labels: Tensor, classes: int, base_rate: float, 
 
 @torch.no_grad()
 def accuracy(head: nn.Module, vectors: Tensor, labels: Tensor) -> float:
-    """The share of vectors [n, width] whose largest output is their label."""
+    """Return the share of vectors [n, width] whose largest output is their label."""
     return float((head(vectors).argmax(dim=1) == labels).double().mean())
 
 
 @torch.no_grad()
 def vote(train: Tensor, labels: Tensor, test: Tensor, neighbours: int) -> Tensor:
-    """The class [m] that each of test [m, width] gets from its nearest of train [n, width]."""
+    """Return the class [m] of each test vector [m, width], voted by its nearest training vectors [n, width]."""
     train, classes = F.normalize(train, dim=1), int(labels.max()) + 1
     verdicts = []
     for chunk in F.normalize(test, dim=1).split(256):

@@ -1,4 +1,4 @@
-"""The command that measures an image tokenizer on real images: `unimm eval tok`, eval/reconstruction.py."""
+"""The command that evaluates the reconstructions of an image tokenizer: `unimm eval tok`, eval/reconstruction.py."""
 
 import argparse
 import dataclasses
@@ -46,7 +46,7 @@ BENCH = "reconstruction"
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Parse, load, measure, report."""
+    """Parse the arguments, load the tokenizer, score its reconstructions, and report the scores."""
     arguments = parse_run(_parser(description), argv, bench=BENCH)
     report = Report(arguments.json if processes().is_main_process else None)
     plan = ReconstructionPlan(
@@ -123,8 +123,10 @@ def recorded_images(
     space: FeatureSpace | None = None,
     lpips: LPIPS | None = None,
 ) -> tuple[Reconstructions, dict[str, Any] | None]:
-    """As `evaluate_pictures`, with every image recorded in `folder`, and how the sets differ in `space`, as they were
-    kept. An interrupted run goes on."""
+    """Evaluate as `evaluate_images` does, with every image recorded in `folder`; an interrupted run is resumed.
+
+    Also returns the distances in `space` between the stored originals and reconstructions, None if not compared.
+    """
     size = evaluated.tokenizer.config.codebook_size
     with RunStore.open(folder, manifest) as store:
         todo = set(store.split([(name, 0) for name in plan.images().names], together=plan.batch_size))
@@ -151,7 +153,7 @@ def recorded_images(
 
 
 def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_size: int) -> None:
-    """Both images of every missing row, and its record."""
+    """Save both images and the record of every missing row of a batch."""
     for index, row in enumerate(batch.rows()):
         name = row.pop("name")
         if (name, 0) not in todo:
@@ -179,7 +181,10 @@ def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_
 
 
 def _may_compare(count: int, space: FeatureSpace, *, asked_for: bool) -> bool:
-    """Whether so many images are a distribution. Raises UserError for too few where a network was named."""
+    """Return whether `count` images suffice to compare distributions.
+
+    Raises UserError if they do not and the user named a network (`asked_for`).
+    """
     least = max(PRDC_NEIGHBOURS + 1, SCORE_SPLITS if isinstance(space, InceptionSpace) else 0)
     if count < least and asked_for:
         raise UserError(f"{count} images are no distribution: {space.name} compares sets of at least {least}.")
@@ -189,7 +194,7 @@ def _may_compare(count: int, space: FeatureSpace, *, asked_for: bool) -> bool:
 def _distances(
     store: RunStore, records: Sequence[Record], space: FeatureSpace | None, batch_size: int
 ) -> dict[str, Any]:
-    """The two sets on disk compared, for the summary."""
+    """Compare the two sets on disk, for the summary."""
     if space is None:
         return {"distances": None}
     sets, records = PairedSets(space), [record for record in records if not record.is_unreadable]
@@ -216,7 +221,7 @@ def _reconstructions(records: list[Record], codebook_size: int) -> Reconstructio
     return summarized(rows, usage, lost)
 
 
-_OWN = ("ids", "entropy_of_picture")  # of one image, and no mean of the set's
+_OWN = ("ids", "entropy_of_picture")  # fields of one image that are not averaged over the set
 
 
 def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:

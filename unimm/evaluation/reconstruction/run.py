@@ -1,7 +1,7 @@
-"""Reconstruction of real images, beside what plain colors and plain k-means of patches would give.
+"""Reconstruction benchmark for image tokenizers, with two baselines: mean colors and k-means of raw patches.
 
-The images are cut by a named protocol (`unimm.evaluation.runs.image_sets`), both sides of every metric are
-8-bit images, and each image has a row of its own: the figures are means over the rows, with their standard errors.
+Images are cropped by a named protocol (`unimm.evaluation.runs.image_sets`), and both sides of every metric are 8-bit
+images. Each image has its own row; scores are means over the rows, with standard errors.
 """
 
 import logging
@@ -40,14 +40,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReconstructionPlan:
-    """What is measured.
+    """The settings of a reconstruction benchmark.
 
     Args:
         source: as in the recipes' `data.source`, or an npz of images.
-        num_images: how many, drawn at random by `seed`; None is all of them, in the order of their names.
-        kmeans_source: gives the patches that the k-means baseline learns from.
+        num_images: size of a random subset, chosen by `seed`; None takes all images, in the order of their names.
+        kmeans_source: images whose patches train the k-means baseline.
         protocol: a key of `unimm.evaluation.runs.image_sets.PROTOCOLS`.
-        score_size: pixels a side at which images are compared; None is what the tokenizer reads and draws.
+        score_size: side length in pixels at which images are compared; None is the tokenizer's input size, which must
+            equal its output size.
     """
 
     source: str
@@ -71,15 +72,15 @@ class ReconstructionPlan:
         return PROTOCOLS[self.protocol]
 
     def images(self) -> ImageSet:
-        """The set that is measured, in its order. Raises UserError where it cannot be had."""
+        """Open the evaluated images, in order. Raises UserError if they cannot be opened."""
         return image_set(self.source, self.num_images, self._drawn_by)
 
     def images_sha256(self) -> str:
-        """Of that set's names and files: changed data is another measurement."""
+        """Compute the sha256 of the evaluated names and files, so that changed data is detected on resume."""
         return source_sha256(self.source, self.num_images, self._drawn_by)
 
     def kmeans_images(self) -> ImageSet:
-        """What the k-means baseline learns from."""
+        """Open the images that train the k-means baseline."""
         assert self.kmeans_source is not None
         return image_set(self.kmeans_source, KMEANS_IMAGES, self.seed)
 
@@ -94,7 +95,7 @@ class ReconstructionPlan:
 
 @dataclass(frozen=True)
 class Compared:
-    """One batch: originals and their reconstructions as uint8 [B, H, W, 3], and what was measured of each image."""
+    """One batch: originals and reconstructions (`drawn`) as uint8 [B, H, W, 3], and the scores of each image."""
 
     names: list[str]
     originals: np.ndarray
@@ -108,8 +109,8 @@ class Compared:
 
 
 class Reconstructions(NamedTuple):
-    """`scores` of the whole set, the `errors` (standard errors) of those that are means, one row per image; the images
-    that could not be read, by name, with the reason."""
+    """Results of a set: its `scores`, the standard `errors` of those that are means, one row per image, and the
+    unreadable images by name, with the reason."""
 
     scores: dict[str, float]
     errors: dict[str, float]
@@ -125,16 +126,16 @@ def evaluate_images(
     on_batch: Callable[[Compared], None] | None = None,
     lpips: LPIPS | None = None,
 ) -> Reconstructions:
-    """Send images through their ids and back; those that cannot be read are left out, and named.
+    """Encode images to ids, decode them, and score the reconstructions; unreadable images are left out and named.
 
-    Scores are psnr (at most HIGHEST_PSNR, as the next ones), exact_copy (share of exact copies), psnr_mean_color, ssim,
-    ssim_llamagen_compat, and of all ids codebook_use, entropy (bits), perplexity and dead_codes; psnr_kmeans where a
-    source for it is given, and feature_cosine, the mean cosine to the features of `reference` (a tokenizer with the
-    original encoder) where one is given; lpips_vgg with the network. `on_batch` sees every batch.
+    Scores are psnr (every psnr is capped at HIGHEST_PSNR), exact_copy (share of exact copies), psnr_mean_color, ssim,
+    ssim_llamagen_compat, and over all ids codebook_use, entropy (bits), perplexity and dead_codes. Optional are
+    psnr_kmeans (if the plan has a `kmeans_source`), feature_cosine (the mean cosine to the features of `reference`, a
+    tokenizer with the original encoder) and lpips_vgg (with `lpips`). `on_batch` is called with every batch.
 
     Raises:
-        UserError: a source that cannot be read, holds too few images or none that can be read; a tokenizer that draws
-            another size than it reads and no size to compare at.
+        UserError: the source cannot be read, or has too few images or no readable ones; or the tokenizer's output size
+            differs from its input size and the plan has no `score_size`.
     """
     usage, rows, unreadable = CodebookUsage(tokenizer.config.codebook_size), list[Row](), dict[str, str]()
 
@@ -156,14 +157,14 @@ def evaluate_images(
 
 
 def check_finite(row: Row) -> None:
-    """Raise UserError if a figure of an image is not finite: no mean could bear it."""
+    """Raise UserError if a score of an image is not finite: it would make the mean non-finite."""
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} is {value}")
 
 
 def summarized(rows: list[Row], usage: CodebookUsage, unreadable: dict[str, str]) -> Reconstructions:
-    """Return the scores of a whole set from the rows of its images and the count of all their ids.
+    """Return the scores of a whole set from the rows of its images and the codebook usage of all ids.
 
     Raises:
         UserError: no image could be read.
@@ -188,8 +189,10 @@ def compared_images(
     wanted: Callable[[Sequence[str]], bool] = bool,
     bad: Bad | None = None,
 ) -> Iterator[Compared]:
-    """Yield every image of the plan's set beside its reconstruction, batch by batch; only the batches whose names are
-    `wanted`. `bad` is told of those that cannot be read."""
+    """Yield the plan's images with their reconstructions, batch by batch.
+
+    Batches whose names are not `wanted` are skipped. `bad` is called for each image that cannot be read.
+    """
     size, patch_size = tokenizer.config.image_size, tokenizer.config.patch_size
     raw_images = plan.images()
     patches = raw_patch_codebook(plan, size, patch_size) if plan.kmeans_source else None
@@ -210,6 +213,7 @@ def compared_images(
             }
             if lpips is not None:
                 values["lpips_vgg"] = lpips.distances(copies, pixels).double()
+            # the baselines are scored at the tokenizer's input size, whatever the plan's `score_size`
             cut = pixels_of(to_array(images))
             values["psnr_mean_color"] = capped_psnr(mean_color_per_patch(cut, patch_size), cut)
             if patches is not None:
@@ -223,7 +227,7 @@ def compared_images(
 def _scored(
     plan: ReconstructionPlan, size: int, images: list[Image.Image], drawn: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Originals, which the tokenizer read at `size`, and drawn images at the size that is scored."""
+    """Return originals and reconstructions at the size that is scored; `size` is the tokenizer's input size."""
     if plan.score_size is None and drawn.shape[1:3] != (size, size):
         raise UserError(
             f"The tokenizer draws {drawn.shape[2]} pixels a side and reads {size}: say at which size they are compared "
@@ -235,7 +239,7 @@ def _scored(
 
 
 def raw_patch_codebook(plan: ReconstructionPlan, size: int, patch_size: int, iterations: int = 15) -> Tensor:
-    """`kmeans_codes` centres [K, 3*p*p] of the raw patches of `kmeans_source`."""
+    """Compute `kmeans_codes` k-means centers [K, 3*p*p] of the raw patches of `kmeans_source`."""
     images = plan.kmeans_images()
     batches = images.batches(plan.batch_size, bad=lambda _, error: logger.warning("k-means goes without: %s", error))
     cut = (pixels_of(to_array([plan.rules.cut(image, size) for _, image in batch])) for batch in batches)
@@ -246,22 +250,23 @@ def raw_patch_codebook(plan: ReconstructionPlan, size: int, patch_size: int, ite
         ids = nearest_codes(flat, centres)
         counts = torch.bincount(ids, minlength=len(centres))[:, None]
         sums = torch.zeros_like(centres).index_add_(0, ids, flat)
+        # a center without patches stays where it is
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return centres
 
 
 def paint(pixels: Tensor, codebook: Tensor, patch_size: int) -> Tensor:
-    """Every patch replaced by its nearest row of `codebook`."""
+    """Replace every patch by its nearest row of `codebook`; pixels and result are [B, 3, H, W]."""
     patches = to_patches(pixels, patch_size)
     painted = F.embedding(nearest_codes(patches, codebook), codebook)
     return F.fold(painted.transpose(1, 2), pixels.shape[-2:], patch_size, stride=patch_size)
 
 
 def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
-    """[B, 3, H, W] -> [B, N, 3*p*p]."""
+    """Split images into flat patches: [B, 3, H, W] -> [B, N, 3*p*p]."""
     return F.unfold(pixels, patch_size, stride=patch_size).transpose(1, 2)
 
 
 def pixels_of(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> pixels [B, 3, H, W] in [0, 1]."""
+    """Convert uint8 [B, H, W, 3] to pixels [B, 3, H, W] in [0, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255

@@ -1,6 +1,6 @@
-"""What every measuring command takes to keep its run: `--output DIR`, and `--from MANIFEST` to repeat one.
+"""Command-line arguments shared by all benchmarks: `--output DIR` keeps a run, `--from MANIFEST` repeats one.
 
-Light: read before anything is loaded.
+Imports nothing heavy: the arguments are parsed before any model is loaded.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from unimm.errors import UserError
 from unimm.evaluation.runs.records import read_manifest
 
 ABOUT_THE_PLACE = frozenset({"output", "repeated", "json", "rows", "page"})
-"""What says where a run goes and not what it does: a repetition chooses anew."""
+"""Arguments that say where results go, not what is computed: a manifest omits them, so a repeated run sets its own."""
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +29,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_run(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, bench: str | Sequence[str]
 ) -> argparse.Namespace:
-    """The arguments, those of the repeated run filled in where the command line says nothing.
+    """Parse the arguments; those of the repeated run are the defaults.
 
     Args:
-        bench: what the command measures; several, where it leaves a run of each and any of them says how it was
-            started.
+        bench: the benchmark of the command; several if it writes one run per benchmark, any of which records the
+            arguments.
 
     Raises:
         UserError: the manifest cannot be read, is of another benchmark, or names arguments that this command lacks.
     """
+    # read --from before the full parse: the manifest's arguments become its defaults
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--from", dest="repeated")
     source = first.parse_known_args(argv)[0].repeated
@@ -51,13 +52,13 @@ def parse_run(
         if unknown := sorted(set(manifest.arguments) - set(actions)):
             raise UserError(f"{source} has arguments that this version does not know: {', '.join(unknown)}.")
         for name in manifest.arguments:
-            actions[name].required = False
+            actions[name].required = False  # argparse would demand it on the command line despite the default
         parser.set_defaults(**manifest.arguments)
     return parser.parse_args(argv)
 
 
 def recorded_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a manifest keeps of the arguments, as plain values."""
+    """Return the arguments that a manifest records, as plain values."""
     kept = {name: value for name, value in vars(arguments).items() if name not in ABOUT_THE_PLACE}
     recorded: dict[str, Any] = plain(kept)
     return recorded

@@ -1,7 +1,7 @@
-"""Go on with a long run when an image cannot be read or judged: its sample gets a row that says why.
+"""Continue a long run if an image cannot be read or scored: its sample gets a record with the reason.
 
-Judges take images in batches. When a batch fails, its images are tried one by one; if all of several fail, the fault is
-the judge's, and the run stops, to go on later.
+Scorers take images in batches. If a batch fails, its images are tried one by one; if all of several fail, the scorer is
+at fault, and the run stops and can be resumed later.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def each_or_error(items: Sequence[Item], load: Callable[[Item], Result]) -> list[Result | UserError]:
-    """Return what `load` makes of each item, or the sentence that it refuses it with."""
+    """Return `load(item)` for each item, or the UserError that it raised."""
     found: list[Result | UserError] = []
     for item in items:
         try:
@@ -27,10 +27,10 @@ def each_or_error(items: Sequence[Item], load: Callable[[Item], Result]) -> list
 def judged_or_error(
     items: Sequence[Item | UserError], judge: Callable[[Sequence[Item]], Sequence[Result]]
 ) -> list[Result | UserError]:
-    """Return what `judge` makes of a batch, item by item; errors among the items stay what they are.
+    """Return the scorer's result for each item of a batch; errors among the items are passed through.
 
     Raises:
-        UserError: the judge refuses each of several items by itself.
+        UserError: the scorer rejects each of several items by itself.
     """
     good = [item for item in items if not isinstance(item, UserError)]
     try:

@@ -1,4 +1,4 @@
-"""The command that writes the page of a finished run: `unimm eval report`. Loads no model."""
+"""The command that writes the HTML report of a finished run: `unimm eval report`. Loads no model."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from unimm.runs.report import Report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, write the page, say its scores."""
+    """Parse the arguments, write the HTML report, and print its scores."""
     parser = argparse.ArgumentParser(prog="unimm eval report", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="of a finished run")
     parser.add_argument("--against", metavar="DIR2", help="another run of the same benchmark, for paired differences")

@@ -1,4 +1,4 @@
-"""What our pages share: one look, and images inside the file, so that a page can be moved or mailed."""
+"""Shared parts of our HTML reports: one style sheet, and images inlined so that a report is a single file."""
 
 import base64
 import io
@@ -11,12 +11,12 @@ LOSSLESS_SIDE = 128
 
 
 def base_style() -> str:
-    """The CSS of colors, light and dark, and of text."""
+    """Return the CSS for colors (light and dark) and text."""
     return resources.files("unimm.evaluation.runs").joinpath("page.css").read_text(encoding="utf-8")
 
 
 def data_uri(image: Image.Image, *, longest_side: int | None = None) -> str:
-    """The image as a data URI, made smaller where a side is longer than `longest_side`."""
+    """Return the image as a data URI, downscaled if a side is longer than `longest_side`."""
     if longest_side is not None and max(image.size) > longest_side:
         image = image.copy()
         image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)

@@ -1,10 +1,9 @@
-"""The report of a run's folder: one HTML file that needs no model, no network and nothing beside it.
+"""The HTML report of an evaluation run: one self-contained file, written without a model or network access.
 
-Scores with their intervals, judge and protocol; bars per tag; distances of whole sets; the samples, failed and worst
-ones first, with boxes, masks, color
-votes, seeds and reasons, to be filtered by the rule that failed; and, against a second run, paired
-differences. Images are small data URIs, and at most `MAX_CARDS` samples of a part are shown, so that the page stays
-light. All text that comes from records is escaped by the template.
+It shows scores with their intervals, scorer and protocol; bars per tag; distances between whole sets; the samples,
+failed and worst ones first, with boxes, masks, color votes, seeds and reasons, filterable by the failed rule; and, with
+a second run, paired differences. Images are small data URIs, and at most `MAX_CARDS` samples per part are shown, which
+keeps the file small. The template escapes all text that comes from records.
 """
 
 from collections import Counter
@@ -39,15 +38,15 @@ from unimm.runs.provenance import write_atomically
 
 MAX_CARDS = 240
 THUMBNAIL_SIDE = 224
-SHOWN_NUMBERS = 5  # of a sample; the records hold them all
-SHOWN_VOTES, LEAST_VOTE = 3, 0.01  # colors of an object
-SET_SIZES = ("count", "count_reference")  # of the sets that were compared
-WORST_BY = "psnr"  # where there is no verdict, the lowest first
+SHOWN_NUMBERS = 5  # per sample; the records hold all of them
+SHOWN_VOTES, LEAST_VOTE = 3, 0.01  # colors per object, and the smallest share that is shown
+SET_SIZES = ("count", "count_reference")  # sizes of the compared sets
+WORST_BY = "psnr"  # sorts samples without a verdict, lowest first
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as it lies in its folder."""
+    """A finished run, read from its folder."""
 
     folder: Path
     manifest: Manifest
@@ -56,7 +55,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Run":
-        """Raises UserError where there is none, or one that is not finished or is empty."""
+        """Read a run. Raises UserError if there is none, or if it is unfinished or empty."""
         run = cls(Path(folder), read_manifest(folder), read_records(folder), read_summary(folder))
         if not run.records:
             raise UserError(f"{folder} holds a run without a single record: there is nothing to report.")
@@ -64,19 +63,19 @@ class Run:
 
     @property
     def distances(self) -> dict[str, float]:
-        """Return how two sets of images differ as a whole, where the run compared any; no mean over records."""
+        """Return the distances between two whole sets of images, if the run compared any; no means over records."""
         found = self.summary.get("distances") or {}
         return {name: value for name, value in found.items() if not isinstance(value, list)}
 
     @property
     def space(self) -> dict[str, Any]:
-        """The features in which the sets were compared; figures of two spaces are figures of two scales."""
+        """Return the feature space of the distances; distances in two spaces are not comparable."""
         return self.summary.get("space") or {}
 
     @property
     def protocol(self) -> str:
-        """The convention that the numbers follow, in a few words; all settings but the judge's, who has a column,
-        where none is named so."""
+        """Return the protocol of the scores in a few words; without one, all settings but the scorer's (shown in a
+        column of its own)."""
         settings = {name: value for name, value in self.manifest.settings.items() if name != "judge"}
         named = settings.get("protocol", settings)
         if isinstance(named, str):
@@ -85,10 +84,10 @@ class Run:
 
 
 def write_report(folder: str | Path, output: str | Path, against: str | Path | None = None) -> list[Measure]:
-    """Write the page of the run in `folder`, compared with that in `against`; gives the scores.
+    """Write the report of the run in `folder`, optionally compared with the run in `against`, and return the scores.
 
     Raises:
-        UserError: a folder without a finished run, or a comparison of two benchmarks.
+        UserError: a folder has no finished run, or the runs are of different benchmarks.
     """
     run, other = Run.read(folder), None if against is None else Run.read(against)
     if other is not None and other.manifest.bench != run.manifest.bench:
@@ -103,7 +102,7 @@ def write_report(folder: str | Path, output: str | Path, against: str | Path | N
 
 
 def render(run: Run, scores: Sequence[Measure], other: Run | None = None) -> str:
-    """The page as text."""
+    """Render the report as HTML text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "described": described,
@@ -136,24 +135,24 @@ def render(run: Run, scores: Sequence[Measure], other: Run | None = None) -> str
 
 
 def words(name: str) -> str:
-    """A name from the code as a person writes it."""
+    """Return an identifier as words."""
     return name.replace("_", " ")
 
 
 def figure(value: float, name: str = "") -> str:
-    """A number as a person reads it: verdicts in percent, others with three to four digits."""
+    """Format a number for display: verdicts in percent, others with two or three decimals."""
     if name in SHARES:
         return f"{100 * value:.1f} %"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
 def signed(value: float, name: str = "") -> str:
-    """A difference; one of shares in percentage points."""
+    """Format a difference with its sign; differences of shares in percentage points."""
     return f"{100 * value:+.1f} points" if name in SHARES else f"{value:+.3f}"
 
 
 def span(found: Interval | Difference, name: str = "") -> str:
-    """The interval of a measure or a difference, or that there is none."""
+    """Format the interval of a measure or a difference, or say that there is none."""
     if found.low is None or found.high is None:
         return "too few clusters"
     shown = signed if isinstance(found, Difference) else figure
@@ -161,19 +160,19 @@ def span(found: Interval | Difference, name: str = "") -> str:
 
 
 def spread(found: Interval) -> str:
-    """Where a share's bar ends and its interval lies, as CSS."""
+    """Return a share's value and interval as CSS variables, for its bar."""
     low, high = (found.value if end is None else end for end in (found.low, found.high))
     return f"--value: {100 * found.value:.2f}%; --low: {100 * low:.2f}%; --high: {100 * high:.2f}%"
 
 
 def rules_of(record: Record) -> list[str]:
-    """The rules that a record fails, in a word or two each: GenEval's, or what stands before a reason's colon."""
+    """Return the rules that a record fails, in a word or two each: GenEval's, or the text before a reason's colon."""
     lines = record.reason.splitlines()
     return list(dict.fromkeys(failed_rule(line) or line.partition(":")[0][:32] for line in lines))
 
 
 def _distances(run: Run, other: Run | None) -> list[tuple[str, float, float | None]]:
-    """Name, value, and the other run's where both are of one scale: the same features, and as many images."""
+    """Return name, value, and the other run's value if both are comparable: same feature space, same set sizes."""
     alike = other is not None and (other.space, _sizes(other)) == (run.space, _sizes(run))
     theirs = other.distances if other is not None and alike else {}
     return [(name, value, theirs.get(name)) for name, value in run.distances.items() if name not in SET_SIZES]
@@ -187,7 +186,7 @@ def _sizes(run: Run) -> list[float | None]:
 
 
 def _cards(run: Run, other: Run | None) -> Iterable[dict[str, Any]]:
-    """The samples of each part that are shown, failed and worst ones first."""
+    """Yield the samples of each part that are shown, failed and worst ones first."""
     theirs = {} if other is None else {record.key: record for record in other.records}
     for part in dict.fromkeys(map(part_of, run.records)):
         members = sorted((r for r in run.records if part_of(r) == part and _worth_showing(r)), key=_badness)
@@ -242,7 +241,7 @@ def _verdict(record: Record) -> str | None:
 
 
 def _image(run: Run, path: str | None, label: str, detections: Sequence[Any]) -> dict[str, Any] | None:
-    """A thumbnail with its boxes and outlines in the image's own pixels; None where no image was kept."""
+    """Return a thumbnail with boxes and outlines in pixels of the original image; None if no image was kept."""
     if path is None:
         return None
     try:
@@ -267,7 +266,7 @@ def _detection(item: dict[str, Any]) -> str:
 
 
 def _outline(item: dict[str, Any]) -> str:
-    """The mask's border as an SVG path, empty where no mask was kept."""
+    """Return the mask's outline as an SVG path, empty if no mask was kept."""
     polygons = [zip(flat[::2], flat[1::2], strict=True) for flat in item.get("outline", [])]
     return " ".join("M" + " L".join(f"{x:g},{y:g}" for x, y in polygon) + "Z" for polygon in polygons)
 
@@ -276,7 +275,7 @@ def _outline(item: dict[str, Any]) -> str:
 
 
 def _facts(run: Run, other: Run | None) -> list[tuple[str, str, str | None]]:
-    """Everything that the manifests say: key, value, and the other run's value where it differs."""
+    """Return all entries of the manifests: key, value, and the other run's value if it differs."""
     mine, theirs = _facts_of(run), {} if other is None else _facts_of(other)
     keys = dict.fromkeys([*mine, *theirs])
     return [
@@ -290,6 +289,6 @@ def _facts_of(run: Run) -> dict[str, str]:
 
 
 def _only(first: Sequence[Record], second: Sequence[Record]) -> tuple[int, int]:
-    """How many samples stand in one run alone."""
+    """Return how many samples are in the first run only, and in the second only."""
     ours, theirs = ({record.key for record in records} for records in (first, second))
     return len(ours - theirs), len(theirs - ours)

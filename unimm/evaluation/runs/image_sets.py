@@ -1,9 +1,9 @@
-"""The images that a benchmark measures on: a named set, cut by a named protocol.
+"""Image sets for evaluation, with named preprocessing protocols.
 
-What decides a figure of this field is mostly convention (which crop, which filter, which rounding, which reference
-set), so a convention is a value with a name and stands in every result. A set never repeats an image, never resizes
-behind the caller's back and never skips one in silence: what cannot be read is an error that names it, or, in a long
-run, goes to the caller's `bad`, who counts and names it.
+Reconstruction and generation scores depend mostly on conventions (crop, filter, rounding, reference set), so each
+convention has a name and is recorded with every result. A set never repeats an image, and never resizes or skips one
+silently: an unreadable image raises an error that names it, or, in a long run, is reported to the caller's `bad`
+callback.
 """
 
 import hashlib
@@ -34,8 +34,11 @@ FILTERS = {
 
 
 def adm_crop(image: Image.Image, size: int, filter_name: str = "bicubic") -> Image.Image:
-    """The centre as ADM's and LlamaGen's data loaders cut it: halved with a box filter while the short side is twice
-    `size` or more, then resized (the short side to `size`), then cut."""
+    """Center-crop as the data loaders of ADM and LlamaGen do.
+
+    The image is halved with a box filter while its short side is at least 2 x `size`, then resized (short side to
+    `size`), then cropped.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -45,7 +48,7 @@ def adm_crop(image: Image.Image, size: int, filter_name: str = "bicubic") -> Ima
 
 
 def torchvision_crop(image: Image.Image, size: int, filter_name: str = "bilinear") -> Image.Image:
-    """The centre as torchvision's Resize(size) and CenterCrop(size) cut it; the long side is truncated, not rounded."""
+    """Center-crop as torchvision's Resize(size) and CenterCrop(size) do; the long side is truncated, not rounded."""
     scale = size / min(image.size)
     width, height = (size if side == min(image.size) else int(side * scale) for side in image.size)
     corner = round((width - size) / 2), round((height - size) / 2)
@@ -55,19 +58,19 @@ def torchvision_crop(image: Image.Image, size: int, filter_name: str = "bilinear
 CROPS: dict[str, Callable[[Image.Image, int, str], Image.Image]] = {
     "adm": adm_crop,
     "torchvision": torchvision_crop,
-    "short_side": lambda image, size, _: crop(image, size),  # what training cuts
+    "short_side": lambda image, size, _: crop(image, size),  # the crop of training
 }
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a reconstruction is measured; every field stands in the result.
+    """The preprocessing protocol of a reconstruction benchmark; every field is recorded with the result.
 
     Args:
         crop: a key of `CROPS`.
-        resize_filter: of the crop, and of a drawn image that is scored at another size; a key of `FILTERS`.
-        rounding: of drawn pixels to 8 bits, before any metric sees them.
-        reference: what the drawn images are compared with.
+        resize_filter: filter of the crop, and of a decoded image that is scored at another size; a key of `FILTERS`.
+        rounding: rounding of decoded pixels to 8 bits, before any metric is computed.
+        reference: the images that the decoded ones are compared with.
     """
 
     name: str
@@ -77,11 +80,11 @@ class Protocol:
     reference: str = "the same images, cut alike"
 
     def cut(self, image: Image.Image, size: int) -> Image.Image:
-        """The image as it is measured, `size` pixels a side."""
+        """Crop the image to `size` x `size` pixels."""
         return CROPS[self.crop](image, size, self.resize_filter)
 
     def resized(self, image: np.ndarray, size: int) -> np.ndarray:
-        """A drawn image, uint8 [H, W, 3], at the size that is scored."""
+        """Resize a decoded image, uint8 [H, W, 3], to the size at which it is scored."""
         if image.shape[:2] == (size, size):
             return image
         return np.asarray(Image.fromarray(image).resize((size, size), FILTERS[self.resize_filter]))
@@ -98,12 +101,12 @@ PROTOCOLS = {
 
 
 Bad = Callable[[str, UserError], None]
-"""Takes the name of an image that cannot be read, and why."""
+"""A callback for an image that cannot be read: its name, and the error."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that have names: a path inside a folder, or a row's number. `load` takes an index into `names`."""
+    """A set of named images; a name is a path inside a folder, or a row number. `load` takes an index into `names`."""
 
     load: Callable[[int], Image.Image]
     names: Sequence[str]
@@ -114,10 +117,10 @@ class ImageSet:
     def batches(
         self, size: int, wanted: Callable[[Sequence[str]], bool] = bool, bad: Bad | None = None
     ) -> Iterator[list[tuple[str, Image.Image]]]:
-        """Yield (name, image) pairs, `size` at a time, in order; a batch whose names are not `wanted` is not read.
+        """Yield batches of `size` (name, image) pairs, in order; a batch whose names are not `wanted` is not read.
 
         Args:
-            bad: is told of each image that cannot be read, which is left out; without it, the error is raised.
+            bad: called for each image that cannot be read, which is left out; without it, the error is raised.
         """
         for start in range(0, len(self), size):
             names = self.names[start : start + size]
@@ -136,15 +139,15 @@ class ImageSet:
 
 
 def image_set(source: str, count: int | None = None, seed: int | None = None) -> ImageSet:
-    """Images of "shapes", a parquet file, a folder, or the ADM evaluator's npz; none of them twice.
+    """Open the images of "shapes", a parquet file, a folder, or the ADM evaluator's npz, without repetition.
 
     Args:
         source: as in the recipes' `data.source`, or a file that ends in .npz.
-        count: how many; None is all of them.
-        seed: they are drawn at random; None takes the first ones, by name.
+        count: number of images; None takes all.
+        seed: seed of a random subset; None takes the first images, by name.
 
     Raises:
-        UserError: the source cannot be read, or holds fewer.
+        UserError: the source cannot be read, or holds fewer than `count` images.
     """
     if source == "shapes":
         if count is None:
@@ -160,10 +163,10 @@ def image_set(source: str, count: int | None = None, seed: int | None = None) ->
 
 
 def source_sha256(source: str, count: int | None = None, seed: int | None = None) -> str:
-    """sha256 over all that `image_set` with these arguments would read: the names, and what they stand for.
+    """Compute the sha256 of everything that `image_set` with these arguments would read: names and contents.
 
-    Files are streamed, not decoded; of shards in a folder or on the hub every image is looked at. Statistics in an
-    npz count as the images that they are of.
+    Files are streamed, not decoded; for shards in a folder or on the hub, every image is decoded. An npz with images or
+    statistics is hashed as a file.
 
     Raises:
         UserError: as `image_set`.
@@ -191,7 +194,7 @@ def _looked_at(images: ImageSet, index: int) -> tuple[int, int, str]:
 
 
 def read_images_npz(path: Path) -> np.ndarray:
-    """`arr_0` of the ADM evaluator's file, uint8 [N, H, W, 3]. Raises UserError for anything else."""
+    """Read `arr_0` of the ADM evaluator's file, uint8 [N, H, W, 3]. Raises UserError for anything else."""
     array = read_npz(path).get("arr_0")
     if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         found = "no arr_0" if array is None else f"arr_0 of {array.dtype} {list(array.shape)}"
@@ -200,7 +203,7 @@ def read_images_npz(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file, read without unpickling. Raises UserError where it is none."""
+    """Read the arrays of an npz file without unpickling. Raises UserError if it is not one."""
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:

@@ -1,8 +1,8 @@
-"""What the records of a run amount to: every score with its interval, and the differences of two runs.
+"""Scores of an evaluation run with bootstrap intervals, and paired differences between two runs.
 
-Pure functions of records. A score is a mean, over clusters that are drawn again whole: samples of one item, or of one
-`cluster` that the inputs name. Verdicts are averaged within tags and then over them, as GenEval's overall score is;
-what was measured without a verdict is averaged over all samples.
+Pure functions of records. A score is a mean; its interval resamples whole clusters (samples of one item, or of one
+`cluster` named in the inputs). Verdicts are averaged within tags and then over tags, like GenEval's overall score;
+measurements without a verdict are averaged over all samples.
 """
 
 import json
@@ -15,7 +15,7 @@ from unimm.evaluation.runs.records import Record
 
 VERDICT = "correct"
 SHARES = (VERDICT, "plain", "strict")
-"""Verdicts and the readings beside them, which are averaged alike: within tags, then over them."""
+"""Verdicts, and alternative readings of them, which are averaged alike: within tags, then over tags."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Measure:
     """One score of one part of a run.
 
     Args:
-        samples: how many records it is a mean of.
-        judge: who gave the verdicts; empty for what was only measured.
-        by_tag: the score of each tag, where there are several.
+        samples: number of records that it is a mean of.
+        judge: the scorer that gave the verdicts; empty for measurements without a verdict.
+        by_tag: the score of each tag, if there are several.
     """
 
     part: str
@@ -38,7 +38,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One score of two runs on the samples that both hold; `difference` is None where their judges differ."""
+    """One score of two runs on their common samples; `difference` is None if their scorers differ."""
 
     part: str
     name: str
@@ -58,7 +58,7 @@ def tag_of(record: Record) -> str:
 
 
 def described(judge: Mapping[str, Any]) -> str:
-    """A judge in a few words, those that it consists of in brackets; hashes shortened."""
+    """Describe a scorer in a few words, with its components in parentheses and its hash shortened."""
     words = [str(judge[name]) for name in ("name", "version") if judge.get(name)]
     for name, value in judge.items():
         if name not in ("name", "version", "sha256"):
@@ -67,14 +67,14 @@ def described(judge: Mapping[str, Any]) -> str:
 
 
 def measures(records: Sequence[Record]) -> list[Measure]:
-    """Every score of a run: per part the verdicts, then what was measured, in the order of the records."""
+    """Compute every score of a run: for each part the verdicts, then the measurements, in the order of the records."""
     return [
         _measure(part, name, rows) for part, members in _by_part(records).items() for name, rows in _scores_of(members)
     ]
 
 
 def compare(first: Sequence[Record], second: Sequence[Record]) -> list[Comparison]:
-    """Second minus first, score by score, on the samples that both have judged or measured."""
+    """Compute second minus first for every score, on the samples for which both runs have it."""
     others = _by_part(second)
     found = []
     for part, members in _by_part(first).items():
@@ -97,7 +97,7 @@ def _by_part(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _scores_of(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """The names of what can be averaged, each with the records that have it."""
+    """Return the names of the scores that can be averaged, each with the records that have it."""
     names = dict.fromkeys(
         name
         for record in records
@@ -110,7 +110,7 @@ def _scores_of(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
 
 
 def _is_number(name: str, value: Any) -> bool:
-    """Whether the value can be averaged: a number, or what a reading says."""
+    """Return whether the value can be averaged: a number, or a bool of a reading in SHARES."""
     return isinstance(value, int | float) and (name in SHARES or not isinstance(value, bool))
 
 
@@ -141,7 +141,10 @@ def _compared(part: str, name: str, first: list[Record], second: list[Record]) -
 
 
 def _clusters(records: Iterable[Record]) -> list[str]:
-    """A cluster lies in one tag: questions of two tags about one image are drawn for each tag by itself."""
+    """Return each record's cluster, within its tag: an image with questions of two tags is one cluster in each.
+
+    The tag is part of the name because a cluster must not span two strata.
+    """
     return [json.dumps([tag_of(record), record.inputs.get("cluster", record.item)]) for record in records]
 
 
@@ -151,7 +154,7 @@ def _strata(name: str, records: Sequence[Record]) -> list[str] | None:
 
 
 def _judge(name: str, records: Iterable[Record]) -> str:
-    """Who judged; several are all named, for they were mixed."""
+    """Return the scorer of the verdicts; all of them if several were mixed."""
     if name != VERDICT:
         return ""
     return " and ".join(dict.fromkeys(described(record.judge) for record in records if record.judge))

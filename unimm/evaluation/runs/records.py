@@ -1,8 +1,8 @@
-"""What an evaluation run leaves behind, read without a model: one record per sample, and the manifest that says how.
+"""Records and manifest of an evaluation run: one record per sample, and a manifest that describes the run.
 
-A record is one JSON line. Its key is (item, sample): `item` names what is asked (a prompt, a question, an image),
-`sample` counts the images or answers for it. Times and dates stand elsewhere, so that the same run gives the same
-bytes twice.
+A record is one JSON line. Its key is (item, sample): `item` names the input (a prompt, a question, an image), and
+`sample` numbers the images or answers generated for it. Times and dates are stored elsewhere, so that the same run
+writes the same bytes twice. Needs no model.
 """
 
 import hashlib
@@ -21,24 +21,24 @@ Key = tuple[str, int]
 
 MANIFEST, RECORDS, SUMMARY = "manifest.json", "records.jsonl", "summary.json"
 UNREADABLE = "unreadable"
-"""What the reason of a record begins with whose image could not be read or measured; the run goes on without it."""
+"""Prefix of the reason of a record whose image could not be read or scored; the run continues without it."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What came out for one sample.
+    """The result of one sample.
 
     Args:
-        bench, item, sample: whose it is; see the module.
-        seed: what it was drawn or answered with.
-        inputs: what was asked. Reports read `prompt` or `question`, `tag`, `part` (of a benchmark that measures
-            several things), `cluster` (what makes samples alike; default: the item) and `original_path` (an image).
-        output_path: the image, relative to the run's folder where it lies inside.
+        bench, item, sample: benchmark and key of the sample; see the module docstring.
+        seed: seed with which the image or answer was generated.
+        inputs: the inputs of the sample. Reports use `prompt` or `question`, `tag`, `part` (of a benchmark with
+            several parts), `cluster` (groups dependent samples; default: the item) and `original_path` (an image).
+        output_path: path of the image, relative to the run's folder if it is inside.
         raw_scores: everything measured or detected, before any rule; `detections` have `label`, `box` (xyxy) and
-            `score`, and where they are known `outline` (polygons of the mask), `color` and `color_votes` (shares).
-        verdict: what the rule says, None where there is none to say.
-        reason: why not, one line per failed rule.
-        judge: `name`, `version`, `sha256` of the model that judged; empty for a rule that needs none.
+            `score`, and if known `outline` (polygons of the mask), `color` and `color_votes` (shares).
+        verdict: result of the scoring rule, None without one.
+        reason: why the sample failed, one line per failed rule.
+        judge: `name`, `version`, `sha256` of the scorer; empty for a rule that needs no model.
     """
 
     bench: str
@@ -58,21 +58,21 @@ class Record:
 
     @property
     def is_unreadable(self) -> bool:
-        """Return whether the sample's image could not be read or measured."""
+        """Return whether the sample's image could not be read or scored."""
         return self.reason.startswith(f"{UNREADABLE}: ")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """How a run came about. All but `arguments` decides its results.
+    """The description of a run. Everything but `arguments` determines its results.
 
     Args:
-        prompts_sha256: `content_sha256` of everything that is asked.
+        prompts_sha256: `content_sha256` of all inputs.
         settings: guidance, temperature, image size, protocol, dtype, thresholds.
-        weights: the fingerprint of each model that takes part, by its role (`model`, `detector`, ...).
-        hardware: models of the processor and the GPUs: verdicts of one network differ between them. Empty in manifests
-            of earlier versions.
-        arguments: of the command, from which `--from` starts the run again.
+        weights: the fingerprint of each model involved, by its role (`model`, `detector`, ...).
+        hardware: models of the CPU and the GPUs, because verdicts of one network differ between them. Empty in
+            manifests of earlier versions.
+        arguments: arguments of the command, with which `--from` repeats the run.
     """
 
     bench: str
@@ -86,7 +86,7 @@ class Manifest:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def differences(self, other: "Manifest") -> list[str]:
-        """The dotted keys that decide results and differ, each with both values."""
+        """Return the dotted keys that determine results and differ, each with both values."""
         mine, theirs = (dict(leaves(plain(manifest))) for manifest in (self, other))
         keys = [key for key in dict.fromkeys([*mine, *theirs]) if not key.startswith("arguments.")]
         return [
@@ -102,12 +102,12 @@ def unreadable(error: BaseException) -> str:
 
 
 def unreadable_names(records: Iterable[Record]) -> list[str]:
-    """Return the items of such records, for a summary: they are named, and so counted."""
+    """Return the items of unreadable records, for a summary."""
     return [record.item for record in records if record.is_unreadable]
 
 
 def content_sha256(rows: Iterable[Any]) -> str:
-    """sha256 over rows of plain values, in their order."""
+    """Compute the sha256 of rows of plain values, in their order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
@@ -115,10 +115,11 @@ def content_sha256(rows: Iterable[Any]) -> str:
 
 
 def to_line(record: Record) -> str:
-    """One line of JSON, ASCII only and with its keys sorted: equal records are equal bytes.
+    """Return the record as one line of JSON, ASCII only and with sorted keys: equal records are equal bytes.
 
     Raises:
-        ValueError: a score that is not finite, which JSON does not know. TypeError: one that is no plain value.
+        ValueError: a score is not finite, which JSON cannot represent.
+        TypeError: a score is not a plain value.
     """
     if infinite := [(name, value) for name, value in leaves(record.raw_scores) if not _is_finite(value)]:
         name, value = infinite[0]
@@ -127,7 +128,7 @@ def to_line(record: Record) -> str:
 
 
 def parse_lines(path: Path) -> Iterator[Record]:
-    """The records of one file. Raises UserError for a line that is none, with its number."""
+    """Yield the records of one file. Raises UserError for a line that is not a record, with its number."""
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             tree = json.loads(line)
@@ -139,7 +140,7 @@ def parse_lines(path: Path) -> Iterator[Record]:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest in a file, or of a run's folder. Raises UserError where there is none or another thing."""
+    """Read the manifest from a file or a run's folder. Raises UserError if there is none, or if it is malformed."""
     path = Path(path)
     path = path / MANIFEST if path.is_dir() else path
     if not path.is_file():
@@ -150,13 +151,13 @@ def read_manifest(path: str | Path) -> Manifest:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} is no manifest: it is a {type(tree).__name__}, expected an object.")
-    # what an older manifest does not say is unknown, and not what this machine would say
+    # An older manifest lacks these fields: leave them empty, since the defaults would describe this machine.
     tree = {"versions": {}, "hardware": {}, "commit": None} | tree
     return build(Manifest, tree, key="", source=str(path))
 
 
 def read_records(folder: str | Path) -> list[Record]:
-    """The records of a finished run, in the order of their keys. Raises UserError where the run is not finished."""
+    """Read the records of a finished run, in the order of their keys. Raises UserError if the run is not finished."""
     path = Path(folder) / RECORDS
     if not path.is_file():
         raise UserError(f"There is no {path}: the folder holds no run, or one that is not finished yet.")
@@ -164,7 +165,7 @@ def read_records(folder: str | Path) -> list[Record]:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """The summary of a finished run. Raises UserError where the run is not finished."""
+    """Read the summary of a finished run. Raises UserError if the run is not finished."""
     path = Path(folder) / SUMMARY
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -180,7 +181,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested mappings."""
+    """Yield (dotted key, value) for every leaf of nested mappings."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             yield from leaves(value, f"{prefix}.{name}" if prefix else str(name))

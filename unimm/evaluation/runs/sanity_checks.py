@@ -1,7 +1,7 @@
-"""Images whose content is known, for judges: one that fails on them is not asked about others.
+"""Sanity checks for VQA models: a model that fails on images of known content is not used as a scorer.
 
-A judge on the wrong device, with the wrong weights or the wrong preparation gives numbers, too, and
-nothing else would show that they are bad.
+A VQA model on the wrong device, or with the wrong weights or preprocessing, still returns scores, and nothing else
+would show that they are wrong.
 """
 
 import json
@@ -19,7 +19,7 @@ from unimm.evaluation.metrics.answers import same_answer
 from unimm.evaluation.vqa import Judge
 
 ABSENT = "zebra"
-"""What none of the photographs shows."""
+"""An object that none of the photographs shows."""
 CANARIES = "canaries.jsonl"
 
 
@@ -33,7 +33,7 @@ class KnownAnswer(NamedTuple):
 
 
 def photographs() -> dict[str, Image.Image]:
-    """The photographs of a cat, a person and a cup that scikit-image brings, by what they show.
+    """Return scikit-image's photographs of a cat, a person and a cup, by what they show.
 
     Raises:
         UserError: scikit-image is not installed.
@@ -50,14 +50,14 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def known_answers(folder: str | Path | None = None) -> list[KnownAnswer]:
-    """Questions about the photographs: whether they show what they do, and whether they show a zebra.
+    """Return questions about the photographs: whether they show their subject, and whether they show a zebra.
 
     Args:
-        folder: a person's own instead: images, and canaries.jsonl with a line {"image": a file of the folder,
-            "question": ..., "answer": ...} for each question.
+        folder: use the user's own questions instead: images, and canaries.jsonl with a line {"image": a file of the
+            folder, "question": ..., "answer": ...} for each question.
 
     Raises:
-        UserError: the folder holds something else, or there is neither a folder nor scikit-image.
+        UserError: the folder cannot be read as such, or there is neither a folder nor scikit-image.
     """
     if folder is not None:
         return _own(Path(folder))
@@ -69,10 +69,10 @@ def known_answers(folder: str | Path | None = None) -> list[KnownAnswer]:
 
 
 def check_vqa_model(judge: Judge, known: Sequence[KnownAnswer]) -> int:
-    """Ask a judge what is known; gives the number of questions.
+    """Check a VQA model on questions with known answers; return the number of questions.
 
     Raises:
-        UserError: there is none, a score is not finite, or an answer is wrong.
+        UserError: there are no questions, a score is not finite, or an answer is wrong.
     """
     if not known:
         raise UserError(f"{judge.name} has no known image to be asked about first: give --canary FOLDER.")

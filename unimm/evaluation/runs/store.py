@@ -1,14 +1,14 @@
-"""The folder of an evaluation run: it survives a kill at any moment, and it holds the same bytes however it came about.
+"""A resumable store for evaluation runs: safe to kill at any time, with byte-identical results after a resume.
 
-    folder/manifest.json            how the run came about; a run under another one is refused
+    folder/manifest.json            describes the run; a run with a different manifest is rejected
     folder/images/                  images
-    folder/parts/rank-0.jsonl       records as they come, one file per process; gone when the run is finished
-    folder/timings.jsonl            seconds, the only file that differs from run to run
-    folder/records.jsonl            all records in the order of their keys: written last, with
-    folder/summary.json             a pure function of them
+    folder/parts/rank-0.jsonl       records in order of arrival, one file per process; deleted when the run is finished
+    folder/timings.jsonl            seconds per record, the only file that differs from run to run
+    folder/records.jsonl            all records in the order of their keys; written last, together with
+    folder/summary.json             a pure function of the records
 
-Processes (`accelerate launch`, `torchrun`) share nothing but the folder and barriers. Each takes every
-n-th of the missing keys, and the main process merges by key what all have written.
+Processes (`accelerate launch`, `torchrun`) share only the folder and barriers. Each of n processes takes every n-th
+block of the missing keys, and the main process merges all records by key.
 """
 
 import dataclasses
@@ -44,19 +44,19 @@ from unimm.runs.provenance import write_atomically
 __all__ = ["Key", "Manifest", "Record", "RunStore", "content_sha256", "processes", "sample_seed"]
 
 IMAGES, PARTS, TIMINGS = "images", "parts", "timings.jsonl"
-NAMED_KEYS = 10  # of a longer list of keys, the first ones stand in the message
+NAMED_KEYS = 10  # keys listed in an error message before it is shortened
 
 Summarize = Callable[[list[Record]], Mapping[str, Any]]
 
 
 def sample_seed(run_seed: int, bench: str, item: str, sample: int) -> int:
-    """The seed of one sample, from 0 to 2**63 - 1: whatever the batch, the order and the number of processes."""
+    """Return the seed of one sample, from 0 to 2**63 - 1, independent of batch, order and number of processes."""
     text = json.dumps([run_seed, bench, item, sample])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 class RunStore:
-    """The open folder of a run. Use `RunStore.open`, on every process; it is a context manager."""
+    """The open folder of a run, a context manager. Create it with `RunStore.open`, on every process."""
 
     def __init__(self, folder: Path, manifest: Manifest, state: PartialState, lock: FileLock | None) -> None:
         self.folder, self.manifest = folder, manifest
@@ -67,28 +67,30 @@ class RunStore:
 
     @classmethod
     def open(cls, folder: str | Path, manifest: Manifest) -> Self:
-        """Make the folder, or go on with the run in it.
+        """Create the folder, or resume the run in it.
 
         Raises:
-            UserError: the folder holds something else, a run under another manifest, or one that is being written.
+            UserError: the folder holds other files, a run with a different manifest, or one that is being written.
         """
         folder, state, locks = Path(folder), processes(), list[FileLock]()
         refuse_together(lambda: locks.append(_prepare(folder, manifest)))
         lock = locks[0] if locks else None
         store = cls(folder, manifest, state, lock)
-        state.wait_for_everyone()  # nobody appends while another still reads what is done
+        state.wait_for_everyone()  # no process may append while another still reads the records
         return store
 
     def split(self, keys: Iterable[Key], *, together: int = 1) -> list[Key]:
-        """Of `keys`, the missing ones that this process has to do; `together` as the size of `split_blocks`. `finish`
-        requires every key that any call was given."""
+        """Return the missing keys among `keys` that are assigned to this process.
+
+        `together` is the block size of `split_blocks`. `finish` requires a record for every key of every call.
+        """
         return [key for block in self.split_blocks(keys, together) for key in block if key not in self.done]
 
     def split_blocks(self, keys: Iterable[Key], size: int) -> list[list[Key]]:
-        """`split` for what is computed in batches: blocks of `size` neighbours among all keys, shared out whole.
+        """Split `keys` into blocks of `size` consecutive keys, and return the incomplete blocks of this process.
 
-        A block of which something is missing comes whole, so that a batch, on whose company the last bit of a product
-        depends, is the same for any number of processes and after any interruption. Only what is missing is appended.
+        A block with a missing key is returned whole: the last bit of a matrix product depends on the rest of its batch,
+        so batches must be the same for any number of processes and after any interruption. Append only missing keys.
         """
         keys = list(keys)
         self._expected = [*(self._expected or []), *keys]
@@ -99,10 +101,10 @@ class RunStore:
         return todo[self._state.process_index :: self._state.num_processes]
 
     def append(self, record: Record, *, seconds: float | None = None) -> None:
-        """Write one record to disk at once, with the `seconds` that it took.
+        """Write one record to disk immediately, with the `seconds` that it took.
 
         Raises:
-            ValueError: it belongs to another benchmark, its key is recorded already, or a score is not finite.
+            ValueError: it belongs to another benchmark, its key is already recorded, or a score is not finite.
         """
         if record.bench != self.manifest.bench or record.key in self.done:
             raise ValueError(f"{record.bench} {record.key} is not missing in this run of {self.manifest.bench}")
@@ -115,10 +117,10 @@ class RunStore:
             self._write(TIMINGS, json.dumps(timing) + "\n")
 
     def records(self) -> list[Record]:
-        """What all processes have recorded so far, in the order of the keys.
+        """Return the records of all processes so far, in the order of the keys.
 
         Raises:
-            UserError: a damaged line, or two different records of one key.
+            UserError: a line is damaged, or there are two different records of one key.
         """
         found: dict[Key, Record] = {}
         for path in _record_files(self.folder):
@@ -128,25 +130,27 @@ class RunStore:
         return [found[key] for key in sorted(found)]
 
     def image_path(self, item: str, sample: int = 0, *, role: str = "") -> Path:
-        """Where the image of a sample goes, or one of another `role` beside it; a file name on any system, and
-        another one for every item."""
+        """Return the path for a sample's image, or for another image (`role`) of it.
+
+        The file name is valid on any system and unique per item.
+        """
         readable = re.sub(r"[^a-z0-9]+", "-", item.lower()).strip("-")[:60] or "item"
         digest = hashlib.blake2b(item.encode(), digest_size=4).hexdigest()
         return self.folder / IMAGES / f"{readable}-{digest}-{sample}{f'-{role}' if role else ''}.png"
 
     def inside(self, path: str | Path) -> str:
-        """The path as records keep it: relative to the folder where it lies inside."""
+        """Return the path as records store it: relative to the folder if it is inside."""
         within = Path(path).is_relative_to(self.folder)
         return Path(path).relative_to(self.folder).as_posix() if within else str(path)
 
     def finish(self, summarize: Summarize) -> dict[str, Any]:
-        """Merge what all processes have recorded, write records.jsonl and summary.json, and close; gives the summary.
+        """Merge the records of all processes, write records.jsonl and summary.json, close, and return the summary.
 
         Args:
             summarize: a pure function of all records, called on the main process.
 
         Raises:
-            UserError: keys that `split` was given have no record.
+            UserError: keys passed to `split` have no record, or records have no such key.
         """
         self._close_files()
         self._state.wait_for_everyone()
@@ -158,7 +162,7 @@ class RunStore:
         return summary
 
     def close(self) -> None:
-        """Let others write the folder; what is recorded stays."""
+        """Release the folder to other processes; recorded samples are kept."""
         self._close_files()
         if self._lock is not None:
             self._lock.release()
@@ -170,7 +174,7 @@ class RunStore:
         self.close()
 
     def _merge(self, summarize: Summarize) -> None:
-        """Write the finished files."""
+        """Write records.jsonl and summary.json, then delete the parts."""
         records = self.records()
         recorded = {record.key for record in records}
         expected = recorded if self._expected is None else set(self._expected)
@@ -194,7 +198,7 @@ class RunStore:
         file = self._files[name]
         file.write(line)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # a record counts as done only once it is on disk
 
     def _close_files(self) -> None:
         for file in self._files.values():
@@ -203,7 +207,7 @@ class RunStore:
 
 
 def _prepare(folder: Path, manifest: Manifest) -> FileLock:
-    """Lock the folder, check or write its manifest, and drop torn lines."""
+    """Lock the folder, check or write its manifest, and remove partially written files and lines."""
     if folder.is_dir() and not (folder / MANIFEST).exists() and any(folder.glob("[!.]*")):
         raise UserError(f"--output {folder} holds other files and no run: choose a new folder, or one with a run.")
     try:
@@ -214,7 +218,7 @@ def _prepare(folder: Path, manifest: Manifest) -> FileLock:
     path = folder / MANIFEST
     try:
         for leftover in [*folder.glob(".*.tmp"), *(folder / IMAGES).glob(".*.tmp*")]:
-            leftover.unlink()  # of a process that was killed while it wrote
+            leftover.unlink()  # from a process that was killed while writing
         if not path.exists():
             write_atomically(path, json.dumps(plain(manifest), indent=2) + "\n")
         elif differing := read_manifest(path).differences(manifest):
@@ -235,7 +239,7 @@ def _record_files(folder: Path) -> list[Path]:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off what was written after the last line feed when the process was killed."""
+    """Truncate the file after its last line feed: a killed process may have left a partial line."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):

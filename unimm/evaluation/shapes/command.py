@@ -1,4 +1,4 @@
-"""The command that measures a model on the shapes data set: `unimm eval shapes`, eval/shapes.py."""
+"""Command line of the evaluation on the shapes data set (`unimm eval shapes`, eval/shapes.py)."""
 
 import argparse
 import json
@@ -41,16 +41,16 @@ JUDGES = {
     "chat": {"name": "the one right answer", "rule": "equal after normalisation"},
     "generation": {"name": "the world's analytic detector", "rule": "GenEval's, every detection counts"},
 }
-ASKED = ("kind", "group", "question", "expected", "prompt")  # of a row: what was asked; the rest came out
+ASKED = ("kind", "group", "question", "expected", "prompt")  # inputs of a row; its other fields are outputs
 
 STRICT = "strict"
 
 Scores = dict[str, dict[str, Any]]
-"""Part -> its figures; STRICT -> part -> those of them that the strict detector judges, too."""
+"""Part -> its scores; STRICT -> part -> the scores that the strict detector computes as well."""
 
 
 class Part(NamedTuple):
-    """How one part is measured at once, measured batch by batch, and summed up from its rows."""
+    """The functions of one part: measure it at once, measure it batch by batch, and compute scores from its rows."""
 
     evaluate: Callable[[EvaluatedModel, ShapesPlan], tuple[dict[str, float], list[Row]]]
     batches: Callable[[EvaluatedModel, ShapesPlan, Wanted], Iterator[list[Shown]]]
@@ -77,7 +77,7 @@ MEASURES = {
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Parse, load, measure, report."""
+    """Parse the arguments, load the model, measure, and report."""
     arguments = _parse(argv, description)
     plan, report = _plan_of(arguments), Report(arguments.json)
     with report.timed("load"):
@@ -119,7 +119,7 @@ def _present(strict: Scores) -> Scores:
 def _recorded(
     evaluated: EvaluatedModel, plan: ShapesPlan, arguments: argparse.Namespace, report: Report
 ) -> tuple[Scores, list[Row]]:
-    """As `_measured`, with every image and answer recorded in `--output`."""
+    """Measure as `_measured` does, recording every image and answer in `--output`."""
     size = evaluated.tokenizer.config.codebook_size
     with RunStore.open(arguments.output, _manifest(evaluated, plan, arguments)) as store:
         for part in arguments.parts:
@@ -132,6 +132,7 @@ def _recorded(
 
 
 def _record_part(store: RunStore, evaluated: EvaluatedModel, plan: ShapesPlan, part: str) -> None:
+    """Measure what a part still lacks and append its records."""
     keys, together = part_keys(part, plan)
     todo = set(store.split(keys, together=together))
     for batch in MEASURES[part].batches(evaluated, plan, lambda keys: any(key in todo for key in keys)):
@@ -141,7 +142,7 @@ def _record_part(store: RunStore, evaluated: EvaluatedModel, plan: ShapesPlan, p
 
 
 def part_keys(part: str, plan: ShapesPlan) -> tuple[list[Key], int]:
-    """The keys of a part in the order in which it is measured, and how many make a batch."""
+    """Return a part's keys in the order of measurement, and the batch size."""
     if part == "reconstruction":
         count = max(plan.num_scenes, plan.codebook_scenes)
         return [(f"{part}/{index:05}", 0) for index in range(count)], plan.batch_size
@@ -190,7 +191,7 @@ def _part(record: Record) -> str:
 
 
 def _row_of(record: Record) -> Row:
-    """The row that a record was made of, as far as scores and `--rows` need it."""
+    """Rebuild the row of a record, with the fields that scores and `--rows` need."""
     row = {"item": record.item, "sample": record.sample, **record.raw_scores}
     row |= {name: value for name, value in record.inputs.items() if name in (*ASKED, "tag")}
     if record.verdict is not None:

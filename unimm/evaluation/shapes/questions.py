@@ -1,7 +1,7 @@
-"""Yes-or-no questions about the shapes data set in the schemas of MME and POPE, as parquet files that their tools read.
+"""Yes-or-no questions about the shapes data set as parquet files in the schemas of MME and POPE.
 
-Every scene is asked one question whose answer is yes and one whose answer is no. A "no" that joins a
-color and a shape which are both there, but not together, is POPE's adversarial kind; all others are its random kind.
+Every scene has one question with the answer yes and one with the answer no. A "no" question about a color and a shape
+that both occur, but not together, is POPE's adversarial kind; all others are its random kind.
 """
 
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ from unimm.data.shapes import COLORS, SHAPES, Scene, Turn, render, sample_conver
 from unimm.errors import UserError
 
 QUESTIONS_PER_SCENE = 2
-TURNS = 8  # tried for each scene, to find a yes and a no among them
+TURNS = 8  # questions sampled per scene to find a yes and a no
 Row = dict[str, Any]
 
 
 def sample_pairs(count: int, seed: int) -> Iterator[tuple[Scene, Turn, Turn]]:
-    """`count` scenes with a question that is answered yes and one that is answered no.
+    """Yield `count` scenes, each with a question answered yes and one answered no.
 
-    Training seeds its scenes by pairs of other numbers and never meets these.
+    Training seeds its scenes with other pairs of numbers, so these scenes never occur in it.
     """
     rng, found = np.random.default_rng([seed, *b"yes or no"]), 0
     while found < count:
         scene, turns = sample_conversation(rng, num_turns=TURNS, kind_shares={"existence": 1.0})
         yes = [turn for turn in turns if turn.answer == "yes"]
         no = [turn for turn in turns if turn.answer == "no"]
-        if found % 2:  # adversarial ones are rare: take them where there are some
+        if found % 2:  # adversarial questions are rare: prefer them in every other scene
             no.sort(key=lambda turn: pope_kind(scene, turn.question))
         if yes and no:
             found += 1
@@ -36,7 +36,7 @@ def sample_pairs(count: int, seed: int) -> Iterator[tuple[Scene, Turn, Turn]]:
 
 
 def pope_kind(scene: Scene, question: str) -> str:
-    """`adversarial` or `random`, by the question whose answer is no."""
+    """Return `adversarial` or `random` for a question whose answer is no."""
     words = question.rstrip("?").split()
     there = {part for obj in scene.objects for part in (obj.color, obj.shape)}
     named = [word for word in words if word in (*COLORS, *SHAPES)]
@@ -44,10 +44,10 @@ def pope_kind(scene: Scene, question: str) -> str:
 
 
 def rows(questions: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """The same questions in MME's schema and in POPE's.
+    """Return the same questions as rows in MME's and in POPE's schema.
 
     Raises:
-        UserError: an odd number of questions.
+        UserError: the number of questions is odd or below two.
     """
     if questions < QUESTIONS_PER_SCENE or questions % QUESTIONS_PER_SCENE:
         raise UserError(
@@ -74,13 +74,13 @@ def rows(questions: int, seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def write_shapes_questions(folder: Path, questions: int, seed: int) -> None:
-    """Write `shapes_MME` and `shapes_POPE` into `folder`, laid out as data sets of the hub are."""
+    """Write `shapes_MME` and `shapes_POPE` into `folder`, in the layout of hub data sets."""
     for name, table in zip(("shapes_MME", "shapes_POPE"), rows(questions, seed), strict=True):
         write_parquet(table, folder / name / "data" / "test-00000-of-00001.parquet")
 
 
 def write_parquet(table: list[Row], path: Path) -> None:
-    """Rows as a parquet file; columns of PIL images, single or in lists, are marked as images for its readers."""
+    """Write rows as a parquet file; columns of PIL images, single or in lists, are stored with the Image feature."""
     from datasets import Dataset
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""How well a model reconstructs, answers and draws in the shapes data set, on scenes and prompts that it never saw.
+"""Reconstruction, question answering and generation on the shapes data set, with held-out scenes and prompts.
 
-Nothing is judged by a model. The world's analytic detector reads images back into objects;
-reconstructions are compared with their originals by what it reads, drawings with their prompts by GenEval's rules
-(https://arxiv.org/abs/2310.11513), and questions have one right answer. The detector's score is a geometric overlap,
-not a confidence: whatever it accepts counts for the rules, in counting prompts too. A strict detector reads the same
-images beside it (`strict_scores`): crisp shapes, nothing else on the canvas.
+No model scores anything. The data set's analytic detector finds the objects of an image: reconstructions are compared
+with their originals by these objects, generated images with their prompts by GenEval's rules
+(https://arxiv.org/abs/2310.11513), and questions have one correct answer. The detector's score is a geometric overlap,
+not a confidence, so every detection counts, in counting prompts too. A strict detector scores the same images as well
+(`strict_scores`): it requires crisp shapes and nothing else on the canvas.
 """
 
 import hashlib
@@ -34,31 +34,31 @@ from unimm.tokenizer.codebook_usage import CodebookUsage
 
 PARTS = ("reconstruction", "chat", "generation")
 QUESTION_KINDS = ("existence", "color", "count", "position")
-WITHHELD = "withheld"  # the prompts that name a pair of color and shape which training never shows
+WITHHELD = "withheld"  # prompts with a (color, shape) pair that never occurs in training
 MAX_ANSWER_TOKENS = 16
-DRAWS_PER_PROMPT = 200  # tries for each new distinct prompt before one may repeat
+DRAWS_PER_PROMPT = 200  # average number of tries per distinct prompt before prompts may repeat
 
 Row = dict[str, Any]
 Shown = tuple[Row, dict[str, Image.Image]]
-"""A row and its images: `original`, `drawn`."""
+"""A row and its images, by role: `original`, `drawn`."""
 Wanted = Callable[[Sequence[Key]], bool]
-"""Whether a batch of these keys is to be done."""
+"""Returns whether a batch with these keys must be computed."""
 Scored = tuple[dict[str, float], list[Row]]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ShapesPlan:
-    """How much is measured; everything that is asked, shown and drawn is a function of `seed`.
+    """Sizes of the evaluation; scenes, questions, prompts and sampling are functions of `seed`.
 
     Args:
         num_scenes: images that are reconstructed and compared.
-        codebook_scenes: images whose ids are counted, the compared ones among them.
-        questions: questions of each kind.
-        prompts: prompts of each tag, and as many that name a withheld pair.
-        images_per_prompt: drawings of each prompt.
-        batch_size: images, questions or drawings in one forward; the drawings do not depend on it.
-        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p` in place of the checkpoint's own.
+        codebook_scenes: images whose ids are counted, including the compared ones.
+        questions: questions per kind.
+        prompts: prompts per tag, and as many with a withheld pair.
+        images_per_prompt: images drawn per prompt.
+        batch_size: images or questions per forward; drawn images do not depend on it.
+        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, overriding the checkpoint's defaults.
     """
 
     num_scenes: int = 500
@@ -78,20 +78,21 @@ class ShapesPlan:
 
     @property
     def prompts_at_once(self) -> int:
+        """Return the number of prompts per forward."""
         return max(1, self.batch_size // self.images_per_prompt)
 
     def rng(self, *names: str) -> np.random.Generator:
-        """Random numbers of one part; training seeds its scenes by small numbers and never meets them."""
+        """Return the generator of one part; training uses small seeds, so its scenes never coincide with these."""
         return np.random.default_rng([self.seed, self.number(*names)])
 
     def number(self, *names: str) -> int:
-        """A 62-bit number that stands for (seed, names)."""
+        """Hash (seed, names) to a 62-bit number."""
         text = "/".join(("shapes evaluation", str(self.seed), *names))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2
 
 
 def evaluate_reconstruction(tokenizer: Any, image_processor: Any, plan: ShapesPlan) -> Scored:
-    """Images through their ids and back: `reconstruction_scores`, and one row per compared image."""
+    """Encode images to ids and decode them; return `reconstruction_scores` and one row per compared image."""
     rows = _rows(reconstructions(tokenizer, image_processor, plan))
     scores = reconstruction_scores(rows, tokenizer.config.codebook_size)
     return scores, [{name: row[name] for name in row if name != "ids"} for row in rows if "correct" in row]
@@ -101,11 +102,12 @@ def evaluate_reconstruction(tokenizer: Any, image_processor: Any, plan: ShapesPl
 def reconstructions(
     tokenizer: Any, image_processor: Any, plan: ShapesPlan, wanted: Wanted = bool
 ) -> Iterator[list[Shown]]:
-    """Rows with the `ids` of every image; those that are compared say what the detector reads on both sides."""
+    """Yield rows with the `ids` of every image; compared images also have metrics and the objects on both sides."""
     rng = plan.rng("reconstruction")
     keys = [(f"reconstruction/{index:05}", 0) for index in range(max(plan.num_scenes, plan.codebook_scenes))]
     both_sides = set(keys[: plan.num_scenes])
     scenes = ((key, sample_scene(rng)) for key in keys)
+    # Scenes of skipped batches are sampled too, so that the random stream stays the same after a resume.
     for batch in _progress(scenes, plan.batch_size, "reconstruction", len(keys)):
         if not wanted([key for key, _ in batch]):
             continue
@@ -116,14 +118,15 @@ def reconstructions(
         if compared := sum(key in both_sides for key, _ in batch):
             originals = tokenizer.denormalize(pixel_values[:compared].float())
             scenes_compared = [scene for _, scene in batch[:compared]]
+            # The compared images come first in a batch, and only they have a pair.
             pairs = _compare(originals, tokenizer.decode(ids[:compared]), tokenizer.config.grid, scenes_compared)
             shown[:compared] = [(row | found, pair) for (row, _), (found, pair) in zip(shown, pairs, strict=False)]
         yield shown
 
 
 def reconstruction_scores(rows: Iterable[Row], codebook_size: int) -> dict[str, float]:
-    """agreement, the share of scenes from whose reconstruction the detector reads the same colors and shapes as from
-    the original; psnr and psnr_mean_color in dB; ssim; codebook_use and perplexity of all ids."""
+    """Compute agreement, the fraction of scenes whose reconstruction has the same detected colors and shapes as the
+    original; psnr and psnr_mean_color in dB; ssim; codebook_use and perplexity of all ids."""
     rows, usage = list(rows), CodebookUsage(codebook_size)
     usage.update(torch.tensor([row["ids"] for row in rows]))
     compared = [row for row in rows if "correct" in row]
@@ -133,14 +136,14 @@ def reconstruction_scores(rows: Iterable[Row], codebook_size: int) -> dict[str, 
 
 
 def evaluate_chat(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
-    """Questions about fresh scenes, answered greedily: accuracy per kind, and one row per question."""
+    """Answer questions about new scenes greedily; return the accuracy per kind and one row per question."""
     rows = _rows(answers(model, processor, plan))
     return chat_scores(rows), rows
 
 
 @torch.inference_mode()
 def answers(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -> Iterator[list[Shown]]:
-    """A row per question."""
+    """Yield one row per question, in batches."""
     asked = []
     for kind in QUESTION_KINDS:
         rng = plan.rng("chat", kind)
@@ -160,20 +163,20 @@ def answers(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool)
 
 
 def chat_scores(rows: Iterable[Row]) -> dict[str, float]:
-    """Accuracy per kind of question."""
+    """Compute the accuracy per kind of question."""
     rows = list(rows)
     return {kind: _mean(row["correct"] for row in rows if row["kind"] == kind) for kind in QUESTION_KINDS}
 
 
 def evaluate_generation(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
-    """Held-out prompts drawn and judged by GenEval's rules: `generation_scores`, and one row per image."""
+    """Draw held-out prompts and apply GenEval's rules; return `generation_scores` and one row per image."""
     rows = _rows(drawings(model, processor, plan))
     return generation_scores(rows), rows
 
 
 @torch.inference_mode()
 def drawings(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -> Iterator[list[Shown]]:
-    """A row per image."""
+    """Yield one row per drawn image, in batches."""
     groups = {tag: held_out_prompts(plan, tag) for tag in TAGS} | {WITHHELD: held_out_prompts(plan, None)}
     jobs = [
         (group, index, prompt, plan.number("generation", group, str(index)))
@@ -196,7 +199,7 @@ def drawings(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool
 
 
 def generation_scores(rows: Iterable[Row]) -> dict[str, float]:
-    """The mean per tag, `overall` (the mean of the six) and `withheld`."""
+    """Compute the mean per tag, `overall` (the mean of the six tags) and `withheld`."""
     rows = list(rows)
     by_tag = summary([row for row in rows if row["group"] != WITHHELD])
     withheld = _mean(row["correct"] for row in rows if row["group"] == WITHHELD)
@@ -204,7 +207,7 @@ def generation_scores(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def strict_scores(part: str, rows: Iterable[Row]) -> dict[str, float]:
-    """Return the figures that the detectors judge, by the strict one: agreement, or those of `generation_scores`."""
+    """Return the scores of a part by the strict detector: agreement, or those of `generation_scores`."""
     rows = [row | {"correct": row["strict"]} for row in rows if "strict" in row]
     if part == "reconstruction":
         return {"agreement": _mean(row["correct"] for row in rows)}
@@ -212,7 +215,7 @@ def strict_scores(part: str, rows: Iterable[Row]) -> dict[str, float]:
 
 
 def held_out_prompts(plan: ShapesPlan, tag: str | None) -> list[Prompt]:
-    """Held-out prompts, distinct as long as the tag has new ones; `tag` None: those that name a withheld pair."""
+    """Return held-out prompts, repeated only if the tag has too few; `tag` None: prompts with a withheld pair."""
     rng = plan.rng("prompts", tag or WITHHELD)
     prompts: dict[str, Prompt] = {}
     for _ in range(DRAWS_PER_PROMPT * plan.prompts):
@@ -225,7 +228,7 @@ def held_out_prompts(plan: ShapesPlan, tag: str | None) -> list[Prompt]:
 
 
 def read_objects(image: Image.Image | np.ndarray) -> Counter[tuple[str, str]]:
-    """What the detector sees: how often each (color, shape) occurs."""
+    """Detect the objects of an image and count each (color, shape)."""
     return Counter((item.color, item.shape) for item in detect(image))
 
 
@@ -262,7 +265,7 @@ def _compare(
 
 
 def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, str]]) -> list[str]:
-    """Greedy answers to (image, question) pairs, one batch padded on the left."""
+    """Answer (image, question) pairs greedily, as one left-padded batch."""
     messages = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
         for image, question in questions
@@ -271,6 +274,7 @@ def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, s
 
 
 def _judge(prompt: Prompt, image: Image.Image) -> Row:
+    """Apply GenEval's rules and the strict reading to one drawn image."""
     detections = [item.as_rule_input() for item in detect(image)]
     judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
     found = _names(Counter((item["color"], item["label"]) for item in detections))
@@ -281,7 +285,7 @@ def _judge(prompt: Prompt, image: Image.Image) -> Row:
 
 
 def _refusals(prompt: Prompt, image: Image.Image) -> list[str]:
-    """Return why an image does not show its prompt and nothing else, strictly read."""
+    """Return why, by the strict detector, an image does not show exactly its prompt."""
     read, asked = read_strictly(image), sum(rule["count"] for rule in prompt.include)
     detections = [item.as_rule_input() for item in read.objects]
     judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
@@ -290,7 +294,7 @@ def _refusals(prompt: Prompt, image: Image.Image) -> list[str]:
 
 
 def _arrays(images: torch.Tensor) -> np.ndarray:
-    """uint8 [B, 3, H, W] -> [B, H, W, 3]."""
+    """Convert uint8 [B, 3, H, W] to an array [B, H, W, 3]."""
     return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
@@ -303,7 +307,7 @@ def _mean(values: Iterable[Any]) -> float:
 
 
 def _progress(items: Iterable[T], size: int, name: str, total: int | None = None) -> Iterator[list[T]]:
-    """Batches of `size`, with a progress bar that counts items."""
+    """Yield batches of `size`, with a progress bar that counts items."""
     with tqdm(items, total=total, desc=name, leave=False) as bar:
         iterator = iter(bar)
         while batch := list(islice(iterator, size)):

@@ -1,4 +1,4 @@
-"""The command that asks a model the understanding benchmarks: `unimm eval und`, eval/lmms.py."""
+"""The command that runs the understanding benchmarks on a model: `unimm eval und`, eval/lmms.py."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ from unimm.runs.report import Report
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Ask, count, report.
+    """Parse the arguments, run the benchmarks, and report the scores.
 
     Raises:
-        UserError: what a person got wrong, lmms-eval that is missing among it.
+        UserError: invalid arguments, or lmms-eval is not installed.
     """
     arguments = parse_run(_parser(description), argv, bench=(*HUB_TASKS, *SHAPES_TASKS))
     report = Report(arguments.json if processes().is_main_process else None)
@@ -67,7 +67,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def _lines(scores: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """One line per number, nested names joined by dots."""
+    """Yield one line per number, nested names joined by dots."""
     for name, value in scores.items():
         if isinstance(value, Mapping):
             yield from _lines(value, f"{prefix}{name}.")

@@ -1,10 +1,10 @@
-"""unimm's models inside lmms-eval (extra `lmms`; https://github.com/EvolvingLMMs-Lab/lmms-eval).
+"""unimm models as an lmms-eval chat model (extra `lmms`; https://github.com/EvolvingLMMs-Lab/lmms-eval).
 
     lmms-eval --model unimm --model_args pretrained=PATH --tasks mme --batch_size 8
 
-Against the wrappers that lmms-eval ships: `until` is applied, unknown generation settings of a task are
-left out and unknown `--model_args` refused; an answer depends neither on its batch nor on the number of ranks; and
-the response cache, whose key knows the model by its `--model_args` only, is refused unless these name the weights.
+Differences from the wrappers that lmms-eval ships: `until` is applied; unknown generation settings of a task are
+dropped and unknown `--model_args` are rejected; an answer depends neither on its batch nor on the number of ranks; the
+response cache, whose key identifies the model by its `--model_args` only, is rejected unless these name the weights.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ DEFAULT_NEW_TOKENS = 64
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING = ("temperature", "top_p", "top_k")
 KNOWN_SETTINGS = ("max_new_tokens", "num_beams", "do_sample", *SAMPLING)
-"""What tasks may set; they send keys of other models along, which are left out."""
+"""Generation settings that tasks may set; tasks also pass keys meant for other models, which are dropped."""
 
 
 def manifests() -> Any:
-    """What the entry point `lmms_eval.models` registers."""
+    """Return the manifest that the entry point `lmms_eval.models` registers."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(
@@ -48,10 +48,10 @@ def manifests() -> Any:
 
 
 class Memory(Protocol):
-    """Answers of an earlier run, and the place where new ones go at once."""
+    """A store of answers: it returns those of an earlier run, and saves new ones immediately."""
 
     def begin(self, documents: Mapping[str, Any]) -> None:
-        """Called on every process before the first answer: task -> split -> its documents."""
+        """Prepare for `documents` (task -> split -> documents); called on every process before the first answer."""
 
     def recall(self, task: str, doc_id: int) -> Answer | None: ...
 
@@ -64,7 +64,7 @@ class UnreadableImage(UserError):
 
 @dataclass(frozen=True)
 class _Asked:
-    """One request: where its answer goes, what it is about, and how it is to be answered."""
+    """One request: its place in the output, its document and prompt, and its generation settings."""
 
     place: int
     task: str
@@ -77,12 +77,12 @@ class _Asked:
 
 
 class ChatModel(lmms):
-    """A loaded unified model as lmms-eval's chat model.
+    """A loaded unified model, wrapped as an lmms-eval chat model.
 
     Args:
-        batch_size: conversations in one forward of a rank.
-        default_max_new_tokens: longest answer where a task does not say (TextVQA, SEED).
-        memory: asked before the model is, told every new answer; greedy answers only.
+        batch_size: conversations per forward pass of a rank.
+        default_max_new_tokens: maximum answer length if a task does not set one (TextVQA, SEED).
+        memory: queried before the model, and given every new answer; greedy answers only.
     """
 
     is_simple = False
@@ -106,12 +106,12 @@ class ChatModel(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where lmms-eval puts what its ranks exchange."""
+        """Return the device that lmms-eval uses for tensors exchanged between ranks."""
         device: torch.device = self.subject[0].device
         return device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """One answer for each request, in their order; those with equal settings share batches, whatever their task."""
+        """Return one answer per request, in order; requests with equal settings share batches, whatever their task."""
         if self.memory is not None:
             self.memory.begin(self.task_dict)
         groups: dict[Any, list[_Asked]] = {}
@@ -150,16 +150,16 @@ class ChatModel(lmms):
             good = [turns for turns, _ in read if turns is not None]
             answers = iter(answer_all(*self.subject, good, **settings) if good else [])
             for asked, (turns, document) in zip(batch, read, strict=True):
-                # about an image that cannot be read nothing is asked: an empty answer, which counts as unparsed
+                # the model is not prompted about an unreadable image: its answer is empty, and counts as unparsed
                 whole = Answer("", 0, 0) if turns is None else next(answers)
                 answer = replace(whole, text=cut_at_first(whole.text, until))
-                # the shorter rank asks its last question again until all ranks have asked as many
+                # lmms-eval pads the ranks to equal length by repeating the last request: keep its answer only once
                 if memory is not None and memory.recall(asked.task, asked.doc_id) is None:
                     memory.keep(asked.task, asked.doc_id, document, asked.prompt, answer)
                 yield asked, answer
 
     def _conversation(self, asked: _Asked) -> tuple[Conversation | None, Mapping[str, Any]]:
-        """Return what is asked, None if its image cannot be read, and the document, then without its images."""
+        """Return the conversation and the document; None and a document without images if an image is unreadable."""
         documents = self.task_dict[asked.task][asked.split]
         try:
             with cut_off_images_refused():
@@ -167,7 +167,7 @@ class ChatModel(lmms):
                 return conversation(asked.messages(document), asked.task), document
         except DECODER_ERRORS as error:
             if isinstance(error, UserError) and not isinstance(error, UnreadableImage):
-                raise  # the task shows what nobody here can read
+                raise  # the task shows another modality: a fault of the task, not of this document
             reason = one_line(error)
         logger.warning("unimm: document {} of {} is answered by nothing: {}", asked.doc_id, asked.task, reason)
         return None, {UNREADABLE: reason} | without_images(documents, asked.doc_id)
@@ -175,7 +175,10 @@ class ChatModel(lmms):
 
 @contextlib.contextmanager
 def cut_off_images_refused() -> Iterator[None]:
-    """Undo within what lmms-eval sets for all of Pillow: the missing part of a cut-off file would be read as black."""
+    """Disable Pillow's LOAD_TRUNCATED_IMAGES in this context; lmms-eval enables it globally.
+
+    With it, the missing part of a truncated file would be read as black.
+    """
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -192,15 +195,15 @@ def without_images(documents: Any, doc_id: int) -> dict[str, Any]:
 
 
 class UnimmChat(ChatModel):
-    """What `--model unimm` is.
+    """The class behind `--model unimm`.
 
-    Args (of `--model_args`, beside those of `ChatModel`):
-        pretrained: a unified model's folder or hub id; the default of the library unless given.
-        dtype: float32, bfloat16 or float16; unless given float32 on the CPU, else bfloat16.
-        fingerprint: of the weights, as it is logged when the model is loaded; needed beside `--use_cache`.
+    Args (of `--model_args`, in addition to those of `ChatModel`):
+        pretrained: folder or hub id of a unified model; defaults to the library's default model.
+        dtype: float32, bfloat16 or float16; defaults to float32 on the CPU, else bfloat16.
+        fingerprint: fingerprint of the weights, as logged when the model is loaded; required with `--use_cache`.
 
     Raises:
-        UserError: unknown arguments, other weights than `fingerprint` names, or a cache without it.
+        UserError: unknown arguments, weights that do not match `fingerprint`, or a cache without a fingerprint.
     """
 
     def __init__(
@@ -227,10 +230,10 @@ class UnimmChat(ChatModel):
 def generation_settings(
     given: Mapping[str, Any], default_max_new_tokens: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What of a task's `generation_kwargs` goes to `generate`, and where answers are cut.
+    """Return the settings for `generate` from a task's `generation_kwargs`, and the strings at which answers are cut.
 
-    Greedy where the task says so by `do_sample: false` or a temperature of 0 or None, or says nothing; the settings of
-    sampling are then left out.
+    Greedy if the task sets `do_sample: false` or a temperature of 0 or None, or sets neither; the sampling settings are
+    then dropped.
     """
     until = given.get("until") or ()
     settings = {name: given[name] for name in KNOWN_SETTINGS if given.get(name) is not None}
@@ -243,17 +246,17 @@ def generation_settings(
 
 
 def cut_at_first(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the strings in `until`; empty ones do not count."""
+    """Return the text before the first of the strings in `until`, stripped; empty strings are ignored."""
     for end in until:
         text = text.partition(end)[0] if end else text
     return text.strip()
 
 
 def conversation(messages: Sequence[Mapping[str, Any]], task: str) -> Conversation:
-    """A task's messages in the chat format of transformers.
+    """Convert a task's messages to the chat format of transformers.
 
     Raises:
-        UserError: something else than texts and images is shown; UnreadableImage, if an image cannot be read.
+        UserError: the messages hold anything but text and images; UnreadableImage, if an image cannot be read.
     """
     from lmms_eval.protocol import ChatMessages
 
@@ -280,12 +283,15 @@ def _count(name: str, given: Any) -> int:
 
 
 def short_fingerprint(model: torch.nn.Module) -> str:
-    """Of the weights, in a form that `--model_args` leaves a string: digits alone, or 12e45, would become numbers."""
+    """Return a short fingerprint of the weights, prefixed by a letter.
+
+    Without the letter, `--model_args` would parse digits alone, or 12e45, as a number.
+    """
     return "w" + model_fingerprint(model)[:16]
 
 
 def _check_fingerprint(found: str, given: str | None) -> None:
-    """Refuse a cache that would serve another checkpoint's answers."""
+    """Raise UserError if the cache could return another checkpoint's answers."""
     if given is not None and given != found:
         raise UserError(f"These weights have the fingerprint {found}, --model_args names {given}: correct it.")
     cached = any(argument.partition("=")[0] == "--use_cache" for argument in sys.argv)

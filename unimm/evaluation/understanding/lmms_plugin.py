@@ -1,5 +1,8 @@
-"""Whether lmms-eval finds unimm: `unimm doctor` asks here, because lmms-eval itself only logs a warning when
-a plug-in cannot be loaded, and then does not know the model. Imports without lmms-eval."""
+"""Check that lmms-eval finds the unimm plug-in, for `unimm doctor`.
+
+lmms-eval itself only logs a warning if a plug-in cannot be loaded, and then does not know the model. This module can be
+imported without lmms-eval.
+"""
 
 import importlib
 import importlib.util
@@ -12,7 +15,7 @@ FIX = "Install unimm again (entry points are part of the installation), with the
 
 
 def lmms_finding(number: int) -> Finding | None:
-    """The finding under this number, None where lmms-eval is not installed."""
+    """Return the finding with this number, None if lmms-eval is not installed."""
     if importlib.util.find_spec("lmms_eval") is None:
         return None
     try:
@@ -23,7 +26,7 @@ def lmms_finding(number: int) -> Finding | None:
 
 
 def _load_plugin() -> tuple[bool, str]:
-    """Do what lmms-eval does: the entry point, its manifest, the class that it names."""
+    """Load the plug-in as lmms-eval does: entry point, manifest, chat class."""
     entries = list(entry_points(group=GROUP, name=NAME))
     if not entries:
         return False, f"no entry point {NAME} in {GROUP}"

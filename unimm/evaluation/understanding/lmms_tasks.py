@@ -1,8 +1,8 @@
-"""lmms-eval's understanding tasks on data from the hub or from a folder, and what one answer is worth by their rules.
+"""lmms-eval's understanding tasks on data from the hub or from a local folder, and the scoring of single answers.
 
-Data in a folder is reached by an overlay of the shipped task, written when it runs, which keeps prompts
-and scoring as they are and has a name of its own (a shipped name would win over ours). Rows are read from the documents
-without their images, so that every score can be counted again from the records alone.
+Local data is used through an overlay of the shipped task. The overlay is written at run time, keeps prompts and scoring
+as they are, and has a name of its own (a shipped name would take precedence over ours). Rows are built from the
+documents without their images, so every score can be recomputed from the records alone.
 """
 
 import argparse
@@ -28,21 +28,22 @@ Document = Mapping[str, Any]
 HUB_OWNER = "lmms-lab-encoder"
 OCR_PROMPT = {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase.", "ocr": True}
 BARE_PROMPT = {"pre_prompt": "", "post_prompt": ""}
-"""For models of the shapes data set, which know its questions word for word and nothing else."""
+"""For models trained on the shapes data set, which know its questions word for word and nothing else."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One task of lmms-eval, and where its data lies.
+    """One lmms-eval task, and the location of its data.
 
     Args:
-        definition: its YAML file below lmms_eval/tasks.
-        repository: on the hub, and the name of its folder in a local collection.
-        split: of the data.
-        columns: that its prompts and scores read.
-        row: what a document and an answer to it are worth: `answer`, `expected`, and what the scores group by.
-        config: of the data set on the hub; the folder of that name in a local copy.
-        changes: of the YAML's fields.
+        definition: path of the YAML file, relative to lmms_eval/tasks.
+        repository: repository on the hub, and folder name in a local collection.
+        split: split of the data.
+        columns: columns used by prompts and scores.
+        row: builds a row from a document and an answer to it: `answer`, `expected`, and the fields that the scores
+            group by.
+        config: configuration of the data set on the hub; the folder of that name in a local copy.
+        changes: overrides of the YAML's fields.
     """
 
     definition: str
@@ -74,7 +75,7 @@ def _gqa(document: Document, answer: str) -> Row:
 
 
 def _exact(answer: str, expected: Any, score: float, plain: float, *, lost: bool) -> Row:
-    """Return the row of an answer that is compared as a whole; `lost` if the comparison leaves nothing of it."""
+    """Return the row of an answer that is compared as a whole; `lost`: normalization leaves nothing of the answer."""
     return {"answer": answer, "expected": expected, "score": score, "plain_score": plain, "unparsed": lost}
 
 
@@ -212,14 +213,14 @@ BENCHMARKS: dict[str, Benchmark] = {
 def write_overlays(
     names: Sequence[str], folder: Path, *, data: str | Path | None = None, hub_owner: str = HUB_OWNER
 ) -> list[str]:
-    """Write one task file per benchmark into `folder` and give the names of the tasks.
+    """Write one task file per benchmark into `folder` and return the names of the tasks.
 
     Args:
         data: a folder with one folder per benchmark, named after its repository; None for the hub.
-        hub_owner: of the repositories there; lmms-eval moved from `lmms-lab` to `lmms-lab-encoder`.
+        hub_owner: owner of the repositories on the hub; lmms-eval moved from `lmms-lab` to `lmms-lab-encoder`.
 
     Raises:
-        UserError: data that is not there, or without a column that is needed.
+        UserError: the data is missing, or lacks a required column.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -231,7 +232,7 @@ def write_overlays(
 
 
 def task_name(name: str) -> str:
-    """Of our overlay of a benchmark."""
+    """Return the task name of our overlay of a benchmark."""
     return f"unimm_{name}"
 
 
@@ -250,7 +251,7 @@ def _hub(benchmark: Benchmark, owner: str) -> dict[str, Any]:
 
 
 def _local(benchmark: Benchmark, data: Path) -> dict[str, Any]:
-    """Where a local copy lies: parquet files as on the hub, or a folder that `save_to_disk` wrote."""
+    """Return the task fields for a local copy: parquet files as on the hub, or a folder written by `save_to_disk`."""
     folders = sorted(path for path in data.iterdir() if path.is_dir())
     folder = next((each for each in folders if each.name.lower() == benchmark.repository.lower()), None)
     if folder is None:
@@ -285,9 +286,9 @@ def _check_columns(benchmark: Benchmark, file: Path) -> None:
 
 
 def run_tasks(model: Any, tasks: Sequence[str], overlays: Path, output: Path, limit: int | None) -> dict[str, Any]:
-    """lmms-eval's own figures of each task, {} on all processes but the main one. `model` meets every document.
+    """Run the tasks and return lmms-eval's own metrics per task; {} on all processes but the main one.
 
-    Files that its tasks write (submissions) go into `output`.
+    `model` is called on every document. Files written by the tasks (submissions) go into `output`.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -309,6 +310,6 @@ def run_tasks(model: Any, tasks: Sequence[str], overlays: Path, output: Path, li
 
 
 def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among lmms-eval's metrics, under their names without the filter's."""
+    """Return the numbers among lmms-eval's metrics, without the filter in their names and without standard errors."""
     numbers = {name.partition(",")[0]: value for name, value in metrics.items() if isinstance(value, int | float)}
     return {name: float(value) for name, value in numbers.items() if "stderr" not in name}

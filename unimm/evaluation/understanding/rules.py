@@ -1,10 +1,10 @@
-"""What the understanding benchmarks report, from their rows alone: MME, POPE, GQA, TextVQA, MMBench, SEED, MMMU, AI2D.
+"""Scoring rules of the understanding benchmarks: MME, POPE, GQA, TextVQA, MMBench, SEED, MMMU, AI2D.
 
-Where papers and tools count differently, both counts stand side by side under names that say whose they are. An answer
-that the benchmark's own tool cannot read, or reads only by guessing, is counted as `unparsed`; what cannot be read is
-wrong, never replaced by a random choice (lmms-eval and the official MMMU tool draw one), and `expected` says what such
-a draw would give on average. Beside the compatible figures stand those of a `plain` reading, which takes what is
-written and nothing else, with the answers that are unparsed to it.
+If papers and tools count differently, both counts are reported under names that say whose they are. An answer that the
+benchmark's own tool cannot parse, or parses only by guessing, is counted as `unparsed`. An answer that cannot be parsed
+is wrong and never replaced by a random choice (lmms-eval and the official MMMU tool draw one); `expected` is the score
+that such a draw would give on average. Beside these compatible figures, `plain` reports a reading that takes only what
+is written, with its own count of unparsed answers.
 """
 
 import string
@@ -27,27 +27,31 @@ from unimm.evaluation.metrics.yes_no import (
 )
 
 ROTATION = 1_000_000
-"""MMBench's rows whose index differs by a multiple of this ask the same question with the options moved round."""
+"""MMBench rows whose indices differ by a multiple of this ask the same question with the options rotated."""
 LETTERS = "ABCD"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def choice_fields(answer: str, letter: str | None, options: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a row keeps of the readings of a multiple-choice answer, so that no score needs the options again.
+    """Return the row fields of a multiple-choice answer, so that no score needs the options again.
 
     Args:
-        letter: what the benchmark's tool reads, None if nothing.
+        letter: the letter parsed by the benchmark's tool, or None.
         options: letter -> text.
 
     Returns:
-        `plain_choice`, the letter of the plain reading or None, and `guessed`, whether `letter` is not written there.
+        `plain_choice`, the letter of the plain reading or None, and `guessed`, whether the answer does not contain
+        `letter`.
     """
     return {"plain_choice": plain_choice(answer, options), "guessed": had_to_guess(letter, answer, options)}
 
 
 def exact_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the mean of `score` and of `plain_score`, the score of one answer in [0, 1] by the benchmark's comparison
-    and by the plain one; `unparsed` counts the answers of which the comparison leaves nothing."""
+    """Return the means of `score` and `plain_score`, and the number of `unparsed` answers.
+
+    Both score one answer in [0, 1], by the benchmark's comparison and by the plain one. An answer is unparsed if the
+    benchmark's normalization leaves nothing of it.
+    """
     lost = sum(row["unparsed"] for row in rows)
     plain = {"accuracy": mean([row["plain_score"] for row in rows]), "unparsed": lost}
     return {"accuracy": mean([row["score"] for row in rows]), "unparsed": lost, "plain": plain}
@@ -69,7 +73,7 @@ def _plain_lost(rows: Sequence[Row]) -> int:
 
 
 def same_text(answer: str, expected: str) -> bool:
-    """GQA's and AI2D's comparison: case and every punctuation mark left out, spaces kept."""
+    """Compare as GQA and AI2D do: ignore case and all punctuation, keep spaces."""
     return _letters_only(answer) == _letters_only(expected)
 
 
@@ -78,14 +82,14 @@ def _letters_only(text: str) -> str:
 
 
 def seed_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """SEED-Bench: the first character of the answer is the letter, or it is wrong.
+    """Compute SEED-Bench's accuracy: an answer is right if its first character is the expected letter.
 
     Args:
-        rows: `answer`, `expected` (a letter), `data_type`, image or video, and what `choice_fields` gives.
+        rows: `answer`, `expected` (a letter), `data_type` (image or video), and the fields of `choice_fields`.
 
     Returns:
-        image (what papers of image models print), video, all; `unparsed` counts answers that begin with no letter of
-        the options, or with one that is part of a word; `plain`.
+        image (reported by papers on image models), video, all; `unparsed`, the number of answers that begin with no
+        letter of the options, or with one that is part of a word; `plain`.
     """
     lost = sum(seed_unparsed(row) for row in rows)
     plain = {**_by_kind(rows, _plain_hit), "unparsed": _plain_lost(rows)}
@@ -98,7 +102,7 @@ def _by_kind(rows: Sequence[Row], right: Callable[[Row], bool]) -> dict[str, flo
 
 
 def seed_right(row: Row) -> bool:
-    """Return whether the first character of the answer is the letter."""
+    """Return whether the first character of the answer is the expected letter."""
     return first_letter(row["answer"]) == row["expected"].upper()
 
 
@@ -108,23 +112,23 @@ def seed_unparsed(row: Row) -> bool:
 
 
 def first_letter(answer: str) -> str:
-    """The first character of an answer in upper case, "" of an empty one."""
+    """Return the first character of an answer in upper case, "" for an empty answer."""
     return answer.strip()[:1].upper()
 
 
 def mmbench_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """MMBench: a question counts when every rotation of its options is answered right.
+    """Compute MMBench's accuracy: a question is right if every rotation of its options is answered right.
 
     Args:
-        rows: `index`, `choice` (the letter read from the answer, or None), `expected`, `category`, `l2`, and what
-            `choice_fields` gives.
+        rows: `index`, `choice` (the letter parsed from the answer, or None), `expected`, `category`, `l2`, and the
+            fields of `choice_fields`.
 
     Returns:
-        circular (what papers print), per_row (every rotation on its own), by category and L2 category, all in percent;
+        circular (reported by papers), per_row (every rotation by itself), by category and L2 category, all in percent;
         `unparsed`; `plain`.
 
     Raises:
-        UserError: a rotation whose question itself is not there.
+        UserError: a rotation is present without its unrotated question.
     """
     groups: dict[int, list[Row]] = {}
     for row in rows:
@@ -157,16 +161,16 @@ def _choice_lost(row: Row) -> bool:
 
 
 def mmmu_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """MMMU, micro accuracy in [0, 1].
+    """Compute MMMU's micro accuracy in [0, 1].
 
     Args:
-        rows: `id` ("validation_Subject_7"), `correct`, `options`, the number of choices of a question whose answer
-            could not be read, else None; `unparsed`, whether it could not be read or was a guess; `plain_correct`,
-            None where the plain reading finds nothing.
+        rows: `id` ("validation_Subject_7"); `correct`; `options`, the number of choices if the answer could not be
+            parsed, else None; `unparsed`, whether it could not be parsed or was a guess; `plain_correct`, None if the
+            plain reading finds nothing.
 
     Returns:
-        accuracy, where what cannot be read is wrong; expected, where it is a random choice on average; subjects;
-        `unparsed`; `plain`.
+        accuracy (an unparsed answer is wrong), expected (an unparsed answer scores as a random choice on average),
+        subjects, `unparsed`, `plain`.
     """
     chances = [float(row["correct"]) if row["options"] is None else 1 / row["options"] for row in rows]
     subjects = grouped([{**row, "subject": subject_of(row["id"])} for row in rows], "subject")
@@ -183,12 +187,12 @@ def mmmu_scores(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def subject_of(question_id: str) -> str:
-    """`validation_Art_Theory_7` -> `Art_Theory`."""
+    """Return the subject of a question: `validation_Art_Theory_7` -> `Art_Theory`."""
     return question_id.partition("_")[2].rpartition("_")[0]
 
 
 def mmmu_choice(answer: str, options: Mapping[str, str]) -> str | None:
-    """The letter that MMMU's own parser reads from an answer, None where it would draw one at random.
+    """Return the letter that MMMU's own parser finds in an answer, None if it would draw one at random.
 
     Args:
         options: letter -> text.
@@ -212,14 +216,15 @@ def _standing_alone(row: Row) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a benchmark counts.
+    """The scoring rule of a benchmark.
 
     Args:
-        scores: what it reports, from its rows.
-        verdict: what one answer is worth by the benchmark's own reading, in [0, 1].
+        scores: computes the reported scores from the rows.
+        verdict: score of one answer by the benchmark's own reading, in [0, 1].
         plain: the same by the plain reading.
         unparsed: whether the benchmark's own reading finds nothing in an answer, or guesses.
-        cluster: answers with an equal value are not independent (questions about one image, rotations of one).
+        cluster: key of a cluster; answers with equal keys are not independent (questions about one image, rotations of
+            one question).
     """
 
     scores: Callable[[Sequence[Row]], dict[str, Any]]

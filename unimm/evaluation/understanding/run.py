@@ -1,8 +1,8 @@
-"""The understanding benchmarks, as lmms-eval asks them: MME, POPE, GQA, TextVQA, MMBench, SEED, MMMU, AI2D.
+"""Run understanding benchmarks through lmms-eval: MME, POPE, GQA, TextVQA, MMBench, SEED, MMMU, AI2D.
 
-Every answer is on disk the moment it is given, with all that its score needs, so a killed run goes on
-where it stood, and the scores are a function of these records. They stand beside lmms-eval's own figures, and where
-papers count differently, each count is named (POPE by three readings, SEED's images and all, MME's two halves).
+Every answer is saved as soon as it is generated, with everything its score needs, so an interrupted run resumes, and
+the scores are a function of these records. They are reported beside lmms-eval's own figures, and if papers count
+differently, each count is named (POPE by three readings, SEED's images and all, MME's two halves).
 """
 
 import contextlib
@@ -29,17 +29,17 @@ SHAPES_TASKS = ("shapes_mme", "shapes_pope")
 
 @dataclass(frozen=True)
 class UnderstandingPlan:
-    """What is asked, and of which data.
+    """The benchmarks to run and their data.
 
     Args:
-        tasks: names of HUB_TASKS or SHAPES_TASKS.
-        data: a folder with one folder per benchmark; None takes them from the hub.
-        hub_owner: of the benchmarks' repositories on the hub.
-        limit: the first documents of each task only.
-        batch_size: conversations in one forward; the answers do not depend on it.
-        default_max_new_tokens: longest answer where a task does not say.
-        questions: about the shapes data set, for SHAPES_TASKS.
-        seed: of these questions.
+        tasks: names in HUB_TASKS or SHAPES_TASKS.
+        data: a folder with one folder per benchmark; None loads them from the hub.
+        hub_owner: owner of the benchmarks' repositories on the hub.
+        limit: use only the first `limit` documents of each task.
+        batch_size: conversations per forward pass; the answers do not depend on it.
+        default_max_new_tokens: maximum answer length if a task does not set one.
+        questions: number of questions about the shapes data set, for SHAPES_TASKS.
+        seed: seed of these questions.
     """
 
     tasks: tuple[str, ...] = HUB_TASKS
@@ -67,7 +67,7 @@ class UnderstandingPlan:
 
 
 class _Books:
-    """The answers of each task in the store of its own; what the model remembers (`integrations.lmms_eval.Memory`)."""
+    """The answers of all tasks, one `RunStore` per task; implements `lmms_model.Memory`."""
 
     def __init__(self, folder: Path, plan: UnderstandingPlan, model: Any, arguments: Mapping[str, Any]) -> None:
         from unimm.evaluation.understanding.lmms_tasks import BENCHMARKS, task_name
@@ -81,7 +81,7 @@ class _Books:
         self.known: dict[tuple[str, int], Answer] = {}
 
     def begin(self, documents: Mapping[str, Any]) -> None:
-        """Open every task's folder, on all processes in one order."""
+        """Open every task's folder, in the same order on all processes (opening is collective)."""
         for task, name in self.names.items():
             split = documents[task][self.benchmarks[name].split]
             store = RunStore.open(self.folder / name, self._manifest(name, split))
@@ -108,13 +108,13 @@ class _Books:
         self.known[task, doc_id] = answer
 
     def finish(self) -> dict[str, Any]:
-        """Task -> its scores, from the records alone."""
+        """Return the scores per task, from the records alone."""
         return {
             name: self.stores[task].finish(functools.partial(summary_of, name)) for task, name in self.names.items()
         }
 
     def close(self) -> None:
-        """Let others write the folders; what is recorded stays."""
+        """Release the folders to other processes; recorded answers are kept."""
         for store in self.stores.values():
             store.close()
 
@@ -140,9 +140,12 @@ class _Books:
 
 
 def summary_of(name: str, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the scores of a task; the intervals of the mean verdict of an answer by the benchmark's own reading,
-    `verdict`, and by the plain one, `plain_verdict`; how many answers could not be read without guessing, how many
-    there are, and how long they are; the documents whose image could not be read, which have an empty answer."""
+    """Return the summary of a task.
+
+    It holds the scores; the intervals of the mean verdict by the benchmark's own reading (`verdict`) and by the plain
+    one (`plain_verdict`); the number of `unparsed` answers (not readable without guessing) and of all `answers`; their
+    mean length in tokens; and the documents whose image was `unreadable`, which have an empty answer.
+    """
     rows = [{**record.raw_scores, "item": record.item, **record.inputs} for record in records]
     rule = RULES[name]
     clusters = [rule.cluster(row) for row in rows]
@@ -158,11 +161,11 @@ def summary_of(name: str, records: Sequence[Record]) -> dict[str, Any]:
 def evaluate_understanding(
     model: Any, processor: Any, plan: UnderstandingPlan, folder: str | Path, arguments: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Ask all tasks of the plan; an unfinished run in `folder` goes on.
+    """Run all tasks of the plan; an unfinished run in `folder` is resumed.
 
     Args:
-        folder: gets one run folder per task, the task files and what the tasks write themselves.
-        arguments: for the manifest, how the run was started.
+        folder: receives one run folder per task, the task files, and the files that the tasks write themselves.
+        arguments: command-line arguments, for the manifest.
 
     Returns:
         task -> {"scores": ours, from the records; "lmms_eval": its own figures, empty but on the main process}.
@@ -190,13 +193,13 @@ def evaluate_understanding(
 
 
 def require_lmms_eval() -> None:
-    """Raises UserError where it is not installed."""
+    """Raise UserError if lmms-eval is not installed."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise UserError("These benchmarks are asked by lmms-eval, which is not installed: pip install 'unimm[lmms]'.")
 
 
 def _prepare(plan: UnderstandingPlan, folder: Path) -> Path:
-    """Write the task files, and the questions about the shapes data set where they are asked, on the main process."""
+    """Write the task files, and the questions of the shapes tasks if any are planned, on the main process."""
     from unimm.evaluation.understanding.lmms_tasks import write_overlays
 
     overlays, state = folder / "tasks", processes()

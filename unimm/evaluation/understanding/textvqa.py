@@ -1,8 +1,8 @@
 """TextVQA's soft accuracy over ten annotators (https://arxiv.org/abs/1904.08920), with the answer processing of EvalAI.
 
-The processing is the VQA challenge's, quirks included, because the published figures have them. Commas
-and question marks vanish and "'s" becomes a word; punctuation is removed where it touches a blank (or where any number
-has a comma), else it becomes one; contractions without their apostrophe get it back; "none" is 0.
+The processing is the VQA challenge's, quirks included, because published figures use it. Commas and question marks are
+removed and "'s" becomes a word; other punctuation is removed if it touches a space (or if any number has a comma), else
+replaced by a space; contractions without their apostrophe get it back; "none" is 0.
 """
 
 import re
@@ -28,7 +28,7 @@ _CONTRACTED = (
     "why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're "
     "you've"
 )
-# Each with one of its apostrophes left out; one entry of the published table runs the other way.
+# Each contraction with one of its apostrophes left out; one entry of the published table is reversed.
 _CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
     for word in _CONTRACTED.split()
@@ -38,7 +38,7 @@ _CONTRACTIONS = {
 
 
 def process(answer: str) -> str:
-    """The answer in the form in which answers are compared."""
+    """Normalize an answer for comparison, as EvalAI does."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     whole, in_number = text, _COMMA_IN_NUMBER.search(text) is not None
@@ -50,9 +50,9 @@ def process(answer: str) -> str:
 
 
 def soft_accuracy(answer: str, annotated: Sequence[str], form: Callable[[str], str] = process) -> float:
-    """The mean over the annotators of min(1, agreeing others / 3), of answers in the given form.
+    """Return the mean over the annotators of min(1, agreeing others / 3), after normalizing answers with `form`.
 
-    Raises ValueError without annotators.
+    Raises ValueError if there are no annotators.
     """
     if not annotated:
         raise ValueError("an answer is scored against annotated ones, and there are none")
@@ -62,5 +62,5 @@ def soft_accuracy(answer: str, annotated: Sequence[str], form: Callable[[str], s
 
 
 def plain_accuracy(answer: str, annotated: Sequence[str]) -> float:
-    """Return the same score of the answers as `normalize` has them, without EvalAI's quirks; 0 for an empty answer."""
+    """Return the soft accuracy with `normalize` in place of EvalAI's processing; 0 for an empty answer."""
     return soft_accuracy(answer, annotated, normalize) if normalize(answer) else 0.0

@@ -1,8 +1,7 @@
-"""Qwen2.5-VL and Qwen3-VL as hosts: their language model and their merger, the image tokenizer in place of their tower.
+"""Qwen2.5-VL and Qwen3-VL as hosts: their language model and patch merger, with the image tokenizer as vision tower.
 
-The hosts' own tower reads images of any size and leaves only because a tokenizer has one; so every
-image has one known grid, and the three rows of M-RoPE positions (time, row, column: Qwen2-VL,
-https://arxiv.org/abs/2409.12191) follow from the token ids alone. B sequences, L tokens.
+The image tokenizer has one fixed image size, so every image has a known grid, and the three rows of M-RoPE positions
+(time, row, column: Qwen2-VL, https://arxiv.org/abs/2409.12191) follow from the token ids alone. B sequences, L tokens.
 """
 
 from collections.abc import Sequence
@@ -36,14 +35,14 @@ from unimm.mllm.unified import UnifiedModelMixin
 from unimm.mllm.vocabulary import ImageVocabularyFields
 
 Cells = tuple[Tensor, int, int]
-"""Where images stand in sequences, [B, L] bool, and the rows and columns of each."""
+"""Mask of image tokens in sequences, [B, L] bool, and the rows and columns of each image."""
 
 
 def mrope_positions(mask: Tensor, images: Sequence[Cells]) -> Tensor:
-    """Positions [3, B, L] (time, row, column) of sequences with the attention mask [B, L].
+    """Compute positions [3, B, L] (time, row, column) of sequences with the attention mask [B, L].
 
-    A text token takes the next position in all three; the cells of an image share one start, to which row and column
-    are added, and what follows goes on behind the longer side. Masked tokens have position 0.
+    A text token takes the next position in all three rows. The cells of an image share one start position, to which
+    row and column are added; the next token continues after the longer side. Masked tokens have position 0.
     """
     advance = mask.long()
     offsets = torch.zeros(3, *mask.shape, dtype=torch.long, device=mask.device)
@@ -57,8 +56,8 @@ def mrope_positions(mask: Tensor, images: Sequence[Cells]) -> Tensor:
 
 
 class MergedPatches(nn.Module):
-    """The host's merger behind an image tokenizer: [B, h * w, C] in reading order -> [B, h * w / s^2, D], each s x s
-    patches one token."""
+    """The host's patch merger as projector: [B, h * w, C] in row-major order -> [B, h * w / s^2, D], one token per
+    s x s patches."""
 
     def __init__(self, merger: nn.Module, grid: Sequence[int], merge: int) -> None:
         super().__init__()
@@ -71,10 +70,10 @@ class MergedPatches(nn.Module):
 
 
 class _TokenizerInside:
-    """In front of a Qwen-VL's inner model: the tokenizer and the merger under the names that all hosts here have."""
+    """Mixin before a Qwen-VL's inner model: image tokenizer and merger under the names shared by all unified models."""
 
     def __init__(self, config: Any) -> None:
-        PreTrainedModel.__init__(self, config)  # the family's would build its own tower
+        PreTrainedModel.__init__(self, config)  # Qwen-VL's own __init__ would build its tower
         self.vision_tower = AutoModel.from_config(config.vision_config)
         merger = self._merger(config.vision_config.hidden_size, config.text_config.hidden_size, config)
         self.multi_modal_projector = MergedPatches(merger, config.vision_config.patch_grid, config.spatial_merge_size)
@@ -89,8 +88,12 @@ class _TokenizerInside:
     def get_image_features(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Merged patches as `pooler_output`, one [n, D] per image of pixel_values [I, 3, H, W]; no deepstack
-        features, as there is one tap. Raises UserError for the patches of the host's own processor."""
+        """Return the merged patches as `pooler_output`, one [n, D] per image of pixel_values [I, 3, H, W]; there are
+        no deepstack features, as the tokenizer has a single feature layer.
+
+        Raises:
+            UserError: if the inputs are patches from the host's own processor.
+        """
         if image_grid_thw is not None or pixel_values.ndim != 4:
             raise UserError("These images come from another processor: use the one that was saved with this model.")
         features = self.vision_tower(pixel_values).last_hidden_state
@@ -98,11 +101,12 @@ class _TokenizerInside:
         return BaseModelOutputWithDeepstackFeatures(features, merged, deepstack_features=[])
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises UserError: the tokenizer reads images."""
+        """Raise UserError: the image tokenizer does not support videos."""
         raise UserError("This model reads images, not videos: its tower is an image tokenizer.")
 
     def token_positions(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Positions [3, B, L] of whole sequences; with `image_position_mode="2d"` drawn images have a grid too."""
+        """Return positions [3, B, L] of full sequences; with `image_position_mode="2d"` generated images have row and
+        column positions, too."""
         config: Any = self.config  # type: ignore[attr-defined]
         (rows, columns), s = config.vision_config.patch_grid, config.spatial_merge_size
         images: list[Cells] = [(input_ids == config.image_token_id, rows // s, columns // s)]
@@ -120,10 +124,10 @@ class _TokenizerInside:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor | None:
-        """Positions [3, B, L] for a forward that was given none.
+        """Compute positions [3, B, L] for a forward without `position_ids`.
 
-        What goes on a cache goes on as text, behind the longer side of the images before it; how far is kept with the
-        cache, never with the model, which threads share.
+        Tokens after a cached prefix are numbered as text, offset by the longer sides of the images before them. The
+        offset (`rope_deltas`) is stored on the cache, not on the model, which threads share.
         """
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch, length, _ = inputs_embeds.shape
@@ -142,7 +146,7 @@ class _TokenizerInside:
 
 
 class _QwenVLMixin(UnifiedModelMixin):
-    """In front of a Qwen-VL's `...ForConditionalGeneration`; a subclass names its inner model."""
+    """Mixin placed before a Qwen-VL's `...ForConditionalGeneration`; a subclass sets its inner model class."""
 
     _inner_class: type[PreTrainedModel]
     _output_class = CausalLMOutputWithPast
@@ -155,11 +159,11 @@ class _QwenVLMixin(UnifiedModelMixin):
         self.post_init()
 
     def token_positions(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Positions [3, B, L]."""
+        """Return positions [3, B, L], see the inner model."""
         return self.model.token_positions(input_ids, mask)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """[4, B, L]: positions as in a text, from which the family masks, and the three rows of M-RoPE."""
+        """Return positions [4, B, L]: text positions, which Qwen-VL builds its mask from, and the M-RoPE rows."""
         text = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         input_ids = model_kwargs.get("input_ids", inputs_tensor)
         if input_ids.is_floating_point():
@@ -170,7 +174,7 @@ class _QwenVLMixin(UnifiedModelMixin):
 
 
 class UnimmQwen2_5_VLConfig(ImageVocabularyFields, Qwen2_5_VLConfig):
-    """Qwen2.5-VL with an image tokenizer as its tower; `spatial_merge_size` patches a side become one seen token."""
+    """Qwen2.5-VL with an image tokenizer as its tower; `spatial_merge_size`^2 patches become one input token."""
 
     model_type = "unimm_qwen2_5_vl"
     sub_configs_defaults = {
@@ -183,7 +187,7 @@ class UnimmQwen2_5_VLConfig(ImageVocabularyFields, Qwen2_5_VLConfig):
 
 
 class UnimmQwen3VLConfig(ImageVocabularyFields, Qwen3VLConfig):
-    """Qwen3-VL with an image tokenizer as its tower; `spatial_merge_size` patches a side become one seen token."""
+    """Qwen3-VL with an image tokenizer as its tower; `spatial_merge_size`^2 patches become one input token."""
 
     model_type = "unimm_qwen3_vl"
     sub_configs_defaults = {
@@ -217,14 +221,14 @@ class UnimmQwen3VLModel(_TokenizerInside, Qwen3VLModel):
 
 
 class UnimmQwen2_5_VLForConditionalGeneration(_QwenVLMixin, Qwen2_5_VLForConditionalGeneration):
-    """Qwen2.5-VL that draws."""
+    """Qwen2.5-VL with image generation."""
 
     config_class = UnimmQwen2_5_VLConfig
     _inner_class = UnimmQwen2_5_VLModel
 
 
 class UnimmQwen3VLForConditionalGeneration(_QwenVLMixin, Qwen3VLForConditionalGeneration):
-    """Qwen3-VL that draws."""
+    """Qwen3-VL with image generation."""
 
     config_class = UnimmQwen3VLConfig
     _inner_class = UnimmQwen3VLModel

@@ -1,9 +1,9 @@
-"""Hosts: one small config and model subclass per family, so that a unified model saves and reloads like any other.
+"""Host families (the language or multimodal models that an image tokenizer can be attached to): one config and one
+model subclass each, so that a unified model is saved and loaded like any transformers model.
 
-The vision tower is the image tokenizer, entered by configuration (`vision_config` goes through
-`AutoConfig`), never by
-assignment: a tower that is assigned to a stock host is silently replaced by a random one on reload.
-A further family is one config + model pair here and one composing function in `attach.py`.
+The vision tower is the image tokenizer, set by configuration (`vision_config` goes through `AutoConfig`), never by
+assignment: a tower that is assigned to a stock host is silently replaced by a random one on reload. To add a family,
+add a config and model pair here and one config function in `attach.py`.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ class UnimmLlavaConfig(ImageVocabularyFields, LlavaConfig):
 
 
 class UnimmLlavaForConditionalGeneration(UnifiedModelMixin, LlavaForConditionalGeneration):
-    """LLaVA that draws: `generate(generation_mode="image")`."""
+    """LLaVA with image generation: `generate(generation_mode="image")`."""
 
     config_class = UnimmLlavaConfig
     _output_class = LlavaCausalLMOutputWithPast
@@ -69,20 +69,20 @@ class UnimmInternVLConfig(ImageVocabularyFields, InternVLConfig):
 
 
 class UnimmInternVLForConditionalGeneration(UnifiedModelMixin, InternVLForConditionalGeneration):
-    """InternVL that draws; a seen image takes a quarter of the tokens of a drawn one (pixel shuffle)."""
+    """InternVL with image generation; an input image takes a quarter of a generated one's tokens (pixel shuffle)."""
 
     config_class = UnimmInternVLConfig
     _output_class = InternVLCausalLMOutputWithPast
 
 
 class OneViewMixin:
-    """For hosts that tile images (AnyRes): with `image_sizes` they do, as their own processor asks for; without, a
-    image is one view of the tokenizer's size, which is what `UnimmProcessor` makes and what is drawn."""
+    """Mixin for hosts that tile images (AnyRes). With `image_sizes` (from their own processor) they do; without, an
+    image is a single view of the tokenizer's size, as `UnimmProcessor` returns it and as images are generated."""
 
     tiles = True
 
     def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
-        """Projected patches as `pooler_output`, one [n, D] per image."""
+        """Return the projected patches as `pooler_output`, one [n, D] per image."""
         if image_sizes is not None:
             return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
         inside: Any = self.model  # type: ignore[attr-defined]
@@ -102,14 +102,14 @@ class UnimmLlavaNextConfig(ImageVocabularyFields, LlavaNextConfig):
 
 
 class UnimmLlavaNextForConditionalGeneration(OneViewMixin, UnifiedModelMixin, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT that draws."""
+    """LLaVA-NeXT with image generation."""
 
     config_class = UnimmLlavaNextConfig
     _output_class = LlavaNextCausalLMOutputWithPast
 
 
 class UnimmLlavaOnevisionConfig(ImageVocabularyFields, LlavaOnevisionConfig):
-    """LLaVA-OneVision with an image tokenizer as its tower; `image_seq_length` are the tokens of one view."""
+    """LLaVA-OneVision with an image tokenizer as its tower; `image_seq_length` counts the tokens of one view."""
 
     model_type = "unimm_llava_onevision"
     sub_configs_defaults = {
@@ -123,7 +123,7 @@ class UnimmLlavaOnevisionConfig(ImageVocabularyFields, LlavaOnevisionConfig):
 class UnimmLlavaOnevisionForConditionalGeneration(
     OneViewMixin, UnifiedModelMixin, LlavaOnevisionForConditionalGeneration
 ):
-    """LLaVA-OneVision that draws."""
+    """LLaVA-OneVision with image generation."""
 
     config_class = UnimmLlavaOnevisionConfig
     _output_class = LlavaOnevisionCausalLMOutputWithPast
@@ -145,14 +145,14 @@ MULTIMODAL_HOSTS: dict[str, type[PreTrainedConfig]] = {
     "qwen2_5_vl": UnimmQwen2_5_VLConfig,
     "qwen3_vl": UnimmQwen3VLConfig,
 }
-"""model_type of a stock multimodal host -> what it becomes. Text-only hosts become a LLaVA."""
+"""model_type of a stock multimodal host -> config class of the unified model. Text-only hosts become a LLaVA."""
 
 M_ROPE = ("qwen2_5_vl", "qwen3_vl")
-"""Those of them whose positions have rows and columns."""
+"""Multimodal hosts whose positions have rows and columns (M-RoPE)."""
 
 
 def merged_side(config: PreTrainedConfig) -> int:
-    """Patches a side that a host, stock or unified, merges into one seen token."""
+    """Return the side length, in patches, of the block that a stock or unified host merges into one input token."""
     for part in (config, getattr(config, "vision_config", None)):
         if merge := getattr(part, "spatial_merge_size", None):
             return int(merge)

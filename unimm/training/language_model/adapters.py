@@ -1,9 +1,9 @@
-"""LoRA and QLoRA for unified models: what learns, and the one artefact that comes out of it.
+"""LoRA and QLoRA for unified models, through PEFT.
 
-An artefact is a folder that PEFT can read: the adapters of the language model, the whole projector and the rows of the
-image ids and markers, with the processor beside them. The adapters are put into the host itself, which
-stays what it is, so trainers, `generate` and the tower's fp32 codebook know nothing of them; and an artefact remembers
-its base, so that it is never laid over another one.
+A saved adapter is a folder that PEFT can read: the LoRA weights of the language model, the whole projector and the
+embedding rows of the image ids and markers, with the processor. LoRA layers are injected into the host (the multimodal
+model that the image tokenizer is attached to) without wrapping it, so trainers, `generate` and the vision tower's fp32
+codebook need no changes. A saved adapter records its base model and loads into no other.
 LoRA: https://arxiv.org/abs/2106.09685, QLoRA: https://arxiv.org/abs/2305.14314.
 """
 
@@ -27,20 +27,20 @@ from unimm.errors import UserError, reading
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "unimm_base.json"
 PROJECTOR = "multi_modal_projector"
 KEPT_WHOLE = ("model.vision_tower", f"model.{PROJECTOR}", "lm_head")
-"""Never quantized: the tower's projections decide the ids, and the projector and the head's new rows learn."""
+"""Never quantized: the vision tower's projections decide the ids; the projector and the head's new rows are trained."""
 _OF_THE_RUN = ("null_prompt", "null_prompt_prob")  # config fields that training may set
 
 
 @dataclass
 class LoraSettings:
-    """The defaults are LLaVA-1.5's (scripts/v1_5/finetune_lora.sh).
+    """Settings of LoRA; the defaults are LLaVA-1.5's (scripts/v1_5/finetune_lora.sh).
 
     Args:
-        r, alpha, dropout: rank, scale alpha / r, and the dropout in front of an adapter.
+        r, alpha, dropout: rank, numerator of the scale alpha / r, and dropout on an adapter's input.
         target_modules: last names of linear layers of the language model; None: all of them.
-        new_rows: whether the rows of the image ids and markers learn too (ours; LLaVA has none).
-        quantize: "nf4" (4 bits, quantized twice) or "int8" for the frozen language model.
-        dtype: of the frozen weights; what learns is float32. "auto": bfloat16 where the device multiplies it fast.
+        new_rows: whether to train the embedding rows of the image ids and markers too (ours; LLaVA has none).
+        quantize: "nf4" (4 bits, double quantization) or "int8" for the frozen language model.
+        dtype: of the frozen weights; trained weights are float32. "auto": bfloat16 if the device has fast products.
     """
 
     r: Count = 128
@@ -57,7 +57,8 @@ class LoraSettings:
             self.dtype = "bfloat16" if fast else "float32"
 
     def loading(self) -> dict[str, Any]:
-        """How the base is loaded: keyword arguments of `unimm.mllm.load`. Raises UserError without bitsandbytes."""
+        """Return the keyword arguments of `unimm.mllm.load` for the base. Raises UserError if bitsandbytes is needed
+        and not installed."""
         arguments: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         if self.quantize is not None:
             if importlib.util.find_spec("bitsandbytes") is None:
@@ -70,7 +71,7 @@ class LoraSettings:
 
 
 def quantization(kind: Literal["nf4", "int8"], dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's settings, as LLaVA has them; `dtype` is that of the products."""
+    """Return QLoRA's quantization settings, as in LLaVA; `dtype` is that of the matrix products."""
     kept = list(KEPT_WHOLE)
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
@@ -84,7 +85,7 @@ def quantization(kind: Literal["nf4", "int8"], dtype: torch.dtype) -> BitsAndByt
 
 
 class Adapter:
-    """The adapters inside `host`, which they are put into; `base` is the folder or hub id that it was loaded from."""
+    """LoRA adapters, injected into `host`; `base` is the folder or hub id that the host was loaded from."""
 
     def __init__(self, host: PreTrainedModel, config: Any, base: str) -> None:
         from peft import get_peft_model  # the train extra
@@ -93,30 +94,30 @@ class Adapter:
         self.peft = get_peft_model(host, config)
         for parameter in host.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        host._hf_peft_config_loaded = True  # Trainer takes a quantized model only so
+                parameter.data = parameter.data.float()  # bfloat16 would round small updates away
+        host._hf_peft_config_loaded = True  # else Trainer refuses a quantized model
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What learns, under the names of the artefact."""
+        """Return the trained weights, under the names of the saved adapter."""
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the artefact, without the processor."""
+        """Save the adapter, without the processor."""
         self.peft.peft_config["default"].base_model_name_or_path = self.base
         self.peft.save_pretrained(str(folder), save_embedding_layers=False)
-        # PEFT saves what it finds in the host too; a model card would name the base as a hub id
+        # PEFT also writes a model card, which would name the base as a hub id
         Path(folder, "README.md").unlink(missing_ok=True)
         fields = {name: getattr(self.host.config, name) for name in _OF_THE_RUN}
         about = {"base": self.base, "fingerprint": self.fingerprint, "config": fields}
         Path(folder, BASE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
-        """Take up the weights of an artefact of the same base.
+        """Load the weights of a saved adapter of the same base.
 
         Raises:
-            UserError: it belongs to another base, or weights are missing, misshapen or left over.
+            UserError: it belongs to another base, or weights are missing, unexpected or of another shape.
         """
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
@@ -130,7 +131,7 @@ class Adapter:
             setattr(self.host.config, name, value)
 
     def merged(self) -> PreTrainedModel:
-        """The host with the adapters in its weights; the adapter is used up."""
+        """Merge the adapters into the host's weights and return the host; the adapter must not be used afterwards."""
         host = self.peft.merge_and_unload()
         host._hf_peft_config_loaded = False
         return host
@@ -145,12 +146,13 @@ class Adapter:
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSettings, base: str) -> Adapter:
-    """Freeze a unified model, loaded from `base`, but for new adapters, the projector and, where asked, new rows."""
+    """Add LoRA adapters to a unified model loaded from `base`, and freeze the rest except the projector and, with
+    `lora.new_rows`, the new embedding rows."""
     return Adapter(model, lora_config(model, lora), base)
 
 
 def lora_config(model: PreTrainedModel, lora: LoraSettings) -> Any:
-    """PEFT's own settings of these adapters."""
+    """Return PEFT's `LoraConfig` for these settings."""
     from peft import LoraConfig
 
     rows = model.trainable_token_indices() if lora.new_rows else None
@@ -167,7 +169,7 @@ def lora_config(model: PreTrainedModel, lora: LoraSettings) -> Any:
 
 
 def read_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> Adapter:
-    """Put a finished artefact into `model`, loaded from `base`. Raises UserError as `Adapter.load` does."""
+    """Load a saved adapter into `model`, which was loaded from `base`. Raises UserError as `Adapter.load` does."""
     from peft import PeftConfig
 
     with reading("The adapter", folder):
@@ -178,7 +180,7 @@ def read_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> Adapt
 
 
 def about_base(folder: str | Path) -> dict[str, Any]:
-    """What an artefact remembers of its base: "base", "fingerprint" and the "config" fields that training set."""
+    """Read what a saved adapter records: "base", its "fingerprint", and the "config" fields that training set."""
     path = Path(folder, BASE_FILE)
     if not (path.is_file() and Path(folder, ADAPTER_CONFIG).is_file()):
         raise UserError(f"{folder} is no adapter of a unified model: {ADAPTER_CONFIG} or {BASE_FILE} is missing.")
@@ -187,8 +189,8 @@ def about_base(folder: str | Path) -> dict[str, Any]:
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
-    """sha256 of what adapters rest on and quantization leaves alone: codebook, vocabulary, and the language model's
-    vectors (norms, biases) in bfloat16. Cheap, and two trained models do not share them."""
+    """Compute a sha256 that identifies the base and does not depend on quantization: codebook, vocabulary, and the
+    language model's vectors (norms, biases) in bfloat16. It is cheap, and no two trained models share it."""
     config = model.config
     facts = [config.tokenizer_fingerprint, config.image_vocab_start, config.codebook_size, config.text_vocab_size]
     digest = hashlib.sha256(json.dumps(facts).encode())
@@ -200,7 +202,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
 
 
 def refuse_other_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raise UserError, naming the first weight, where `found` is not exactly what is `wanted`."""
+    """Raise UserError, naming the first weight, if names or shapes of `found` are not exactly those of `wanted`."""
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     misshapen = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name].shape != found[name].shape]
     parts = [
@@ -216,7 +218,8 @@ def refuse_other_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor],
 
 
 def _inside_the_language_model(model: PreTrainedModel, names: Sequence[str] | None) -> str:
-    """A pattern for the linear layers of the language model with these last names: the tower has namesakes."""
+    """Return a pattern of the language model's linear layers with these last names; the vision tower has layers of the
+    same names, which it must not match."""
     inside = model.model.language_model.named_modules()
     known = {name.rpartition(".")[2] for name, module in inside if isinstance(module, nn.Linear)}
     if wrong := sorted(set(names or ()) - known):

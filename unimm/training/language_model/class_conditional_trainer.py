@@ -1,4 +1,4 @@
-"""`ClassConditionalTrainer`: a `StreamTrainer` over pre-extracted ids."""
+"""`ClassConditionalTrainer`: a `StreamTrainer` for class-conditional image generation on pre-extracted ids."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ class ClassConditionalTrainer(StreamTrainer):
 
     Args:
         model: the GPT.
-        args: settings.
-        train_dataset, eval_dataset: the stream, and the held-out rows.
+        args: training settings.
+        train_dataset, eval_dataset: the training stream, and the held-out rows.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class ClassConditionalTrainer(StreamTrainer):
         )
 
     def work_of(self, inputs: Any) -> Work:
-        """Every image is a class and its ids but the last, each of which looks at all before it."""
+        """Return the work of a batch; an image's input is its class and all ids but the last, so as long as its ids."""
         config, (rows, length) = self.model.config, inputs["ids"].shape
         cost = TransformerCost.of(self.model, config.num_hidden_layers, config.hidden_size)
         return Work(rows, rows * length, float(cost.training(rows * length, length)))
 
     def held_out_loss(self) -> float:
-        """The mean cross entropy of the held-out ids, in nats an id."""
+        """Return the mean cross entropy of the held-out ids, in nats per id."""
         return self.evaluate()["eval_loss"]

@@ -1,4 +1,4 @@
-"""One batch of sentences with its label mask in color: what is learned stands out, in a terminal and as a page."""
+"""Visualization of the label mask of a batch: tokens with a loss are highlighted, in a terminal and as an HTML page."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ padding:1em;border-radius:6px}}mark{{background:#a6e3a1;color:#000}}i{{color:#77
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbours in a row that are all learned or all not, all image tokens or all text."""
+    """A run of neighboring tokens, all with or all without a label, and all image tokens or all text."""
 
     text: str
     learned: bool
@@ -32,7 +32,7 @@ class Piece:
 
 
 def pieces(input_ids: Tensor, labels: Tensor, tokenizer: Any, image_token_id: int) -> list[Piece]:
-    """A row [L] of a batch; padding behind the last token is left out."""
+    """Split a row [L] of a batch into pieces, without the padding after the last token."""
     kinds = [
         (token, label != IGNORED, token == image_token_id)
         for token, label in zip(input_ids.tolist(), labels.tolist(), strict=True)
@@ -48,7 +48,7 @@ def pieces(input_ids: Tensor, labels: Tensor, tokenizer: Any, image_token_id: in
 
 
 def rows_of(batch: Batch, processor: Any, per_flow: int = 2) -> list[tuple[str, list[Piece]]]:
-    """The first rows of every flow, by its name."""
+    """Return the first rows of every flow, each with the flow's name."""
     return [
         (flow, pieces(ids, labels, processor.tokenizer, processor.image_token_id))
         for flow, inputs in sorted(batch.items())
@@ -57,7 +57,8 @@ def rows_of(batch: Batch, processor: Any, per_flow: int = 2) -> list[tuple[str, 
 
 
 def in_terminal(rows: Sequence[tuple[str, list[Piece]]]) -> str:
-    """With ANSI colors: learned on green, the rest faint. Nothing in a sample may move the cursor."""
+    """Format rows with ANSI colors: labeled tokens on green, the rest faint. Control characters of a sample are
+    escaped."""
     shown = []
     for flow, row in rows:
         words = (f"{_LEARNED if p.learned else _SEEN}{_printable(p.text)}{_END}" for p in row)
@@ -70,7 +71,7 @@ def _printable(text: str) -> str:
 
 
 def write_page(rows: Sequence[tuple[str, list[Piece]]], path: Path) -> None:
-    """As an HTML page without scripts."""
+    """Write rows as an HTML page without scripts."""
     shown = []
     for flow, row in rows:
         learned, count = sum(p.tokens for p in row if p.learned), sum(p.tokens for p in row)

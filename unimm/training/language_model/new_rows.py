@@ -1,5 +1,5 @@
-"""A warm-up in which only the rows of the image ids and their markers learn, so that what a language model knows of
-text is not disturbed while they are still noise."""
+"""Warm-up that trains only the new embedding rows, those of the image ids and markers, so that they do not disturb the
+language model while they are still random."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 
 class NewRowsWarmup:
-    """For the first `steps` optimizer steps of `model`: everything else, the rows of text included, keeps its bits.
+    """Train only the new rows in the first `steps` optimizer steps of `model`; all else, rows of text included, stays
+    bit-identical.
 
-    Call `hold` after every backward. The tables of rows need parameter groups of their own, marked "tables", because
-    weight decay would move the rows that have no gradient.
+    Call `hold` after every backward. The embedding tables need parameter groups of their own, marked "tables", because
+    weight decay would move rows without a gradient.
     """
 
     def __init__(self, model: PreTrainedModel, steps: int) -> None:
@@ -30,8 +31,11 @@ class NewRowsWarmup:
             self.is_new[rows] = True
 
     def hold(self, parameters: Iterable[nn.Parameter], optimizer: Any, step: int, weight_decay: float) -> None:
-        """Drop the gradients of everything but the new rows while `step` lies in the warm-up; right after it the tables
-        begin with fresh averages, else the first steps of text would be several times too long."""
+        """Drop all gradients but those of the new rows while `step` is in the warm-up.
+
+        Right after it the optimizer state of the tables is reset: by then the rows of text have second moments of 0
+        without bias correction, which would make their first updates several times too large.
+        """
         warming = step < self.steps
         for group in optimizer.param_groups:
             if group.get("tables"):

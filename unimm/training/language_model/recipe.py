@@ -1,4 +1,4 @@
-"""The half that every recipe for a language model shares: flows of samples into a `HostTrainer`."""
+"""Shared part of the recipes for a language model: data flows, `HostTrainer`, and the run."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from unimm.training.loop.run import open_run
 
 
 class HostRecipe(Protocol):
-    """What the settings of such a recipe hold beside its model."""
+    """The settings that every such recipe has besides its model."""
 
     data: MixtureConfig
     train: HostTrainingArguments
@@ -35,8 +35,8 @@ def train_on_flows(
     *,
     dry_run: bool = False,
 ) -> None:
-    """Train `model`, or the `adapter` in it, on the recipe's flows; the run's settings, log, checkpoints and result are
-    in its output folder. With `dry_run` only say what it would take, and show a batch."""
+    """Train `model`, or the `adapter` in it, on the recipe's flows; settings, log, checkpoints and result are written
+    to the output folder. With `dry_run`, only print the estimated cost and show a batch."""
     train, output = recipe.train, Path(recipe.train.output_dir)
     if dry_run:
         trainer = host_trainer(recipe, model, processor, args=short(train), adapter=adapter)
@@ -51,7 +51,8 @@ def train_on_flows(
 def host_trainer(
     recipe: HostRecipe, model: Any, processor: Any, *, args: HostTrainingArguments, **parts: Any
 ) -> HostTrainer:
-    """A trainer on the recipe's flows; `log_folder` among the parts is where rows that are skipped are named."""
+    """Build the trainer on the recipe's flows; `parts` are arguments of `HostTrainer`, and `log_folder`, the folder
+    that lists skipped rows."""
     data = recipe.data
     train_stream, test_stream = training_streams(
         data, samples_per_step=args.samples_per_step, log_folder=parts.pop("log_folder", None)
@@ -64,7 +65,7 @@ def host_trainer(
             "set the strategy to no."
         )
     if all(flow.kind == "drawing" for flow in data.flows.values()):
-        model.model.multi_modal_projector.requires_grad_(False)  # nothing looks at images, decay would move it
+        model.model.multi_modal_projector.requires_grad_(False)  # no image inputs: weight decay alone would move it
     return HostTrainer(
         model,
         args,
@@ -80,11 +81,12 @@ def host_trainer(
 
 
 def unigram_entropies(stream: Mixture, model: Any) -> dict[str, float]:
-    """{flow: entropy of its ids' frequencies in nats} of the flows that are ids already, said once; a loss above it
-    has learnt nothing but how often each id occurs.
+    """Compute and print {flow: entropy of its ids' frequencies in nats} of the flows of pre-extracted ids.
+
+    It is the loss of a model that has learned id frequencies only: a useful one must get below it.
 
     Raises:
-        UserError: the ids are of another tokenizer than the model's.
+        UserError: the ids were made by another tokenizer than the model's.
     """
     found = {}
     for name, flow in zip(stream.names, stream.sources, strict=True):

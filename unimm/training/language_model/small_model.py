@@ -1,5 +1,4 @@
-"""A small language model that starts from nothing: Qwen3's architecture, https://arxiv.org/abs/2505.09388, at any
-size."""
+"""Small language models trained from scratch, in Qwen3's architecture (https://arxiv.org/abs/2505.09388)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,15 +9,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, 
 from unimm.errors import UserError
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-"""Special tokens of a text tokenizer of one's own: ChatML's turns and the image markers."""
+"""Special tokens of a newly trained text tokenizer: ChatML's turns and the image markers."""
 
 
 def new_language_model(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A random Qwen3 with the given fields of Qwen3Config; vocabulary and end tokens come from the tokenizer.
+    """Build a randomly initialized Qwen3 with the given fields of Qwen3Config; vocabulary size and special token ids
+    come from the tokenizer.
 
     Raises:
-        UserError: an unknown field (a transformers config would take it and ignore it), or one that the tokenizer
-        decides.
+        UserError: an unknown field (a transformers config would silently accept it), or one that the tokenizer decides.
     """
     known = {field.name for field in dataclasses.fields(Qwen3Config)}
     if unknown := sorted(fields.keys() - known):

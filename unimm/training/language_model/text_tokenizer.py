@@ -1,4 +1,4 @@
-"""A byte-level BPE of one's own, trained on a few thousand lines: for small models that start from nothing."""
+"""Training of a byte-level BPE tokenizer on a few thousand lines, for small models trained from scratch."""
 
 from collections.abc import Iterable
 
@@ -11,9 +11,10 @@ END_OF_TEXT = "<|endoftext|>"
 def train_text_tokenizer(
     texts: Iterable[str], vocab_size: int, special_tokens: tuple[str, ...] = ()
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with `vocab_size` entries at most; the same texts in the same order give the same tokenizer.
+    """Train a byte-level BPE with at most `vocab_size` entries; the same texts in the same order yield the same
+    tokenizer.
 
-    `<|endoftext|>` is added first and serves as padding; `special_tokens` follow it.
+    `<|endoftext|>` is added first and also used for padding; `special_tokens` follow it.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,10 +1,9 @@
-"""`HostTrainer`: a `StreamTrainer` for a language model whose vision tower is a frozen image tokenizer.
+"""Trainer of the host, the language model whose vision tower is a frozen image tokenizer.
 
-Special here:
-- a batch is {flow: tensors}; the loss is the weighted sum over the flows of their mean over labelled tokens, counted
-  over the whole batch (all processes and accumulation steps), and every flow's own mean is logged;
-- drawn images become image ids on the fly, in fp32, by the model's own `get_image_tokens`, or are ids already;
-- the head is computed at labelled positions only: it is as wide as text and codebook together.
+- A batch is {flow: tensors}, a flow being one kind of training data. The loss is the weighted sum of the flows' means
+  over labeled tokens, counted over the whole batch (all processes and accumulation steps); each mean is logged.
+- Images to generate are tokenized on the fly, in fp32, by the model's own `get_image_tokens`, or arrive as ids.
+- Logits are computed at labeled positions only: the head is as wide as text vocabulary and codebook together.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,8 +35,8 @@ PACKABLE_ATTENTION = ("sdpa", "eager")
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Raise UserError where several sequences cannot share a row: positions of several dimensions, or an attention that
-    is not held against rows of one sequence."""
+    """Raise UserError if several sequences cannot share a row: multi-dimensional positions, or an attention
+    implementation that has not been tested against unpacked rows."""
     attention = model.config.get_text_config()._attn_implementation
     if not model.positions_are_1d or attention not in PACKABLE_ATTENTION:
         raise UserError(
@@ -47,17 +46,17 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 class HostTrainer(StreamTrainer):
-    """Train `model` (everything but its tower) on flows of samples.
+    """Train `model` (everything but its vision tower) on weighted flows of samples.
 
     Args:
-        model: a unified model: `image_tokenizer`, `get_image_tokens`, and a stock forward.
+        model: a unified model, with `image_tokenizer`, `get_image_tokens` and a stock forward.
         args: settings; `ema_decay` adds averaged weights, which are evaluated and saved in the output folder.
         processor: saved beside the model.
-        data_collator: samples to a batch, see `unimm.data.text.collators`.
+        data_collator: collates samples into a batch, see `unimm.data.text.collators`.
         flow_weights: {flow: factor of its mean loss}.
-        stream_seed: of the training stream, for messages and for refusing a checkpoint of another stream.
+        stream_seed: seed of the training stream, for messages and for refusing a checkpoint of another stream.
         unigram_entropies: {flow: entropy of its ids' frequencies}, logged beside its loss.
-        adapter: what is in `model` and learns instead of it; the run leaves its artefact.
+        adapter: the LoRA adapter inside `model`, trained instead of it; the run saves the adapter alone.
         panel: called with the tensorboard writer and the step at every evaluation, under the averaged weights.
     """
 
@@ -81,7 +80,7 @@ class HostTrainer(StreamTrainer):
     ) -> None:
         if args.pack_length is not None:
             check_packing(model)
-        model.image_tokenizer.requires_grad_(False)  # DDP needs it too: the drawing half takes no part in a forward
+        model.image_tokenizer.requires_grad_(False)  # DDP needs it too: the decoder takes no part in a forward
         super().__init__(
             model=model,
             args=args,
@@ -104,7 +103,7 @@ class HostTrainer(StreamTrainer):
         self.panel, self.adapter = panel, adapter
         if args.compile_blocks:
             blocks = learning_blocks(model)
-            # every block may need several variants; beyond the limit torch falls back to eager without a word
+            # every block may need several variants; beyond the limit torch silently falls back to eager
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
             for block in blocks:
                 block.compile(dynamic=True)
@@ -115,7 +114,7 @@ class HostTrainer(StreamTrainer):
     # ---- the run ----
 
     def run(self) -> None:
-        """Train to `max_steps`, from its newest checkpoint; save model and processor in `output_dir`."""
+        """Train to `max_steps`, resuming from the newest checkpoint; save model and processor in `output_dir`."""
         self.train_or_load()
         with self.averaged():
             weights = weights_to_save(self)
@@ -123,14 +122,14 @@ class HostTrainer(StreamTrainer):
                 save_whole(Path(self.args.output_dir), self.adapter or self.model, self.processing_class, weights)
 
     def add_writer(self, writer: SummaryWriter) -> None:
-        """Log to tensorboard, and draw the panel there."""
+        """Log scalars and the panel to tensorboard."""
         super().add_writer(writer)
         if self.panel is not None:
             self.add_callback(DrawPanel(self.panel, writer))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in Trainer; the projector may have its own rate, the tables of rows their own group, and with `use_muon`
-        the blocks' matrices are Muon's."""
+        """Create Trainer's optimizer, with groups for the projector if it has its own learning rate and for the
+        embedding tables of a warm-up; with `use_muon`, Muon updates the blocks' matrices."""
         args = self.args
         own = args.use_muon or args.projector_learning_rate is not None or self.new_rows is not None
         if not own or self.optimizer is not None:
@@ -150,7 +149,7 @@ class HostTrainer(StreamTrainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """As in Trainer; the gradients of a warm-up are those of the new rows."""
+        """Run Trainer's step; during a warm-up, keep the gradients of the new rows only."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.new_rows is not None:
             step, decay = self.state.global_step, self.args.weight_decay
@@ -160,7 +159,7 @@ class HostTrainer(StreamTrainer):
     # ---- the loss ----
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        """Labelled tokens of every flow [F], over all accumulation steps and processes."""
+        """Count the labeled tokens of every flow [F], over all accumulation steps and processes."""
         counts = torch.zeros(len(self.flow_weights))
         for batch in batch_samples:
             if self.args.world_size > 1 and batch.keys() != self.flow_weights.keys():
@@ -180,7 +179,7 @@ class HostTrainer(StreamTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The weighted sum of the flows' means; `num_items_in_batch` [F] are the tokens that each mean goes over."""
+        """Compute the weighted sum of the flows' means; `num_items_in_batch` [F] are the tokens of each mean."""
         counts = num_items_in_batch
         if counts is None:
             counts = self._get_num_items_in_batch([inputs], self.args.device)
@@ -202,9 +201,12 @@ class HostTrainer(StreamTrainer):
         return (loss, {}) if return_outputs else loss
 
     def _no_image(self) -> Tensor:
-        """Zero, through the tower and the projector: without images to look at other processes would wait for the
-        projector's gradients, and a run that trains nothing else would have none. One process does it too: AdamW moves
-        what has a gradient of zero, and leaves what has none, and several processes shall be as one."""
+        """Return a zero that depends on the projector, for batches without input images.
+
+        Without it, DDP would wait for the projector's gradients on other processes, and a run that trains nothing else
+        would have no gradient. A single process adds it too: AdamW moves a weight whose gradient is zero but skips one
+        whose gradient is None, and results must not depend on the number of processes.
+        """
         size = self.model.image_tokenizer.config.image_size
         black = torch.zeros(1, 3, size, size, device=self.args.device, dtype=self.model.dtype)
         with self.accelerator.autocast():
@@ -212,11 +214,11 @@ class HostTrainer(StreamTrainer):
         return 0.0 * features[0].float().sum()
 
     def _flow_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """Sum of the cross entropy over a batch's labels, and their number."""
+        """Return the sum of the cross entropy over a batch's labels, and the number of labels."""
         batch = dict(batch)
         drawn, labels = batch.pop("drawn"), batch.pop("labels")
         drawings, ids = batch.pop("drawn_pixel_values", None), batch.pop("drawn_ids", None)
-        # before the forward is queued, when waiting for the device costs nothing yet
+        # `nonzero` synchronizes with the device: do it before the forward is queued, when there is nothing to wait for
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [B, L]
         where = (following != IGNORED).flatten().nonzero()[:, 0]
         if drawings is not None or ids is not None:
@@ -229,21 +231,21 @@ class HostTrainer(StreamTrainer):
 
     @torch.no_grad()
     def _image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """token_ids [I, M]; in fp32, because bfloat16 flips about one id in a hundred."""
+        """Tokenize images to token ids [I, M], in fp32: bfloat16 flips about one id in a hundred."""
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.model.get_image_tokens(pixel_values)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """The loss alone; the flows' own means are added by `log`."""
+        """Return the loss only; `log` adds the flows' own means."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     # ---- logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer, with every flow's mean loss since the last time."""
+        """Log as Trainer does, with each flow's mean loss since the last call."""
         prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
         sums = self._sums["eval" if prefix else "train"]
         means = self.accelerator.reduce(sums.clone(), "sum").tolist()
@@ -256,30 +258,30 @@ class HostTrainer(StreamTrainer):
         super().log(logs, start_time)
 
     def resting_parts(self) -> set[str]:
-        """The projector, while no image was seen or the new rows learned alone."""
+        """Return the projector if no image was seen since the last log line, or only the new rows were training."""
         saw, held = self.accelerator.reduce(self._saw_images.clone(), "sum"), self._held
         self._saw_images, self._held = torch.zeros_like(self._saw_images), False
         return {f"model.{PROJECTOR}"} if held or not saw else set()
 
     def work_of(self, inputs: Batch) -> Work:
-        """Tokens, images and FLOPs of all flows."""
+        """Return the tokens, images and FLOPs of all flows of a micro-batch."""
         self._cost = self._cost or HostCost(self.model)
         return sum(map(self._cost.of, inputs.values()), Work())
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """Not counted: the estimate walks over all parameters at every step."""
+        """Return 0: Trainer's estimate would walk over all parameters at every step."""
         return 0
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in Trainer; of a model with an adapter, the adapter."""
+        """Save as Trainer does, or only the adapter if there is one."""
         if self.adapter is None:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             self.adapter.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Through `from_pretrained`: a composed model saves under other names than its modules have, and Trainer's own
-        loading would only warn about each of them."""
+        """Load weights with `from_pretrained`: a composed model's saved names differ from its modules' names, and
+        Trainer's own loading would skip them with a mere warning."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return

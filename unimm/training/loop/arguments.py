@@ -1,4 +1,4 @@
-"""Settings of training runs: `TrainingArguments` for language models, and those of the tokenizers' own loop."""
+"""Training settings: subclasses of `TrainingArguments` for `Trainer`, and a config for the tokenizers' own loop."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -16,8 +16,8 @@ def _no_gpu() -> bool:
 
 
 def accumulation_steps(global_batch_size: int, batch_size: int, processes: int) -> int:
-    """How often `processes` times `batch_size` samples go into one step of `global_batch_size`. Raises UserError where
-    they do not divide it."""
+    """Return the accumulation steps for `global_batch_size` with `processes` times `batch_size` samples at a time.
+    Raises UserError if they do not divide it."""
     steps, rest = divmod(global_batch_size, batch_size * processes)
     if rest or not steps:
         raise UserError(
@@ -30,16 +30,16 @@ def accumulation_steps(global_batch_size: int, batch_size: int, processes: int) 
 
 @dataclass
 class StreamTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what an endless, seeded stream of samples needs as defaults.
+    """`TrainingArguments` with defaults for an endless, seeded stream of samples.
 
-    Samples are taken in order (the stream is shuffled by construction), a loss that is not finite is never averaged
-    away, and DDP does not look for unused parameters: every batch reaches all that learns.
+    Samples are taken in order (the stream is shuffled by construction), non-finite losses are not filtered from the
+    log, and DDP does not search for unused parameters: every batch reaches all trainable parameters.
 
     Args:
-        ema_decay: of the running mean of the trained weights, which is evaluated and saved; None trains without.
+        ema_decay: decay of the averaged weights, which are evaluated and saved; None: no averaging.
         global_batch_size: samples of one optimizer step; `gradient_accumulation_steps` follows from it and the number
-            of processes. None leaves both as they are given.
-        bf16: "auto", the default, is True where the device multiplies bfloat16 fast, else False.
+            of processes. None keeps the given `gradient_accumulation_steps`.
+        bf16: "auto", the default, is True if the device has fast bfloat16 matrix products, else False.
     """
 
     RANGES: ClassVar[dict[str, Range]] = {
@@ -75,7 +75,7 @@ class StreamTrainingArguments(TrainingArguments):
         "eval_accumulation_steps", "eval_use_gather_object",  # an evaluation is a loss
         "load_best_model_at_end", "metric_for_best_model", "greater_is_better",  # the last model is the result
     })  # fmt: skip
-    """Fields of `TrainingArguments` that change nothing here: a recipe refuses them."""
+    """Fields of `TrainingArguments` that have no effect here: a recipe refuses them."""
 
     bf16: bool | Literal["auto"] = field(default="auto", metadata={"help": "bfloat16; auto: where it is fast."})
     ema_decay: Decay | None = field(default=None, metadata={"help": "Decay of the averaged weights; None: no average."})
@@ -121,22 +121,23 @@ class StreamTrainingArguments(TrainingArguments):
 
     @property
     def samples_per_step(self) -> int:
-        """Of all processes and accumulation steps together."""
+        """Return the samples of one optimizer step, over all processes and accumulation steps."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
 @dataclass
 class HostTrainingArguments(StreamTrainingArguments):
-    """Settings of a language model's training.
+    """Settings for training a host, the language model that an image tokenizer is attached to.
 
     Args:
         use_muon: Muon instead of AdamW for the matrices of the language model's blocks, at the same learning rate.
-        max_length: tokens after which a conversation is cut; None cuts none (`unimm.data.text.truncation`).
-        projector_learning_rate: of the projector, where it is another than `learning_rate`.
-        new_rows_warmup_steps: first steps in which only the rows of the image ids and markers learn.
-        pack_length: tokens of a row that several drawings or texts share; None pads every sample to a row of its own.
+        max_length: truncate conversations to so many tokens; None: no truncation (`unimm.data.text.truncation`).
+        projector_learning_rate: learning rate of the projector, if it differs from `learning_rate`.
+        new_rows_warmup_steps: first steps, in which only the embedding rows of the image ids and markers are trained.
+        pack_length: tokens of a row into which several images or texts are packed; None pads every sample to its own
+            row.
         compile_blocks: torch.compile for the language model's blocks, one compilation for all of them and every
-            length; evaluation and drawing stay eager.
+            length; evaluation and image generation stay eager.
     """
 
     use_muon: bool = field(default=False, metadata={"help": "Muon for the matrices of the blocks, AdamW elsewhere."})
@@ -149,10 +150,10 @@ class HostTrainingArguments(StreamTrainingArguments):
 
 @dataclass
 class C2ITrainingArguments(StreamTrainingArguments):
-    """Settings of a class-conditional model's training.
+    """Settings for training a class-conditional model.
 
     Args:
-        compile_blocks: torch.compile for the model's blocks; evaluation and drawing stay eager.
+        compile_blocks: torch.compile for the model's blocks; evaluation and image generation stay eager.
     """
 
     compile_blocks: bool = field(default=False, metadata={"help": "Compile the model's blocks."})
@@ -163,10 +164,10 @@ _PANEL = used_when(lambda c: c.prompts, "panel.prompts")
 
 @dataclass
 class PanelConfig:
-    """What is drawn into tensorboard at every evaluation, by the same `generate` that users call.
+    """Sample images logged to tensorboard at every evaluation, made with the same `generate` that users call.
 
     Args:
-        prompts: one image each; none, no panel.
+        prompts: text prompts, one image each; empty: no panel.
         guidance_scale, temperature, seed: as in `generate`.
     """
 
@@ -184,18 +185,20 @@ _RESTARTS = used_when(lambda c: c.restart_steps, "train.restart_steps")
 
 @dataclass
 class TokenizerTrainingConfig:
-    """Settings of one stage; the defaults are VQRAE's table 7 for SigLIP2-256 (`batch_size` is per process;
-    where `global_batch_size` is given, `gradient_accumulation_steps` follows from it).
+    """Settings of one stage of tokenizer training; the defaults are VQRAE's table 7 for SigLIP2-256.
 
-    `codebook_init` "data" starts the codebook from the k-means centres of the latents (ours; "random" is the paper's).
-    Every `restart_steps` codes that nothing chose since the last time move to latents that are served badly, up to the
-    share `restart_until` of the run (ours too; None = never); with `restart_redundant` so do codes that a more frequent
-    neighbor can stand in for (`SimVQ.redundant`). After the last step `reestimation_rounds` rounds of `reestimate`
-    spread the codes, each on `codebook_init_images` images; nothing else moves then.
+    `batch_size` is per process; `gradient_accumulation_steps` follows from `global_batch_size` if that is set.
 
-    In stage 2 the encoder learns at `encoder_learning_rate`. Stage 3, ours, trains the decoder alone: ids and features
-    stay what they are, so it may come after the language model. Every group ends at min(its rate,
-    `end_learning_rate`). `mixed_precision` "auto" is bf16 where the device multiplies it fast, else "no".
+    `codebook_init` "data" initializes the codebook at the k-means centers of the latents (ours; "random" is the
+    paper's). Every `restart_steps` steps (ours too; None: never), up to the share `restart_until` of the run, dead
+    codes, unused since the last restart, move to poorly quantized latents; with `restart_redundant` so do codes that a
+    more frequent neighbor can replace (`SimVQ.redundant`). After the last step, `reestimation_rounds` rounds of
+    `reestimate` spread the codes, each on `codebook_init_images` images, with everything else fixed.
+
+    In stage 2 the encoder trains at `encoder_learning_rate`. Stage 3, ours, trains the decoder alone: ids and features
+    do not change, so it can follow the training of a language model. The learning rate of every group ends at min(its
+    rate, `end_learning_rate`). `mixed_precision` "auto" is bf16 if the device has fast bfloat16 matrix products, else
+    "no".
     """
 
     FORMER: ClassVar[dict[str, str]] = {

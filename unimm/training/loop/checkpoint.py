@@ -1,7 +1,7 @@
-"""Checkpoints of every training loop: a folder that is there whole or not at all, and room for it before it is written.
+"""Atomic checkpoints of all training loops, with a check of the disk space before one is written.
 
-output_dir/checkpoint-<step>         whole, the newest `keep`
-output_dir/.checkpoint-<step>.tmp    being written; what a killed run leaves of it is cleared by the next one
+output_dir/checkpoint-<step>         complete; the newest `keep` remain
+output_dir/.checkpoint-<step>.tmp    being written; leftovers of a killed run are removed by the next one
 """
 
 import re
@@ -22,43 +22,43 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which it was written."""
+    """Return the step after which the checkpoint was written."""
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def staging_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of this step is written; `publish` gives it its name."""
+    """Return the temporary folder for the checkpoint of this step, which `publish` renames."""
     return folder / f".checkpoint-{step}.tmp"
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed runs were writing or removing."""
+    """Remove the partial checkpoints that killed runs were writing or deleting."""
     for path in folder.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(staging: Path, folder: Path, step: int, keep: int | None) -> Path:
-    """Flush the written checkpoint to the disk, give it its name, and drop all but the newest `keep` (None: none)."""
+    """Flush the written checkpoint to the disk, rename it, and delete all but the newest `keep` (None: keep all)."""
     target = folder / f"checkpoint-{step}"
     for path in (*staging.rglob("*"), staging):
         flush(path)
     staging.replace(target)
     flush(folder)
     for old in checkpoints(folder)[:-keep] if keep else []:
-        going = old.with_name(f".{old.name}.old")  # else a kill would leave half of it under its own name
+        going = old.with_name(f".{old.name}.old")  # else a kill would leave half of it as a checkpoint
         old.replace(going)
         shutil.rmtree(going)
     return target
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` as the checkpoint of this step, see `publish`."""
+    """Write `state` as the checkpoint of this step, then `publish` it."""
     staging = staging_folder(folder, step)
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -72,7 +72,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state of one checkpoint. Raises UserError where the file cannot be read."""
+    """Load the state of one checkpoint. Raises UserError if the file cannot be read."""
     try:
         return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError) as error:
@@ -85,26 +85,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of their elements together."""
+    """Return the bytes of all elements of the tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def model_bytes(model: nn.Module) -> int:
-    """What saving its weights takes; tied ones are stored once."""
+    """Return the bytes of a model's saved weights; tied weights count once."""
     tied = set(model.all_tied_weights_keys) if isinstance(model, PreTrainedModel) else set()
     return bytes_of(tensor for name, tensor in model.state_dict().items() if name not in tied)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of the states that AdamW (two each) or Muon (one) will keep of what it moves."""
+    """Return the bytes of the optimizer's state once it is allocated: two tensors per parameter for AdamW, one for
+    Muon."""
     return sum(bytes_of(group["params"]) * (1 if group.get("muon") else 2) for group in optimizer.param_groups)
 
 
 def require_space(folder: Path, size: int, copies: int, extra: int = 0) -> None:
-    """Refuse to start writing what would not fit: `copies` checkpoints of `size` bytes, and `extra` bytes beside them.
+    """Check that `copies` checkpoints of `size` bytes and `extra` more bytes fit on the disk of `folder`.
 
     Raises:
-        UserError: the disk has less room.
+        UserError: the disk has less free space.
     """
     free, needed = shutil.disk_usage(folder).free, copies * size + extra
     if free < needed:
@@ -116,5 +117,5 @@ def require_space(folder: Path, size: int, copies: int, extra: int = 0) -> None:
 
 
 def gigabytes(size: int) -> str:
-    """In words, to three digits."""
+    """Format bytes as gigabytes with three digits."""
     return f"{size / 1e9:.3g} GB"

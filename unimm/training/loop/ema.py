@@ -1,8 +1,8 @@
-"""The running mean of a model's trainable weights, on which a tokenizer is judged and saved.
+"""Exponential moving average (EMA) of a model's trainable weights, used for evaluation and for the saved model.
 
-What is special: only trainable floating-point tensors are averaged, in fp32 and by `lerp`, so a frozen encoder or
-codebook is not so much as rounded; the decay warms up as min(decay, (1 + s) / (10 + s)), s the number of updates made
-before, as TiTok and TA-TiTok do it.
+Only trainable floating-point tensors are averaged, in fp32 and by `lerp`, so a frozen encoder or codebook is not even
+rounded. The decay warms up as min(decay, (1 + s) / (10 + s)) with s the number of previous updates, as in TiTok and
+TA-TiTok.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,10 +16,10 @@ from unimm.training.loop.sharding import as_sharded, as_whole
 
 
 class EMA:
-    """Shadow weights of a model; the model itself is handed to each method and never kept.
+    """Shadow weights of a model; the model itself is passed to each method and never stored.
 
-    Give the same unwrapped model (no DDP) every time: names are compared, and a model of other trainable tensors is
-    refused with ValueError.
+    Pass the same unwrapped model (no DDP) every time: names are compared, and a model with other trainable tensors
+    raises ValueError.
     """
 
     def __init__(self, model: nn.Module, *, decay: float = 0.999) -> None:
@@ -31,12 +31,12 @@ class EMA:
 
     @property
     def current_decay(self) -> float:
-        """The decay that the next update uses."""
+        """Return the decay of the next update."""
         return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """shadow <- shadow + (1 - decay) (weight - shadow), once per optimizer step."""
+        """Update shadow <- shadow + (1 - decay) (weight - shadow); call it once per optimizer step."""
         decay = self.current_decay
         for name, tensor in self._matched(model).items():
             self.shadow[name] = as_sharded(self.shadow[name], tensor)  # once a model is sharded, its average is too
@@ -45,13 +45,14 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Write the averaged weights into the model for good."""
+        """Copy the averaged weights into the model permanently."""
         for name, tensor in self._matched(model).items():
             tensor.copy_(as_sharded(self.shadow[name], tensor))
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """Within, the model holds the averaged weights; afterwards, also after an error, its own bit for bit."""
+        """Put the averaged weights into the model inside the context; restore its own, bit for bit, even after an
+        error."""
         own = {name: tensor.detach().clone() for name, tensor in self._matched(model).items()}
         self.copy_to(model)
         try:
@@ -62,13 +63,13 @@ class EMA:
                     tensor.copy_(own[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors; of a sharded model every process must ask."""
+        """Return the state with unsharded tensors; call it on every process if the model is sharded."""
         shadow = {name: as_whole(tensor) for name, tensor in self.shadow.items()}
         return {"decay": self.decay, "num_updates": self.num_updates, "shadow": shadow}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved average; ValueError when it belongs to other tensors."""
+        """Load a saved average. Raises ValueError if it belongs to other tensors."""
         shadow: Mapping[str, Tensor] = state["shadow"]
         _refuse_difference(self.shadow, shadow, "The saved EMA")
         for name, tensor in self.shadow.items():

@@ -1,11 +1,11 @@
-"""What needs the whole batch, so that P processes with k micro-batches of n samples do what one with P * k * n does.
+"""Global-batch operations: P processes with k micro-batches of n samples compute what one with P * k * n samples does.
 
-DDP and FSDP average gradients, and accumulation sums them, which is right for a loss that is a mean over samples and
-wrong for all that looks at a batch as a whole: contrastive pairs, LeCAM's squared means, the entropy of the average
-code, CutMix, and random numbers. Here is what those need. The micro-batch j of process r holds the rows (j * P + r) * n
-and following of the global batch. Without torch.distributed and outside `micro_batch` everything is the identity.
+DDP and FSDP average gradients, and accumulation sums them, which is correct for a loss that is a mean over samples but
+not for operations on a whole batch: contrastive pairs, LeCAM's squared means, the entropy of the average code, CutMix,
+and random numbers. This module has the operations for those. Micro-batch j of process r holds the n rows of the global
+batch from (j * P + r) * n on. Without torch.distributed and outside `micro_batch` everything is the identity.
 
-What other processes know is gathered. What other micro-batches know takes a first pass over them without gradients
+Rows of other processes are gathered. Those of other micro-batches need a first pass over them without gradients
 (GradCache, https://arxiv.org/abs/2101.06983), which the trainers run only for the terms that need it.
 """
 
@@ -30,7 +30,7 @@ _now = _MicroBatch()
 
 @contextmanager
 def micro_batch(index: int, count: int) -> Iterator[None]:
-    """Within, the micro-batch `index` of the `count` of one optimizer step is computed."""
+    """Mark the context as computing micro-batch `index` of the `count` of one optimizer step."""
     before = _now.index, _now.count
     _now.index, _now.count = index, count
     try:
@@ -40,21 +40,22 @@ def micro_batch(index: int, count: int) -> Iterator[None]:
 
 
 def micro_batch_index() -> int:
-    """Which of the step's micro-batches is computed."""
+    """Return the index of the current micro-batch in its optimizer step."""
     return _now.index
 
 
 def process_count() -> int:
-    """The processes of this run, 1 outside torch.distributed."""
+    """Return the number of processes, 1 outside torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_index() -> int:
+    """Return the rank of this process, 0 outside torch.distributed."""
     return dist.get_rank() if process_count() > 1 else 0
 
 
 def global_size(rows: int) -> int:
-    """The samples of the global batch, of which this micro-batch holds `rows`."""
+    """Return the number of samples of the global batch, of which this micro-batch holds `rows`."""
     return rows * process_count() * _now.count
 
 
@@ -68,25 +69,26 @@ class _Gathered(Function):
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
+        dist.all_reduce(gradient)  # the loss of every process depends on these rows
         return gradient.chunk(process_count())[process_index()]
 
 
 def all_rows(rows: Tensor) -> Tensor:
-    """The rows [n, ...] of every process in this micro-batch, [P * n, ...], differentiable; n is the same
-    everywhere."""
+    """Gather the rows [n, ...] of this micro-batch from every process to [P * n, ...], differentiably; n is the same
+    on every process."""
     return _Gathered.apply(rows) if process_count() > 1 else rows
 
 
 def own_rows(rows: Tensor) -> Tensor:
-    """This micro-batch's part of something [P * k * n, ...] that all processes and micro-batches hold alike."""
+    """Return this micro-batch's rows [n, ...] of a tensor [P * k * n, ...] that is the same on all processes and
+    micro-batches."""
     parts = process_count() * _now.count
     return rows.chunk(parts)[_now.index * process_count() + process_index()]
 
 
 def rows_before(window: Sequence[Tensor]) -> Tensor:
-    """For each row [n, ...] of this micro-batch the one before it in the global batch, whose first follows its last;
-    no gradient goes through. `window` holds this process's rows of every micro-batch."""
+    """Return, for each row [n, ...] of this micro-batch, the previous row of the global batch (cyclic), without
+    gradient. `window` holds this process's rows of every micro-batch."""
     ends = torch.cat([all_rows(rows[-1:].detach()) for rows in window])
     own = window[_now.index].detach()
     before = (_now.index * process_count() + process_index() - 1) % len(ends)
@@ -94,13 +96,13 @@ def rows_before(window: Sequence[Tensor]) -> Tensor:
 
 
 def as_mean(value: Tensor, mean: Tensor) -> Tensor:
-    """`mean`, of which `value` is this micro-batch's part. Its gradient flows into `value` as if that were the mean,
-    which is right once the gradients of all parts have been averaged."""
+    """Return `mean`, the average of all micro-batches' `value`, with its gradient passed to `value` as if that were the
+    mean; this is correct once the gradients of all micro-batches have been averaged."""
     return value + (mean - value).detach()
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of the processes' values, with the gradient of `as_mean`."""
+    """Return the mean of the processes' values, with the gradient of `as_mean`."""
     if process_count() == 1:
         return value
     mean = value.detach().clone()
@@ -109,6 +111,6 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def as_summand(value: Tensor) -> Tensor:
-    """`value`, whose gradient is not averaged over the micro-batches but summed: for a part of something that every
-    micro-batch computes whole."""
+    """Return `value` with a gradient that is summed over the micro-batches instead of averaged: for a part of a whole
+    that every micro-batch computes in full."""
     return value + (_now.count - 1) * (value - value.detach())

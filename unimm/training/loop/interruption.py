@@ -1,9 +1,9 @@
-"""A run that is asked to stop: it ends its step, saves, says how to go on, and its processes exit with 0 together.
+"""Graceful interruption: on a signal, a run finishes its step, saves, prints the resume command, and all its processes
+exit with 0 together.
 
-SIGTERM is what schedulers and `accelerate launch` send, SIGUSR1 is Slurm's warning before it, SIGINT is ctrl-C; a
-second ctrl-C stops at once. Whoever got the signal tells the other processes by a sum of one number a
-step, which is read one step later, so that no device waits for it; and data workers, to whom a scheduler sends the same
-signals, do not take them.
+Schedulers and `accelerate launch` send SIGTERM, Slurm warns with SIGUSR1 before it, and ctrl-C sends SIGINT; a second
+ctrl-C stops at once. Processes agree by an all-reduce of one number per step, which is read one step later, so that no
+device waits for it. Data workers, to which a scheduler sends the same signals, block them.
 """
 
 import os
@@ -29,6 +29,7 @@ _listening = False
 
 
 def _leave_signals_to_the_parent() -> None:
+    """Block the signals in a forked data worker: the training process needs it until the checkpoint is written."""
     if _listening:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
@@ -37,8 +38,8 @@ os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
 
 
 class Interruption:
-    """A context manager: within, signals are noted and nothing else happens until `agreed` is asked. Outside of the
-    main thread, which alone can listen, signals do what they do anyway."""
+    """A context manager that records signals, which take effect when `agreed` is called. Outside of the main thread,
+    which alone can install handlers, signals keep their default behavior."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -64,7 +65,8 @@ class Interruption:
         self.received = signal.Signals(number)
 
     def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop. Every process calls it once a step and gets the same answer."""
+        """Return whether any process received a signal; call it on every process once per step, and all get the same
+        result."""
         if accelerator.num_processes == 1:
             return self.received is not None
         before = self._asked
@@ -73,7 +75,7 @@ class Interruption:
         return before is not None and bool(before)
 
     def final_log_line(self, checkpoint: Path, step: int, steps: int) -> Interrupted:
-        """What to raise when the checkpoint is written."""
+        """Return the exception to raise after the checkpoint is written."""
         name = self.received.name if self.received else "a signal to another process"
         return Interrupted(
             f"Stopped by {name} after step {step} of {steps}; {checkpoint} is whole. Go on with:\n{resume_command()}"
@@ -81,7 +83,7 @@ class Interruption:
 
 
 def resume_command() -> str:
-    """The command that this run was started by: the launcher's, where the parent process is one."""
+    """Return the command that started this run, including the launcher's if there is one."""
     words = launch_command() or [sys.executable, *sys.argv]
     on_path = shutil.which(Path(words[0]).name)
     return shlex.join([Path(words[0]).name, *words[1:]] if on_path == words[0] else words)

@@ -1,7 +1,7 @@
-"""One optimizer step of several micro-batches, without a counter: who loops says which is the last.
+"""Gradient accumulation for several modules with their own optimizers.
 
-accelerate's own `accumulate` counts its calls. Two modules that each call it within a micro-batch move each other's
-window, and with an even number of micro-batches nothing is ever stepped.
+The caller passes the index of the micro-batch. accelerate's own `accumulate` counts its calls instead: two modules that
+each call it in a micro-batch shift each other's window, and with an even number of micro-batches no step is ever taken.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from unimm.training.loop.global_batch import micro_batch
 
 @contextmanager
 def accumulating(index: int, count: int, accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
-    """Within, the micro-batch `index` of `count` is computed, forward and backward; DDP adds up the gradients of
-    `module` at the last one alone. Divide the loss by `count`, and step the optimizer after the last."""
+    """Run forward and backward of micro-batch `index` of `count` inside the context; DDP reduces the gradients of
+    `module` at the last one only. Divide the loss by `count`, and step the optimizer after the last."""
     waits = accelerator.no_sync(module) if index < count - 1 else nullcontext()
     with micro_batch(index, count), waits:
         yield

@@ -1,8 +1,8 @@
-"""Muon for the matrices of a language model's blocks and AdamW for everything else, as one torch optimizer.
+"""Muon for the matrices of a language model's blocks and AdamW for everything else, in one torch optimizer.
 
-Muon (https://kellerjordan.github.io/posts/muon/) makes each matrix's momentum orthogonal before it is applied. The
-update is scaled to the root mean square that AdamW's has (https://arxiv.org/abs/2502.16982, section 2.2), so that one
-learning rate serves both.
+Muon (https://kellerjordan.github.io/posts/muon/) orthogonalizes each matrix's momentum before it is applied. The
+update is scaled to the root mean square of AdamW's (https://arxiv.org/abs/2502.16982, section 2.2), so that both share
+one learning rate.
 """
 
 from collections import defaultdict
@@ -19,8 +19,8 @@ ADAMW_RMS = 0.2
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return matrices [n, R, C] with all singular values brought near 1, by Newton-Schulz in bfloat16 where it is
-    fast."""
+    """Return matrices [n, R, C] with all singular values brought near 1, by Newton-Schulz iteration, in bfloat16 if it
+    is fast on the device."""
     a, b, c = COEFFICIENTS
     x = matrices.to(automatic_dtype(matrices.device))
     tall = x.shape[1] > x.shape[2]
@@ -33,12 +33,12 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW whose parameter groups with `muon=True` (matrices only) move by Muon.
+    """AdamW whose parameter groups with `muon=True` (matrices only) are updated by Muon.
 
     Args:
         params: parameter groups.
-        momentum: of Muon, with Nesterov's look-ahead.
-        kwargs: of torch.optim.AdamW.
+        momentum: Muon's momentum, with Nesterov's look-ahead.
+        kwargs: arguments of torch.optim.AdamW.
     """
 
     param_groups: list[dict[str, Any]]
@@ -53,7 +53,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both; `closure` as in torch."""
+        """Run one step of both optimizers; `closure` as in torch."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -62,6 +62,7 @@ class MuonAdamW(torch.optim.AdamW):
         for group in groups:
             if group["muon"]:
                 self._muon_step(group)
+        # AdamW's step covers all of `param_groups`: hide Muon's from it.
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
             super().step()
@@ -80,21 +81,21 @@ class MuonAdamW(torch.optim.AdamW):
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
             updates = orthogonalized(torch.stack(ahead))
-            scale = group["lr"] * ADAMW_RMS * max(shape) ** 0.5
+            scale = group["lr"] * ADAMW_RMS * max(shape) ** 0.5  # an orthogonal [R, C] has RMS 1 / sqrt(max(R, C))
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, list(updates.unbind()), alpha=-scale)
 
     def _momentum_of(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)  # AdamW asks for it when a state is loaded
+            state["step"] = torch.tensor(0.0)  # AdamW expects it when a state is loaded
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["step"] += 1
         return state["momentum_buffer"]
 
 
 def muon_groups(blocks: Iterable[nn.Module], others: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`others`, AdamW's parameter groups, with the matrices of `blocks` taken out of them into groups for Muon."""
+    """Split AdamW's parameter groups `others`: the matrices of `blocks` go into groups for Muon."""
     matrices = {p for block in blocks for p in block.parameters() if p.ndim == 2 and p.requires_grad}
     groups = []
     for group in others:

@@ -1,4 +1,4 @@
-"""Random states: kept with a checkpoint, one of each process, and left alone by what only looks at a run."""
+"""Random states: saved in checkpoints for each process, and preserved during evaluations and panels."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def preserve_rng_state(device: torch.device) -> AbstractContextManager[None]:
-    """Within, random numbers may be drawn without changing what is trained: an evaluation, a panel."""
+    """Restore the random state after the context, so that an evaluation or a panel does not change training."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within, random numbers of the CPU follow from `seed` alone; afterwards they go on as if none had been drawn."""
+    """Seed the CPU's random numbers with `seed` inside the context, and restore their state afterwards."""
     state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
     try:
         yield
     finally:
@@ -26,7 +26,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def random_states(accelerator: Accelerator) -> list[dict[str, Tensor]]:
-    """torch's states of every process, in their order; call it on all of them."""
+    """Return torch's random states of all processes, by rank; call it on every process."""
     state = {"cpu": torch.get_rng_state()}
     if accelerator.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(accelerator.device)
@@ -34,7 +34,7 @@ def random_states(accelerator: Accelerator) -> list[dict[str, Tensor]]:
 
 
 def set_random_states(states: list[dict[str, Tensor]], accelerator: Accelerator) -> None:
-    """Go on with this process' state; a process that the saved run did not have keeps its own."""
+    """Set this process's saved random state; a process that the saved run did not have keeps its own."""
     if accelerator.process_index < len(states):
         state = states[accelerator.process_index]
         torch.set_rng_state(state["cpu"])

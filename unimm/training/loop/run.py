@@ -1,10 +1,11 @@
-"""One run, one folder: nobody else writes it meanwhile, and it goes on only with the settings that it began with.
+"""Output folder of a training run: locked while the run lasts, and resumed only with the settings it began with.
 
-    output_dir/config.yaml    the settings, run.json the versions, the command and the facts that no setting tells
-    output_dir/.lock          held while the run goes on
+    output_dir/config.yaml    the settings
+    output_dir/run.json       versions, command, and facts that decide the result but are in no setting
+    output_dir/.lock          held while the run lasts
 
-All recipes open their folder by `open_run`. What decides the result may not change between a checkpoint
-and the run that goes on from it; what may is listed in `MAY_CHANGE`, and every other difference is named.
+All recipes open their folder with `open_run`. Settings that decide the result must not change between a checkpoint and
+the run that resumes from it. Those that may are listed in `MAY_CHANGE`; any other difference is an error that names it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,22 +28,22 @@ from unimm.training.loop.checkpoint import checkpoints
 logger = logging.get_logger(__name__)
 
 MAY_CHANGE = (
-    # where the run lies and what is said and shown of it
+    # the run's location and its logging
     "train.output_dir", "train.run_name", "train.report_to", "train.project", "train.trackio_*", "train.hub_*",
     "train.push_to_hub*", "train.disable_tqdm", "train.log_*", "train.logging_*", "train.panel_steps", "train.eval_*",
     "train.per_device_eval_batch_size", "train.do_*", "panel.*", "sheet.*", "data.num_eval_samples", "*.max_bad_share",
-    # when it is saved, how many checkpoints stay
+    # when it is saved, how many checkpoints are kept
     "train.save_*", "train.keep_last",
-    # how fast it goes: the same numbers up to rounding
+    # speed: same results up to rounding
     "train.num_workers", "train.dataloader_*", "train.compile_blocks", "train.torch_compile*", "train.use_cpu",
     "train.gradient_checkpointing*", "train.torch_empty_cache_steps", "train.ddp_*", "train.fsdp*", "train.deepspeed",
     "train.accelerator_config*", "train.parallelism_config*", "train.skip_memory_metrics",
     "train.include_num_input_tokens_seen", "*.attn_implementation",
-    # together they make the samples of a step, which is a fact of its own
+    # their product is the samples of a step, which is compared as a fact
     "train.batch_size", "train.per_device_train_batch_size", "train.gradient_accumulation_steps",
     "train.global_batch_size",
 )  # fmt: skip
-"""Patterns of the settings that a run may go on with changed."""
+"""Patterns of the settings that may change when a run is resumed."""
 
 ROUNDING = ("threads", "processes")
 """Facts that may change too, with a warning: the last bits will differ."""
@@ -50,15 +51,15 @@ ROUNDING = ("threads", "processes")
 
 @contextmanager
 def open_run(recipe: Any, *, samples_per_step: int, **facts: Any) -> Iterator[None]:
-    """Within, this run alone writes `recipe.train.output_dir`, where its settings are saved. On every process.
+    """Lock `recipe.train.output_dir` for the run and save its settings there. Enter it on every process.
 
     Args:
         recipe: the settings.
-        samples_per_step: of all processes and accumulation steps together.
-        facts: what else decides the result and stands in no setting: fingerprints of what is read.
+        samples_per_step: samples of one optimizer step, over all processes and accumulation steps.
+        facts: what else decides the result but is in no setting, such as fingerprints of the inputs.
 
     Raises:
-        UserError: another process writes the folder, or its checkpoints belong to a run of other settings.
+        UserError: another process writes the folder, or its checkpoints belong to a run with other settings.
     """
     folder, locks = Path(recipe.train.output_dir), list[FileLock]()
     facts |= {
@@ -87,7 +88,7 @@ def open_run(recipe: Any, *, samples_per_step: int, **facts: Any) -> Iterator[No
 
 
 def say_precision(precision: Precision) -> None:
-    """Say once what the run computes in, and warn if the device is slow at it."""
+    """Print once the precision of the run, and warn if the device is slow at it."""
     state = processes()
     state.print(precision.note())
     if state.is_main_process and (warning := precision.warning()):
@@ -95,12 +96,12 @@ def say_precision(precision: Precision) -> None:
 
 
 def refuse_changes(folder: Path, checkpoint: Path, recipe: Any, facts: Mapping[str, Any]) -> None:
-    """Raise UserError naming every setting and fact, with both values, that is not what it was for `checkpoint`."""
+    """Raise UserError that names every setting and fact changed since `checkpoint`, with both values."""
     tree, known = read_saved(folder)
     before, now = _settings(tree), _settings(plain(recipe))
     changed = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys()) if _decides(key)}
     for key in before.keys() ^ now.keys():
-        if key.startswith("train."):  # a field that one version of the library has and the other has not
+        if key.startswith("train."):  # a field that only one of two transformers versions has
             changed.pop(key, None)
     changed |= {key: (known[key], plain(facts[key])) for key in sorted(known.keys() & facts.keys())}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
@@ -121,7 +122,8 @@ def _decides(key: str) -> bool:
 
 
 def _settings(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{dotted key: value}; a mapping below `train` is a value, so that a field is there or not, never half."""
+    """Flatten settings to {dotted key: value}; a mapping below `train` stays one value, so that a field that another
+    version of transformers lacks is missing as a whole."""
     rest = {name: item for name, item in tree.items() if name != "train"}
     return _leaves(rest) | {f"train.{name}": value for name, value in tree["train"].items()}
 

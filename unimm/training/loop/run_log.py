@@ -1,4 +1,4 @@
-"""Where the hand-written loop logs to: tensorboard, and wandb where `report_to` asks for it; the main process alone."""
+"""Logging of the tokenizers' training loop to tensorboard and wandb, from the main process only."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,16 +25,17 @@ SHOWN = (
     "codebook/perplexity",
     "images_per_second",
 )
-"""Of what is logged, what is said too."""
+"""The logged scalars that are printed too."""
 
 
 def in_words(scalars: Mapping[str, float]) -> str:
-    """Those of them that are said."""
+    """Format the scalars in `SHOWN` as one line."""
     return ", ".join(f"{name} {scalars[name]:.4g}" for name in SHOWN if name in scalars)
 
 
 class RunLog:
-    """Of the run in `folder`, from `step` on: what an interrupted run logged later is dropped.
+    """Loggers of the run in `folder`, from `step` on: tensorboard events that an interrupted run logged after it are
+    dropped.
 
     Raises:
         UserError: an unknown tracker, or wandb is not installed.
@@ -58,6 +59,7 @@ class RunLog:
             self._wandb = wandb.init(project="unimm", name=name, id=name, dir=str(folder), resume="allow")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log scalars."""
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -65,7 +67,7 @@ class RunLog:
             self._wandb.log(dict(values), step=step)
 
     def image(self, name: str, pixels: Tensor, step: int) -> None:
-        """pixels [3, H, W] in [0, 1]."""
+        """Log an image of pixels [3, H, W] in [0, 1]."""
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, pixels, step)
         if self._wandb is not None:
@@ -74,6 +76,7 @@ class RunLog:
             self._wandb.log({name: wandb.Image(pixels.permute(1, 2, 0).float().cpu().numpy())}, step=step)
 
     def close(self) -> None:
+        """Close the loggers."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -1,9 +1,9 @@
-"""FSDP2 through accelerate: what is split over the processes, what stays whole, and whole weights at the end.
+"""FSDP2 through accelerate: which modules are sharded, which stay whole, and how to gather the weights.
 
-Every repeated block that learns is a unit of its own; what is left is the root's. The image tokenizer of a language
-model, which is frozen, stays whole in every process: ids are looked up outside of a forward too (drawings), where the
-parts of a sharded tensor would be met, and a process without images need not wait for one that has some. Tied
-embeddings are both in the root, so they stay tied.
+Every repeated block with trainable weights is an FSDP unit; the rest belongs to the root unit. The frozen image
+tokenizer of a unified model stays whole in every process: images to generate are tokenized outside of a forward, where
+FSDP would not gather its shards, and a process without images need not wait for one with images. Tied embeddings are
+both in the root unit, so they stay tied.
 """
 
 import os
@@ -22,7 +22,7 @@ from unimm.training.tokenizer.parameters import learning_blocks
 
 
 def weights_to_save(trainer: Any) -> dict[str, Tensor] | None:
-    """The whole weights of a `Trainer`'s model where they are not simply in it; call it in every process."""
+    """Gather the weights of a `Trainer`'s model if they are sharded, else return None; call it on every process."""
     if trainer.is_fsdp_enabled:
         return whole_state_dict(trainer.model)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -31,16 +31,16 @@ def weights_to_save(trainer: Any) -> dict[str, Tensor] | None:
 
 
 def check_strategy(fsdp: bool, deepspeed: bool, *, sharded_by_trainer: bool, whole_only: str | None = None) -> None:
-    """Refuse what would silently be something else, or fail late.
+    """Raise UserError for a parallelism that would silently be replaced by another one, or fail late.
 
     Args:
-        fsdp, deepspeed: what accelerate has really set up.
-        sharded_by_trainer: whether the trainer can train parts of a model at all.
-        whole_only: a setting of this run that needs whole tensors.
+        fsdp, deepspeed: what accelerate has actually set up.
+        sharded_by_trainer: whether the trainer supports sharded models at all.
+        whole_only: name of a setting of this run that needs whole tensors.
 
     Raises:
-        UserError: FSDP without a GPU, which accelerate makes DDP without a word; a tokenizer's run, or such a setting,
-            under FSDP or DeepSpeed.
+        UserError: FSDP without a GPU, which accelerate silently replaces by DDP; a tokenizer's run, or a setting that
+            needs whole tensors, under FSDP or DeepSpeed.
     """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and not torch.accelerator.is_available():
@@ -61,7 +61,7 @@ def check_strategy(fsdp: bool, deepspeed: bool, *, sharded_by_trainer: bool, who
 
 
 def refuse_average(zero_stage: int) -> None:
-    """Raise UserError where DeepSpeed leaves no weights to average."""
+    """Raise UserError if DeepSpeed shards the weights (ZeRO-3), so that they cannot be averaged."""
     if zero_stage == 3:
         raise UserError(
             "train.ema_decay averages weights, and ZeRO-3 takes them apart: leave it out, or launch with "
@@ -70,26 +70,26 @@ def refuse_average(zero_stage: int) -> None:
 
 
 def set_up_plugin(plugin: Any, model: Any) -> None:
-    """Let accelerate's FSDP plugin shard the blocks of a unified model that learn, and leave its tokenizer whole."""
+    """Make accelerate's FSDP plugin shard the trainable blocks of a unified model, but not its image tokenizer."""
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in learning_blocks(model)})
     plugin.ignored_modules = [model.image_tokenizer]
 
 
 def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, which every process holds alike, split as `like` is."""
+    """Shard `tensor`, of which every process holds the same copy, as `like` is sharded."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def as_whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered; every process must ask for it."""
+    """Gather a tensor if it is sharded; call it on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All weights, gathered on the CPU of the main process, for `save_pretrained(state_dict=)`; elsewhere nothing. Call
-    it in every process."""
+    """Gather all weights on the CPU of the main process, for `save_pretrained(state_dict=)`; the result is empty
+    elsewhere. Call it on every process."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     for tied in getattr(model, "all_tied_weights_keys", {}):  # gathered, they are two copies of one weight
         weights.pop(tied, None)

@@ -1,4 +1,4 @@
-"""A guard against runs that train nothing: every part that learns must have moved between two lines of the log."""
+"""Sanity check against runs that train nothing: every trainable part must have changed between two log lines."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -12,19 +12,19 @@ from unimm.errors import UserError
 from unimm.training.tokenizer.parameters import part_of
 
 STEPS = 3
-"""Fewer are no proof: behind a layer that starts at zero nothing receives a gradient in the first step."""
+"""Fewer steps prove nothing: weights behind a zero-initialized layer receive no gradient in the first step."""
 
 FLOOR = 1e-4
-"""A rate below this share of the group's first one counts as 0: float32 rounds such steps away."""
+"""A learning rate below this share of the group's initial one counts as 0: float32 rounds such updates away."""
 
 SMALL = 16
-"""Parts of fewer weights (a scale, a bias) may rightly stay where they are."""
+"""Parts with fewer weights (a scale, a bias) may legitimately stay constant."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class StandstillGuard:
-    """Of the parts of `model` that `optimizer` moves; `whole` names the model in messages."""
+    """Watch the parts of `model` that `optimizer` updates; `whole` names the model in messages."""
 
     def __init__(self, model: nn.Module, optimizer: Any, whole: str = "") -> None:
         self.optimizer, self.whole = optimizer, whole
@@ -41,7 +41,7 @@ class StandstillGuard:
         self._last: set[str] = set()
 
     def begin_step(self) -> None:
-        """Call before every step of the optimizer."""
+        """Count a step for each part whose learning rate is not 0; call it before every optimizer step."""
         if self._before is None:
             self._before = self._checksums()
         self._last = {
@@ -54,15 +54,17 @@ class StandstillGuard:
             self._steps[part] += 1
 
     def skip_step(self) -> None:
-        """Take the last `begin_step` back: float16 overflowed, and the step was left out."""
+        """Undo the last `begin_step`: float16 gradients overflowed, and the optimizer step was skipped."""
         for part in self._last:
             self._steps[part] -= 1
 
     def check(self, step: int, resting: Collection[str] = ()) -> None:
-        """Compare with the last time; call it with every line of the log. `resting` parts had no reason to move.
+        """Compare the weights with those of the last call; call it at every log line.
+
+        `resting` parts had no reason to change.
 
         Raises:
-            UserError: a part did not move in at least `STEPS` steps, though its learning rate was above 0.
+            UserError: a part did not change in at least `STEPS` steps, though its learning rate was above 0.
         """
         if self._before is None:
             return
@@ -80,11 +82,12 @@ class StandstillGuard:
         self._before = now
 
     def _checksums(self) -> dict[str, int]:
-        """{part: the sum of its weights' bits} of what this process holds."""
+        """Return {part: sum of its weights' bits as integers}, of this process's shards."""
         sums = {part: torch.stack([_bits(weight) for weight in weights]).sum() for part, weights in self.parts.items()}
         return {part: int(value) for part, value in sums.items()}
 
 
 def _bits(weight: Tensor) -> Tensor:
+    """Sum the bits of a weight as integers: exact in any order, and any single change shows."""
     local = weight.to_local() if isinstance(weight, DTensor) else weight.detach()
     return local.detach().contiguous().view(-1).view(_BITS[local.element_size()]).sum(dtype=torch.int64)

@@ -1,8 +1,10 @@
 """`StreamTrainer`: transformers' Trainer over a seeded stream of samples.
 
-The stream is addressed by position and checkpoints appear whole, so a run resumes to the bit on the CPU;
-a signal ends it after a step, with a checkpoint; averaged weights are evaluated and saved; a loss that is not finite
-stops the run, with the numbers of its samples, before it reaches a checkpoint.
+- The stream is addressed by position and checkpoints are written atomically, so a resumed run is bit-identical on the
+  CPU.
+- A signal ends the run after a step, with a checkpoint.
+- Averaged weights (EMA) are evaluated and saved.
+- A non-finite loss stops the run before it reaches a checkpoint, with the positions of its samples.
 """
 
 import shutil
@@ -42,13 +44,13 @@ EMA_FILE = "ema.pt"
 
 
 class StreamTrainer(Trainer):
-    """Train `model` on a stream; a recipe does so within `open_run`.
+    """Train `model` on a stream; recipes call it inside `open_run`.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         args: settings; `ema_decay` adds averaged weights.
-        stream_seed: of the training stream, for messages.
-        parts: of Trainer (data sets, collator, ...).
+        stream_seed: seed of the training stream, for messages.
+        parts: further arguments of Trainer (data sets, collator, ...).
     """
 
     def __init__(self, model: nn.Module, args: StreamTrainingArguments, *, stream_seed: int = 0, **parts: Any) -> None:
@@ -60,7 +62,7 @@ class StreamTrainer(Trainer):
         if self.ema is not None:
             self.add_callback(UpdateEMA(self.ema))
         self.movement = WatchMovement(self.accelerator)
-        if not self.is_deepspeed_enabled:  # which keeps the weights that it moves to itself
+        if not self.is_deepspeed_enabled:  # which holds its own copy of the weights that it updates
             self.add_callback(self.movement)
         self.meter = Meter(self.accelerator)
         self.window: list[Any] = []
@@ -71,7 +73,7 @@ class StreamTrainer(Trainer):
     # ---- the run ----
 
     def train_or_load(self) -> None:
-        """Train to `max_steps` from the newest checkpoint, or read that one where the run was over.
+        """Train to `max_steps`, resuming from the newest checkpoint; only load that one if the run was finished.
 
         Raises:
             Interrupted: a signal ended the run after a step; its checkpoint is written.
@@ -98,8 +100,11 @@ class StreamTrainer(Trainer):
             raise interruption.final_log_line(checkpoints(folder)[-1], self.state.global_step, self.args.max_steps)
 
     def _forget_evaluation(self) -> None:
-        """An evaluation before training marks the model as prepared, and accelerate prepares nothing twice: without
-        this, several processes would each follow their own gradients, without a word."""
+        """Reset what an evaluation before training has prepared.
+
+        It marks the model as prepared, and accelerate prepares nothing twice: without this reset, training would skip
+        the DDP wrapper, and the processes would silently diverge.
+        """
         if getattr(self.model, "_is_accelerate_prepared", False):
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
@@ -108,7 +113,7 @@ class StreamTrainer(Trainer):
 
     @property
     def done(self) -> int:
-        """Steps of the newest checkpoint, 0 where there is none."""
+        """Return the step of the newest checkpoint, 0 if there is none."""
         found = checkpoints(Path(self.args.output_dir))
         return step_of(found[-1]) if found else 0
 
@@ -117,12 +122,12 @@ class StreamTrainer(Trainer):
         self.add_callback(TensorBoardCallback(writer))
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within, the model holds the averaged weights, where there are any."""
+        """Return a context in which the model holds the averaged weights, if there are any."""
         return nullcontext() if self.ema is None else self.ema.swapped(self.model)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in Trainer, under the averaged weights where there are any, eager (no shape is worth compiling for), and
-        without an influence on the random numbers of the steps to come."""
+        """Evaluate as Trainer does, with the averaged weights if there are any, without compilation (an evaluation is
+        too short for it), and without changing the random numbers of later steps."""
         eager = torch.compiler.set_stance("force_eager")
         with self.averaged(), eager, preserve_rng_state(self.args.device), self.meter.paused():
             return super().evaluate(*args, **kwargs)
@@ -130,7 +135,7 @@ class StreamTrainer(Trainer):
     # ---- guards ----
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """As in Trainer; keeps the first step whose loss is not finite, on the device and without waiting for it."""
+        """Run Trainer's step and remember the first one with a non-finite loss, on the device to avoid a sync."""
         self._micro_batch += 1
         with micro_batch(self._micro_batch, len(self.window)):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -140,17 +145,18 @@ class StreamTrainer(Trainer):
         return loss
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
-        """As in Trainer; keeps the micro-batches of the step as `window`."""
+        """Return Trainer's micro-batches of the step, and keep them as `window`."""
         self.window, count = super().get_batch_samples(*args)
         self._micro_batch = -1
         return self.window, count
 
     def work_of(self, inputs: Any) -> Work:
-        """What a micro-batch was, for the log; a subclass knows more."""
+        """Return the work of a micro-batch, for the throughput in the log; subclasses count more than images."""
         return Work(images=len(inputs["pixel_values"]) if "pixel_values" in inputs else 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer, with the throughput of the steps, unless the run is lost."""
+        """Log as Trainer does, with the throughput. Raises UserError after a non-finite loss or if a part stands
+        still."""
         self._stop_if_not_finite()
         if "loss" in logs:
             if self.movement.guard is not None:
@@ -159,7 +165,7 @@ class StreamTrainer(Trainer):
         super().log(logs, start_time)
 
     def resting_parts(self) -> set[str]:
-        """The parts that had no reason to move since the last line of the log; every process asks."""
+        """Return the parts that had no reason to change since the last log line; called on every process."""
         return set()
 
     def _stop_if_not_finite(self) -> None:
@@ -174,7 +180,7 @@ class StreamTrainer(Trainer):
     # ---- checkpoints ----
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """As in Trainer; then a run that will not fit onto the disk is refused before its first step."""
+        """Create them as Trainer does, then raise UserError if the run's checkpoints will not fit on the disk."""
         super().create_optimizer_and_scheduler(num_training_steps)
         if self.args.save_strategy != "no":
             kept = self.args.save_total_limit or 1
@@ -187,7 +193,7 @@ class StreamTrainer(Trainer):
         refuse_together(lambda: require_space(Path(self.args.output_dir), size, copies, extra))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint under another name, then rename it: a killed run leaves whole checkpoints only."""
+        """Write the checkpoint under a temporary name, then rename it: a killed run leaves only complete ones."""
         self._stop_if_not_finite()
         folder, step = Path(self.args.output_dir), self.state.global_step
         if step == self.done:
@@ -203,9 +209,9 @@ class StreamTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        average = None if self.ema is None else self.ema.state_dict()  # every process: its parts are gathered
+        average = None if self.ema is None else self.ema.state_dict()  # on every process: shards are gathered
         if self.args.should_save:
-            written = self._staging / f"checkpoint-{step}"  # as Trainer calls it, in the folder that it was given
+            written = self._staging / f"checkpoint-{step}"  # Trainer's name for it, inside `_get_output_dir`
             if average is not None:
                 torch.save(average, written / EMA_FILE)
             publish(written, folder, step, self.args.save_total_limit)

@@ -1,10 +1,10 @@
-"""How fast a run goes: images and tokens a second, memory, and the share of the device's peak that the model uses.
+"""Training throughput: images and tokens per second, peak memory, and model FLOPs utilization (MFU).
 
 FLOPs are those of the matrix products, by formula: a token costs two for every weight that it passes and, in each
-layer of attention, four for every element of the width and every token that it looks at (arXiv 2001.08361, section
-2.1). The backward pass costs the same again for the inputs and, where weights learn, for the weights. What gradient
-checkpointing computes twice counts once, and what judges a tokenizer (perceptual networks, discriminator) not at all:
-model FLOPs utilisation as in PaLM (arXiv 2204.02311, appendix B).
+attention layer, four for every element of the width and every token that it attends to (arXiv 2001.08361, section
+2.1). The backward pass costs the same again for the inputs and, for trainable weights, once more. Recomputation by
+gradient checkpointing is not counted, nor are a tokenizer's loss networks (perceptual networks, discriminator): MFU as
+in PaLM (arXiv 2204.02311, appendix B).
 """
 
 import resource
@@ -44,11 +44,11 @@ PEAK_BF16: dict[str, float] = {
     "MI300X": 1307e12,
     "MI250X": 383e12,
 }
-"""Dense bfloat16 products with float32 sums, FLOP/s, of the makers' data sheets; part of the device's name -> peak."""
+"""Part of the device's name -> peak FLOP/s of dense bfloat16 products with float32 accumulation, from data sheets."""
 
 
 def peak_flops(device: torch.device, name: str | None = None) -> float | None:
-    """Of the device, None where it is not known (any CPU); `name` instead of asking it."""
+    """Return the device's peak bfloat16 FLOP/s, None if unknown (any CPU); `name` overrides the device's own name."""
     if device.type != "cuda":
         return None
     words = set((name or torch.cuda.get_device_name(device)).replace("-", " ").upper().split())
@@ -59,9 +59,10 @@ def peak_flops(device: torch.device, name: str | None = None) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU, of the resident process on a CPU."""
+    """Return the peak memory in bytes: of allocated tensors on a GPU, of the resident process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # macOS reports bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -70,7 +71,13 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class TransformerCost:
-    """`weights` of its matrices, how many of them learn, and layers times width of its attention."""
+    """FLOPs of a transformer.
+
+    Attributes:
+        weights: number of weights in its matrices.
+        learning: how many of them are trainable.
+        attention: layers times width of its attention.
+    """
 
     weights: int
     learning: int
@@ -78,29 +85,30 @@ class TransformerCost:
 
     @classmethod
     def of(cls, model: nn.Module, layers: int, width: int, *, without: nn.Module | None = None) -> "TransformerCost":
-        """Of all linear layers and convolutions of `model` but `without`; `width` is heads times their size."""
+        """Count all linear layers and convolutions of `model` but those in `without`; `width` is heads times head
+        size."""
         left_out = set(without.modules()) if without is not None else set()
         matrices = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m not in left_out]
         learning = [m for m in matrices if m.weight.requires_grad]
         return cls(sum(map(_elements, matrices)), sum(map(_elements, learning)), layers * width)
 
     def forward(self, tokens: int, context: int) -> int:
-        """Of `tokens`, each of which looks at `context` (no halving for a causal mask, as usual)."""
+        """Return the FLOPs of `tokens` that each attend to `context` tokens (not halved for a causal mask)."""
         return tokens * (2 * self.weights + 4 * self.attention * context)
 
     def training(self, tokens: int, context: int) -> int:
-        """Forward and backward: the gradient passes everything, and reaches the weights that learn."""
+        """Return the FLOPs of forward and backward: gradients of all activations and of the trainable weights."""
         return 2 * self.forward(tokens, context) + tokens * (2 * self.learning + 4 * self.attention * context)
 
 
 def _elements(matrix: nn.Linear | nn.Conv2d) -> int:
-    """Of its weight, also where that is stored in 4 bits."""
+    """Return the number of weights; from the layer's sizes, because 4-bit weights are stored packed."""
     return matrix.in_features * matrix.out_features if isinstance(matrix, nn.Linear) else matrix.weight.numel()
 
 
 @dataclass
 class Work:
-    """What a micro-batch was; tensors are counts that stay on the device until somebody asks."""
+    """Images, tokens and FLOPs of a micro-batch; tensors stay on the device until they are read, to avoid a sync."""
 
     images: float = 0
     tokens: float | Tensor = 0
@@ -114,7 +122,7 @@ class Work:
 
 
 class HostCost:
-    """Of a unified model: its language model over the rows of a batch, its head at the labels, its tower frozen."""
+    """FLOPs of training a unified model: language model on all tokens, head at the labels, frozen vision tower."""
 
     def __init__(self, model: Any) -> None:
         text, tower = model.config.get_text_config(), model.image_tokenizer
@@ -128,7 +136,7 @@ class HostCost:
         self.patches = tower.config.num_patches
 
     def of(self, batch: dict[str, Tensor]) -> Work:
-        """Of one flow's batch: input_ids [B, L] and what belongs to them."""
+        """Return the work of one flow's batch: input_ids [B, L], labels [B, L] and optional images or ids."""
         rows, length = batch["input_ids"].shape
         labels = (batch["labels"][:, 1:] != IGNORED).sum()
         seen = sum(len(batch[name]) for name in ("pixel_values", "drawn_pixel_values") if name in batch)
@@ -143,7 +151,7 @@ class HostCost:
 
 
 def counted_flops(run: Callable[[], Any]) -> int:
-    """Of what `run` computes, as torch counts the operators (not CPU's fused attention)."""
+    """Return the FLOPs of calling `run`, counted by torch per operator (which misses the CPU's fused attention)."""
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
@@ -151,7 +159,7 @@ def counted_flops(run: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class TokenizerCost:
-    """FLOPs of training a tokenizer: of every image, and of every batch (SimVQ projects its codebook once)."""
+    """FLOPs of training a tokenizer: per image, and per batch (SimVQ projects its codebook once per batch)."""
 
     image: int
     batch: int
@@ -159,8 +167,11 @@ class TokenizerCost:
     @classmethod
     @torch.no_grad()
     def of(cls, tokenizer: ImageTokenizer, stage: int) -> "TokenizerCost":
-        """From forward passes of one image and of two. The encoder learns in stage 2, beside a teacher; the search
-        for the nearest code has no backward; in stage 3 the decoder alone learns."""
+        """Measure forward passes of one image and of two, whose difference is the cost per image.
+
+        Stage 2 trains the encoder and runs a teacher, stage 3 trains the decoder alone; the nearest-code search has no
+        backward.
+        """
         config, side = tokenizer.config, tokenizer.config.image_size
         one, two = (
             torch.zeros(count, 3, side, side, device=tokenizer.device, dtype=tokenizer.dtype) for count in (1, 2)
@@ -175,7 +186,7 @@ class TokenizerCost:
         return cls((4 if stage == 2 else 1) * encoder + 3 * (coded - search) + search + 3 * drawn, 2 * fixed)
 
     def training(self, images: int) -> float:
-        """Of one batch."""
+        """Return the FLOPs of one batch."""
         return float(images * self.image + self.batch)
 
 
@@ -183,7 +194,7 @@ class TokenizerCost:
 
 
 class Meter:
-    """Adds up the work of this process since the last reading; evaluations and checkpoints do not count as time."""
+    """A meter of this process's work since the last reading; evaluations and checkpoints do not count as time."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -191,16 +202,17 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was; time begins now."""
+        """Reset work and time."""
         self._begun, self._idle = time.perf_counter(), 0.0
         self.total = Work()
 
     def add(self, work: Work) -> None:
+        """Add the work of a micro-batch."""
         self.total = self.total + work
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, time does not count."""
+        """Stop the clock inside the context."""
         start = time.perf_counter()
         try:
             yield
@@ -208,7 +220,7 @@ class Meter:
             self._idle += time.perf_counter() - start
 
     def read(self, samples_seen: int) -> dict[str, float]:
-        """What to log, of all processes together, and start anew; call it on all of them."""
+        """Return the scalars to log, summed over all processes, and restart; call it on every process."""
         total = [float(number) for number in (self.total.images, self.total.tokens, self.total.flops)]
         sums = torch.tensor(total, dtype=torch.float64)
         seconds = max(time.perf_counter() - self._begun - self._idle, 1e-9)

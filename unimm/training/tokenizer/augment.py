@@ -1,9 +1,9 @@
-"""Differentiable augmentation of what a discriminator sees (DiffAugment, https://arxiv.org/abs/2006.10738), so that a
-small one does not learn its images by heart.
+"""Differentiable augmentation of a discriminator's input (DiffAugment, https://arxiv.org/abs/2006.10738), against
+overfitting of the discriminator on small data sets.
 
-Each of three families (color, translation, cut-out) is applied to the whole batch with a given probability, its
-amounts drawn for each image. Random numbers come from torch's CPU generator, in every process and micro-batch for the
-images of the whole global batch, and none where nothing is applied.
+Each of three families (color, translation, cutout) is applied to the whole batch with a given probability, with
+amounts sampled per image. Every process and micro-batch samples, from torch's CPU generator, the amounts of the whole
+global batch and takes its own rows; nothing is sampled if the probability is 0.
 """
 
 import torch
@@ -16,8 +16,11 @@ TRANSLATION = 0.125  # of a side, at most
 
 
 def change_colors(pixels: Tensor, amounts: Tensor) -> Tensor:
-    """pixels [B, 3, H, W] in [0, 1] and amounts [B, 3] in [0, 1] for brightness (half of it is none), saturation (0
-    gray, 1/2 none, 1 twice) and contrast (0 half, 1/2 none, 1 one and a half)."""
+    """Change brightness, saturation and contrast of pixels [B, 3, H, W] in [0, 1].
+
+    `amounts` [B, 3] lie in [0, 1], and 1/2 changes nothing: brightness shifts by -1/4 to 1/4, saturation is multiplied
+    by 0 (gray) to 2, contrast by 1/2 to 3/2.
+    """
     brightness, saturation, contrast = amounts[:, :, None, None, None].unbind(1)
     pixels = pixels + (brightness - 0.5) / 2  # half a unit of [-1, 1]
     grey = pixels.mean(1, keepdim=True)
@@ -27,8 +30,8 @@ def change_colors(pixels: Tensor, amounts: Tensor) -> Tensor:
 
 
 def translate(pixels: Tensor, amounts: Tensor) -> Tensor:
-    """pixels [B, 3, H, W] moved down and right by amounts [B, 2] in [-1, 1] of `TRANSLATION`, whole pixels; what comes
-    in is gray."""
+    """Shift pixels [B, 3, H, W] down and right by whole pixels, `amounts` [B, 2] in [-1, 1] times `TRANSLATION`; the
+    border is filled with gray."""
     height, width = pixels.shape[-2:]
     reach = (round(height * TRANSLATION), round(width * TRANSLATION))
     padded = F.pad(pixels, (reach[1], reach[1], reach[0], reach[0]), value=0.5)
@@ -41,8 +44,8 @@ def translate(pixels: Tensor, amounts: Tensor) -> Tensor:
 
 
 def cut_out(pixels: Tensor, places: Tensor, share: float) -> Tensor:
-    """pixels [B, 3, H, W] with a gray field of `share` of each side, its centre at places [B, 2] in [0, 1]; fields may
-    reach over the edge."""
+    """Fill a rectangle of pixels [B, 3, H, W] with gray: `share` of each side, centered at `places` [B, 2] in [0, 1];
+    it may cross the border."""
     mask = torch.ones(len(pixels), 1, *pixels.shape[-2:], device=pixels.device)
     for row, place in zip(mask, places.tolist(), strict=True):
         (top, down), (left, right) = (
@@ -54,7 +57,7 @@ def cut_out(pixels: Tensor, places: Tensor, share: float) -> Tensor:
 
 
 def augment(pixels: Tensor, *, probability: float, cutout: float) -> Tensor:
-    """pixels [B, 3, H, W] in [0, 1] -> a random view of each, differentiable; `cutout` is the field's share of a
+    """Return a random, differentiable view of pixels [B, 3, H, W] in [0, 1]; `cutout` is the cut-out share of a
     side."""
     if not probability:
         return pixels

@@ -1,7 +1,8 @@
-"""How a small codebook comes into full use and stays there; ours, not the papers'.
+"""Codebook maintenance, which keeps all codes of a small codebook in use; ours, not the papers'.
 
-It begins at the k-means centres of latents, moves idle and redundant codes while a run is young, and is spread over the
-latents once more at the end. Every process does the same: by the same images, or by the latents of all processes.
+The codebook is initialized at the k-means centers of latents, dead and redundant codes are restarted during the first
+part of a run, and the codebook is re-estimated at the end. Every process computes the same result, from the same
+images or from the gathered latents of all processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from unimm.training.loop.arguments import TokenizerTrainingConfig
 
 
 class CodebookMaintenance:
-    """Of `tokenizer`'s quantizer; `batches` gives pixel_values of the images with these numbers, `num_pictures` how
-    many there are."""
+    """Initialize, restart and re-estimate the codes of `tokenizer`'s quantizer; `batches` yields the pixel_values of
+    the images with given indices, of which there are `num_images`."""
 
     def __init__(
         self,
@@ -27,17 +28,17 @@ class CodebookMaintenance:
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.batches, self.num_images = batches, num_images
-        self.chosen = CodebookUsage(tokenizer.config.codebook_size)  # by all processes since the last revival
+        self.chosen = CodebookUsage(tokenizer.config.codebook_size)  # by all processes since the last restart
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Start from the first images, the same on every process."""
+        """Initialize the codebook by k-means on the first images, the same on every process."""
         count = min(self.config.codebook_init_images, self.num_images)
         self.tokenizer.quantizer.fit(torch.cat(self._latents(range(count))), seed=self.config.seed)
 
     @torch.no_grad()
     def reestimate(self) -> None:
-        """Spread the codes in rounds, each on other images of the stream; the last checkpoint stays as it is."""
+        """Re-estimate the codes in rounds, each on other images of the stream; the last checkpoint stays as it is."""
         count = self.config.codebook_init_images
         for number in range(self.config.reestimation_rounds):
             latents = self._latents(range(number * count, min((number + 1) * count, self.num_images)))
@@ -45,8 +46,8 @@ class CodebookMaintenance:
             print(f"reestimate round {number + 1}: {moved} codes moved")
 
     def restart(self, step: int, latents: Tensor) -> None:
-        """Give codes that no process chose, and redundant ones, a new place, by the latents [n, C] of all processes.
-        Late in a run, from `restart_until` of its steps on, none."""
+        """Move dead codes, which no process used, and redundant ones to latents [n, C] of all processes; do nothing
+        from the share `restart_until` of the run's steps on."""
         counts = self.chosen.counts.to(latents.device)
         self.chosen = CodebookUsage(len(counts))
         if step >= self.config.restart_until * self.config.steps:

@@ -1,9 +1,10 @@
-"""The GAN's other side: a discriminator with its optimizer and LeCAM's statistics, beside a tokenizer that learns.
+"""GAN training of an image tokenizer: the discriminator with its optimizer, its losses and LeCAM's statistics.
 
-It judges from step `gan.start` on. Within a step the tokenizer moves first, then the discriminator on the same
-reconstruction, detached (VQRAE, arXiv 2511.23386; the consistency and the augmentation are IDEAL's, arXiv 2606.11096).
-All micro-batches of a step see the same discriminator: the same weights, and the same state of its spectral norms at
-the same call. Random numbers follow from the seed and the step, so that a batch is augmented alike however it is cut.
+The GAN is active from step `gan.start` on. In each step the tokenizer is updated first, then the discriminator on the
+same reconstruction, detached (VQRAE, arXiv 2511.23386; consistency and augmentation are IDEAL's, arXiv 2606.11096).
+All micro-batches of a step use the same discriminator: the same weights, and the same state of its spectral norms at
+the same call. Random numbers depend on the seed and the step only, so that augmentation does not depend on how a batch
+is split.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,10 @@ _GENERATOR_LOSSES = {"hinge": hinge_g_loss, "softplus": softplus_g_loss}
 
 
 class GANTrainer:
-    """Of images of `output_size` pixels a side; `gan.start` is a step."""
+    """Train the discriminator for images of `output_size` pixels a side, and compute the tokenizer's GAN loss.
+
+    `gan.start`, the first step of the GAN, must be set.
+    """
 
     def __init__(
         self, gan: GANConfig, config: TokenizerTrainingConfig, output_size: int, accelerator: Accelerator
@@ -68,20 +72,20 @@ class GANTrainer:
 
     @property
     def module(self) -> nn.Module:
-        """The discriminator without DDP around it."""
+        """Return the discriminator, unwrapped from DDP."""
         return self.accelerator.unwrap_model(self.discriminator)
 
     def generator_loss(self, pixels: Tensor, step: int, *, last: bool) -> Tensor:
-        """Return the tokenizer's term for its pixels [B, 3, H, W]; the discriminator does not move. `last` says that
-        the step has no further micro-batch."""
+        """Return the tokenizer's GAN loss of its pixels [B, 3, H, W]; the discriminator stays unchanged. `last` marks
+        the last micro-batch of the step."""
         judge = self.module  # DDP has nothing to reduce in this step
         same = (kept_buffers(judge, put_back=not last), seeded(self._seed(step, 0)))
         with frozen(judge), same[0], same[1], self.accelerator.autocast():
             return _GENERATOR_LOSSES[self.gan.generator](judge(self._view(pixels)))
 
     def step(self, real: Sequence[Tensor], fake: Sequence[Tensor], step: int) -> dict[str, Tensor]:
-        """Learn from the pixels [B, 3, H, W] of every micro-batch, real ones and others; {"discriminator": its hinge
-        loss}."""
+        """Update the discriminator once on the real and fake pixels [B, 3, H, W] of every micro-batch; return
+        {"discriminator": its hinge loss}."""
         count, hinges = len(real), list[Tensor]()
         means = self._mean_logits(real, fake, step)
         for index in range(count):
@@ -104,7 +108,8 @@ class GANTrainer:
         return {"discriminator": torch.stack(hinges).mean().detach()}
 
     def _regularizer(self, logits: list[Tensor], means: Tensor | None, index: int, count: int) -> Tensor | float:
-        """LeCAM, weighted, of one micro-batch's logits; the running means move at the first or after the last."""
+        """Return the weighted LeCAM loss of one micro-batch's logits; the running means move once per step, before the
+        first micro-batch (elementwise) or after the last."""
         if not self.gan.lecam_weight:
             return 0.0
         means = self.lecam.means(*logits) if means is None else means
@@ -117,7 +122,7 @@ class GANTrainer:
 
     @torch.no_grad()
     def _mean_logits(self, real: Sequence[Tensor], fake: Sequence[Tensor], step: int) -> Tensor | None:
-        """LeCAM's means [2] over several micro-batches, by a first pass; None where there is one, or no LeCAM."""
+        """Compute LeCAM's means [2] over all micro-batches in a first pass; None if there is only one, or no LeCAM."""
         count = len(real)
         if count == 1 or not self.gan.lecam_weight:
             return None
@@ -137,13 +142,14 @@ class GANTrainer:
             return torch.cat([self.discriminator(pixels) for pixels in views])
 
     def _view(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] as the discriminator sees them."""
+        """Augment pixels [B, 3, H, W] for the discriminator."""
         return augment(pixels, probability=self.gan.augment_probability, cutout=self.gan.cutout)
 
     def _seed(self, step: int, use: int) -> int:
         return (self.seed << 32) + 2 * step + use
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of discriminator, optimizer, scheduler and LeCAM."""
         return {
             "discriminator": self.module.state_dict(),
             "d_optimizer": self.optimizer.state_dict(),
@@ -152,6 +158,7 @@ class GANTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
         self.module.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["d_optimizer"])
         self.scheduler.load_state_dict(state["d_scheduler"])
@@ -160,12 +167,12 @@ class GANTrainer:
 
 @contextmanager
 def kept_buffers(module: nn.Module, *, put_back: bool) -> Iterator[None]:
-    """Within, a forward may move the module's buffers (spectral norms iterate); with `put_back` they are as before
-    afterwards, so that the next micro-batch computes with the same weights."""
+    """Restore the module's buffers on exit if `put_back`: a forward moves them (spectral norms run a power iteration),
+    and the next micro-batch must compute with the same weights."""
     before = {name: (buffer._version, buffer.clone()) for name, buffer in module.named_buffers()} if put_back else {}
     yield
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             version, value = before.get(name, (buffer._version, buffer))
-            if buffer._version != version:  # others may be saved for the backward pass
+            if buffer._version != version:  # writing to an unchanged one could invalidate tensors saved for backward
                 buffer.copy_(value)

@@ -1,9 +1,9 @@
-"""What a tokenizer is trained for: every term a pure function, summed in one place with weights that are settings.
+"""Training objective of the image tokenizers: a weighted sum of pure loss functions.
 
 VQRAE (arXiv 2511.23386), equations 2 to 6: reconstruction (pixel, perceptual, GAN), quantization (codebook, commitment)
 and, in stage 2, self-distillation toward the frozen original encoder. VFMTok (arXiv 2507.08441) and IDEAL (arXiv
-2606.11096) pull the features that their decoders predict toward the encoder's, and IDEAL adds the entropy of the codes.
-All means are over all elements and in float32.
+2606.11096) align the features predicted by their decoders with the encoder's, and IDEAL adds an entropy loss on the
+codes. All means are over all elements and in float32.
 """
 
 from collections.abc import Sequence
@@ -31,11 +31,13 @@ _CONSISTENT = used_when(lambda c: c.start is not None and c.consistency_weight, 
 
 @dataclass
 class PerceptualConfig:
-    """`kind` names the judges ("lpips+0.1*convnext_s" is the paper's, "features" the encoder being tokenized, "none"
-    none).
+    """Settings of the perceptual loss.
 
-    Weight files are given by path and never downloaded. `feature_layers` are the hidden states that "features"
-    compares.
+    Args:
+        kind: weighted sum of networks: "lpips+0.1*convnext_s" is VQRAE's, "features" compares hidden states of the
+            tokenizer's own encoder, "none" turns the loss off.
+        vgg16, lpips_heads, convnext_s: paths of weight files, which are never downloaded.
+        feature_layers: indices of the hidden states that "features" compares.
     """
 
     kind: str = "lpips+0.1*convnext_s"
@@ -47,16 +49,23 @@ class PerceptualConfig:
 
 @dataclass
 class GANConfig:
-    """`start` is the step from which the discriminator learns and judges; None = no GAN (VQRAE's stage 1).
+    """Settings of the GAN loss and the discriminator.
 
-    `generator` is the tokenizer's side of it: the "hinge" -D, or VFMTok's "softplus" of it. IDEAL shows the
-    discriminator augmented images, each family of changes with `augment_probability`, and asks it with
-    `consistency_weight` to say the same of a view that is changed more; `cutout` and `strong_cutout` are the shares of
-    a side that the two leave out. `discriminator_weight` is that of the discriminator's hinge and LeCAM, beside the
-    consistency. LeCAM compares mean logits ("mean", TiTok's) or every logit ("elementwise", IDEAL's).
-
-    The rate warms up over `warmup_steps` and falls until the end of the run, counted from `start`; with `schedule`
-    "run" it is counted from the first step of the run, so that a late discriminator begins at its full rate.
+    Args:
+        start: step from which the discriminator trains and the GAN loss applies; None: no GAN (VQRAE's stage 1).
+        weight: weight of the generator loss in the tokenizer's objective.
+        discriminator_weight: weight of the discriminator's hinge and LeCAM losses, relative to the consistency loss.
+        lecam_weight: weight of LeCAM's regularizer.
+        lecam: compare mean logits ("mean", TiTok's) or every logit ("elementwise", IDEAL's).
+        discriminator, weights: "patchgan", or "dino" with the path of its weight file.
+        generator: the tokenizer's loss on the logits D: "hinge" (-D) or "softplus" (of -D, VFMTok's).
+        augment_probability: probability of each family of augmentations of the discriminator's input (IDEAL).
+        consistency_weight: weight of the loss that equates the logits of a strongly augmented view (IDEAL).
+        cutout, strong_cutout: share of a side that is cut out of the normal and of the strong view.
+        learning_rate: peak learning rate of the discriminator.
+        warmup_steps: steps of linear warm-up, before a decay until the end of the run.
+        schedule: count the schedule from `start` ("start"), or from the first step of the run ("run"), so that a late
+            discriminator begins at its full learning rate.
     """
 
     start: Natural | None = None
@@ -78,12 +87,13 @@ class GANConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Weights of the terms; the defaults are VQRAE's table 7, and cosines alone for the features that a decoder
+    """Weights of the loss terms; the defaults are VQRAE's table 7, and cosine only for the features that a decoder
     predicts ("deep", and IDEAL's "shallow").
 
     `entropy_temperature` belongs to `entropy_weight`, see `tokenizer.quantizers.code_entropy`.
 
-    Two are ours and off by default: `l1_weight`, for worlds of flat color, and `context_weight`, see `context_loss`.
+    Two terms are ours and off by default: `l1_weight`, for flat-colored images, and `context_weight`, see
+    `context_loss`.
     """
 
     pixel_weight: NonNegative = 1.0
@@ -109,9 +119,13 @@ class ObjectiveConfig:
 
 @dataclass
 class PatchMix:
-    """Images whose patches come from two images each: `kept` [B, M] bool says which are the row's own, the others are
-    those of the row before in the global batch (cyclic) at the same place; `latents` [B, M, C] are its own, `codes`
-    those of the images themselves, [B, M, C] for every micro-batch.
+    """A patch mix (CutMix on patches): images that take some patches from the previous image of the global batch.
+
+    Attributes:
+        kept: [B, M] bool, true for the row's own patches; the others come from the previous row (cyclic), at the same
+            position.
+        latents: [B, M, C] of the mixed images.
+        codes: [B, M, C] of the unmixed images, for every micro-batch.
     """
 
     kept: Tensor
@@ -120,13 +134,22 @@ class PatchMix:
 
 
 def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """The mean of 1 - cos over all tokens of two feature maps [B, N, D]; 0 where all directions agree, at most 2."""
+    """Return the mean of 1 - cos over all tokens of two feature maps [B, N, D]; in [0, 2], 0 if all directions
+    agree."""
     return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1, eps=1e-6).mean()
 
 
 def mix_patches(window: Sequence[Tensor], patch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The pixel_values [B, 3, H, W] of every micro-batch -> (this one's collages [B, 3, H, W], kept [B, M]); half of
-    the patches, which are what one image token covers, are exchanged."""
+    """Replace half of the patches of each image, in expectation, by those of the previous image of the global batch.
+
+    Args:
+        window: pixel_values [B, 3, H, W] of every micro-batch.
+        patch_size: pixels a side of what one image token covers.
+        seed: of the choice of patches, the same in every process and micro-batch.
+
+    Returns:
+        This micro-batch's mixed images [B, 3, H, W], and `kept` [B, M] as in `PatchMix`.
+    """
     pixel_values = window[micro_batch_index()]
     rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
@@ -137,11 +160,11 @@ def mix_patches(window: Sequence[Tensor], patch_size: int, seed: int) -> tuple[T
 
 
 def context_loss(latents: Tensor, window: Sequence[Tensor], kept: Tensor) -> Tensor:
-    """How far the latents [B, M, C] of a collage are from the codes [B, M, C] that its patches had in their own
-    images, as a share of the codes' variance; `window` holds the codes of every micro-batch.
+    """Return the mean squared distance of a patch mix's latents [B, M, C] from the codes [B, M, C] that its patches
+    had in their own images, divided by the codes' variance; `window` holds the codes of every micro-batch.
 
-    Ours. An encoder with global attention gives one flat patch a hundred ids, by what stands elsewhere in the image;
-    a language model cannot guess them and learns little else. With this term an id says what its patch shows.
+    Ours. An encoder with global attention maps one flat patch to a hundred ids, depending on the rest of the image,
+    which a language model cannot predict. This term makes an id depend on its own patch.
     """
     target = torch.where(kept[..., None], window[micro_batch_index()], rows_before(window))
     variance = torch.cat([all_rows(codes) for codes in window]).var(dim=(0, 1)).mean()
@@ -149,7 +172,7 @@ def context_loss(latents: Tensor, window: Sequence[Tensor], kept: Tensor) -> Ten
 
 
 class TokenizerObjective(nn.Module):
-    """The weighted sum, and each unweighted term for the log."""
+    """The weighted sum of all loss terms of a tokenizer, and the unweighted terms for the log."""
 
     def __init__(self, config: ObjectiveConfig, features: FeaturePerceptualLoss | None = None) -> None:
         super().__init__()
@@ -166,8 +189,14 @@ class TokenizerObjective(nn.Module):
         teacher_features: Tensor | None,
         patch_mix: PatchMix | None = None,
     ) -> dict[str, Tensor]:
-        """output of `reconstruct`, target pixels [B, 3, H, W] in [0, 1], the teacher's features [B, N, D] (stage 2) or
-        None, and the latents of a collage of the same images where `context_weight` asks for one."""
+        """Compute the unweighted loss terms.
+
+        Args:
+            output: what `reconstruct` returned.
+            pixels: target pixels [B, 3, H, W] in [0, 1].
+            teacher_features: [B, N, D] in stage 2, else None.
+            patch_mix: a patch mix of the same images if `context_weight` is set, else None.
+        """
         predicted = output.pixels.float()
         terms = {
             "pixel": F.mse_loss(predicted, pixels),
@@ -192,5 +221,5 @@ class TokenizerObjective(nn.Module):
         return terms
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of `terms`."""
+        """Return the weighted sum of `terms`."""
         return torch.stack([getattr(self.config, f"{name}_weight") * term for name, term in terms.items()]).sum()

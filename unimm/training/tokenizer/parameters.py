@@ -1,4 +1,4 @@
-"""Which parts of a tokenizer learn, and how fast."""
+"""Trainable parts and optimizer parameter groups of image tokenizers and unified models."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -12,11 +12,11 @@ from unimm.tokenizer.encoders import final_norm
 
 
 def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
-    """Stage 1 freezes the encoder, stage 2 trains it, stage 3 trains the decoder alone; what no gradient can reach (an
-    unused final norm) stays frozen.
+    """Freeze the encoder in stage 1, train it too in stage 2, train the decoder alone in stage 3; a final norm that is
+    not used, so receives no gradient, stays frozen.
 
     Raises:
-        UserError: stage 2 of a tokenizer whose encoder is frozen by its making.
+        UserError: stage 2 of a tokenizer whose encoder is frozen by design.
     """
     if stage == 2 and not tokenizer.trains_encoder:
         raise UserError(
@@ -31,7 +31,8 @@ def set_trainable(tokenizer: ImageTokenizer, stage: int) -> None:
 
 
 def learning_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks that learn: the language model's, where the tower is frozen."""
+    """Return the repeated transformer blocks with trainable weights; only the language model's if the vision tower is
+    frozen."""
     names = set(model._no_split_modules or ())
     return [
         block
@@ -41,7 +42,7 @@ def learning_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def train_projector_only(model: PreTrainedModel) -> None:
-    """Freeze a unified model but for its projector, as LLaVA's pretraining does."""
+    """Freeze everything but the projector of a unified model, as LLaVA's pretraining does."""
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
 
@@ -54,8 +55,8 @@ def host_parameter_groups(
     projector_learning_rate: float | None = None,
     tables: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """What learns of a unified model, in groups: with weight decay (the names in `decayed`) and without, the projector
-    by itself where it has a rate of its own, and `tables` of rows by themselves, marked so."""
+    """Return the trainable parameters of a unified model in groups: with weight decay (names in `decayed`) and without,
+    the projector separately if it has its own learning rate, and the embedding `tables` separately, marked "tables"."""
     rows = {id(table) for table in tables}
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -74,13 +75,14 @@ def host_parameter_groups(
 
 
 def part_of(name: str) -> str:
-    """The part of a model that a weight belongs to: its first name, or its second below a `model`."""
+    """Return the part of a model that a weight belongs to: its first name, or the first two below `model` or
+    `siglip`."""
     words = name.split(".")
     return ".".join(words[: 2 if words[0] in ("model", "siglip") else 1])
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels with weight decay, vectors (norms, biases) without."""
+    """Group matrices and kernels with weight decay, and vectors (norms, biases) without."""
     groups: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.ndim < 2, []).append(parameter)
@@ -93,7 +95,8 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 def parameter_groups(
     tokenizer: ImageTokenizer, learning_rate: float, encoder_learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Encoder and the rest, each split into weights with decay, and vectors, positions and the quantizer without."""
+    """Group the parameters into encoder and rest, each split into weights with weight decay, and vectors, positions
+    and the quantizer without."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in tokenizer.named_parameters():
         if parameter.requires_grad:

@@ -1,8 +1,8 @@
-"""The perceptual loss: a weighted sum of frozen judges of reconstructed pixels.
+"""Perceptual loss: a weighted sum of distances between reconstruction and original under frozen networks.
 
-Judges: `lpips`, `convnext_s` (mean squared difference of logits) and `features` (hidden states of a given frozen
-encoder, for worlds where no outside weights exist). VQRAE's "convnext-s, weight 1.1" is read as TA-TiTok's weighted
-average (1.0 LPIPS + 0.1 ConvNeXt) / 1.1, times 1.1: exactly "lpips+0.1*convnext_s" here, with weight 1.0 outside.
+The networks are `lpips`, `convnext_s` (mean squared difference of logits) and `features` (hidden states of a given
+frozen encoder, if no pretrained weights are at hand). We interpret VQRAE's "convnext-s, weight 1.1" as TA-TiTok's
+weighted average (1.0 LPIPS + 0.1 ConvNeXt) / 1.1, times 1.1: exactly "lpips+0.1*convnext_s" here, with weight 1.0.
 Papers: VQRAE https://arxiv.org/abs/2511.23386, TA-TiTok https://arxiv.org/abs/2501.07730.
 """
 
@@ -22,10 +22,10 @@ HiddenStates = Callable[[Tensor], Sequence[Tensor]]
 
 
 class PerceptualLoss(nn.Module):
-    """Sum of weight * judge(predicted, target); with `average` divided by the sum of weights, as TA-TiTok does.
+    """Sum of weight * network(predicted, target); with `average`, divided by the sum of weights as in TA-TiTok.
 
-    Pixels are [B, 3, H, W] in [0, 1]; everything runs in fp32 also under autocast. The judges are frozen and stay in
-    eval mode; gradients reach `predicted` only. Without judges the loss is 0.
+    Pixels are [B, 3, H, W] in [0, 1]; everything runs in fp32, also under autocast. The networks are frozen and stay
+    in eval mode; gradients reach `predicted` only. Without networks the loss is 0.
     """
 
     def __init__(self, judges: Mapping[str, tuple[float, nn.Module]], *, average: bool = False) -> None:
@@ -37,12 +37,12 @@ class PerceptualLoss(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
-        """Stays in eval mode whatever `mode` says."""
+        """Stay in eval mode, whatever `mode` is."""
         super().train(False)
         return self
 
     def terms(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Each judge's unweighted distance (a scalar), for the log."""
+        """Return each network's unweighted distance (a scalar)."""
         if predicted.shape != target.shape:
             raise ValueError(f"Predicted pixels are {tuple(predicted.shape)} and target pixels {tuple(target.shape)}.")
         with torch.autocast(predicted.device.type, enabled=False):
@@ -50,7 +50,7 @@ class PerceptualLoss(nn.Module):
             return {name: judge(predicted, target) for name, judge in self.judges.items()}
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The loss from `terms`, so that a trainer which logs the terms computes them once."""
+        """Return the weighted sum of `terms`, so that a trainer that logs the terms computes them once."""
         return sum((self.weights[name] * term for name, term in terms.items()), torch.zeros(()))
 
     def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
@@ -58,12 +58,11 @@ class PerceptualLoss(nn.Module):
 
 
 class FeaturePerceptualLoss(nn.Module):
-    """Distance of a frozen encoder's hidden states: the mean over `layers` and tokens of |u - v|^2 at unit length.
+    """Distance between a frozen encoder's hidden states: mean |u - v|^2 of unit vectors over `layers` and tokens.
 
     `encoder_forward` maps pixels [B, 3, H, W] in [0, 1] to hidden states, each [B, N, D]; `layers` index them (-1 is
-    the last). For unit vectors this is 2 (1 - cosine), so layers of different scale count alike; it lies in [0, 4].
-    The callable's parameters must be frozen (`frozen_hidden_states` makes such a callable), or they would be trained
-    along.
+    the last). For unit vectors this is 2 (1 - cosine), in [0, 4], so layers of different scale weigh the same. The
+    callable's parameters must be frozen (see `frozen_hidden_states`), or they would be trained too.
     """
 
     def __init__(self, encoder_forward: HiddenStates, layers: Sequence[int]) -> None:
@@ -97,10 +96,10 @@ class FeaturePerceptualLoss(nn.Module):
 def frozen_hidden_states(
     encoder: nn.Module, image_mean: Sequence[float], image_std: Sequence[float], **forward_options: Any
 ) -> HiddenStates:
-    """For FeaturePerceptualLoss: a frozen copy of a Hugging Face vision model, on its device, as a callable.
+    """Return a frozen copy of a Hugging Face vision model as a callable for `FeaturePerceptualLoss`, on its device.
 
-    It normalizes pixels with the processor's mean and std and returns `hidden_states` [B, N, D]; `forward_options` go
-    to the model.
+    The callable normalizes pixels with the processor's mean and std and returns `hidden_states`, each [B, N, D];
+    `forward_options` are passed to the model.
     """
     judge = copy.deepcopy(encoder).requires_grad_(False).eval()
     device = next(judge.parameters()).device
@@ -114,9 +113,10 @@ def frozen_hidden_states(
 
 
 def parse_perceptual(kind: str) -> dict[str, float]:
-    """Judge names with their weights: "lpips+0.1*convnext_s" -> {"lpips": 1.0, "convnext_s": 0.1}; "none" -> {}.
+    """Parse names and weights: "lpips+0.1*convnext_s" -> {"lpips": 1.0, "convnext_s": 0.1}; "none" -> {}.
 
-    Raises UserError for an unknown judge, a repeated one and a term that is not `name` or `weight*name`.
+    Raises:
+        UserError: an unknown or repeated name, or a term that is not `name` or `weight*name`.
     """
     weights: dict[str, float] = {}
     for term in [] if kind.strip() == "none" else kind.split("+"):
@@ -140,10 +140,12 @@ def build_perceptual(
     features: FeaturePerceptualLoss | None = None,
     average: bool = False,
 ) -> PerceptualLoss:
-    """The loss that `kind` names (see `parse_perceptual`), its judges loaded from the given weight files.
+    """Build the loss of `kind` (see `parse_perceptual`) and load its networks from the given weight files.
 
-    `lpips_heads` may be left out where the Python package `lpips` is installed. Raises UserError that says what to get
-    and which of these names takes its path when a judge is asked for and its file is absent.
+    `lpips_heads` may be omitted if the Python package `lpips` is installed.
+
+    Raises:
+        UserError: a weight file is missing; the message says which file to get and which argument takes its path.
     """
     weights = parse_perceptual(kind)
     judges: dict[str, nn.Module] = {}

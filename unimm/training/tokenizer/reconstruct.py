@@ -1,4 +1,4 @@
-"""What a tokenizer's training runs forward: images to everything that the objective's terms need."""
+"""The forward pass of tokenizer training: from images to everything that the loss terms need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,13 @@ from unimm.training.tokenizer.objective import PatchMix, mix_patches
 
 @dataclass
 class Window:
-    """The micro-batches of one optimizer step: their pixel_values, each [B, 3, H, W], and, where there are several and
-    a term needs it, the codes [B, M, C] of each and the mean `shares` [K] of the codes over the global batch."""
+    """The micro-batches of one optimizer step.
+
+    Attributes:
+        pixel_values: of each micro-batch, [B, 3, H, W].
+        codes: of each micro-batch, [B, M, C], if there are several and the patch mix needs them.
+        shares: [K], mean usage of the codes over the global batch, if there are several and the entropy loss needs it.
+    """
 
     pixel_values: Sequence[Tensor]
     codes: Sequence[Tensor] = ()
@@ -24,8 +29,11 @@ class Window:
 
 
 class Reconstruct(nn.Module):
-    """`reconstruct` as a forward, so that DDP sees it, with the entropy of the codes where a temperature is given, and
-    the latents of a collage where a seed for one is."""
+    """A tokenizer's `reconstruct` as a module's forward, which DDP needs.
+
+    It adds the entropy loss of the codes if a temperature is set, and the latents of a patch mix (CutMix on patches)
+    if `forward` receives a seed for it.
+    """
 
     def __init__(self, tokenizer: ImageTokenizer, entropy_temperature: float | None = None) -> None:
         super().__init__()
@@ -34,7 +42,7 @@ class Reconstruct(nn.Module):
     def forward(
         self, pixel_values: Tensor, patch_mix_seed: int | None = None, window: Window | None = None
     ) -> tuple[ImageTokenizerOutput, PatchMix | None]:
-        """`window` where the step has more micro-batches than this one."""
+        """Reconstruct pixel_values [B, 3, H, W]; pass `window` if the step has several micro-batches."""
         tokenizer, window = self.tokenizer, window or Window([pixel_values])
         output = tokenizer.reconstruct(pixel_values)
         if self.entropy_temperature is not None:
@@ -51,14 +59,17 @@ class Reconstruct(nn.Module):
 
     @torch.no_grad()
     def look_ahead(self, window: Window, *, patch_mixes: bool) -> Window:
-        """The window with what the terms need of its other micro-batches, by a first pass that draws no random number
-        of the run; unchanged where there is one micro-batch, or no such term."""
+        """Return the window with the codes and shares that the loss terms need of all its micro-batches.
+
+        A first pass without gradients computes them and leaves the run's random numbers untouched. The window is
+        returned unchanged if it has one micro-batch, or if no term needs the others.
+        """
         count = len(window.pixel_values)
         if count == 1 or not (patch_mixes or self.entropy_temperature is not None):
             return window
         codes, shares = list[Tensor](), list[Tensor]()
 
-        def keep(own: Tensor) -> Tensor:
+        def keep(own: Tensor) -> Tensor:  # a hook into the quantizer's entropy, which returns a loss only
             shares.append(mean_over_processes(own))
             return own
 
@@ -74,7 +85,7 @@ class Reconstruct(nn.Module):
 
 
 def cell_size(tokenizer: ImageTokenizer) -> int:
-    """Pixels a side of the field that one image token stands in. Raises UserError where it is no whole number."""
+    """Return the side in pixels of the patch that one image token covers. Raises UserError if it is not an integer."""
     side, rows = tokenizer.config.image_size, tokenizer.config.grid[0]
     if side % rows:
         raise UserError(f"loss.context_weight needs whole fields, and {side} pixels are no multiple of {rows} tokens.")

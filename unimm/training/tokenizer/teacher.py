@@ -1,4 +1,4 @@
-"""Stage 2's teacher: the encoder as it was before, to whose features the student's are held."""
+"""Self-distillation teacher of stage 2: the encoder as it was before the stage."""
 
 import copy
 
@@ -10,7 +10,7 @@ from unimm.tokenizer.encoders import encode_features, final_norm
 
 
 class Teacher(nn.Module):
-    """A frozen copy of the tokenizer's encoder, read at its feature layer."""
+    """A frozen copy of the tokenizer's encoder, which returns its feature layer."""
 
     def __init__(self, tokenizer: ImageTokenizer) -> None:
         super().__init__()
@@ -20,6 +20,6 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, 3, H, W] -> features [B, N, D]."""
+        """Encode pixel_values [B, 3, H, W] to features [B, N, D]."""
         features = encode_features(self.encoder, pixel_values)[self.feature_layer]
         return final_norm(self.encoder)(features) if self.post_norm else features

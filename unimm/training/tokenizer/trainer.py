@@ -1,10 +1,9 @@
-"""The training loop of the image tokenizers: the only hand-written one, because it has two optimizers (accelerate does
-the rest).
+"""Training loop of the image tokenizers, written by hand because a GAN needs two optimizers (accelerate does the rest).
 
-Stage 1 trains everything but the encoder, which is all that VFMTok and IDEAL need; stage 2 trains the encoder too, held
-near the frozen original by self-distillation, and may add a GAN (VQRAE, arXiv 2511.23386, sections 3.3 to 3.5 and table
-7); stage 3 trains the decoder alone. A checkpoint holds everything, and images are numbered, so that an interrupted
-run and an uninterrupted one end with the same bits on the CPU.
+Stage 1 trains everything but the encoder, which is all that VFMTok and IDEAL need. Stage 2 trains the encoder too,
+regularized by self-distillation from the frozen original, optionally with a GAN (VQRAE, arXiv 2511.23386, sections 3.3
+to 3.5 and table 7). Stage 3 trains the decoder alone. A checkpoint holds the full state and images are addressed by
+index, so a resumed run is bit-identical to an uninterrupted one on the CPU.
 """
 
 import copy
@@ -61,9 +60,16 @@ PANEL_IMAGES = 8
 
 
 class TokenizerTrainer:
-    """Trains `tokenizer` in place on `images`; `evaluate(tokenizer)` may return scalars for the log at every panel
-    step. Panels show the `held_out` images, without them the first of `images`. A recipe does so within
-    `open_run`."""
+    """Train `tokenizer` in place on `images`; recipes call it inside `open_run`.
+
+    Args:
+        tokenizer: the model to train.
+        images: training images, addressed by index.
+        config: settings of the loop.
+        objective: weights of the loss terms.
+        evaluate: called with the tokenizer at every panel step; the scalars that it returns are logged.
+        held_out: images shown in panels; None shows the first training images.
+    """
 
     def __init__(
         self,
@@ -89,7 +95,7 @@ class TokenizerTrainer:
         self.processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
         self.tokenizer = tokenizer
         set_trainable(tokenizer, config.stage)
-        # The teacher and the feature judge are the encoder as it was before this stage.
+        # Copied before any step: the teacher and the feature loss compare with the encoder as it was before this stage.
         self.teacher = Teacher(tokenizer) if config.stage == 2 else None
         self.objective = TokenizerObjective(objective, self._feature_judge(objective))
         self.patch_mixes = objective.context_weight > 0
@@ -141,12 +147,14 @@ class TokenizerTrainer:
             self.gan_trainer = GANTrainer(objective.gan, config, self.tokenizer.config.output_size, self.accelerator)
 
     def _batches(self, indices: Sequence[int], images: Images | None = None) -> Iterator[Tensor]:
-        """pixel_values of the images with these numbers, in order; None: of those that are trained on."""
+        """Yield the pixel_values [B, 3, H, W] of the images at `indices`, in order; `images` defaults to the training
+        images."""
         loader = DataLoader(
             Subset(self.images if images is None else images, indices),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
-            generator=torch.Generator(),  # a loader draws a number when it starts: not from ours, a resumed run has two
+            # A DataLoader draws a seed whenever it starts; from the global generator, a resumed run would draw twice.
+            generator=torch.Generator(),
             collate_fn=lambda rows: (
                 self.processor(images=[row["image"] for row in rows], return_tensors="pt").pixel_values
             ),
@@ -158,8 +166,8 @@ class TokenizerTrainer:
     # ---------------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run to `config.steps`, from the newest checkpoint where there is one, and save the averaged weights in
-        output_dir.
+        """Train to `config.steps`, resuming from the newest checkpoint if there is one, and save the averaged weights
+        in output_dir.
 
         Raises:
             Interrupted: a signal ended the run after a step; its checkpoint is written.
@@ -198,7 +206,7 @@ class TokenizerTrainer:
         self.save_pretrained()
 
     def _go_on(self) -> None:
-        """Take up the newest checkpoint, and refuse a run that will not fit onto the disk."""
+        """Load the newest checkpoint, and raise UserError if the run will not fit on the disk."""
         found = checkpoints(self.output_dir)
         if found:
             self.load_state_dict(load_checkpoint(found[-1]))
@@ -210,13 +218,13 @@ class TokenizerTrainer:
             self._require_space(max(1, self.config.keep_last + 1 - len(found)), extra=model_bytes(self.tokenizer))
 
     def _remaining(self) -> OwnBatches:
-        """The numbers of this process' images from the current step on: processes take batches in turn."""
+        """Return the indices of this process's images from the current step on; processes take batches in turn."""
         index, count = self.accelerator.process_index, self.accelerator.num_processes
         seen = self.step * self.samples_per_step
         return OwnBatches(seen, len(self.images), size=self.config.batch_size, index=index, count=count)
 
     def _optimizer_step(self, batches: Iterator[Tensor]) -> dict[str, Tensor]:
-        """One step of everything that learns; the means of its terms over the micro-batches."""
+        """Run one optimizer step of the tokenizer and the discriminator; return each term's mean over micro-batches."""
         count = self.config.gradient_accumulation_steps
         window = Window([next(batches) for _ in range(count)])
         with self.accelerator.autocast():
@@ -245,7 +253,7 @@ class TokenizerTrainer:
         logged = {name: torch.stack([terms[name] for terms in found]).mean(0) for name in found[0]}
         if gan_trainer is not None:
             real = [self._target(pixel_values) for pixel_values in window.pixel_values]
-            logged |= gan_trainer.step(real, fake, self.step)
+            logged |= gan_trainer.step(real, fake, self.step)  # after the tokenizer's step, on the same reconstructions
         self.scheduler.step()
         self.ema.update(self.tokenizer)
         self.step += 1
@@ -256,7 +264,7 @@ class TokenizerTrainer:
     def _micro_batch(
         self, window: Window, index: int, gan_trainer: GANTrainer | None
     ) -> tuple[dict[str, Tensor], ImageTokenizerOutput]:
-        """Every term of one micro-batch, their sum as "loss", and what they were computed of."""
+        """Return the loss terms of one micro-batch, with their weighted sum as "loss", and the tokenizer's output."""
         pixel_values = window.pixel_values[index]
         pixels = self._target(pixel_values)
         with self.accelerator.autocast():
@@ -272,7 +280,7 @@ class TokenizerTrainer:
         return terms | {"loss": loss}, output
 
     def _target(self, pixel_values: Tensor) -> Tensor:
-        """The pixels to reach, resized where the tokenizer draws images of another size than it reads."""
+        """Return the target pixels [B, 3, H, W] in [0, 1], resized if the output size differs from the input size."""
         pixels = self.tokenizer.denormalize(pixel_values)
         q, p = self.tokenizer.config.output_size, self.tokenizer.config.image_size
         if q == p:
@@ -281,7 +289,7 @@ class TokenizerTrainer:
         return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def modules(self) -> list[nn.Module]:
-        """All that takes part in a step."""
+        """Return every module that takes part in a step."""
         judges = [] if self.gan_trainer is None else [self.gan_trainer.discriminator]
         return [self.tokenizer, self.objective, *([] if self.teacher is None else [self.teacher]), *judges]
 
@@ -290,7 +298,7 @@ class TokenizerTrainer:
 
     @property
     def samples_per_step(self) -> int:
-        """Of all processes and accumulation steps together."""
+        """Return the samples of one optimizer step, over all processes and accumulation steps."""
         return self.config.batch_size * self.accelerator.num_processes * self.config.gradient_accumulation_steps
 
     def _refuse_nan(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
@@ -308,7 +316,7 @@ class TokenizerTrainer:
     # -----------------------------------------------------------------------------------------------------
 
     def _means(self, scalars: dict[str, Tensor]) -> dict[str, float]:
-        """Of all processes."""
+        """Return the scalars averaged over all processes."""
         values = self.accelerator.reduce(torch.stack([value.float() for value in scalars.values()]), "mean")
         return dict(zip(scalars, values.tolist(), strict=True))
 
@@ -326,7 +334,7 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def _panel(self) -> None:
-        """Originals above reconstructions of the averaged weights, and what `evaluate` says of them."""
+        """Log originals above their reconstructions and the scalars of `evaluate`, with the averaged weights."""
         if not self.accelerator.is_main_process:
             return
         self.tokenizer.eval()
@@ -343,7 +351,7 @@ class TokenizerTrainer:
         self.tokenizer.train()
 
     def checkpoint_bytes(self) -> int:
-        """What one takes on the disk."""
+        """Return the bytes of one checkpoint on the disk."""
         size = model_bytes(self.tokenizer) + bytes_of(self.ema.shadow.values()) + optimizer_bytes(self.optimizer)
         if self.gan_trainer is not None:
             size += model_bytes(self.gan_trainer.discriminator) + optimizer_bytes(self.gan_trainer.optimizer)
@@ -361,7 +369,7 @@ class TokenizerTrainer:
         self.accelerator.wait_for_everyone()
 
     def save_pretrained(self) -> None:
-        """Save the averaged weights, codes spread by `reestimation_rounds`, as an ordinary checkpoint and processor."""
+        """Re-estimate the codebook (`reestimation_rounds`) and save the averaged weights with the processor."""
         if self.accelerator.is_main_process:
             with self.ema.swapped(self.tokenizer):
                 self.maintenance.reestimate()
@@ -369,7 +377,7 @@ class TokenizerTrainer:
         self.accelerator.wait_for_everyone()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run is made of; call it on every process."""
+        """Return the full state of the run; call it on every process."""
         return {
             "step": self.step,
             "tokenizer": self.tokenizer.state_dict(),
@@ -382,7 +390,7 @@ class TokenizerTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint of the same run."""
+        """Load the state of a checkpoint of the same run."""
         self.step = state["step"]
         self.tokenizer.load_state_dict(state["tokenizer"])
         self.optimizer.load_state_dict(state["optimizer"])
