@@ -19,6 +19,7 @@ from unimm.errors import UserError, run_main
 from unimm.mllm import UnifiedModelMixin, load
 from unimm.saving import save_whole
 from unimm.tokenizer.loading import load_image_tokenizer
+from unimm.tokenizer.vqrae import HEAD_FIELDS
 
 CARD = "README.md"
 
@@ -51,8 +52,12 @@ def take_decoder(model: UnifiedModelMixin, path: str) -> None:
         raise UserError(
             f"The image tokenizer {path} has another codebook than the model: its decoder cannot draw for it."
         )
-    for part in ("decoder", "pixel_head"):
-        model.image_tokenizer.get_submodule(part).load_state_dict(other.get_submodule(part).state_dict())
+    own = model.image_tokenizer
+    own.decoder.load_state_dict(other.decoder.state_dict())
+    own.pixel_head = other.pixel_head
+    for config in (own.config, model.config.vision_config):
+        for name in HEAD_FIELDS & vars(other.config).keys():
+            setattr(config, name, getattr(other.config, name))
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from unimm.mllm.loading import DEFAULT
 from unimm.runs.processes import processes
 from unimm.runs.provenance import model_fingerprint
 from unimm.tokenizer import TOKENIZERS, ImageTokenizer
+from unimm.tokenizer.vqrae import with_new_head
 from unimm.training.dry_run import dry_run_tokenizer, short_tokenizer
 from unimm.training.loop.arguments import TokenizerTrainingConfig, accumulation_steps
 from unimm.training.loop.run import open_run
@@ -44,6 +45,7 @@ class TokenizerModelConfig:
         init_from: folder or hub id of a tokenizer or a unified model ("default": the one shipped with the library).
         image_size: side of the images in pixels; None takes the encoder's own.
         config: fields of the tokenizer's configuration.
+        new_head: with `init_from`, the fields of another pixel head (`pixel_head: conv`), trained from random weights.
         attn_implementation: as in transformers.
     """
 
@@ -52,6 +54,10 @@ class TokenizerModelConfig:
     init_from: str | None = None
     image_size: Count | None = field(default=None, metadata=BEGINNING)
     config: dict = field(default_factory=dict, metadata=BEGINNING)
+    new_head: dict = field(
+        default_factory=dict,
+        metadata=used_when(lambda c: c.init_from is not None and c.kind == "vqrae", "a VQRAE at model.init_from"),
+    )
     attn_implementation: str | None = None
 
 
@@ -90,7 +96,8 @@ def build(model: TokenizerModelConfig) -> ImageTokenizer:
             model.encoder, image_size=model.image_size, attn_implementation=attention, **model.config
         )
     assert model.init_from is not None
-    return begun_tokenizer(model.init_from, model.kind, attention)
+    begun = begun_tokenizer(model.init_from, model.kind, attention)
+    return with_new_head(begun, **model.new_head) if model.new_head else begun
 
 
 def begun_tokenizer(path: str, kind: str, attn_implementation: str | None) -> ImageTokenizer:

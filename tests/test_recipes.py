@@ -35,6 +35,11 @@ def run(recipe: str, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+def trained_outlet(folder: str) -> torch.Tensor:
+    """Return the last weights of a saved convolutional head, as a half-precision checkpoint keeps them."""
+    return unimm.VQRAE.from_pretrained(folder).pixel_head.outlet.weight.half().float()
+
+
 @pytest.mark.slow
 def test_the_chain_in_small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -59,6 +64,13 @@ def test_the_chain_in_small(tmp_path, monkeypatch):
     polished = unimm.VQRAE.from_pretrained("runs/debug/stage3")
     weight = polished.pixel_head.projection.weight
     assert torch.equal(small.image_tokenizer.pixel_head.projection.weight, weight.half().float())
+    conv = ["model.new_head={pixel_head: conv, head_multipliers: [1, 1, 1, 2, 2]}", "train.output_dir=runs/debug/conv"]
+    assert run("tokenizer", "--config", str(ROOT / "configs/debug/stage3.yaml"), *conv) == 0
+    published[1:3] = ["image_tokenizer=runs/debug/conv", "output_dir=out_conv"]
+    assert run("publish", "--config", str(ROOT / "configs/shapes/publish.yaml"), *published) == 0
+    crisp, _ = unimm.load("out_conv")
+    assert crisp.config.vision_config.pixel_head == crisp.image_tokenizer.config.pixel_head == "conv"
+    assert torch.equal(crisp.image_tokenizer.pixel_head.outlet.weight, trained_outlet("runs/debug/conv"))
 
 
 CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent.name != "accelerate")

@@ -10,6 +10,7 @@ from unimm.errors import UserError
 from unimm.tokenizer import VQRAE, VQRAEConfig
 from unimm.tokenizer.quantizers import SimVQ
 from unimm.tokenizer.search import nearest_codes
+from unimm.tokenizer.vqrae import with_new_head
 
 
 def test_the_defaults_are_the_papers():
@@ -36,6 +37,36 @@ def test_output_patch_changes_the_size_only(pixel_values):
     with torch.no_grad():
         assert larger.reconstruct(pixel_values).pixels.shape == (3, 3, 48, 48)
         assert torch.equal(larger.encode(pixel_values).ids, plain.encode(pixel_values).ids)
+
+
+def test_a_new_head_changes_the_pixels_only(vqrae, pixel_values, tmp_path):
+    with torch.no_grad():
+        new = with_new_head(vqrae, pixel_head="conv").eval()
+        assert new.config.pixel_head == "conv" and vqrae.config.pixel_head == "patch"
+        before, after = vqrae.reconstruct(pixel_values), new.reconstruct(pixel_values)
+        assert torch.equal(after.ids, before.ids) and torch.equal(after.features, before.features)
+        assert new.fingerprint == vqrae.fingerprint and after.pixels.shape == before.pixels.shape
+        assert torch.equal(new.decode(after.ids), after.pixels.clamp(0, 1))
+        assert not torch.equal(after.pixels, before.pixels)
+        new.save_pretrained(tmp_path)
+        again = VQRAE.from_pretrained(tmp_path).eval()
+        assert torch.equal(again.decode(after.ids), new.decode(after.ids))
+    with pytest.raises(UserError, match="A new head has the settings head_channels, head_multipliers, pixel_head, not"):
+        with_new_head(vqrae, codebook_size=3)
+    with pytest.raises(UserError, match="draws 4 x 4 pixels a token and 8 x 8 are asked for"):
+        with_new_head(vqrae, pixel_head="conv", head_multipliers=[1, 1, 2])
+
+
+def test_a_pixel_of_a_conv_head_depends_on_the_patches_around_it(vqrae):
+    """One linear layer paints each patch of the grid alone; a convolution reaches across the edge."""
+    hidden = torch.randn(1, 16, vqrae.config.hidden_size)
+    other = hidden.clone()
+    other[:, 0] += 1
+    conv = with_new_head(vqrae, pixel_head="conv")
+    with torch.no_grad():
+        for tokenizer, reaches in ((vqrae, False), (conv, True)):
+            moved = (tokenizer.pixel_head(hidden, (4, 4)) - tokenizer.pixel_head(other, (4, 4))).abs().amax(1)[0] > 1e-6
+            assert moved[:8, :8].any() and bool(moved[:8, 8:16].any()) == reaches
 
 
 def test_images_of_another_size(vqrae):

@@ -6,7 +6,7 @@ read the encoder's configuration, so they are never stored twice.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -166,6 +166,8 @@ class VQRAEConfig(ImageTokenizerConfig):
         codebook_bias: a bias in SimVQ's W.
         train_codebook: also learn C; SimVQ freezes it at its random initialization.
         pre_quant_norm: a LayerNorm before the in-projection.
+        pixel_head: "patch", the paper's linear layer for each patch, or "conv" (ours), a convolutional head whose edges
+            cross patches; `head_channels` and `head_multipliers` are its own, as in `IDEALConfig`.
     """
 
     model_type = "vqrae"
@@ -174,6 +176,14 @@ class VQRAEConfig(ImageTokenizerConfig):
     codebook_bias: bool = False
     train_codebook: bool = False
     pre_quant_norm: bool = False
+    pixel_head: Literal["patch", "conv"] = "patch"
+    head_channels: int = 32
+    head_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.pixel_head == "conv":
+            self.check_head(self.head_channels, self.head_multipliers, self.decoded_patch_size)
 
 
 @strict
