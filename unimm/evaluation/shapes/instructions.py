@@ -1,0 +1,146 @@
+"""Edits and interleaved answers on the shapes data set, scored by both detectors (no model scores anything).
+
+An edit is right if what the instruction asks for is found in the drawn image; each object that it does not name must be
+found again where it was. An interleaved answer is right if its text names exactly the objects of the image in it,
+whatever was asked for.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unimm.data.editing import editing
+from unimm.data.interleaved import sample_interleaved
+from unimm.data.shapes import COLORS, SHAPES, render
+from unimm.data.shapes.detector import background_of, detect
+from unimm.data.shapes.edits import KINDS, Edit, sample_edit
+from unimm.data.shapes.strict import read_strictly
+from unimm.english import NUMBERS, plural
+from unimm.evaluation.runs.records import Key
+from unimm.evaluation.shapes.run import (
+    Row,
+    ShapesPlan,
+    Shown,
+    Wanted,
+    answer_questions,
+    judge_drawing,
+    keyed_row,
+    mean,
+    names,
+    progress,
+    read_objects,
+)
+from unimm.mllm.draw_prompts import draw_conversations, draw_prompts
+
+NAMED = re.compile(
+    rf"(?:\b({'|'.join(NUMBERS)}) )?\b({'|'.join(COLORS)}) (?:({'|'.join(map(plural, SHAPES))})|({'|'.join(SHAPES)}))\b"
+)
+
+
+# ---- edits -----------------------------------------------------------------------------------------------------------
+
+
+def edit_keys(plan: ShapesPlan) -> tuple[list[Key], int]:
+    """Return the keys of all edits, `plan.prompts` of each kind, and the batch size."""
+    return [(f"edits/{kind}/{index:03}", 0) for kind in KINDS for index in range(plan.prompts)], plan.batch_size
+
+
+@torch.inference_mode()
+def edits(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -> Iterator[list[Shown]]:
+    """Yield one row per edited image, in batches."""
+    rngs = {kind: plan.rng("edits", kind) for kind in KINDS}
+    jobs = [(key, sample_edit(rngs[key[0].split("/")[1]], key[0].split("/")[1])) for key in edit_keys(plan)[0]]
+    for batch in progress(jobs, plan.batch_size, "edits"):
+        if not wanted([key for key, _ in batch]):
+            continue
+        sources = [render(edit.source) for _, edit in batch]
+        asked = [editing(image, edit.instruction, image)[:1] for image, (_, edit) in zip(sources, batch, strict=True)]
+        seeds = [plan.number(key[0]) for key, _ in batch]
+        drawn = draw_conversations(model, processor, asked, seeds, **plan.sampling)
+        shown: list[Shown] = []
+        for (key, edit), seed, source, image in zip(batch, seeds, sources, drawn, strict=True):
+            row = keyed_row(key, seed=seed, kind=edit.kind, prompt=edit.instruction) | judge_edit(edit, image)
+            shown.append((row, {"original": source, "drawn": image}))
+        yield shown
+
+
+def judge_edit(edit: Edit, image: Image.Image) -> Row:
+    """Return `correct` and `strict`, and which of the kept objects are found again (`kept`, `strict_kept`)."""
+    tone, found, strictly = background_of(image), detect(image), read_strictly(image)
+    kept, strict_kept = edit.unchanged(found), edit.unchanged(strictly.objects)
+    correct = edit.holds(found, tone)
+    seen = names(Counter((each.color, each.shape) for each in found))
+    reasons = [] if correct else [f"found {', '.join(seen) or 'nothing'} on {tone}"]
+    row = {"correct": correct, "reasons": reasons, "found": seen, "kept": kept, "strict_kept": strict_kept}
+    return row | {"strict": edit.holds(strictly.objects, tone), "refusals": list(strictly.refusals)}
+
+
+def edit_scores(rows: Iterable[Row]) -> dict[str, float]:
+    """Compute the share of right edits per kind, their mean `overall`, and the share of kept objects found again."""
+    rows = list(rows)
+    scores = {kind: mean(row["correct"] for row in rows if row["kind"] == kind) for kind in KINDS}
+    return scores | {"overall": mean(scores.values()), "unchanged": mean(each for row in rows for each in row["kept"])}
+
+
+# ---- interleaved answers ---------------------------------------------------------------------------------------------
+
+
+def interleaved_keys(plan: ShapesPlan) -> tuple[list[Key], int]:
+    """Return the keys of all interleaved answers, and the batch size."""
+    return [(f"interleaved/{index:03}", 0) for index in range(plan.prompts)], plan.batch_size
+
+
+@torch.inference_mode()
+def interleaved(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -> Iterator[list[Shown]]:
+    """Yield one row per answer, in batches."""
+    rng = plan.rng("interleaved")
+    jobs = [(key, *sample_interleaved(rng, split="test")) for key in interleaved_keys(plan)[0]]
+    for batch in progress(jobs, plan.batch_size, "interleaved"):
+        if not wanted([key for key, *_ in batch]):
+            continue
+        requests, seeds = [request for _, request, _ in batch], [plan.number(key[0]) for key, *_ in batch]
+        shown: list[Shown] = []
+        drawn = draw_and_say(model, processor, requests, seeds, **plan.sampling)
+        for (key, request, prompt), seed, (image, text) in zip(batch, seeds, drawn, strict=True):
+            judged = judge_drawing(prompt, image)
+            row = keyed_row(key, seed=seed, prompt=request, answer=text, found=judged["found"])
+            row |= {"drawn": judged["correct"], "strict_drawn": judged["strict"]} | judge_text(text, image)
+            shown.append((row, {"drawn": image}))
+        yield shown
+
+
+def draw_and_say(
+    model: Any, processor: Any, requests: Sequence[str], seeds: Sequence[int], **sampling: Any
+) -> list[tuple[Image.Image, str]]:
+    """Return the image of each request and the text about it: drawn first, then asked for."""
+    images = draw_prompts(model, processor, requests, seeds, **sampling)
+    questions = [(image, "Describe the picture.") for image in images]
+    return list(zip(images, answer_questions(model, processor, questions), strict=True))
+
+
+def judge_text(text: str, image: Image.Image) -> Row:
+    """Return whether a text names exactly the objects of an image, by both detectors."""
+    named, strictly = named_objects(text), read_strictly(image)
+    correct = named == read_objects(image)
+    row = {"correct": correct, "reasons": [] if correct else [f"named {', '.join(names(named)) or 'nothing'}"]}
+    return row | {"strict": strictly.shows(named), "refusals": list(strictly.refusals)}
+
+
+def named_objects(text: str) -> Counter[tuple[str, str]]:
+    """Count the (color, shape) that a text names: "a red circle and two blue rings"."""
+    found: Counter[tuple[str, str]] = Counter()
+    singular = {plural(shape): shape for shape in SHAPES}
+    for number, color, many, one in NAMED.findall(text):
+        found[color, one or singular[many]] += NUMBERS.index(number) if number else 1
+    return +found
+
+
+def interleaved_scores(rows: Iterable[Row]) -> dict[str, float]:
+    """Compute `named`, the share of answers whose text names what was drawn, and `drawn`, the share of right
+    drawings."""
+    rows = list(rows)
+    return {"named": mean(row["correct"] for row in rows), "drawn": mean(row["drawn"] for row in rows)}
