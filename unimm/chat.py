@@ -10,7 +10,8 @@ import io
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -19,13 +20,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from unimm.data.characters import check_characters
 from unimm.data.images import each_image, load_image, read_image, save_numbered
 from unimm.errors import UserError, one_line, run_main
 from unimm.mllm.answering import Conversation, chat_inputs
+from unimm.mllm.previews import DrawingStreamer, OnImage, OnToken, PreviewStream
 
 logger = logging.get_logger(__name__)
 
@@ -111,7 +112,9 @@ class ChatSession:
         top_k: int | None = None,
         top_p: float | None = None,
         parallel_tokens: int | Literal["auto"] = 1,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: OnToken | None = None,
+        on_image: OnImage | None = None,
+        preview_rows: int | None = None,
     ) -> list[Image.Image]:
         """Generate images of `prompt`. The model is conditioned on this text alone, not on the history.
 
@@ -122,7 +125,9 @@ class ChatSession:
             temperature: sampling temperature of the image tokens; 0 is greedy.
             top_k, top_p: sample from the k most likely ids, or from the smallest set with this total probability.
             parallel_tokens: guess this many image tokens ahead, or "auto"; faster for few images, same result.
-            on_token: called with (image tokens done, image tokens of an image) after each step.
+            on_token: called with (image tokens done, image tokens of an image) after each token.
+            on_image: called with (images so far, image tokens done, image tokens of an image) every `preview_rows` rows
+                of image tokens (None: an eighth of them), the last time with the images that are returned.
 
         Raises:
             UserError: if the prompt is empty or too long for the model's context, or a setting is invalid.
@@ -133,6 +138,8 @@ class ChatSession:
         total = self.model.num_image_tokens
         inputs = self._inputs([request])
         self._room(inputs, total + 1, "Give a shorter prompt.")
+        streamer = DrawingStreamer(self.model, self.processor, on_token=on_token, on_image=on_image, rows=preview_rows)
+        reports = on_token is not None or on_image is not None
         try:
             token_ids = self.model.generate(
                 **inputs,
@@ -140,16 +147,40 @@ class ChatSession:
                 num_return_sequences=num_images,
                 seed=None if seed is None else int(seed),
                 parallel_tokens=parallel_tokens,
-                streamer=None if on_token is None else _Progress(on_token, total),
+                streamer=streamer if reports else None,  # on a GPU reports make every token wait
                 **{name: value for name, value in settings.items() if value is not None},
             )
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"Cannot draw: {one_line(error)}.") from error
-        images = self.processor.postprocess(self.model.decode_image_tokens(token_ids))
+        images = streamer.images or self.processor.postprocess(self.model.decode_image_tokens(token_ids))
         self._remember(self.messages, request, [{"type": "image", "image": image} for image in images])
         return images
+
+    def draw_stream(
+        self, prompt: str, num_images: int = 1, *, preview_rows: int | None = None, **settings: Any
+    ) -> PreviewStream:
+        """Generate images of `prompt` as `draw` does, and return an iterator of `Preview`s: the images so far.
+
+        The last one is `final` and holds the images that `draw` returns; the history changes as it is returned. Closing
+        or dropping the iterator before ends the generation and leaves the history.
+
+        Args:
+            preview_rows: rows of image tokens from one preview to the next; None: an eighth of them.
+            settings: other arguments of `draw`, without its callbacks.
+
+        Raises:
+            UserError: as `draw`, before any preview.
+        """
+        trial = copy(self)  # its history is adopted with the final preview
+
+        def draw(on_token: OnToken, on_image: OnImage) -> list[Image.Image]:
+            return trial.draw(
+                prompt, num_images, on_token=on_token, on_image=on_image, preview_rows=preview_rows, **settings
+            )
+
+        return PreviewStream(draw, on_final=lambda: vars(self).update(vars(trial)))
 
     def _inputs(self, messages: Conversation) -> BatchFeature:
         return chat_inputs(self.model, self.processor, [messages])
@@ -228,21 +259,6 @@ class _Closed(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return input_ids.new_full((len(input_ids),), self.event.is_set()).bool()
-
-
-class _Progress(BaseStreamer):
-    """A streamer that counts steps; the first value it receives is the prompt, which does not count."""
-
-    def __init__(self, on_token: Callable[[int, int], None], total: int) -> None:
-        self.on_token, self.total, self.done = on_token, total, -1
-
-    def put(self, value: Tensor) -> None:
-        self.done += 1
-        if self.done:
-            self.on_token(self.done, self.total)
-
-    def end(self) -> None:
-        pass
 
 
 def _check_drawing(num_images: Any, seed: Any, settings: dict[str, Any]) -> None:
