@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 GROUND = {"errors", "launched", "config", "runs", "saving", "sampling", "networks", "english", "bfloat16"}
-GROUND |= {"field_rules", "checkpoint_files"}
+GROUND |= {"field_rules", "checkpoint_files", "registration"}
 FOUNDATION = GROUND | {"tokenizer", "data"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
 RULES = GROUND | {"data"}  # what scores without a model
