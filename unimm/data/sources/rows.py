@@ -22,6 +22,8 @@ class ReadOptions:
         streaming: read the parquet or tar files in place, shard by shard, instead of copying tables to the cache first.
         image_column, text_column: columns of tables; `text_column` is also the caption's field in .json and
             metadata.jsonl files next to images.
+        target_column: column of the edited images (editing only); `image_column` holds the images before it and
+            `text_column` the instructions.
         max_aspect_ratio: leave out images whose longer side / shorter side is larger.
         min_side: leave out images whose shorter side has fewer pixels.
     """
@@ -31,6 +33,7 @@ class ReadOptions:
     streaming: bool = False
     image_column: str = "image"
     text_column: str = "text"
+    target_column: str = "target"
     max_aspect_ratio: Annotated[float, Range(least=1)] | None = None
     min_side: Natural = 0
 
