@@ -32,9 +32,9 @@ from transformers.utils import is_torchvision_available, logging
 from unimm.errors import UserError, run_main
 from unimm.mllm import attach
 from unimm.mllm.answering import chat_inputs
-from unimm.mllm.attach import TEXT_HOSTS
 from unimm.mllm.doctor import examine
 from unimm.mllm.export import detach
+from unimm.mllm.hosts.text_only import TEXT_HOSTS
 from unimm.runs.provenance import git_commit
 from unimm.runs.report import Report
 from unimm.testing.hosts import ENCODER_FAMILIES, HOST_FAMILIES, ROWS, tiny_host, tiny_tokenizer

@@ -7,7 +7,6 @@ are untrained: train both before the model understands or generates images.
 """
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +29,9 @@ from unimm.checkpoint_files import examining, refuse_excess_of, refuse_non_finit
 from unimm.errors import UserError, reading
 from unimm.field_rules import check_attention
 from unimm.mllm.defaults import generation_defaults
-from unimm.mllm.hosts.registry import HOSTS, M_ROPE, MULTIMODAL_HOSTS, UnimmLlavaConfig, merged_side
+from unimm.mllm.hosts.configs import shared_fields
+from unimm.mllm.hosts.registry import HOSTS, M_ROPE, MULTIMODAL_HOSTS, merged_side
+from unimm.mllm.hosts.text_only import TEXT_HOSTS, is_text_only, text_only_config, text_only_decoder
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.templates import chat_template, end_of_turn_ids, is_published
 from unimm.mllm.vocabulary import (
@@ -39,21 +40,16 @@ from unimm.mllm.vocabulary import (
     VisualVocabulary,
     add_markers,
     grow_rows,
-    set_vocab_size,
     visual_base,
 )
 from unimm.saving import no_load_report, refuse_holes
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 from unimm.tokenizer.loading import load_image_tokenizer
 
-TEXT_HOSTS = ("llama", "qwen2", "qwen3")  # model types of the text-only language models that become a LLaVA
 PARTS_OF_THEIR_OWN = ("model.vision_tower.", "model.visual.", "model.language_model.", "lm_head.")
 """Weights that `attach` replaces or extends; all others of a multimodal host (projector, newline) are copied as is."""
 _MOVED = {"model.visual.merger.": "model.multi_modal_projector.merger."}
 SUPPORTED = (*TEXT_HOSTS, *MULTIMODAL_HOSTS)
-
-
-_UNKEPT = ("architectures", "transformers_version", "_name_or_path", "dtype")  # not part of the architecture
 
 
 @dataclass(frozen=True)
@@ -135,10 +131,10 @@ def attach(
     processor.mark_images = markers.begin in vocabulary_before and markers.begin not in _rendered(
         texts, {"type": "image"}
     )
-    if own_template and host.config.model_type in TEXT_HOSTS:
+    if own_template and is_text_only(host.config.model_type):
         # the host's own template decides about the BOS token, whatever the tokenizer adds to plain text
         processor.begin_token = _rendered(texts, {"type": "text", "text": "?"}).startswith(texts.bos_token or "\0")
-    compose = _multimodal_config if host.config.model_type in MULTIMODAL_HOSTS else _llava_config
+    compose = text_only_config if is_text_only(host.config.model_type) else _multimodal_config
     config = compose(host, image_tokenizer, processor, rows)
     config.image_position_mode = image_position_mode
     dtype = dtype or host.dtype
@@ -185,7 +181,7 @@ def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
     with examining("The host", path, loading.get("revision")):
         model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type", "nameless")
         _check_supported(model_type)
-        auto = AutoModelForImageTextToText if model_type in MULTIMODAL_HOSTS else AutoModelForCausalLM
+        auto = AutoModelForCausalLM if is_text_only(model_type) else AutoModelForImageTextToText
         refuse_excess_of(auto, AutoConfig.from_pretrained(path))
         with no_load_report():
             host, info = auto.from_pretrained(path, ignore_mismatched_sizes=True, output_loading_info=True, **loading)
@@ -213,7 +209,7 @@ def _attention(host: PreTrainedModel) -> str | None:
 
 def _language_model(host: PreTrainedModel) -> PreTrainedModel:
     """Return the host's decoder without its head."""
-    return host.model.language_model if host.config.model_type in MULTIMODAL_HOSTS else host.base_model
+    return text_only_decoder(host) if is_text_only(host.config.model_type) else host.model.language_model
 
 
 def _placeholder(host: PreTrainedModel, texts: PreTrainedTokenizerBase) -> str | None:
@@ -239,8 +235,7 @@ def _merge(host: PreTrainedModel, image_tokenizer: ImageTokenizer) -> int:
 
 
 def _attachment(host: PreTrainedModel, lost: list[str]) -> Attachment:
-    multimodal = host.config.model_type in MULTIMODAL_HOSTS
-    projector = not multimodal or any("multi_modal_projector" in name for name in lost)
+    projector = is_text_only(host.config.model_type) or any("multi_modal_projector" in name for name in lost)
     kept = ("language model", "text rows") if projector else ("language model", "text rows", "projector")
     untrained = ("projector", "image rows") if projector else ("image rows",)
     return Attachment(host.config.model_type, kept, untrained)
@@ -294,47 +289,6 @@ def build_processor(
     )
 
 
-def image_vocabulary_fields(
-    host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, text_rows: int
-) -> dict[str, Any]:
-    """Return the values of `vocabulary.ImageVocabularyFields`, the same for every host family."""
-    return {
-        "text_vocab_size": text_rows,
-        "image_vocab_start": processor.image_vocab_start,
-        "codebook_size": processor.codebook_size,
-        "image_grid": processor.image_grid,
-        "boi_token_id": processor.boi_token_id,
-        "eoi_token_id": processor.eoi_token_id,
-        "null_prompt": processor.null_prompt_ids(),
-        "tokenizer_fingerprint": image_tokenizer.fingerprint,
-        "host_config": _plain(host.config),
-    }
-
-
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the config as config.json stores it: without defaults, with JSON keys."""
-    fields: dict[str, Any] = json.loads(config.to_json_string())
-    return {name: value for name, value in fields.items() if name not in _UNKEPT}
-
-
-def _llava_config(
-    host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, rows: int
-) -> UnimmLlavaConfig:
-    """Build a LLaVA config around the host's text config: features of the last layer, no CLS token to drop."""
-    text_config = copy_config(host.config)
-    set_vocab_size(text_config, old=rows, new=processor.vocabulary.end)
-    fields = image_vocabulary_fields(host, image_tokenizer, processor, rows) | {
-        "vision_config": copy_config(image_tokenizer.config),
-        "text_config": text_config,
-        "image_token_index": processor.image_token_id,
-        "image_seq_length": processor.image_seq_length,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-        "tie_word_embeddings": host.config.tie_word_embeddings,
-    }
-    return UnimmLlavaConfig(**fields)
-
-
 def _multimodal_config(
     host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, rows: int
 ) -> PreTrainedConfig:
@@ -342,8 +296,6 @@ def _multimodal_config(
 
     The tower returns patches without CLS, and its last hidden state is the tokenizer's feature layer.
     """
-    text_config = copy_config(host.config.get_text_config())
-    set_vocab_size(text_config, old=rows, new=processor.vocabulary.end)
     own = {k: v for k, v in host.config.to_dict().items() if k not in ("model_type", "architectures", "text_config")}
     token_field = "image_token_index" if "image_token_index" in own else "image_token_id"
     taps = (
@@ -351,18 +303,8 @@ def _multimodal_config(
     )
     if host.config.model_type in M_ROPE:
         own["spatial_merge_size"] = merged_side(host.config)
-    changed = image_vocabulary_fields(host, image_tokenizer, processor, rows) | {
-        "vision_config": copy_config(image_tokenizer.config),
-        "text_config": text_config,
-        token_field: processor.image_token_id,
-        "image_seq_length": processor.image_seq_length,
-    }
+    changed = shared_fields(host, image_tokenizer, processor, rows) | {token_field: processor.image_token_id}
     return MULTIMODAL_HOSTS[host.config.model_type](**(own | taps | changed))
-
-
-def copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a copy of the config: modules that share one config object would see each other's changes."""
-    return AutoConfig.for_model(config.model_type, **{k: v for k, v in config.to_dict().items() if k != "model_type"})
 
 
 def _composed_state(
@@ -379,7 +321,7 @@ def _composed_state(
     state, lost = model.state_dict(), []
     for name, tensor in _language_model(host).state_dict().items():
         state[f"model.language_model.{name}"] = tensor
-    for name, tensor in host.state_dict().items() if host.config.model_type in MULTIMODAL_HOSTS else ():
+    for name, tensor in () if is_text_only(host.config.model_type) else host.state_dict().items():
         for old, new in _MOVED.items():
             name = name.replace(old, new)
         if not name.startswith(PARTS_OF_THEIR_OWN):

@@ -30,7 +30,9 @@ from transformers import (
 )
 
 from unimm.errors import UserError
-from unimm.mllm.attach import PARTS_OF_THEIR_OWN, TEXT_HOSTS, copy_config
+from unimm.mllm.attach import PARTS_OF_THEIR_OWN
+from unimm.mllm.hosts.configs import copy_config
+from unimm.mllm.hosts.text_only import is_text_only, text_only_model
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.vocabulary import set_vocab_size
 from unimm.saving import whole_folder
@@ -68,9 +70,9 @@ def detach(model: Any) -> PreTrainedModel:
     fields = copy.deepcopy(model.config.host_config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     rows = config.get_text_config().vocab_size
-    if config.model_type in TEXT_HOSTS:
-        host = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-        state = _below(f"{host.base_model_prefix}.", _cut(model.model.language_model.state_dict(), rows))
+    if is_text_only(config.model_type):
+        decoder = _cut(model.model.language_model.state_dict(), rows)
+        host, state = text_only_model(config, decoder, dtype=model.dtype)
     else:
         host = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
         state = _stock_state(model, rows)

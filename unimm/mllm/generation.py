@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from unimm.errors import UserError
 from unimm.mllm.arguments import IMAGE_MODE_IGNORES, check_text_mode, image_mode_arguments
+from unimm.mllm.conditions import forced_rows
 from unimm.mllm.decoding import Steps, expand_cache, steps_after
 from unimm.mllm.drawing import Drawing, check_parallel_tokens, warn
 from unimm.mllm.text_mode import TextGenerationMixin
@@ -59,6 +60,9 @@ class ImageGenerationMixin(TextGenerationMixin):
                 `return_dict_in_generate`, `output_scores`, `output_logits`. `compile=True` compiles a step (a CUDA
                 graph on GPUs); the first call includes compilation. `parallel_tokens`: guess this many tokens ahead,
                 or "auto", and keep those that one forward confirms; the ids are the same as with 1.
+                `forced_token_ids` [B or S, M]: token ids of the image that are kept as they are (`get_image_tokens`,
+                or an earlier result), -1 for those to draw: inpainting, outpainting, variations. Tokens are drawn in
+                raster order, so a forced one conditions only those after it; runs forced in all rows are read at once.
 
         Returns:
             Text mode: token_ids [B * R, L + new]. Image mode: token_ids [S, M], image ids only; with
@@ -103,6 +107,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         output_logits: bool = False,
         compile: bool = False,
         parallel_tokens: int | Literal["auto"] = 1,
+        forced_token_ids: Tensor | None = None,
         **ignored: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Generate images: prefill the distinct prompts, then sample M image ids per sequence; see `generate`."""
@@ -119,7 +124,11 @@ class ImageGenerationMixin(TextGenerationMixin):
         counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
         # masked: prompts that differ only in what lies under the mask are equal
         keys = request_keys(prompts * mask, pixel_values, counts)
-        seeds = per_image_seeds(keys, seed, num_return_sequences)
+        forced = forced_rows(
+            forced_token_ids, len(prompts), num_return_sequences, self.num_image_tokens, self.visual_vocabulary
+        )
+        requests = [(key, tuple(row)) for key, row in zip(keys, forced[::num_return_sequences].tolist(), strict=True)]
+        seeds = per_image_seeds(requests, seed, num_return_sequences)
         prompts, mask = _end_with(prompts, mask, self.config.boi_token_id)
         if streamer is not None:
             streamer.put(prompts.cpu())
@@ -142,7 +151,8 @@ class ImageGenerationMixin(TextGenerationMixin):
         logits, steps = self._read_prompts(rows, row_mask, sources, images, compile)
         noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, logits.device)
         scales = scales.repeat_interleave(num_return_sequences, 1)  # [M, S]
-        drawing = Drawing(logits, steps, scales, noise, sampling, self.visual_vocabulary.base)
+        base = self.visual_vocabulary.base
+        drawing = Drawing(logits, steps, scales, noise, sampling, base, forced, every_step=return_dict_in_generate)
         if parallel_tokens != 1 and not drawing.can_forget:
             warn("one token at a time: this host's cache cannot take back tokens that were guessed wrong")
             parallel_tokens = 1
@@ -150,7 +160,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         for raw, warped, token_ids in drawing.run(parallel_tokens):
             if streamer is not None:
                 streamer.put(token_ids.cpu())
-            if return_dict_in_generate:
+            if raw is not None and warped is not None and return_dict_in_generate:
                 kept["logits"] += [raw] if output_logits else []
                 kept["scores"] += [warped] if output_scores else []
         if streamer is not None:

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from unimm.mllm.attach import TEXT_HOSTS
+from unimm.mllm.hosts.text_only import TEXT_HOSTS
 from unimm.tokenizer import VQRAE
 from unimm.tokenizer.encoders import FAMILIES, encoder_family
 

@@ -22,6 +22,7 @@ class VFMTok(ImageTokenizer):
 
     config_class = VFMTokConfig
     trains_encoder = False
+    ids_are_patches = False
 
     def __init__(self, config: VFMTokConfig) -> None:
         super().__init__(config)
