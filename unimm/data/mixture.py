@@ -108,6 +108,8 @@ class FlowConfig:
             raise UserError(
                 f"The source {self.source} is in LLaVA's format: give the folder of its images, image_folder."
             )
+        if llava:
+            self.read.refuse_others(self.source, "a file in LLaVA's format")
         if not llava and (self.image_folder is not None or self.drop_questions or self.group_by_modality):
             raise UserError(
                 "image_folder, drop_questions and group_by_modality are for conversations in LLaVA's format, a .json "
@@ -310,7 +312,7 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
         ids = IdsFolder(filled(place))
         drawn = None if part is None else PartOfRows(ids, share, part, place)
         return IdDrawings(ids, seed=seed, null_prompt_prob=null, rows=drawn)
-    opened, talk = open_images(place, flow.read), flow.kind == "conversation"
+    opened, talk = open_images(place, flow.read, strict=not own), flow.kind == "conversation"
     if talk:
         opened = ConversationRows(opened, place)
     if flow.kind == "editing":

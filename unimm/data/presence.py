@@ -23,9 +23,10 @@ def _require(flow: FlowConfig, place: str) -> None:
     if flow.image_folder is not None:
         require_files(data_path(place), data_path(flow.image_folder))
     elif flow.kind == "drawing" and holds_ids(place):
+        flow.read.refuse_others(place, "a folder of ids")
         IdsManifest.read(filled(place))
     else:
-        rows = open_images(place, flow.read)
+        rows = open_images(place, flow.read, strict=place == flow.source)
         if flow.kind == "conversation":
             require_conversations(rows, place)
         elif flow.kind == "editing":

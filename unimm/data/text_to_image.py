@@ -10,7 +10,7 @@ from PIL import Image
 
 from unimm.data.conversations import Message, RowsFlow, message
 from unimm.data.held_out import PartOfRows
-from unimm.data.image_streams import crop
+from unimm.data.resizing import crop
 from unimm.data.shapes import render, sample_captioned_scene
 from unimm.data.shapes.phrasings import sample_request
 from unimm.data.shapes.prompts import Split, scene_for

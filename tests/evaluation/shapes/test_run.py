@@ -23,6 +23,7 @@ from unimm.evaluation.runs.html_report import write_report
 from unimm.evaluation.runs.records import read_records, read_summary
 from unimm.evaluation.shapes import run as shapes
 from unimm.evaluation.shapes.run import (
+    ALL_PARTS,
     PARTS,
     QUESTION_KINDS,
     ShapesPlan,
@@ -312,7 +313,7 @@ def test_tokenizer_alone_scores_as_inside_the_model(model_folder: Path, tmp_path
         (["--model", "no/such/folder"], "There is no model folder no/such/folder"),
         (
             ["--parts", "chat,draw"],
-            f"--parts names draw; the parts are {', '.join((*PARTS, 'edits', 'interleaved', 'phrasing'))}.",
+            f"--parts names draw; the parts are {', '.join(ALL_PARTS)}.",
         ),
         (["--num-scenes", "0"], "num_scenes is 0; it must be at least 1."),
         (["--rows", "no/such/folder/rows.jsonl"], "its folder does not exist"),

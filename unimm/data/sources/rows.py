@@ -1,7 +1,7 @@
 """Read options of external data, and the decoding and checks that turn a raw row into {"image", "text", "key", ...}."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +42,17 @@ class ReadOptions:
             raise UserError(
                 f"max_aspect_ratio is longer side / shorter side, at least 1, and is {self.max_aspect_ratio}."
             )
+
+    def refuse_others(self, source: str, what: str, names: Sequence[str] = ()) -> None:
+        """Raise UserError if an option is set that `source`, which is `what` ("a folder of images"), does not have;
+        `names` are those that it has."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in names and value != option.default:
+                have = f"it has read.{', read.'.join(names)}" if names else "it has no read options"
+                raise UserError(
+                    f"read.{option.name} is {value!r} and does not apply to {source}, {what}: remove it ({have})."
+                )
 
     def check(self, size: tuple[int, int]) -> None:
         """Raise `Filtered` if an image of (width, height) is filtered out."""

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from PIL import Image
 
+from unimm.data.conversations import message
 from unimm.data.editing import editing
 from unimm.data.interleaved import sample_interleaved
-from unimm.data.shapes import COLORS, SHAPES, render
+from unimm.data.shapes import COLORS, SHAPES, Prompt, render
 from unimm.data.shapes.detector import background_of, detect
 from unimm.data.shapes.edits import KINDS, Edit, sample_edit
 from unimm.data.shapes.strict import read_strictly
 from unimm.english import NUMBERS, plural
 from unimm.evaluation.runs.records import Key
+from unimm.evaluation.shapes.arguments import ShapesPlan
 from unimm.evaluation.shapes.run import (
     Row,
-    ShapesPlan,
     Shown,
     Wanted,
-    answer_questions,
     judge_drawing,
     keyed_row,
     mean,
@@ -34,8 +34,10 @@ from unimm.evaluation.shapes.run import (
     progress,
     read_objects,
 )
-from unimm.mllm.draw_prompts import draw_conversations, draw_prompts
+from unimm.mllm.answering import chat_inputs
+from unimm.mllm.draw_prompts import draw_conversations
 
+MAX_TEXT_TOKENS = 48
 NAMED = re.compile(
     rf"(?:\b({'|'.join(NUMBERS)}) )?\b({'|'.join(COLORS)}) (?:({'|'.join(map(plural, SHAPES))})|({'|'.join(SHAPES)}))\b"
 )
@@ -106,27 +108,43 @@ def interleaved(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = b
         shown: list[Shown] = []
         drawn = draw_and_say(model, processor, requests, seeds, **plan.sampling)
         for (key, request, prompt), seed, (image, text) in zip(batch, seeds, drawn, strict=True):
-            judged = judge_drawing(prompt, image)
-            row = keyed_row(key, seed=seed, prompt=request, answer=text, found=judged["found"])
-            row |= {"drawn": judged["correct"], "strict_drawn": judged["strict"]} | judge_text(text, image)
-            shown.append((row, {"drawn": image}))
+            row = keyed_row(key, seed=seed, prompt=request, answer=text) | judge_answer(prompt, image, text)
+            shown.append((row, {} if image is None else {"drawn": image}))
         yield shown
 
 
 def draw_and_say(
     model: Any, processor: Any, requests: Sequence[str], seeds: Sequence[int], **sampling: Any
-) -> list[tuple[Image.Image, str]]:
-    """Return the image of each request and the text about it: drawn first, then asked for."""
-    images = draw_prompts(model, processor, requests, seeds, **sampling)
-    questions = [(image, "Describe the picture.") for image in images]
-    return list(zip(images, answer_questions(model, processor, questions), strict=True))
+) -> list[tuple[Image.Image | None, str]]:
+    """Return the first image (None without one) and the text after it of the interleaved answers to requests."""
+    inputs = chat_inputs(model, processor, [[message("user", request)] for request in requests])
+    images = {"image_generation": sampling} if sampling else {}
+    room = model.num_image_tokens + 2 + MAX_TEXT_TOKENS
+    written = model.generate(
+        **inputs, generation_mode="interleaved", seed=list(seeds), do_sample=False, max_new_tokens=room, **images
+    )
+    answers: list[tuple[Image.Image | None, str]] = []
+    for parts in processor.split_parts(written[:, inputs["input_ids"].shape[1] :]):
+        places = [place for place, part in enumerate(parts) if part["type"] == "image"]
+        image, after = None, 0
+        if places:
+            token_ids = model.visual_vocabulary.token_ids(parts[places[0]]["ids"][None])
+            (image,) = processor.postprocess(model.decode_image_tokens(token_ids))
+            after = places[0] + 1
+        answers.append((image, " ".join(part["text"] for part in parts[after:] if part["type"] == "text").strip()))
+    return answers
 
 
-def judge_text(text: str, image: Image.Image) -> Row:
-    """Return whether a text names exactly the objects of an image, by both detectors."""
-    named, strictly = named_objects(text), read_strictly(image)
+def judge_answer(prompt: Prompt, image: Image.Image | None, text: str) -> Row:
+    """Return whether a text names exactly the objects of its image (`correct`), and whether the image shows the prompt
+    (`drawn`), by both detectors."""
+    if image is None:
+        reasons = ["no image"]
+        return {"correct": False, "reasons": reasons, "drawn": False, "strict": False, "strict_drawn": False}
+    judged, named, strictly = judge_drawing(prompt, image), named_objects(text), read_strictly(image)
     correct = named == read_objects(image)
     row = {"correct": correct, "reasons": [] if correct else [f"named {', '.join(names(named)) or 'nothing'}"]}
+    row |= {"found": judged["found"], "drawn": judged["correct"], "strict_drawn": judged["strict"]}
     return row | {"strict": strictly.shows(named), "refusals": list(strictly.refusals)}
 
 

@@ -24,12 +24,12 @@ from unimm.data.shapes.things import REFUSAL, UNSEEN_THINGS
 from unimm.data.shapes.world import Scene
 from unimm.evaluation.metrics.answers import same_answer
 from unimm.evaluation.runs.records import Key
+from unimm.evaluation.shapes.arguments import ShapesPlan
 from unimm.evaluation.shapes.run import (
     QUESTION_KINDS as ASKED_KINDS,
 )
 from unimm.evaluation.shapes.run import (
     Row,
-    ShapesPlan,
     Shown,
     Wanted,
     judge_drawing,
