@@ -202,8 +202,8 @@ class TokenizerTrainingConfig:
     `codebook_init` "data" initializes the codebook at the k-means centers of the latents (ours; "random" is the
     paper's). Every `restart_steps` steps (ours too; None: never), up to the share `restart_until` of the run, dead
     codes, unused since the last restart, move to poorly quantized latents; with `restart_redundant` so do codes that a
-    more frequent neighbor can replace (`SimVQ.redundant`). After the last step, `reestimation_rounds` rounds of
-    `reestimate` spread the codes, each on `codebook_init_images` images, with everything else fixed.
+    more frequent neighbor can replace (`redundant_codes`). After the last step, `reestimation_rounds` rounds of
+    `reestimate_codes` spread the codes, each on `codebook_init_images` images, with everything else fixed.
 
     In stage 2 the encoder trains at `encoder_learning_rate`. Stage 3, ours, trains the decoder alone: ids and features
     do not change, so it can follow the training of a language model. The learning rate of every group ends at min(its
