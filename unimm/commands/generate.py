@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=scale, metavar="T", help="how freely to draw; 0 = always the likeliest id"
     )
+    parser.add_argument("--no-preview", action="store_true", help="do not show the image so far in the terminal")
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -48,8 +49,14 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         "parallel_tokens": arguments.parallel_tokens,
     }
     with Progress("drawing") as progress, report.timed("per_image", share=arguments.num_images):
+        shows = progress.images.active and not arguments.no_preview
         images = session.draw(
-            arguments.prompt, num_images=arguments.num_images, seed=seed, on_token=progress, **options
+            arguments.prompt,
+            num_images=arguments.num_images,
+            seed=seed,
+            on_token=progress,
+            on_image=progress.show if shows else None,
+            **options,
         )
     paths = saved(images, arguments.output, DRAWING)
     report.add(prompt=arguments.prompt, images=[str(path) for path in paths], seed=seed, **options)
