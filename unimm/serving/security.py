@@ -64,6 +64,9 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > settings.max_body:
+            return APIError(413, f"Content Too Large: {length[:20]} bytes, and the server takes {settings.max_body}.")
         if self.open >= settings.max_requests:
             return APIError(
                 429,
