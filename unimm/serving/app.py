@@ -45,7 +45,6 @@ def create_app(engine: Engine, settings: ServingSettings | None = None, *, close
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from other hosts
         redoc_url=None,
-        max_body_size=settings.max_body,
         responses=dict.fromkeys(_KNOWN_STATUSES, _ERROR),
     )
     app.state.service = service
