@@ -66,7 +66,12 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": "hello"}, 400, "messages"),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),
-    (CHAT, {"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "y"}]}, 200, ""),
+    (
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "y"}]},
+        400,
+        "role of a turn",
+    ),
     (CHAT, said({"type": "video", "text": "x"}, {"type": "text", "text": "x"}), 400, "messages.0.content"),
     (CHAT, said("x", temperature="hot"), 400, "temperature"),
     (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "temperature"),
@@ -131,8 +136,6 @@ def test_bad_input_is_answered_in_one_sentence(
 ) -> None:
     found, answer = post(tiny_served, path, body)
     assert found == status, answer
-    if status == 200:
-        return
     error = answer["error"]
     assert set(answer) == {"error"} and set(error) == {"message", "type", "param", "code"}
     assert re.search(message, error["message"]), error
@@ -169,7 +172,7 @@ def test_broken_forms_are_refused(tiny_served: Served) -> None:
         (form(image, prompt, *[(f'name="f{n}"', b"x") for n in range(100)]), kind, 400),
         (form(*[image] * 40, prompt), kind, 400),
         (form(image, ('name="prompt"', b"x" * 150_000)), kind, 400),
-        (form(image, ('name="prompt"', b"\xff\xfe")), kind, 400),
+        (form(image, ('name="prompt"', b"\xff\xfe")), kind, 200),
     ):
         found, answer = post(tiny_served, EDIT, body, Content_Type=content_type)
         assert found == status, (body[:80], answer)
