@@ -51,6 +51,7 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "trl": ("unimm/training", "recipes"),
     "gradio": ("unimm/serving",),
     "fastapi": ("unimm/serving",),
+    "uvicorn": ("unimm/serving",),
     "lmms_eval": ("unimm/evaluation/understanding", "eval"),
     "recipes": (),
     "eval": ("eval",),

@@ -27,7 +27,7 @@ from unimm.data.characters import check_characters
 from unimm.data.images import each_image, load_image, read_image, save_numbered
 from unimm.errors import UserError, one_line, run_main
 from unimm.mllm.answering import Conversation, chat_inputs
-from unimm.mllm.conditions import keep_outside, mask_cells, redrawn_share
+from unimm.mllm.conditions import keep_outside, redrawn_cells, redrawn_share
 from unimm.mllm.previews import DrawingStreamer, OnImage, OnToken, PreviewStream
 from unimm.noise import image_seed
 from unimm.sampling import SamplingOptions, sampling_options
@@ -333,11 +333,7 @@ class ChatSession:
         if mask is None:
             seeds = [image_seed(int(seed), k) for k in range(num_images)]
             return keep_outside(token_ids, redrawn_share(strength, seeds, token_ids.shape[1]))
-        if not self.model.image_tokenizer.ids_are_patches:
-            kind = type(self.model.image_tokenizer).__name__
-            raise UserError(f"The image tokens of a {kind} are no patches, so a mask cannot choose among them.")
-        square = self.processor.image_processor.pad_to_square
-        cells = torch.from_numpy(mask_cells(mask, self.processor.image_grid, square=square))
+        cells = torch.from_numpy(redrawn_cells(self.model, self.processor, mask))
         return keep_outside(token_ids, cells.flatten().expand(num_images, -1))
 
     def _inputs(self, messages: Conversation) -> BatchFeature:
