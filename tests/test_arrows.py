@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.metrics": RULES,
     "demo": MODELS | {"chat", "evaluation"},
     "serving": MODELS | {"chat"},
-    "commands": MODELS | {"chat", "demo", "evaluation", "serving", "training"},
+    "commands": MODELS | {"chat", "demo", "evaluation", "export", "serving", "training"},
     "cli": {"commands", "errors", "runs"},
     "registration": set(),  # names modules; imports none
     "__init__": {"registration", "tokenizer", "class_conditional", "mllm", "chat"},

@@ -80,7 +80,11 @@ def test_its_chat_template_needs_no_tag_of_transformers(tmp_path: Path) -> None:
     assert "generation" in processor.chat_template
     save_gguf(model, processor, tmp_path)
     template = strings(GGUFReader(tmp_path / "model.gguf"), "tokenizer.chat_template")
-    chat = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "b"}]
+    chat = [
+        {"role": "user", "content": "is it?"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "b"},
+    ]
     found = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
     expected = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert found.render(messages=chat, add_generation_prompt=True) == expected

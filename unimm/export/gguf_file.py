@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from gguf.quants import quantize
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from unimm.errors import UserError
 from unimm.export.onnx_files import write_onnx
@@ -44,8 +45,9 @@ PRE_TOKENIZERS = {
 GGUF_FILE, IMAGE_TOKENIZER = "model.gguf", "image_tokenizer"
 
 
-def save_gguf(model: Any, processor: UnimmProcessor, folder: Path, weight_type: str = "f32") -> None:
+def save_gguf(model: Any, processor: UnimmProcessor, folder: Path, weight_type: str = "f32") -> PreTrainedModel:
     """Write model.gguf, the image tokenizer as ONNX (`image_tokenizer/`) and image_vocabulary.json into `folder`.
+    Return the language model.
 
     Args:
         weight_type: one of `TYPES`.
@@ -74,6 +76,7 @@ def save_gguf(model: Any, processor: UnimmProcessor, folder: Path, weight_type: 
         (staging / VOCABULARY_FILE).write_text(json.dumps(vocabulary, indent=2) + "\n", encoding="utf-8")
         (staging / IMAGE_TOKENIZER).mkdir()
         write_onnx(model.image_tokenizer, processor.image_processor, staging / IMAGE_TOKENIZER)
+    return alone
 
 
 def refuse_other_computation(config: Any) -> None:

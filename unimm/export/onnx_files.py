@@ -152,8 +152,8 @@ def _check(name: str, given: Tensor, expected: tuple[Tensor, ...], folder: Path)
         allowed = 0.0 if ours.dtype == torch.int64 else TOLERANCE * max(1.0, float(np.abs(wanted).max()))
         if not difference <= allowed:
             raise UserError(
-                f"onnxruntime {onnxruntime.__version__} computes other {output} from {name}.onnx than torch: they differ "
-                f"by {difference:.2g}, and {allowed:.2g} is allowed. Export with another version of onnxruntime or torch."
+                f"onnxruntime {onnxruntime.__version__} computes other {output} from {name}.onnx than torch: they "
+                f"differ by {difference:.2g}, and {allowed:.2g} is allowed. Use another version of either."
             )
 
 

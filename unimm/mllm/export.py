@@ -127,7 +127,9 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
 
 
 def image_vocabulary(model: Any, processor: UnimmProcessor) -> dict[str, Any]:
-    """Return what an engine needs to draw: the range of the image ids, their grid, the markers, the prompts of an image
+    """Return what an engine needs to draw.
+
+    That is the rows of text, the range of the image ids, their grid, the markers, the prompts of an image
     (`drawing_prompt`, with `{prompt}` in place of the text, and the token ids `null_prompt`) and the sampling defaults.
 
     Raises:
@@ -140,6 +142,7 @@ def image_vocabulary(model: Any, processor: UnimmProcessor) -> dict[str, Any]:
             "write the prompts of this model."
         )
     return {
+        "text_vocab_size": model.config.text_vocab_size,
         "image_vocab_start": model.config.image_vocab_start,
         "codebook_size": model.config.codebook_size,
         "image_grid": list(model.config.image_grid),
