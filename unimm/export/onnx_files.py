@@ -16,18 +16,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimm.errors import UserError
 from unimm.export.onnx_tokenizer import DESCRIPTION, GRAPHS
 from unimm.saving import whole_folder
-from unimm.tokenizer import ImageTokenizer
+from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 
 TOLERANCE = 1e-4
 """Largest difference to torch, relative to the largest value where that is above 1."""
@@ -35,13 +35,13 @@ LARGEST_FILE = 2**31 - 2**20
 """Bytes of weights of one graph in one file (protobuf's limit is 2 GiB); above, they go into a file beside it."""
 
 
-def save_onnx(tokenizer: ImageTokenizer, image_processor: Any, folder: Path) -> None:
+def save_onnx(tokenizer: ImageTokenizer, image_processor: ImageTokenizerProcessor, folder: Path) -> None:
     """Write `write_onnx`'s files into `folder`, all or none."""
     with whole_folder(folder) as staging:
         write_onnx(tokenizer, image_processor, staging)
 
 
-def write_onnx(tokenizer: ImageTokenizer, image_processor: Any, folder: Path) -> None:
+def write_onnx(tokenizer: ImageTokenizer, image_processor: ImageTokenizerProcessor, folder: Path) -> None:
     """Write the tokenizer's encoder, quantizer and decoder into `folder`, with their description.
 
     Each graph is run by onnxruntime on two random images and compared with torch before this returns.
@@ -67,8 +67,8 @@ def write_onnx(tokenizer: ImageTokenizer, image_processor: Any, folder: Path) ->
         "output_size": config.output_size,
         "image_mean": list(image_processor.image_mean),
         "image_std": list(image_processor.image_std),
-        "resample": "bicubic",
-        "pad_to_square": bool(getattr(image_processor, "pad_to_square", False)),
+        "resample": Image.Resampling(image_processor.resample).name.lower(),
+        "pad_to_square": image_processor.pad_to_square,
         "patch_grid": list(config.patch_grid),
         "grid": list(config.grid),
         "hidden_size": config.hidden_size,

@@ -88,7 +88,7 @@ class OnnxImageTokenizer:
         return self._sessions[name].run(None, {GRAPHS[name]["input"]: given})
 
     def _resized(self, image: Image.Image) -> Image.Image:
-        side, resample = self.description["image_size"], Image.Resampling.BICUBIC
+        side, resample = self.description["image_size"], Image.Resampling[self.description["resample"].upper()]
         if self.description["pad_to_square"]:
             color = tuple(int(255 * channel) for channel in self.description["image_mean"])
             longer = max(image.size)
