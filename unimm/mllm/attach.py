@@ -30,7 +30,9 @@ from unimm.errors import UserError, reading
 from unimm.field_rules import check_attention
 from unimm.mllm.defaults import generation_defaults
 from unimm.mllm.hosts.configs import shared_fields
+from unimm.mllm.hosts.heads import embedding_name
 from unimm.mllm.hosts.registry import HOSTS, M_ROPE, MULTIMODAL_HOSTS, merged_side
+from unimm.mllm.hosts.text_check import check_text_host
 from unimm.mllm.hosts.text_only import TEXT_HOSTS, is_text_only, text_only_config, text_only_decoder
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.templates import chat_template, end_of_turn_ids, is_published
@@ -49,7 +51,6 @@ from unimm.tokenizer.loading import load_image_tokenizer
 PARTS_OF_THEIR_OWN = ("model.vision_tower.", "model.visual.", "model.language_model.", "lm_head.")
 """Weights that `attach` replaces or extends; all others of a multimodal host (projector, newline) are copied as is."""
 _MOVED = {"model.visual.merger.": "model.multi_modal_projector.merger."}
-SUPPORTED = (*TEXT_HOSTS, *MULTIMODAL_HOSTS)
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def attach(
     """Build a unified model from a host and an image tokenizer.
 
     Args:
-        host: a causal language model (`TEXT_HOSTS`) or a multimodal model (`MULTIMODAL_HOSTS`), or the path or hub id
-            to load it from. The vision tower of a multimodal host is dropped; its projector is kept if the widths
+        host: a causal language model (whatever `AutoModelForCausalLM` builds) or a multimodal model
+            (`MULTIMODAL_HOSTS`), or the path or hub id to load it from. The vision tower of a multimodal host is dropped; its projector is kept if the widths
             match.
         image_tokenizer: the tokenizer, or the path or hub id to load it from.
         text_tokenizer: the host's text tokenizer; None loads it from the host's `name_or_path`. It is copied; missing
@@ -108,7 +109,7 @@ def attach(
         (model, processor), the model in evaluation mode on the host's device; `model.attachment` lists what is new.
 
     Raises:
-        UserError: if the host is unsupported, cannot merge the patch grid or lacks these positions, or if the chat
+        UserError: if the host is unsupported (`check_text_host`), cannot merge the patch grid or lacks these positions, or if the chat
             template is unknown or belongs to another model.
         ValueError: if `row_init` is unknown, or a marker is not a single token.
     """
@@ -118,6 +119,8 @@ def attach(
     if isinstance(image_tokenizer, str | Path):
         image_tokenizer = load_image_tokenizer(image_tokenizer)
     _check_supported(host.config.model_type)
+    if is_text_only(host.config.model_type):
+        check_text_host(host)
     _check_positions(host.config.model_type, image_position_mode)
     texts = _copy_of(text_tokenizer, host)
     vocabulary_before = texts.get_vocab()
@@ -152,7 +155,7 @@ def attach(
     return model.to(host.device).eval(), processor
 
 
-def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None, seed: int) -> Any:
+def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | dict[str, str], seed: int) -> Any:
     """Build the unified model in `dtype` with an initialized projector; all other weights are still to be loaded.
 
     Modules listed in `_keep_in_fp32_modules_strict` are in float32.
@@ -191,8 +194,11 @@ def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
 
 
 def _check_supported(model_type: str) -> None:
-    if model_type not in SUPPORTED:
-        raise UserError(f"The host is a {model_type} model; supported are {', '.join(SUPPORTED)}.")
+    if not is_text_only(model_type) and model_type not in MULTIMODAL_HOSTS:
+        raise UserError(
+            f"The host is a {model_type} model; supported are {', '.join(MULTIMODAL_HOSTS)}, and language models that "
+            f"AutoModelForCausalLM builds ({', '.join(TEXT_HOSTS)}, ...)."
+        )
 
 
 def _check_positions(model_type: str, mode: str) -> None:
@@ -203,8 +209,9 @@ def _check_positions(model_type: str, mode: str) -> None:
         )
 
 
-def _attention(host: PreTrainedModel) -> str | None:
-    return host.config.get_text_config()._attn_implementation
+def _attention(host: PreTrainedModel) -> dict[str, str]:
+    """Return the host's attention for the language model alone: the tower keeps its own, as after a reload."""
+    return {"text_config": host.config.get_text_config()._attn_implementation}
 
 
 def _language_model(host: PreTrainedModel) -> PreTrainedModel:
@@ -333,13 +340,15 @@ def _composed_state(
         state[f"model.vision_tower.{name}"] = tensor
     embedding = host.get_input_embeddings().weight
     grown = grow_rows(embedding, vocabulary, row_init=row_init, codes=codes, seed=seed)
-    state["model.language_model.embed_tokens.weight"] = grown
+    state[f"model.language_model.{embedding_name(model.model.language_model)}.weight"] = grown
+    head = host.get_output_embeddings()
     if host.config.tie_word_embeddings:
         state["lm_head.weight"] = grown
     else:
-        head = host.get_output_embeddings().weight
         # another seed, or the new rows of an untied head would be correlated with those of the embedding
-        state["lm_head.weight"] = grow_rows(head, vocabulary, row_init=row_init, codes=codes, seed=seed + 1)
+        state["lm_head.weight"] = grow_rows(head.weight, vocabulary, row_init=row_init, codes=codes, seed=seed + 1)
+    if head.bias is not None:
+        state["lm_head.bias"] = grow_rows(head.bias[:, None], vocabulary, row_init="mean")[:, 0]
     return state, lost
 
 

@@ -8,7 +8,7 @@ add a config and model pair here and one config function in `attach.py`.
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -30,6 +30,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionCausalLMOutputWithPast
 
+from unimm.mllm.hosts.heads import embedding_name, finished_logits
 from unimm.mllm.hosts.qwen_vl import (
     UnimmQwen2_5_VLConfig,
     UnimmQwen2_5_VLForConditionalGeneration,
@@ -37,12 +38,18 @@ from unimm.mllm.hosts.qwen_vl import (
     UnimmQwen3VLForConditionalGeneration,
 )
 from unimm.mllm.processing import UnimmProcessor
-from unimm.mllm.unified import UnifiedModelMixin
+from unimm.mllm.unified import UnifiedModelMixin, Vocabulary
 from unimm.mllm.vocabulary import ImageVocabularyFields
 
 
 class UnimmLlavaConfig(ImageVocabularyFields, LlavaConfig):
-    """LLaVA with an image tokenizer as its tower, over any text-only language model."""
+    """LLaVA with an image tokenizer as its tower, over any text-only language model.
+
+    Args:
+        head_bias: whether the head has a bias (Phi).
+        finishes_logits: whether logits are scaled or capped behind the head as the text config says, as a text-only
+            host does (`heads.finished_logits`); a stock LLaVA never does.
+    """
 
     model_type = "unimm_llava"
     sub_configs_defaults = {
@@ -50,12 +57,28 @@ class UnimmLlavaConfig(ImageVocabularyFields, LlavaConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
     }
 
+    head_bias: bool = False
+    finishes_logits: bool = False
+
 
 class UnimmLlavaForConditionalGeneration(UnifiedModelMixin, LlavaForConditionalGeneration):
     """LLaVA with image generation: `generate(generation_mode="image")`."""
 
     config_class = UnimmLlavaConfig
     _output_class = LlavaCausalLMOutputWithPast
+
+    def post_init(self) -> None:
+        """Complete the head as the text-only host has it: its bias, and the name of the embedding that it is tied to."""
+        if self.config.head_bias:
+            self.lm_head = nn.Linear(self.lm_head.in_features, self.lm_head.out_features, bias=True)
+        self._tied_weights_keys = {
+            "lm_head.weight": f"model.language_model.{embedding_name(self.model.language_model)}.weight"
+        }
+        super().post_init()
+
+    def _logits(self, hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
+        logits = super()._logits(hidden, vocabulary)
+        return finished_logits(logits, self.config.get_text_config()) if self.config.finishes_logits else logits
 
 
 class UnimmInternVLConfig(ImageVocabularyFields, InternVLConfig):
