@@ -89,8 +89,8 @@ def attach(
 
     Args:
         host: a causal language model (whatever `AutoModelForCausalLM` builds) or a multimodal model
-            (`MULTIMODAL_HOSTS`), or the path or hub id to load it from. The vision tower of a multimodal host is dropped; its projector is kept if the widths
-            match.
+            (`MULTIMODAL_HOSTS`), or the path or hub id to load it from. The vision tower of a multimodal host is
+            dropped; its projector is kept if the widths match.
         image_tokenizer: the tokenizer, or the path or hub id to load it from.
         text_tokenizer: the host's text tokenizer; None loads it from the host's `name_or_path`. It is copied; missing
             image markers are added to the copy.
@@ -109,8 +109,8 @@ def attach(
         (model, processor), the model in evaluation mode on the host's device; `model.attachment` lists what is new.
 
     Raises:
-        UserError: if the host is unsupported (`check_text_host`), cannot merge the patch grid or lacks these positions, or if the chat
-            template is unknown or belongs to another model.
+        UserError: if the host is unsupported (`check_text_host`), cannot merge the patch grid or lacks these positions,
+            or if the chat template is unknown or belongs to another model.
         ValueError: if `row_init` is unknown, or a marker is not a single token.
     """
     check_attention(attn_implementation)

@@ -68,7 +68,7 @@ class UnimmLlavaForConditionalGeneration(UnifiedModelMixin, LlavaForConditionalG
     _output_class = LlavaCausalLMOutputWithPast
 
     def post_init(self) -> None:
-        """Complete the head as the text-only host has it: its bias, and the name of the embedding that it is tied to."""
+        """Give the head the bias of a text-only host, and the name of the embedding that it is tied to."""
         if self.config.head_bias:
             self.lm_head = nn.Linear(self.lm_head.in_features, self.lm_head.out_features, bias=True)
         self._tied_weights_keys = {
