@@ -80,7 +80,9 @@ class TextModel:
     def __init__(self, path: str) -> None:
         unified = False
         if (config := Path(path, "config.json")).is_file():
-            unified = read_settings(config).get("model_type") in {each.model_type for each in HOSTS}
+            unified = read_settings(config).get("model_type") in {
+                family.config_class.model_type for family in HOSTS.values()
+            }
         if unified or path == "default":
             self.model, processor = load(path)
             self.tokenizer = processor.tokenizer

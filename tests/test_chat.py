@@ -186,6 +186,7 @@ def test_converse_reads_lines(
         "is it red?",
         "",
         "/draw two",
+        "/edit one",
         "/image none.png",
         "/fly",
         "/reset",
@@ -197,6 +198,7 @@ def test_converse_reads_lines(
     printed = capsys.readouterr()
     assert Path("picture-1.png").read_text() == "mine"
     assert Image.open("picture-2.png").size == (16, 16) and "picture-2.png" in printed.out
+    assert Image.open("picture-3.png").size == (16, 16) and "picture-3.png" in printed.out
     assert "no such file" in printed.err and "There is no command /fly" in printed.err
     assert len(session.messages) == 2
 

@@ -8,30 +8,37 @@ in it are encoded as plain characters. Run `python -m unimm.chat` for a chat in 
 import argparse
 import io
 import math
+import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from unimm.data.characters import check_characters
 from unimm.data.images import each_image, load_image, read_image, save_numbered
 from unimm.errors import UserError, one_line, run_main
 from unimm.mllm.answering import Conversation, chat_inputs
+from unimm.mllm.conditions import keep_outside, mask_cells, redrawn_share
+from unimm.mllm.previews import DrawingStreamer, OnImage, OnToken, PreviewStream
+from unimm.sampling import image_seed
 
 logger = logging.get_logger(__name__)
 
 ImageLike: TypeAlias = Image.Image | str | Path | np.ndarray | Tensor
 Overflow = Literal["drop", "refuse"]
-HELP = "/image FILE shows an image, /draw PROMPT draws one, /reset forgets, /quit ends."
+HELP = (
+    "/image FILE shows an image, /draw PROMPT draws one, /edit PROMPT changes the last one, /reset forgets, /quit ends."
+)
 
 
 class ChatSession:
@@ -111,9 +118,14 @@ class ChatSession:
         top_k: int | None = None,
         top_p: float | None = None,
         parallel_tokens: int | Literal["auto"] = 1,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: OnToken | None = None,
+        on_image: OnImage | None = None,
+        preview_rows: int | None = None,
+        history: bool = False,
+        variation_of: ImageLike | None = None,
+        strength: float = 0.5,
     ) -> list[Image.Image]:
-        """Generate images of `prompt`. The model is conditioned on this text alone, not on the history.
+        """Generate images of `prompt`. Without `history`, the model is conditioned on this text alone.
 
         Args:
             seed: image k of a prompt depends on (seed, k) only; None uses a new seed each time.
@@ -122,7 +134,12 @@ class ChatSession:
             temperature: sampling temperature of the image tokens; 0 is greedy.
             top_k, top_p: sample from the k most likely ids, or from the smallest set with this total probability.
             parallel_tokens: guess this many image tokens ahead, or "auto"; faster for few images, same result.
-            on_token: called with (image tokens done, image tokens of an image) after each step.
+            on_token: called with (image tokens done, image tokens of an image) after each token.
+            on_image: called with (images so far, image tokens done, image tokens of an image) every `preview_rows` rows
+                of image tokens (None: an eighth of them), the last time with the images that are returned.
+            history: condition on the whole conversation, its images included.
+            variation_of: an image whose tokens are kept, except for a random share that is drawn anew.
+            strength: this share, above 0 and at most 1.
 
         Raises:
             UserError: if the prompt is empty or too long for the model's context, or a setting is invalid.
@@ -130,8 +147,83 @@ class ChatSession:
         request = _user_turn(prompt, None, "prompt")
         settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         _check_drawing(num_images, seed, settings)
-        total = self.model.num_image_tokens
+        streamer = self._streamer(on_token, on_image, preview_rows)
+        kept = self._kept(self.messages, request, self.model.num_image_tokens + 1) if history else []
+        inputs = self._inputs([*kept, request])
+        forced = None
+        if variation_of is not None:
+            seed = secrets.randbelow(2**62) if seed is None else seed
+            token_ids = self._token_ids(self._pixel_values(variation_of))
+            forced = self._redrawn(token_ids, strength, seed, num_images)
+        images = self._generated(inputs, num_images, seed, settings, parallel_tokens, streamer, forced)
+        self._remember(kept if history else self.messages, request, _shown(images))
+        return images
+
+    def edit(
+        self,
+        prompt: str,
+        image: ImageLike | None = None,
+        mask: Any = None,
+        *,
+        num_images: int = 1,
+        seed: int | None = None,
+        strength: float | None = None,
+        parallel_tokens: int | Literal["auto"] = 1,
+        on_token: OnToken | None = None,
+        on_image: OnImage | None = None,
+        preview_rows: int | None = None,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """Edit an image by an instruction: the model is conditioned on both, and generates the edited image.
+
+        Args:
+            prompt: what to do, such as "make it blue".
+            image: the source image; None takes the last image of the history, shown or generated.
+            mask: what to redraw: an image of any size, white to redraw, or booleans [h, w] for the grid of image tokens
+                (`unimm.mllm.conditions.mask_cells`). All other image tokens are those of the source image, bit for
+                bit. They are drawn in raster order, so what is kept conditions only what comes after it.
+            strength: without a mask, the share of image tokens to redraw, chosen at random; None draws all of them.
+            sampling: `guidance_scale`, `temperature`, ..., see `ImageSampling`; None uses the checkpoint's default.
+            num_images, seed, parallel_tokens, on_token, on_image, preview_rows: as in `draw`.
+
+        Raises:
+            UserError: if there is no image, mask and image tokens do not match, or as in `draw`.
+        """
+        if image is None:
+            image = next((part["image"] for part in self._parts() if "image" in part), None)
+            if image is None:
+                raise UserError("There is no image to edit: give one, or draw or show one first.")
+            remembered = _user_turn(prompt, None, "prompt")  # the image is in the history already
+        else:
+            image = read_image(image)
+            remembered = _user_turn(prompt, image, "prompt")
+        if mask is not None and strength is not None:
+            raise UserError(f"strength={strength} and a mask both say what to redraw: leave one of them out.")
+        request = _user_turn(prompt, image, "prompt")
+        _check_drawing(num_images, seed, sampling)
+        streamer = self._streamer(on_token, on_image, preview_rows)
         inputs = self._inputs([request])
+        forced = None
+        if mask is not None or strength is not None:
+            seed = secrets.randbelow(2**62) if seed is None else seed
+            token_ids = self._token_ids(inputs["pixel_values"])
+            forced = self._redrawn(token_ids, strength, seed, num_images, mask)
+        images = self._generated(inputs, num_images, seed, sampling, parallel_tokens, streamer, forced)
+        self._remember(self.messages, remembered, _shown(images))
+        return images
+
+    def _generated(
+        self,
+        inputs: BatchFeature,
+        num_images: int,
+        seed: int | None,
+        settings: dict[str, Any],
+        parallel_tokens: int | Literal["auto"],
+        streamer: DrawingStreamer | None,
+        forced: Tensor | None,
+    ) -> list[Image.Image]:
+        """Generate images of one prompt."""
+        total = self.model.num_image_tokens
         self._room(inputs, total + 1, "Give a shorter prompt.")
         try:
             token_ids = self.model.generate(
@@ -140,24 +232,127 @@ class ChatSession:
                 num_return_sequences=num_images,
                 seed=None if seed is None else int(seed),
                 parallel_tokens=parallel_tokens,
-                streamer=None if on_token is None else _Progress(on_token, total),
+                forced_token_ids=forced,
+                streamer=streamer,  # on a GPU reports make every token wait
                 **{name: value for name, value in settings.items() if value is not None},
             )
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"Cannot draw: {one_line(error)}.") from error
-        images = self.processor.postprocess(self.model.decode_image_tokens(token_ids))
-        self._remember(self.messages, request, [{"type": "image", "image": image} for image in images])
+        if streamer is not None and streamer.images:
+            return streamer.images
+        images: list[Image.Image] = self.processor.postprocess(self.model.decode_image_tokens(token_ids))
         return images
+
+    def draw_stream(
+        self, prompt: str, num_images: int = 1, *, preview_rows: int | None = None, **settings: Any
+    ) -> PreviewStream:
+        """Generate images of `prompt` as `draw` does, and return an iterator of `Preview`s: the images so far.
+
+        The last one is `final` and holds the images that `draw` returns; the history changes as it is returned. Closing
+        or dropping the iterator before ends the generation and leaves the history.
+
+        Args:
+            preview_rows: rows of image tokens from one preview to the next; None: an eighth of them.
+            settings: other arguments of `draw`, without its callbacks.
+
+        Raises:
+            UserError: as `draw`, before any preview.
+        """
+        trial = copy(self)  # its history is adopted with the final preview
+
+        def draw(on_token: OnToken, on_image: OnImage) -> list[Image.Image]:
+            return trial.draw(
+                prompt, num_images, on_token=on_token, on_image=on_image, preview_rows=preview_rows, **settings
+            )
+
+        return PreviewStream(draw, on_final=lambda: vars(self).update(vars(trial)))
+
+    def respond(
+        self,
+        text: str,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        guidance_scale: float | None = None,
+        parallel_tokens: int | Literal["auto"] = 1,
+    ) -> list[str | Image.Image]:
+        """Ask `text`, preceded by new images, and return an answer in which the model may draw: texts and PIL images.
+
+        Args:
+            images: as in `ask`.
+            max_new_tokens: maximum length of the answer, its images included; None: the room in the context.
+            seed: image k of the answer depends on (seed, k) only; None uses a new seed each time.
+            guidance_scale, parallel_tokens: of the images, as in `draw`.
+
+        Raises:
+            UserError: as `ask` and `draw`. The history is then unchanged.
+        """
+        question = _user_turn(text, images, "question")
+        _check_drawing(1, seed, {"guidance_scale": guidance_scale})
+        history = self._kept(self.messages, question, self._text_room() + self.model.num_image_tokens + 2)
+        inputs = self._inputs([*history, question])
+        self._room(inputs, 1, "Reset the conversation or ask something shorter.")
+        written = self.model.generate(
+            **inputs,
+            generation_mode="interleaved",
+            **{**self.generation, "max_new_tokens": max_new_tokens},
+            seed=None if seed is None else int(seed),
+            guidance_scale=guidance_scale,
+            parallel_tokens=parallel_tokens,
+        )
+        (parts,) = self.processor.split_parts(written[:, inputs["input_ids"].shape[1] :])
+        ids = [part["ids"] for part in parts if part["type"] == "image"]
+        drawn: list[Image.Image] = []
+        if ids:
+            token_ids = self.model.visual_vocabulary.token_ids(torch.stack(ids))
+            drawn = self.processor.postprocess(self.model.decode_image_tokens(token_ids))
+        remaining = iter(drawn)
+        answer = [part["text"] if part["type"] == "text" else next(remaining) for part in parts]
+        self._remember(history, question, [_part(each) for each in answer])
+        return answer
+
+    def _streamer(self, on_token: OnToken | None, on_image: OnImage | None, rows: int | None) -> DrawingStreamer | None:
+        streamer = DrawingStreamer(self.model, self.processor, on_token=on_token, on_image=on_image, rows=rows)
+        return None if on_token is None and on_image is None else streamer
+
+    def _parts(self) -> Iterator[dict[str, Any]]:
+        """Yield the parts of all messages, the last first."""
+        for message in reversed(self.messages):
+            if not isinstance(message["content"], str):
+                yield from reversed(message["content"])
+
+    def _pixel_values(self, image: ImageLike) -> Tensor:
+        found: Tensor = self.processor.image_processor([read_image(image)], return_tensors="pt")["pixel_values"]
+        return found
+
+    def _token_ids(self, pixel_values: Tensor) -> Tensor:
+        """Return the image tokens [1, M] of a source image."""
+        token_ids: Tensor = self.model.get_image_tokens(pixel_values.to(self.model.device, self.model.dtype)).cpu()
+        return token_ids
+
+    def _redrawn(self, token_ids: Tensor, strength: Any, seed: int, num_images: int, mask: Any = None) -> Tensor:
+        """Return the forced token ids [num_images, M] of a source image [1, M]."""
+        if mask is None:
+            seeds = [image_seed(int(seed), k) for k in range(num_images)]
+            return keep_outside(token_ids, redrawn_share(strength, seeds, token_ids.shape[1]))
+        if not self.model.image_tokenizer.ids_are_patches:
+            kind = type(self.model.image_tokenizer).__name__
+            raise UserError(f"The image tokens of a {kind} are no patches, so a mask cannot choose among them.")
+        square = self.processor.image_processor.pad_to_square
+        cells = torch.from_numpy(mask_cells(mask, self.processor.image_grid, square=square))
+        return keep_outside(token_ids, cells.flatten().expand(num_images, -1))
 
     def _inputs(self, messages: Conversation) -> BatchFeature:
         return chat_inputs(self.model, self.processor, [messages])
 
-    def _kept(self, history: Conversation, question: dict[str, Any]) -> Conversation:
-        """Drop the oldest exchanges until history, question and an answer fit the context, image tokens included."""
+    def _kept(self, history: Conversation, question: dict[str, Any], room: int | None = None) -> Conversation:
+        """Drop the oldest exchanges until history, question and an answer of `room` tokens (None: text) fit the
+        context, image tokens included."""
         context = self.model.config.get_text_config().max_position_embeddings
-        limit = context - min(self.generation["max_new_tokens"], context // 8)
+        limit = context - (self._text_room() if room is None else room)
         system = history[:1] if history and history[0]["role"] == "system" else []
         kept = history[len(system) :]
         if self.overflow == "refuse":
@@ -165,6 +360,10 @@ class ChatSession:
         while kept and self.processor.count_tokens([*system, *kept, question]) > limit:
             kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
         return [*system, *kept]
+
+    def _text_room(self) -> int:
+        context: int = self.model.config.get_text_config().max_position_embeddings
+        return min(self.generation["max_new_tokens"], context // 8)
 
     def _room(self, inputs: BatchFeature, needed: int, advice: str) -> int:
         """Return the number of tokens left for the answer; raise UserError if it is less than `needed`."""
@@ -230,21 +429,6 @@ class _Closed(StoppingCriteria):
         return input_ids.new_full((len(input_ids),), self.event.is_set()).bool()
 
 
-class _Progress(BaseStreamer):
-    """A streamer that counts steps; the first value it receives is the prompt, which does not count."""
-
-    def __init__(self, on_token: Callable[[int, int], None], total: int) -> None:
-        self.on_token, self.total, self.done = on_token, total, -1
-
-    def put(self, value: Tensor) -> None:
-        self.done += 1
-        if self.done:
-            self.on_token(self.done, self.total)
-
-    def end(self) -> None:
-        pass
-
-
 def _check_drawing(num_images: Any, seed: Any, settings: dict[str, Any]) -> None:
     """Raise UserError for invalid image settings; None means the checkpoint's default."""
     if not _whole(num_images) or num_images < 1:
@@ -262,6 +446,11 @@ def _check_drawing(num_images: Any, seed: Any, settings: dict[str, Any]) -> None
             raise UserError(f"top_k is {value!r}; give a whole number, 0 for all image ids.")
 
 
+def _shown(images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """Return the content of an answer of images."""
+    return [{"type": "image", "image": image} for image in images]
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -272,8 +461,12 @@ def _user_turn(text: str, images: ImageLike | Sequence[ImageLike] | None, what: 
     if not text.strip():
         raise UserError(f"The {what} is empty.")
     check_characters(text)
-    parts = [{"type": "image", "image": read_image(each)} for each in each_image(images)]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    content: list[str | Image.Image] = [*map(read_image, each_image(images)), text]
+    return {"role": "user", "content": [_part(each) for each in content]}
+
+
+def _part(content: str | Image.Image) -> dict[str, Any]:
+    return {"type": "text", "text": content} if isinstance(content, str) else {"type": "image", "image": content}
 
 
 def converse(session: ChatSession, images: Sequence[ImageLike] = ()) -> None:
@@ -299,6 +492,10 @@ def converse(session: ChatSession, images: Sequence[ImageLike] = ()) -> None:
             elif word == "/draw":
                 (path,) = save_numbered(session.draw(rest.strip()), "picture.png")
                 print(path)
+            elif word == "/edit":
+                (path,) = save_numbered(session.edit(rest.strip(), pending[-1] if pending else None), "picture.png")
+                print(path)
+                pending = pending[:-1]
             elif word == "/reset":
                 session.reset()
                 pending = []

@@ -218,7 +218,8 @@ RULES: dict[str, Rule] = {
     **_same("layer_scale_init_value layerscale_value", number(-1000, 1000)),
     **_same(
         """attention_dropout attention_probs_dropout_prob hidden_dropout_prob projection_dropout decoder_dropout dropout
-        resid_pdrop embd_pdrop attn_pdrop hidden_dropout classifier_dropout layerdrop drop_path_rate token_dropout residual_dropout feed_forward_dropout class_dropout null_prompt_prob""",
+        resid_pdrop embd_pdrop attn_pdrop hidden_dropout classifier_dropout layerdrop
+        drop_path_rate token_dropout residual_dropout feed_forward_dropout class_dropout null_prompt_prob""",
         SHARE,
     ),
     # token ids

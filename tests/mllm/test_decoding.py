@@ -122,7 +122,7 @@ def test_no_row_is_computed_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     model, processor = tiny.unified()
     rows: list[int] = []
     original = PlainSteps.logits
-    monkeypatch.setattr(PlainSteps, "logits", lambda self, ids: (rows.append(len(ids)), original(self, ids))[1])
+    monkeypatch.setattr(PlainSteps, "logits", lambda self, ids, n: (rows.append(len(ids)), original(self, ids, n))[1])
     draw(model, processor, guidance_scale=[1.0, 0.0, 1.0])
     draw(model, processor, guidance_scale=2.0, guidance_interval=(0, 5))
     assert rows == [3] * 15 + [6] * 4 + [3] * 11
@@ -261,7 +261,9 @@ def test_right_guesses_save_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
         model.model.language_model.norm.weight.zero_()  # all logits are equal, the first id wins
     forwards: list[int] = []
     original = PlainSteps.logits
-    monkeypatch.setattr(PlainSteps, "logits", lambda self, ids: (forwards.append(ids.shape[1]), original(self, ids))[1])
+    monkeypatch.setattr(
+        PlainSteps, "logits", lambda self, ids, n: (forwards.append(ids.shape[1]), original(self, ids, n))[1]
+    )
     drawn = draw(model, processor, do_sample=False, parallel_tokens=4)
     assert (drawn == 384).all() and forwards == [4, 4, 4, 3]
 

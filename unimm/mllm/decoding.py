@@ -34,8 +34,13 @@ class Steps(Protocol):
 
     cache: Cache
 
-    def logits(self, token_ids: Tensor) -> Tensor:
-        """Feed the next n image tokens of each row, token_ids [R, n], and return the logits [R, n, K] after each."""
+    @property
+    def takes_many(self) -> bool:
+        """Return whether several tokens can be fed at once."""
+
+    def logits(self, token_ids: Tensor, needed: int) -> Tensor:
+        """Feed the next n image tokens of each row, token_ids [R, n]; return the logits [R, needed, K] after the last
+        `needed` of them."""
 
     def keep(self, rows: Tensor) -> None:
         """Continue with these rows [R'] only."""
@@ -126,7 +131,12 @@ class HostSteps:
             hidden = torch.zeros_like(self.mask, dtype=model.dtype).masked_fill(self.mask == 0, lowest)
             self.mask = hidden[:, None, None]  # [R, 1, 1, T + M]
 
-    def logits(self, token_ids: Tensor) -> Tensor:
+    @property
+    def takes_many(self) -> bool:
+        """See `Steps`."""
+        return True
+
+    def logits(self, token_ids: Tensor, needed: int) -> Tensor:
         """See `Steps`."""
         begin, self.done = self.done, self.done + token_ids.shape[1]
         mask = self.mask[..., : self.length + self.done]
@@ -138,6 +148,7 @@ class HostSteps:
             position_ids=self.positions[..., begin : self.done],
             past_key_values=self.cache,
             use_cache=True,
+            logits_to_keep=needed,
             vocabulary="image",
         )
         logits: Tensor = output.logits
@@ -171,10 +182,16 @@ class CompiledSteps(HostSteps):
     ) -> None:
         super().__init__(model, cache, mask, positions)
         self.on_fallback: Callable[[str], None] | None = on_fallback
-        self._begin(mask)
+        self.prompt_mask, self.begun = mask, False
 
-    def _begin(self, mask: Tensor) -> None:
+    @property
+    def takes_many(self) -> bool:
+        """Return whether several tokens can be fed at once: only before the first compiled step."""
+        return not self.begun
+
+    def _begin(self) -> None:
         """Copy the cache to a static one and compile for its size."""
+        mask, self.begun = self.prompt_mask, True
         total = self.positions.shape[-1] - self.done + self.cache.get_seq_length()
         total = -(-total // _SIZE_STEP) * _SIZE_STEP
         static = StaticCache(config=self.model.config.get_text_config(), max_cache_len=total)
@@ -204,27 +221,31 @@ class CompiledSteps(HostSteps):
         logits: Tensor = output.logits
         return logits
 
-    def logits(self, token_ids: Tensor) -> Tensor:
-        """See `Steps`; takes one token at a time."""
-        if self.on_fallback is None:
-            return super().logits(token_ids)
+    def logits(self, token_ids: Tensor, needed: int) -> Tensor:
+        """See `Steps`; after the first compiled step it takes one token at a time."""
+        if self.on_fallback is None or token_ids.shape[1] > 1:
+            return super().logits(token_ids, needed)
+        first = not self.begun
+        if first:
+            self._begin()
         positions = self.positions[..., self.done : self.done + 1].contiguous()
         if self.cuda:
             torch.compiler.cudagraph_mark_step_begin()
         try:
             logits = self.compiled(token_ids, positions)
         except Exception as error:  # a compiler can raise anything; only the first step can still fall back
-            if self.done:
+            if not first:
                 raise
             self.on_fallback(f"not compiled, {type(error).__name__}: {error}".splitlines()[0])
-            self.on_fallback = None
-            return super().logits(token_ids)
+            self.on_fallback, self.begun = None, False
+            return super().logits(token_ids, needed)
         self.done += 1
         return logits.clone() if self.cuda else logits  # a CUDA graph reuses its output memory
 
     def keep(self, rows: Tensor) -> None:
         """See `Steps`; the step is recompiled for the new batch size."""
-        if self.on_fallback is None:
+        if not self.begun:
+            self.prompt_mask = self.prompt_mask[rows]
             return super().keep(rows)
         for layer in self.static.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
@@ -352,7 +373,12 @@ class PlainSteps:
             seen = F.pad(mask.bool(), (0, positions.shape[-1]), value=True)
             self.mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None]  # [R, 1, 1, T + M]
 
-    def logits(self, token_ids: Tensor) -> Tensor:
+    @property
+    def takes_many(self) -> bool:
+        """See `Steps`."""
+        return True
+
+    def logits(self, token_ids: Tensor, needed: int) -> Tensor:
         """See `Steps`."""
         rows, n = token_ids.shape
         x = F.embedding(token_ids.flatten(), self.embeddings)  # [R * n, D]
@@ -364,8 +390,10 @@ class PlainSteps:
             mask = _causal(mask, n).repeat(1, 1, self.queries, 1)
         for layer, kept in zip(self.layers, self.cache.layers, strict=True):
             x = layer(x, n, cos, sin, kept, mask)
+        if needed < n:
+            x = x.view(rows, n, -1)[:, n - needed :].flatten(0, 1)
         logits = torch.ops.mkldnn._linear_pointwise(_normed(x, self.eps), self.head, None, "none", [], "")
-        return logits.view(rows, n, -1)
+        return logits.view(rows, needed, -1)
 
     def forget(self, tokens: int) -> None:
         """See `Steps`."""

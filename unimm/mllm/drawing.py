@@ -3,12 +3,13 @@
 Several in parallel is speculative Jacobi decoding (https://arxiv.org/abs/2410.01699): guess the next tokens, run one
 forward over the guesses, and keep those that match the model's own choices. The noise of a position is fixed beforehand
 (https://arxiv.org/abs/2510.24211), so a choice is a function of the tokens before it, and the ids are the same as with
-one at a time. S sequences, G <= S guided ones, M image tokens, n of them at once, K codes.
+one at a time. Forced tokens are guesses that are always right: a run of them is read in one forward. S sequences,
+G <= S guided ones, M image tokens, n of them at once, K codes.
 """
 
 import warnings
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,15 +18,31 @@ from unimm.errors import UserError
 from unimm.mllm.decoding import RoomyLayer, Steps
 from unimm.sampling import ImageSampling, Noise
 
+Step: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor]
+"""Guided logits [S, K], scores [S, K] and token ids [S] of one image token."""
+
 _FIRST, _WIDEST = 8, 32  # window of "auto": initial and maximum; it tracks three times the accepted tokens
 
 
 class Drawing:
     """The sampling loop for S images, started from the logits [S + G, K] of their first token: the sequences, then the
-    unconditional rows."""
+    unconditional rows.
+
+    Args:
+        forced: token ids [S, M] that are kept, -1 for those to sample; None samples all.
+        every_step: compute the logits of every token, also where all are forced.
+    """
 
     def __init__(
-        self, logits: Tensor, steps: Steps, scales: Tensor, noise: Noise | None, sampling: ImageSampling, base: int
+        self,
+        logits: Tensor,
+        steps: Steps,
+        scales: Tensor,
+        noise: Noise | None,
+        sampling: ImageSampling,
+        base: int,
+        forced: Tensor | None = None,
+        every_step: bool = False,
     ) -> None:
         self.steps, self.noise, self.warpers, self.base = steps, noise, sampling.warpers(), base
         self.logits = _precise(logits)[:, None]  # [S + G, n, K]
@@ -35,15 +52,21 @@ class Drawing:
         self.uniform = bool((scales[: self.last + 1] > 0).all())  # every row is guided in every step up to `last`
         self.guided = (scales > 0).any(0).nonzero()[:, 0].to(logits.device)  # [G]
         self.scales = scales.t()[..., None].to(self.logits)  # [S, M, 1]
-        self.chosen = torch.full((self.size, self.length), base, device=logits.device)
+        forced = torch.full((self.size, self.length), -1) if forced is None else forced
+        self.forced, self.every_step = forced.to(logits.device), every_step
+        self.runs = _runs((forced >= 0).all(0).tolist())
+        self.chosen = self.forced.clamp_min(base)  # filled token by token; forced tokens are there from the start
 
     @property
     def can_forget(self) -> bool:
         """Return whether the cache supports removing rejected guesses."""
         return all(type(layer) is RoomyLayer for layer in self.steps.cache.layers)
 
-    def run(self, parallel_tokens: int | Literal["auto"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield guided logits [S, K], scores [S, K] and token ids [S] for each token; fills `chosen` [S, M]."""
+    def run(self, parallel_tokens: int | Literal["auto"]) -> Iterator[Step]:
+        """Yield guided logits [S, K], scores [S, K] and token ids [S] for each token; fills `chosen` [S, M].
+
+        Without `every_step`, logits and scores are None for tokens that are forced in every sequence.
+        """
         width = _FIRST if parallel_tokens == "auto" else parallel_tokens
         done, guesses = 0, self.chosen[:, :0]
         while done < self.length:
@@ -51,7 +74,8 @@ class Drawing:
             right = 1
             if guesses.shape[1]:  # accept a token if all guesses before it are right, in every row
                 right += int((ids[:, :-1] == guesses).all(0).long().cumprod(0).sum())
-                self.steps.forget(ids.shape[1] - right)
+                if right < ids.shape[1]:
+                    self.steps.forget(ids.shape[1] - right)
             self.chosen[:, done : done + right] = ids[:, :right]
             for n in range(right):
                 yield raw[:, n], scores[:, n], ids[:, n]
@@ -59,20 +83,33 @@ class Drawing:
                 width = min(max((width + 3 * right) // 2, 2), _WIDEST)
             done += right
             if done < self.length:
+                known = self.runs[done] if self.steps.takes_many else 0
                 # a window must not cross the last guided step: the unconditional rows are dropped there
-                room = min(width, (self.last + 1 if done <= self.last else self.length) - done)
-                ahead = torch.cat(
-                    [ids[:, right:], ids[:, -1:].expand(-1, room)], dim=1
-                )  # rejected choices are the next guesses, then the last one repeated
-                guesses = ahead[:, : room - 1]
-                self._go_on(done, torch.cat([self.chosen[:, done - 1 : done], guesses], dim=1))
+                room = min(known + width, (self.last + 1 if done <= self.last else self.length) - done)
+                skipped = 0 if self.every_step else min(known, room - 1 if done + known < self.length else known)
+                for n in range(done, done + skipped):
+                    yield None, None, self.chosen[:, n]
+                if done + skipped < self.length:
+                    guesses = self._guesses(done, room - 1, ids[:, right:], ids[:, -1:])
+                    self._go_on(done, torch.cat([self.chosen[:, done - 1 : done], guesses], dim=1), room - skipped)
+                    guesses = guesses[:, skipped:]
+                done += skipped
+
+    def _guesses(self, done: int, count: int, rejected: Tensor, last: Tensor) -> Tensor:
+        """Return guesses [S, count] of the tokens starting at `done`: the forced ones, and for the others the choices
+        that were rejected, then the last one repeated."""
+        ahead = torch.cat([rejected, last.expand(-1, max(count, 0))], dim=1)[:, :count]
+        forced = self.forced[:, done : done + count]
+        return torch.where(forced >= 0, forced, ahead)
 
     def _choose(self, done: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits and scores [S, n, K] of the tokens starting at `done`, and the token ids [S, n]."""
+        """Return logits and scores [S, n, K] of the tokens starting at `done`, and the token ids [S, n], forced or
+        sampled."""
         raw = self._guide(done)
         scores = self.warpers(self.chosen, raw.flatten(0, 1)).view_as(raw)  # warpers ignore the ids
         noisy = scores if self.noise is None else scores + self.noise.next(done, done + raw.shape[1])
-        return raw, scores, noisy.argmax(-1) + self.base
+        forced = self.forced[:, done : done + raw.shape[1]]
+        return raw, scores, torch.where(forced >= 0, forced, noisy.argmax(-1) + self.base)
 
     def _guide(self, done: int) -> Tensor:
         """Apply classifier-free guidance to the logits of the tokens starting at `done`; return [S, n, K]."""
@@ -86,13 +123,22 @@ class Drawing:
         pulled = torch.where(scale > 0, unconditional + scale * (given - unconditional), given)
         return conditional.index_copy(0, self.guided, pulled)
 
-    def _go_on(self, done: int, token_ids: Tensor) -> None:
-        """Feed token_ids [S, n] to the sequences and to the unconditional rows of the guided ones."""
+    def _go_on(self, done: int, token_ids: Tensor, needed: int) -> None:
+        """Feed token_ids [S, n] to the sequences and to the unconditional rows of the guided ones; keep the logits
+        after the last `needed` of them."""
         if done > self.last and len(self.guided):  # no guided steps are left: drop the unconditional rows
             self.steps.keep(torch.arange(self.size, device=token_ids.device))
             self.guided = self.guided[:0]
         fed = torch.cat([token_ids, token_ids[self.guided]]) if len(self.guided) else token_ids
-        self.logits = _precise(self.steps.logits(fed))
+        self.logits = _precise(self.steps.logits(fed, needed))
+
+
+def _runs(forced: list[bool]) -> list[int]:
+    """Return for each token how many from there on are forced, without a gap."""
+    runs = [0]
+    for each in reversed(forced):
+        runs.append(runs[-1] + 1 if each else 0)
+    return runs[:0:-1]
 
 
 def check_parallel_tokens(tokens: int | str, compiled: bool) -> None:

@@ -57,7 +57,8 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
 
     A subclass builds `encoder`, `sampler`, `quantizer`, `decoder` and `pixel_head`. If it samples other levels than the
     last features, it overrides `sources`; if its decoder returns more than pixels, `draw` and `targets`.
-    `trains_encoder` is whether a training stage may update the encoder.
+    `trains_encoder` is whether a training stage may update the encoder, `ids_are_patches` whether row r of the ids is
+    row r of the image.
     """
 
     config_class = ImageTokenizerConfig
@@ -86,6 +87,7 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     _keep_in_fp32_modules_strict = ["sampler", "quantizer"]
 
     trains_encoder = True
+    ids_are_patches = True
 
     encoder: PreTrainedModel
     sampler: nn.Module

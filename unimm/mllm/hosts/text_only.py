@@ -11,7 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from unimm.mllm.hosts.configs import shared_fields
 from unimm.mllm.hosts.heads import finishes_logits
-from unimm.mllm.hosts.registry import MULTIMODAL_HOSTS, UnimmLlavaConfig
+from unimm.mllm.hosts.llava import UnimmLlavaConfig
+from unimm.mllm.hosts.registry import ALL_PATCHES, HOSTS
 from unimm.mllm.processing import UnimmProcessor
 from unimm.tokenizer import ImageTokenizer
 
@@ -24,7 +25,7 @@ TEXT_HOSTS = (
 
 def is_text_only(model_type: str) -> bool:
     """Return whether a stock host of this model type is a language model alone."""
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MULTIMODAL_HOSTS
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in HOSTS
 
 
 def text_only_decoder(host: PreTrainedModel) -> PreTrainedModel:
@@ -38,8 +39,7 @@ def text_only_config(
     """Build a LLaVA config around the host's config: features of the last layer, no CLS token to drop."""
     fields = shared_fields(host, image_tokenizer, processor, rows) | {
         "image_token_index": processor.image_token_id,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
+        **ALL_PATCHES,
         "tie_word_embeddings": host.config.tie_word_embeddings,
         "head_bias": host.get_output_embeddings().bias is not None,
         "finishes_logits": finishes_logits(host.config),
