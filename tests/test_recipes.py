@@ -24,6 +24,7 @@ RECIPES |= {"llava15_mix665k_lora": "sft", "llava15_mix665k_qlora": "sft", "t2i_
 RECIPES |= {"llamagen_l_256": "c2i"}
 RECIPES |= {"tokenizer": "tokenizer", "questions": "t2i", "positions": "t2i", "language": "t2i"}  # later legs
 RECIPES |= {"stage3_more": "tokenizer", "stage3_conv": "tokenizer"}
+RECIPES |= {"projector": "sft", "lora": "t2i"}  # SmolLM2
 
 
 def run(recipe: str, *arguments: str) -> int:

@@ -42,6 +42,7 @@ from unimm.evaluation.shapes.run import (
 )
 from unimm.runs.provenance import git_commit, model_fingerprint, write_atomically
 from unimm.runs.report import Report
+from unimm.sampling import sampling_options
 
 JUDGES = {
     "reconstruction": {"name": "the world's analytic detector", "rule": "same colours and shapes on both sides"},
@@ -277,9 +278,8 @@ def _manifest(evaluated: EvaluatedModel, plan: ShapesPlan, arguments: argparse.N
 
 def _plan_of(arguments: argparse.Namespace) -> ShapesPlan:
     given = vars(arguments)
-    sampling = {name: given[name] for name in ("guidance_scale", "temperature") if given[name] is not None}
     sizes = {name: given[name] for name in ShapesPlan.__dataclass_fields__ if name in given}
-    return ShapesPlan(**sizes, sampling=sampling)
+    return ShapesPlan(**sizes, sampling=sampling_options(arguments))
 
 
 def _table(scores: Scores) -> str:
