@@ -11,7 +11,7 @@ import math
 import secrets
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from numbers import Integral, Real
 from pathlib import Path
@@ -183,7 +183,8 @@ class ChatSession:
                 (`unimm.mllm.conditions.mask_cells`). All other image tokens are those of the source image, bit for
                 bit. They are drawn in raster order, so what is kept conditions only what comes after it.
             strength: without a mask, the share of image tokens to redraw, chosen at random; None draws all of them.
-            sampling: `guidance_scale`, `temperature`, ..., see `ImageSampling`; None uses the checkpoint's default.
+            sampling: `guidance_scale`, `image_guidance_scale`, `temperature`, ..., see `ImageSampling`; None uses the
+                checkpoint's default.
             num_images, seed, parallel_tokens, on_token, on_image, preview_rows: as in `draw`.
 
         Raises:
@@ -202,19 +203,22 @@ class ChatSession:
         request = _user_turn(prompt, image, "prompt")
         _check_drawing(num_images, seed, sampling)
         streamer = self._streamer(on_token, on_image, preview_rows)
-        inputs = self._inputs([request])
+        inputs: dict[str, Any] = dict(self._inputs([request]))
         forced = None
         if mask is not None or strength is not None:
             seed = secrets.randbelow(2**62) if seed is None else seed
             token_ids = self._token_ids(inputs["pixel_values"])
             forced = self._redrawn(token_ids, strength, seed, num_images, mask)
+        alone = self._inputs([_image_turn(image)])
+        extra = {"image_prompt_ids": alone["input_ids"], "image_prompt_attention_mask": alone["attention_mask"]}
+        inputs = {**inputs, **extra}  # for `image_guidance_scale`
         images = self._generated(inputs, num_images, seed, sampling, parallel_tokens, streamer, forced)
         self._remember(self.messages, remembered, _shown(images))
         return images
 
     def _generated(
         self,
-        inputs: BatchFeature,
+        inputs: Mapping[str, Any],
         num_images: int,
         seed: int | None,
         settings: dict[str, Any],
@@ -316,7 +320,7 @@ class ChatSession:
             kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
         return [*system, *kept]
 
-    def _room(self, inputs: BatchFeature, needed: int, advice: str) -> int:
+    def _room(self, inputs: Mapping[str, Any], needed: int, advice: str) -> int:
         """Return the number of tokens left for the answer; raise UserError if it is less than `needed`."""
         length = inputs["input_ids"].shape[1]
         context = self.model.config.get_text_config().max_position_embeddings
@@ -380,6 +384,9 @@ class _Closed(StoppingCriteria):
         return input_ids.new_full((len(input_ids),), self.event.is_set()).bool()
 
 
+_NUMBERS = ("guidance_scale", "image_guidance_scale", "temperature", "top_k", "top_p", "min_p")
+
+
 def _check_drawing(num_images: Any, seed: Any, settings: dict[str, Any]) -> None:
     """Raise UserError for invalid image settings; None means the checkpoint's default."""
     if not _whole(num_images) or num_images < 1:
@@ -387,14 +394,19 @@ def _check_drawing(num_images: Any, seed: Any, settings: dict[str, Any]) -> None
     if seed is not None and not _whole(seed):
         raise UserError(f"seed is {seed!r}; give a whole number.")
     for name, value in settings.items():
-        if value is None:
+        if value is None or name not in _NUMBERS:
             continue
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             raise UserError(f"{name} is {value!r}; give a number.")
-        if name == "guidance_scale" and value < 0:
-            raise UserError(f"guidance_scale is {value}; give 0 or 1 for no guidance, or a number above 1.")
+        if name in ("guidance_scale", "image_guidance_scale") and value < 0:
+            raise UserError(f"{name} is {value}; give 0 or 1 for no guidance, or a number above 1.")
         if name == "top_k" and not _whole(value):
             raise UserError(f"top_k is {value!r}; give a whole number, 0 for all image ids.")
+
+
+def _image_turn(image: Image.Image) -> dict[str, Any]:
+    """Return the user turn of an edit without its instruction, as training drops it."""
+    return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": ""}]}
 
 
 def _shown(images: Sequence[Image.Image]) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ class ImageSampling:
         guidance_scale: one number or one per prompt; None, 0 and 1 are no guidance.
         guidance_interval: (start, stop), the image tokens that are guided; None: all.
         guidance_schedule: "linear" raises the scale evenly over the tokens, from 1 to `guidance_scale` at the last.
+        image_guidance_scale: with an image to edit, the scale of the image beside that of the text
+            (https://arxiv.org/abs/2211.09800); one number or one per prompt. None: one scale for both.
     """
 
     do_sample: bool = True
@@ -44,6 +46,7 @@ class ImageSampling:
     guidance_scale: GuidanceScale = None
     guidance_interval: tuple[int, int] | None = None
     guidance_schedule: Literal["constant", "linear"] = "constant"
+    image_guidance_scale: GuidanceScale = None
 
     def __post_init__(self) -> None:
         if self.guidance_schedule not in ("constant", "linear"):
@@ -76,7 +79,16 @@ class ImageSampling:
 
     def scales(self, batch_size: int, length: int) -> Tensor:
         """Return the guidance scale of every token of every prompt, [length, B], 0 for no guidance."""
-        scale = per_prompt_scale(self.guidance_scale, batch_size)
+        return self._scheduled(per_prompt_scale(self.guidance_scale, batch_size), length)
+
+    def image_scales(self, batch_size: int, length: int) -> Tensor | None:
+        """Return the same for `image_guidance_scale`; None without one."""
+        if self.image_guidance_scale is None:
+            return None
+        return self._scheduled(per_prompt_scale(self.image_guidance_scale, batch_size, "image_guidance_scale"), length)
+
+    def _scheduled(self, scale: Tensor, length: int) -> Tensor:
+        """Return scales [B] by interval and schedule, [length, B]."""
         steps = torch.arange(length)[:, None]
         start, stop = (0, length) if self.guidance_interval is None else self.guidance_interval
         inside = (steps >= start) & (steps < stop)
@@ -188,15 +200,15 @@ def _signed(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
-def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> Tensor:
+def per_prompt_scale(scale: GuidanceScale, batch_size: int, name: str = "guidance_scale") -> Tensor:
     """Return one scale per prompt [B], 0 if guidance is off (None, 0, less than 0, exactly 1)."""
     values = torch.as_tensor(0.0 if scale is None else scale, dtype=torch.float32).flatten().cpu()
     if len(values) not in (1, batch_size):
-        raise UserError(f"guidance_scale has {len(values)} values, give 1 or one per prompt, {batch_size}")
+        raise UserError(f"{name} has {len(values)} values, give 1 or one per prompt, {batch_size}")
     meaningless = ~torch.isfinite(values) | ((values > 0) & (values < 1))
     if meaningless.any():
         raise UserError(
-            f"guidance_scale is {float(values[meaningless][0]):g}; give 0 or 1 for no guidance, or a number above 1"
+            f"{name} is {float(values[meaningless][0]):g}; give 0 or 1 for no guidance, or a number above 1"
         )
     values = values.expand(batch_size)
     return torch.where(values > 1, values, 0.0)
