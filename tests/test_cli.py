@@ -332,6 +332,6 @@ def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, desk: Path, caps
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unimm.cli._load", interrupt)
+    monkeypatch.setattr("unimm.commands.generate.load_model", interrupt)
     assert main(["generate", "x"]) == 130
     assert capsys.readouterr().err == ""

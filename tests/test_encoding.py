@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tests.data.conftest import png, torn_png, write_folder, write_parquet
 from tests.tokenizer.conftest import tiny_vqrae
-from unimm.data.image_streams import crop
 from unimm.data.images import load_image
+from unimm.data.resizing import crop
 from unimm.data.sources.ids import MANIFEST, IdsFolder, holds_ids, read_ids
 from unimm.data.sources.rows import ReadOptions
 from unimm.data.text_to_image import IdDrawings

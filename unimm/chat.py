@@ -273,6 +273,51 @@ class ChatSession:
 
         return PreviewStream(draw, on_final=lambda: vars(self).update(vars(trial)))
 
+    def respond(
+        self,
+        text: str,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        guidance_scale: float | None = None,
+        parallel_tokens: int | Literal["auto"] = 1,
+    ) -> list[str | Image.Image]:
+        """Ask `text`, preceded by new images, and return an answer in which the model may draw: texts and PIL images.
+
+        Args:
+            images: as in `ask`.
+            max_new_tokens: maximum length of the answer, its images included; None: the room in the context.
+            seed: image k of the answer depends on (seed, k) only; None uses a new seed each time.
+            guidance_scale, parallel_tokens: of the images, as in `draw`.
+
+        Raises:
+            UserError: as `ask` and `draw`. The history is then unchanged.
+        """
+        question = _user_turn(text, images, "question")
+        _check_drawing(1, seed, {"guidance_scale": guidance_scale})
+        history = self._kept(self.messages, question, self._text_room() + self.model.num_image_tokens + 2)
+        inputs = self._inputs([*history, question])
+        self._room(inputs, 1, "Reset the conversation or ask something shorter.")
+        written = self.model.generate(
+            **inputs,
+            generation_mode="interleaved",
+            **{**self.generation, "max_new_tokens": max_new_tokens},
+            seed=None if seed is None else int(seed),
+            guidance_scale=guidance_scale,
+            parallel_tokens=parallel_tokens,
+        )
+        (parts,) = self.processor.split_parts(written[:, inputs["input_ids"].shape[1] :])
+        ids = [part["ids"] for part in parts if part["type"] == "image"]
+        drawn: list[Image.Image] = []
+        if ids:
+            token_ids = self.model.visual_vocabulary.token_ids(torch.stack(ids))
+            drawn = self.processor.postprocess(self.model.decode_image_tokens(token_ids))
+        remaining = iter(drawn)
+        answer = [part["text"] if part["type"] == "text" else next(remaining) for part in parts]
+        self._remember(history, question, [_part(each) for each in answer])
+        return answer
+
     def _streamer(self, on_token: OnToken | None, on_image: OnImage | None, rows: int | None) -> DrawingStreamer | None:
         streamer = DrawingStreamer(self.model, self.processor, on_token=on_token, on_image=on_image, rows=rows)
         return None if on_token is None and on_image is None else streamer
@@ -311,7 +356,7 @@ class ChatSession:
         """Drop the oldest exchanges until history, question and an answer of `room` tokens (None: text) fit the
         context, image tokens included."""
         context = self.model.config.get_text_config().max_position_embeddings
-        limit = context - (min(self.generation["max_new_tokens"], context // 8) if room is None else room)
+        limit = context - (self._text_room() if room is None else room)
         system = history[:1] if history and history[0]["role"] == "system" else []
         kept = history[len(system) :]
         if self.overflow == "refuse":
@@ -319,6 +364,10 @@ class ChatSession:
         while kept and self.processor.count_tokens([*system, *kept, question]) > limit:
             kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
         return [*system, *kept]
+
+    def _text_room(self) -> int:
+        context: int = self.model.config.get_text_config().max_position_embeddings
+        return min(self.generation["max_new_tokens"], context // 8)
 
     def _room(self, inputs: Mapping[str, Any], needed: int, advice: str) -> int:
         """Return the number of tokens left for the answer; raise UserError if it is less than `needed`."""
@@ -424,8 +473,12 @@ def _user_turn(text: str, images: ImageLike | Sequence[ImageLike] | None, what: 
     if not text.strip():
         raise UserError(f"The {what} is empty.")
     check_characters(text)
-    parts = [{"type": "image", "image": read_image(each)} for each in each_image(images)]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    content: list[str | Image.Image] = [*map(read_image, each_image(images)), text]
+    return {"role": "user", "content": [_part(each) for each in content]}
+
+
+def _part(content: str | Image.Image) -> dict[str, Any]:
+    return {"type": "text", "text": content} if isinstance(content, str) else {"type": "image", "image": content}
 
 
 def converse(session: ChatSession, images: Sequence[ImageLike] = ()) -> None:

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from unimm.config.schema import Count, Natural, Seed, Share, used_when
 from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, UsableRows, too_many
-from unimm.data.image_streams import WORLD, crop
+from unimm.data.image_streams import WORLD
+from unimm.data.resizing import crop
 from unimm.data.shapes.datasets import ShapesImages
 from unimm.data.shuffling import Rows
 from unimm.data.sources.ids import (

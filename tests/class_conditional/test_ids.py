@@ -10,7 +10,7 @@ from tests.class_conditional.tiny import random_ids
 from tests.tokenizer.conftest import tiny_vqrae
 from unimm.class_conditional.extraction import ClassIdsConfig, extract_ids, prepare_ids, views_of
 from unimm.class_conditional.ids import IdStream, read_class_ids, write_class_ids
-from unimm.data.image_streams import crop
+from unimm.data.resizing import crop
 from unimm.data.sources.ids import IdsInfo
 from unimm.data.sources.labelled import labelled_images
 from unimm.errors import UserError

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimm.data.image_streams import ImageDataConfig, crop, image_stream
+from unimm.data.image_streams import ImageDataConfig, image_stream
+from unimm.data.resizing import crop
 from unimm.errors import UserError
 
 

@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from unimm.evaluation.runs import store as store_module
 from unimm.evaluation.runs.image_sets import ImageSet
 from unimm.evaluation.runs.records import read_manifest, read_records
 from unimm.evaluation.shapes import command as shapes_command
-from unimm.evaluation.shapes.run import ShapesPlan
+from unimm.evaluation.shapes.arguments import ShapesPlan
 from unimm.evaluation.suites import ALL, SUITES
 
 SIZES = ["--num-scenes=3", "--codebook-scenes=5", "--questions=2", "--prompts=1", "--images-per-prompt=2"]
@@ -193,13 +195,30 @@ def test_shapes_keeps_its_images_and_goes_on(
 
 def test_every_suite_can_be_imported_and_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     for suite in SUITES.values():
-        module, _, function = suite.place.partition(":")
-        assert callable(getattr(importlib.import_module(module), function))
+        assert callable(importlib.import_module(f"{suite.package}.arguments").parse)
+        assert callable(importlib.import_module(f"{suite.package}.command").run)
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
     assert ", ".join([*SUITES, ALL]) in " ".join(capsys.readouterr().out.split())
     assert main(["eval", "taste"]) == 2
     assert "invalid choice: 'taste'" in capsys.readouterr().err
+
+
+HELP = """
+import contextlib, io, sys
+from unimm.cli import main
+from unimm.evaluation.suites import ALL, SUITES
+for suite in (*SUITES, ALL):
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        main(["eval", suite, "--help"])
+    assert f"usage: unimm eval {suite} " in text.getvalue(), suite
+print([name for name in ("accelerate", "torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_the_help_of_every_suite_comes_without_torch() -> None:
+    run = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
 
 
 def test_all_runs_every_suite_and_says_what_the_others_lack(
@@ -222,8 +241,11 @@ def test_all_runs_every_suite_and_says_what_the_others_lack(
 def test_all_hands_each_suite_what_is_its_own(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
 
-    def note(argv: list[str]) -> None:
+    def note(argv: list[str]) -> list[str]:
         ran.append(argv)
+        return argv
+
+    def leave_runs(argv: list[str]) -> None:
         if "--output" in argv and "und" in argv[argv.index("--output") + 1]:  # leaves a run for each of its tasks
             for task in ("gqa", "mme"):
                 folder = Path(argv[argv.index("--output") + 1]) / task
@@ -231,8 +253,8 @@ def test_all_hands_each_suite_what_is_its_own(tmp_path: Path, images: Path, monk
                 (folder / "manifest.json").write_text("{}")
 
     for suite in SUITES.values():
-        module, _, function = suite.place.partition(":")
-        monkeypatch.setattr(importlib.import_module(module), function, note)
+        monkeypatch.setattr(importlib.import_module(f"{suite.package}.arguments"), "parse", note)
+        monkeypatch.setattr(importlib.import_module(f"{suite.package}.command"), "run", leave_runs)
     given = ["--model=M", "--num-images=5", "--dpg-csv=D", "--judge=J", "--samples=S", "--reference=R", "--data=L"]
     assert main(["eval", "all", "--output", str(tmp_path), "--source", str(images), *given]) == 0
     assert [argv[:-2] for argv in ran if argv[-2] == "--output" and argv[0].startswith("--")] == [

@@ -214,7 +214,7 @@ def test_the_doctor_loads_the_plug_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_doctor_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "_load", lambda path, report: (None, None))
+    monkeypatch.setattr("unimm.mllm.loading.load_unchecked", lambda path: (None, None))
     monkeypatch.setattr("unimm.mllm.doctor.examine", lambda model, processor: iter(()))
     assert cli.main(["doctor"]) == 0
     assert capsys.readouterr().out.startswith(" 1 ok   lmms-eval: --model unimm")

@@ -33,9 +33,10 @@ from unimm.errors import UserError
 from unimm.evaluation.runs.html_report import write_report
 from unimm.evaluation.runs.records import Record, read_records
 from unimm.evaluation.understanding import lmms_model as plugin
+from unimm.evaluation.understanding.arguments import HUB_TASKS, UnderstandingPlan
 from unimm.evaluation.understanding.command import main
 from unimm.evaluation.understanding.lmms_tasks import write_overlays
-from unimm.evaluation.understanding.run import HUB_TASKS, UnderstandingPlan, evaluate_understanding
+from unimm.evaluation.understanding.run import evaluate_understanding
 from unimm.mllm.answering import Answer
 
 WORDS = ("yes", "No.", "Yes, there is one", "no", "red", "two", "", "not so", "yes", "no", "NO")

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from unimm.class_conditional.ids import ClassIds, read_class_ids, write_class_ids
 from unimm.config.schema import Count, Range
 from unimm.data.held_out import DEFAULT_SHARE, check_share, refuse_overlaps
-from unimm.data.image_streams import WORLD, crop
+from unimm.data.image_streams import WORLD
+from unimm.data.resizing import crop
 from unimm.data.shapes.prompts import Split
 from unimm.data.sources.ids import IdsInfo
 from unimm.data.sources.labelled import LabelledImages, LabelledShapes, labelled_images

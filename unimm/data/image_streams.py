@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from unimm.config.schema import Count, Range, Rate, Share, used_when
 from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.held_out import DEFAULT_SHARE, HeldOut, PartOfRows, check_share, refuse_overlaps
-from unimm.data.resizing import resized_crop
+from unimm.data.resizing import crop
 from unimm.data.shapes.datasets import ShapesImages
 from unimm.data.shapes.prompts import Split
 from unimm.data.shuffling import Interleaving, Rows, order_of
@@ -103,14 +103,6 @@ class Images(Protocol):
 def to_array(images: Sequence[Image.Image]) -> np.ndarray:
     """Stack RGB images of one size as uint8 [B, H, W, 3]."""
     return np.stack([np.asarray(image) for image in images])
-
-
-def crop(image: Image.Image, size: int, offset: Sequence[float] = (0.5, 0.5)) -> Image.Image:
-    """Resize the short side to `size` (bicubic), then crop a square at `offset` (0 = left/top, 1 = right/bottom)."""
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    corner = [round(o * (side - size)) for o, side in zip(offset, (width, height), strict=True)]
-    return resized_crop(image, (width, height), corner, size, Image.Resampling.BICUBIC)
 
 
 class ImageStream(Dataset):
@@ -212,7 +204,7 @@ def _holds_out(source: ImageSource, config: ImageDataConfig) -> bool:
 def _usable(source: ImageSource, config: ImageDataConfig, split: Split, log: Path | None = None) -> UsableRows:
     own = split == "test" and source.eval_source is not None
     place = str(source.eval_source) if own else source.source
-    rows = open_images(place, source.read)
+    rows = open_images(place, source.read, strict=not own)
     if source.eval_source is None:
         rows = PartOfRows(rows, config.eval_share, split, place)
     whose = f"{place} (held-out rows)" if split == "test" else place

@@ -98,3 +98,11 @@ def _span(start: float, end: float, side: int, reach: float) -> tuple[int, int, 
     relative to them: Pillow stores a box in single precision, which is exact enough only near 0."""
     first, last = max(0, math.floor(start - reach) - 1), min(side, math.ceil(end + reach) + 1)
     return first, last, max(0.0, start - first), min(float(last - first), end - first)
+
+
+def crop(image: Image.Image, size: int, offset: Sequence[float] = (0.5, 0.5)) -> Image.Image:
+    """Resize the short side to `size` (bicubic), then crop a square at `offset` (0 = left/top, 1 = right/bottom)."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    corner = [round(o * (side - size)) for o, side in zip(offset, (width, height), strict=True)]
+    return resized_crop(image, (width, height), corner, size, Image.Resampling.BICUBIC)

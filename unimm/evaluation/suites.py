@@ -1,7 +1,7 @@
 """Registry of the suites that `unimm eval` runs; a suite's command is imported only if it is selected.
 
-A command parses its own arguments (`unimm eval SUITE --help` lists them) and writes its own report; the script of the
-same benchmark under eval/ runs the same code.
+A suite is a package with two modules: `arguments.parse(argv)` returns the checked arguments without importing torch,
+`command.run(arguments)` measures and reports. The script of the same benchmark under eval/ runs the same code.
 """
 
 import argparse
@@ -20,56 +20,54 @@ class Suite(NamedTuple):
     """One row of the registry.
 
     Args:
-        place: the command, as `module:function`.
+        package: holds the modules `arguments` and `command`.
         options: arguments of `all` that are passed on to it if given.
     """
 
-    place: str
+    package: str
     options: tuple[str, ...] = ()
 
 
 SUITES = {
-    "tok": Suite("unimm.evaluation.reconstruction.command:main", ("model", "source", "num_images")),
-    "shapes": Suite("unimm.evaluation.shapes.command:main", ("model",)),
-    "gen": Suite("unimm.evaluation.geneval.command:main", ("model", "detector", "clip")),
-    "dpg": Suite("unimm.evaluation.dpg.command:main", ("model", "dpg_csv", "judge")),
-    "generation": Suite(
-        "unimm.evaluation.generation.command:main", ("samples", "reference", "inception", "encoder", "kernel_size")
-    ),
-    "und": Suite("unimm.evaluation.understanding.command:main", ("model", "data", "tasks")),
-    REPORT: Suite("unimm.evaluation.runs.command:main"),
+    "tok": Suite("unimm.evaluation.reconstruction", ("model", "source", "num_images")),
+    "shapes": Suite("unimm.evaluation.shapes", ("model",)),
+    "gen": Suite("unimm.evaluation.geneval", ("model", "detector", "clip")),
+    "dpg": Suite("unimm.evaluation.dpg", ("model", "dpg_csv", "judge")),
+    "generation": Suite("unimm.evaluation.generation", ("samples", "reference", "inception", "encoder", "kernel_size")),
+    "und": Suite("unimm.evaluation.understanding", ("model", "data", "tasks")),
+    REPORT: Suite("unimm.evaluation.report"),
 }
 MEASURING = tuple(name for name in SUITES if name != REPORT)
 
 
-def run_suite(name: str, argv: Sequence[str]) -> None:
-    """Run one suite with its arguments, or `all` with the arguments that its suites need.
-
-    Raises:
-        UserError: there is no such suite, or the suite cannot run.
-    """
+def parse_suite(name: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of one suite, or those of `all`. Raise UserError for invalid ones."""
     if name == ALL:
-        _run_all(argv)
-        return
-    if name not in SUITES:
-        raise UserError(f"There is no suite {name!r}; there are {', '.join([*SUITES, ALL])}.")
-    module, _, function = SUITES[name].place.partition(":")
-    getattr(importlib.import_module(module), function)(list(argv))
+        return _parser().parse_args(argv)
+    parsed: argparse.Namespace = importlib.import_module(f"{SUITES[name].package}.arguments").parse(list(argv))
+    return parsed
 
 
-def _run_all(argv: Sequence[str]) -> None:
+def run_suite(name: str, arguments: argparse.Namespace) -> None:
+    """Run one suite, or `all`, with its parsed arguments. Raise UserError if it cannot run."""
+    if name == ALL:
+        _run_all(arguments)
+    else:
+        importlib.import_module(f"{SUITES[name].package}.command").run(arguments)
+
+
+def _run_all(arguments: argparse.Namespace) -> None:
     """Run every suite in turn, each into its own folder with an HTML report. A suite that lacks something (weights,
     data, a package) does not stop the others: the errors are listed at the end, and the command fails."""
-    arguments = _parser().parse_args(argv)
     refused = []
     for name in MEASURING:
         folder = Path(arguments.output) / name
         given = {option: getattr(arguments, option) for option in SUITES[name].options}
         options = [f"--{option.replace('_', '-')}={value}" for option, value in given.items() if value is not None]
         try:
-            run_suite(name, [*options, "--output", str(folder)])
+            run_suite(name, parse_suite(name, [*options, "--output", str(folder)]))
             for run in _runs_in(folder):
-                run_suite(REPORT, [str(run), "--output", str(run / "report.html")])
+                run_suite(REPORT, parse_suite(REPORT, [str(run), "--output", str(run / "report.html")]))
         except UserError as error:
             refused.append(f"{name}: {one_line(error)}")
     if refused:

@@ -17,43 +17,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    InternVLConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaOnevisionConfig,
-    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    SiglipImageProcessorPil,
 )
 
 from unimm.errors import UserError
-from unimm.mllm.attach import PARTS_OF_THEIR_OWN
 from unimm.mllm.hosts.configs import copy_config
+from unimm.mllm.hosts.registry import EXTENDED, family_of
 from unimm.mllm.hosts.text_only import is_text_only, text_only_model
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.vocabulary import set_vocab_size
 from unimm.saving import whole_folder
 from unimm.tokenizer.encoders import prefix_tokens
 
-_STOCK: dict[str, type[PreTrainedConfig]] = {
-    "unimm_llava": LlavaConfig,
-    "unimm_internvl": InternVLConfig,
-    "unimm_llava_next": LlavaNextConfig,
-    "unimm_llava_onevision": LlavaOnevisionConfig,
-}
-_PLAIN: dict[str, type[PreTrainedConfig]] = {"qwen2_5_vl_text": Qwen2Config, "qwen3_vl_text": Qwen3Config}
-_CARRIED = (
-    "image_seq_length",
-    "projector_hidden_act",
-    "multimodal_projector_bias",
-    "downsample_ratio",
-    "image_grid_pinpoints",
-    "vision_aspect_ratio",
-    "video_token_index",
-)
 VOCABULARY_FILE = "image_vocabulary.json"
 
 
@@ -94,16 +70,16 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
     if tokenizer.config.apply_post_norm or prefix > 1:
         what = "behind the encoder's final norm" if prefix <= 1 else f"behind {prefix} prefix tokens"
         raise UserError(f"The features lie {what}, where no stock model taps them: this model stays with unimm.")
-    if model.config.model_type not in _STOCK:
+    family = family_of(model.config)
+    if family.export is None:
         raise UserError(
-            f"A stock {model.config.host_config['model_type']} reads patches of any image size with a tower of its "
+            f"A stock {family.model_type} reads patches of any image size with a tower of its "
             "own: this model stays with unimm, or goes out with --generation."
         )
-    internvl = model.config.model_type == "unimm_internvl"
-    if internvl and tokenizer.encoder.config.model_type != "internvl_vision":
+    if family.export.encoder not in (None, encoder := tokenizer.encoder.config.model_type):
         raise UserError(
-            f"A stock InternVL has its own encoder only, this tokenizer is built on "
-            f"{tokenizer.encoder.config.model_type}: attach it to a LLaVA or a text-only model to export it."
+            f"A stock {family.model_type} has its own encoder only, this tokenizer is built on {encoder}: attach it to "
+            "a LLaVA or a text-only model to export it."
         )
     rows = max(model.config.text_vocab_size, len(processor.tokenizer))
     text_config = copy_config(model.config.get_text_config())
@@ -116,16 +92,14 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": model.config.tie_word_embeddings,
     }
-    stock_class = _STOCK[model.config.model_type]
-    own, known = model.config.to_dict(), {field.name for field in dataclasses.fields(stock_class)}
-    fields |= {name: own[name] for name in _CARRIED if name in known}
-    token_field = "image_token_id" if internvl else "image_token_index"
-    config = stock_class(**{token_field: processor.image_token_id}, **fields)
+    own = model.config.to_dict()
+    fields |= {name: own[name] for name in family.export.carried}
+    config = family.stock(**{family.image_token_field: processor.image_token_id}, **fields)
     stock = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
     _filled(stock, _stock_state(model, rows), model, rows)
-    if model.config.model_type != "unimm_llava":
+    if family.export.processor is None:
         return stock, processor.tokenizer
-    return stock, _llava_processor(model, processor, strategy, prefix)
+    return stock, family.export.processor(model, processor, strategy, prefix)
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
@@ -160,14 +134,14 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
 
 
 def _plain_text_config(model: Any) -> PreTrainedConfig:
-    """Return the language model's config as a standalone one. A Qwen-VL's is a Qwen with three rows of positions; they
+    """Return the language model's config as a standalone one. A Qwen-VL's has three rows of positions; they
     are equal if generated images are numbered as text, and the plain Qwen then computes the same.
 
     Raises:
         UserError: if generated images have row and column positions, which a plain language model does not support.
     """
     config = copy_config(model.config.get_text_config())
-    if (plain := _PLAIN.get(config.model_type)) is None:
+    if (plain := family_of(model.config).plain_text) is None:
         return config
     if model.config.image_position_mode != "1d":
         raise UserError(
@@ -180,29 +154,10 @@ def _plain_text_config(model: Any) -> PreTrainedConfig:
     return plain(**fields | {"rope_parameters": rope})
 
 
-def _llava_processor(model: Any, processor: UnimmProcessor, strategy: str, prefix: int) -> LlavaProcessor:
-    config = model.image_tokenizer.config
-    images = SiglipImageProcessorPil(
-        size={"height": config.image_size, "width": config.image_size},
-        image_mean=list(config.image_mean),
-        image_std=list(config.image_std),
-        resample=3,
-        do_convert_rgb=True,
-    )
-    return LlavaProcessor(
-        images,
-        processor.tokenizer,
-        patch_size=config.patch_size,
-        vision_feature_select_strategy=strategy,
-        chat_template=processor.chat_template,
-        image_token=processor.image_token,
-        num_additional_image_tokens=prefix,
-    )
-
-
 def _stock_state(model: Any, rows: int) -> dict[str, Tensor]:
     """Return the state dict of a stock multimodal model without its head: encoder, projector, language model."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PARTS_OF_THEIR_OWN)}
+    other = ("model.vision_tower.", *EXTENDED)
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(other)}
     return {
         **own,
         **_below("model.vision_tower.", model.image_tokenizer.encoder.state_dict()),

@@ -5,7 +5,6 @@ and are never downloaded here. A `.pth` is read with `torch.load(weights_only=Tr
 file's sha256 is logged, so that a run can be reproduced.
 """
 
-import hashlib
 import logging
 import pickle
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimm.errors import UserError
+from unimm.runs.provenance import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,6 @@ def read_weights(path: str | Path | None, *, name: str, get: str, setting: str) 
         raise UserError(f"{file} is not a plain state dict of tensors, which {name} needs: get {get}.")
     logger.info("%s: %s, sha256 %s", name, file, file_sha256(file))
     return dict(state)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the sha256 of a file's bytes."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, name: str, get: str) -> None:

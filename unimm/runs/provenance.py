@@ -157,6 +157,12 @@ def git_commit() -> str | None:
         return None
 
 
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def model_fingerprint(model: Any) -> str:
     """Return a sha256 over everything that a model computes with: configuration, generation defaults and weights.
 

@@ -13,8 +13,8 @@ from unimm.evaluation.geneval import scorers as geneval_scorers
 from unimm.evaluation.geneval.color_votes import Vote
 from unimm.evaluation.geneval.detector import Segment
 from unimm.evaluation.geneval.prompts import official_prompts
-from unimm.evaluation.geneval.rules import COCO_CLASSES
-from unimm.evaluation.geneval.scorers import Canary, DetectorScorer, ShapesScorer, Thresholds
+from unimm.evaluation.geneval.rules import COCO_CLASSES, Thresholds
+from unimm.evaluation.geneval.scorers import Canary, DetectorScorer, ShapesScorer
 
 DOG, CAT, PERSON, CUP = (COCO_CLASSES.index(name) for name in ("dog", "cat", "person", "cup"))
 RED_DOG = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}

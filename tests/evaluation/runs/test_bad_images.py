@@ -25,7 +25,8 @@ from unimm.evaluation.metrics.image_metrics import HIGHEST_PSNR
 from unimm.evaluation.runs.bad_images import judged_or_error
 from unimm.evaluation.runs.image_sets import image_set
 from unimm.evaluation.runs.records import read_manifest, read_records, read_summary
-from unimm.evaluation.shapes.run import ShapesPlan, evaluate_reconstruction, strict_scores
+from unimm.evaluation.shapes.arguments import ShapesPlan
+from unimm.evaluation.shapes.run import evaluate_reconstruction, strict_scores
 from unimm.runs.report import Report
 
 BLACK, GREEN, BROKEN = "b_black.png", "c_green.png", "d_broken.png"
@@ -85,7 +86,7 @@ def test_reconstruction(
     before = (run / "records.jsonl").read_bytes()
     assert run_main(lambda: main(arguments)) == 0  # a run that goes on finds nothing to do
     assert (run / "records.jsonl").read_bytes() == before
-    page = importlib.import_module("unimm.evaluation.runs.command").main
+    page = importlib.import_module("unimm.evaluation.report.command").main
     page([str(run), "--output", str(tmp_path / "page.html")])
     assert BROKEN in (tmp_path / "page.html").read_text()
 
@@ -122,7 +123,7 @@ def test_sets_of_images(folder: Path, encoder_folder: Path, tmp_path: Path, caps
     assert (found["unreadable"], found["unreadable_reference"]) == ([BROKEN], [])
     with np.load(tmp_path / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (11, 40, 33, 3)
-    page = importlib.import_module("unimm.evaluation.runs.command").main
+    page = importlib.import_module("unimm.evaluation.report.command").main
     page([str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
     assert BROKEN in capsys.readouterr().out
 

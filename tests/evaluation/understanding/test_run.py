@@ -10,9 +10,10 @@ from unimm.config.schema import plain
 from unimm.errors import UserError
 from unimm.evaluation.runs.records import Manifest, Record
 from unimm.evaluation.understanding import command as und
+from unimm.evaluation.understanding.arguments import UnderstandingPlan
 from unimm.evaluation.understanding.command import main
 from unimm.evaluation.understanding.lmms_plugin import lmms_finding
-from unimm.evaluation.understanding.run import UnderstandingPlan, evaluate_understanding, summary_of
+from unimm.evaluation.understanding.run import evaluate_understanding, summary_of
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from unimm.data.images import load_image, save_image_atomically
 from unimm.errors import UserError
+from unimm.evaluation.dpg.arguments import BENCH, GET_CSV
 from unimm.evaluation.dpg.rules import COLUMNS, COMPAT, FIXED, PLAIN, Rule, read_questions, summarize
 from unimm.evaluation.metrics.bootstrap import bootstrap_mean
 from unimm.evaluation.runs.bad_images import each_or_error, judged_or_error
@@ -29,9 +30,7 @@ from unimm.evaluation.runs.store import Key, Record, RunStore, sample_seed
 from unimm.evaluation.vqa import Judge
 from unimm.mllm.draw_prompts import draw_prompts
 
-BENCH = "dpg"
 OFFICIAL_CSV = "98457fc9901943f51ff9a30367250fc292533bed"  # git blob hash of the published dpg_bench.csv
-GET_CSV = "dpg_bench.csv from ELLA's repository (dpg_bench/), or from Jialuo21/DPG-Bench on the hub"
 GRID_SIDE = 2
 
 Rows = list[dict[str, Any]]  # rows of the question file, each with its index as `row`

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from unimm.errors import UserError
+from unimm.evaluation.generation.arguments import BENCH, parse
 from unimm.evaluation.generation.feature_spaces import FeatureSpace, load_space, space_settings
 from unimm.evaluation.generation.run import (
     Collected,
@@ -16,26 +16,24 @@ from unimm.evaluation.generation.run import (
     write_images_npz,
     write_statistics,
 )
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
+from unimm.evaluation.runs.arguments import recorded_arguments
 from unimm.evaluation.runs.image_sets import image_set, source_sha256
 from unimm.evaluation.runs.store import Manifest, Record, RunStore, content_sha256, processes
 from unimm.runs.provenance import git_commit
 from unimm.runs.report import Report
 
-BENCH = "generation"
 KEY = ("sets", 0)  # a run has one record: scores belong to a set, not to an image
 
 Figures = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Parse the arguments, load the feature space, compare the sets, and report the scores.
+    """Parse the arguments and run the command."""
+    run(parse(argv, description))
 
-    Raises:
-        UserError: invalid arguments or inputs.
-    """
-    arguments = parse_run(_parser(description), argv, bench=BENCH)
-    _check(arguments)
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the feature space, compare the sets, and report the scores. Raise UserError for invalid inputs."""
     report = Report(arguments.json if processes().is_main_process else None)
     with report.timed("load"):
         space = load_space(arguments.inception, arguments.encoder, arguments.device)
@@ -103,34 +101,3 @@ def _manifest(arguments: argparse.Namespace, described: dict[str, Any]) -> Manif
         weights={described["name"]: described["sha256"]},
         arguments=recorded_arguments(arguments),
     )
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    if arguments.samples is None or arguments.reference is None:
-        raise UserError("Name two sets: --samples, the drawn images, and --reference, the real ones.")
-    if (arguments.inception is None) == (arguments.encoder is None):
-        raise UserError("Name the network that compares: either --inception FILE or --encoder PATH.")
-    for name in ("num_images", "kernel_size", "batch_size"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-
-
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog=None if description else "unimm eval generation",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--samples", metavar="SET", help="the drawn images: a folder, a parquet file or an npz")
-    made.add_argument("--reference", metavar="SET", help="the real ones, or their statistics")
-    made.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
-    made.add_argument("--encoder", metavar="PATH", help="a vision encoder instead: SigLIP, CLIP, DINOv2, ...")
-    made.add_argument("--num-images", type=int, help="take the first N of each set; all unless given")
-    made.add_argument("--kernel-size", type=int, help="images in one subset of KID; 1000, or all of fewer")
-    made.add_argument("--batch-size", type=int, default=50)
-    made.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
-    made.add_argument("--write-npz", metavar="FILE", help="write the samples as arr_0")
-    made.add_argument("--write-statistics", metavar="FILE", help="write the samples' mu, sigma (mu_s, sigma_s)")
-    made.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
-    add_run_arguments(made)
-    return made

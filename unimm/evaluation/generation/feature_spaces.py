@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.networks.inception import FidInception, load_inception
-from unimm.networks.weight_files import file_sha256
-from unimm.runs.provenance import model_fingerprint
+from unimm.runs.provenance import file_sha256, model_fingerprint
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.encoders import build_encoder, encoder_family, final_norm
 from unimm.tokenizer.pretrained import find_encoder, load_encoder

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, CLIPModel
 from unimm.data.resizing import resized_crop
 from unimm.errors import UserError, reading
 from unimm.evaluation.geneval.detector import Segment, checkpoint_folder
-from unimm.evaluation.geneval.rules import COLORS
+from unimm.evaluation.geneval.rules import COLORS, GRAY
 from unimm.runs.provenance import model_fingerprint
 from unimm.saving import no_load_report, refuse_holes
 
@@ -28,7 +28,7 @@ CLIP_SHA256 = "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"
 """sha256 of the published model.safetensors of CLIP_ID."""
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-GREY, KEEP = "#999", "original"
+KEEP = "original"
 LOGIT_SCALE = 100.0  # affects the shares of the vote, not which color wins
 
 
@@ -57,7 +57,7 @@ class ColorVoter:
         text_tokenizer: Any,
         name: str,
         *,
-        background: str = GREY,
+        background: str = GRAY,
         crop: bool = True,
         batch_size: int = 16,
     ) -> None:
@@ -111,7 +111,7 @@ class ColorVoter:
         return self._classifiers[class_name]
 
 
-def object_view(image: Image.Image, segment: Segment, background: str = GREY, *, crop: bool = True) -> Image.Image:
+def object_view(image: Image.Image, segment: Segment, background: str = GRAY, *, crop: bool = True) -> Image.Image:
     """Mask and crop one object of an upright RGB image, as CLIP receives it."""
     blank = image if background == KEEP else Image.new("RGB", image.size, color=background)
     alone = Image.composite(image, blank, Image.fromarray(segment.mask))
@@ -137,7 +137,7 @@ def load_color_voter(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    background: str = GREY,
+    background: str = GRAY,
     crop: bool = True,
 ) -> ColorVoter:
     """Load the CLIP from a local folder.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from unimm.errors import UserError
-from unimm.evaluation.geneval.color_votes import GREY, load_color_voter
+from unimm.evaluation.geneval.arguments import BENCH, parse
+from unimm.evaluation.geneval.color_votes import load_color_voter
 from unimm.evaluation.geneval.contamination import overlap, read_captions
 from unimm.evaluation.geneval.detector import load_detector
 from unimm.evaluation.geneval.files import ImageFolder, canaries_of, official_results, read_folder, write_folder
@@ -36,8 +37,8 @@ from unimm.evaluation.geneval.prompts import (
 )
 from unimm.evaluation.geneval.question_scorer import BENCH as QUESTIONS_BENCH
 from unimm.evaluation.geneval.question_scorer import DISAGREEMENTS, compare_judges, question_images
+from unimm.evaluation.geneval.rules import Thresholds
 from unimm.evaluation.geneval.run import (
-    BENCH,
     SHAPES_TRACK,
     DrawnImages,
     GenevalPlan,
@@ -46,9 +47,9 @@ from unimm.evaluation.geneval.run import (
     score_images,
     shapes_track,
 )
-from unimm.evaluation.geneval.scorers import DetectorScorer, Scorer, ShapesScorer, Thresholds
+from unimm.evaluation.geneval.scorers import DetectorScorer, Scorer, ShapesScorer
 from unimm.evaluation.geneval.summary import table
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
+from unimm.evaluation.runs.arguments import recorded_arguments
 from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.records import read_records
 from unimm.evaluation.runs.store import Key, Manifest, RunStore, content_sha256, processes
@@ -61,55 +62,17 @@ RECORDED_SCORE = 0.05  # detections are kept from here on, so that other thresho
 SHAPES_PROMPTS = 50  # per tag, if --limit is not given
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Build the argument parser; without a `description` this module's docstring is shown."""
-    made = argparse.ArgumentParser(
-        prog=None if description else "unimm eval gen",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_run_arguments(made)
-    made.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
-    source = made.add_argument_group("images")
-    source.add_argument("--model", help="a unified model; the default comes with the library")
-    source.add_argument("--images", metavar="DIR", help="judge this folder (official layout) instead of drawing")
-    source.add_argument("--prompts", metavar="FILE", help="another list (JSONL), reported as a track of its own")
-    source.add_argument("--shapes", action="store_true", help="the shapes data set: its prompts, its own detector")
-    source.add_argument("--num-images", type=int, default=4, help="images of each prompt (default 4)")
-    source.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each tag")
-    source.add_argument("--seed", type=int, default=0, help="default 0")
-    source.add_argument("--batch-size", type=int, default=8, help="images in one forward (default 8)")
-    source.add_argument("--guidance-scale", type=float, help="of drawing; default: the checkpoint's own")
-    source.add_argument("--temperature", type=float, help="of drawing; default: the checkpoint's own")
-    source.add_argument("--export", metavar="DIR", help="also copy the images into the official layout")
-    judge = made.add_argument_group("judges")
-    judge.add_argument("--detector", metavar="DIR", help="a Mask2Former for COCO's instances")
-    judge.add_argument("--clip", metavar="DIR", help="a CLIP that names colours")
-    judge.add_argument("--vqa", metavar="DIR", help="a second judge that answers questions about the images")
-    judge.add_argument("--canary", metavar="DIR", help="known images (official layout, with `expected`)")
-    judge.add_argument("--device", help="of the judges and the model (default: the GPU when there is one)")
-    judge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the judges")
-    judge.add_argument("--background", default=GREY, help='around an object whose colour is named; "original" keeps it')
-    judge.add_argument("--no-crop", action="store_true", help="show the colour classifier the whole image")
-    for option in fields(Thresholds):
-        kind = int if option.name == "max_objects" else float
-        name = f"--{option.name.replace('_', '-')}"
-        judge.add_argument(name, type=kind, help=f"default {option.default}, of geneval-hf")
-    other = made.add_argument_group("instead of scoring")
-    other.add_argument("--calibrate", nargs="+", metavar="CSV", help="compare --verdicts with people's annotations")
-    other.add_argument("--verdicts", metavar="DIR", help="the folder of a finished run")
-    other.add_argument("--contamination", metavar="FILE", help="look for the prompts in these captions (txt, jsonl)")
-    other.add_argument("--write-prompts", metavar="FILE", help="write the prompts as metadata, one JSON object a line")
-    return made
-
-
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
+    """Parse the arguments and run the command."""
+    run(parse(argv, description))
+
+
+def run(arguments: argparse.Namespace) -> None:
     """Run the mode that the command line selects.
 
     Raises:
-        UserError: invalid arguments, unreadable files, or a scorer that fails on known images.
+        UserError: unreadable files, or a scorer that fails on known images.
     """
-    arguments = parse_run(parser(description), argv, bench=BENCH)
     report = Report(arguments.json if processes().is_main_process else None)
     if arguments.calibrate is not None:
         _calibrate(arguments, report)
@@ -126,10 +89,6 @@ def main(argv: Sequence[str] | None = None, description: str | None = None) -> N
 
 def _score(arguments: argparse.Namespace, report: Report) -> None:
     """Draw or read the images, score them, and write the results."""
-    if arguments.output is None:
-        raise UserError("--output DIR is not given: images, detections and verdicts are kept there.")
-    if arguments.export is not None and Path(arguments.export).exists():
-        raise UserError(f"--export {arguments.export} exists: choose a new folder, nothing is overwritten.")
     plan, given = _plan(arguments), _given(arguments)
     track = _track(arguments) if given is None else _track_of_folder(given)
     prompts = plan.choose(track) if given is None else given.prompts

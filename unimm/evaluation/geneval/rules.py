@@ -14,13 +14,16 @@ in pixels.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from unimm.data.relations import Box, relative_position
+from unimm.errors import UserError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+GRAY = "#999"  # background around an object whose color is named
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 # The 80 COCO classes in COCO's order; the benchmark renames three (computer mouse, tv remote, computer keyboard).
 _COCO_NAMES = (
@@ -206,3 +209,22 @@ def _first_failure(
 
 def _inclusive_area(box: np.ndarray) -> float:
     return float(max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0))
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Options of the official scorer, by their official names; see `verdict`."""
+
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    max_objects: int = 16
+    max_overlap: float = 1.0
+    position_threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.max_objects < 1 or min(self.threshold, self.counting_threshold, self.position_threshold) < 0:
+            raise UserError(f"{self} means nothing: thresholds are at least 0, and max_objects is at least 1.")
+
+    def limit(self, metadata: Mapping[str, Any]) -> float:
+        """Return the confidence threshold of a prompt's tag."""
+        return self.counting_threshold if metadata["tag"] == "counting" else self.threshold

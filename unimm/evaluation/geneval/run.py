@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from unimm.data.images import load_image, save_image_atomically
 from unimm.data.shapes import TAGS
 from unimm.errors import UserError
+from unimm.evaluation.geneval.arguments import BENCH
 from unimm.evaluation.geneval.files import ImageFolder, item_name
 from unimm.evaluation.geneval.prompts import Metadata, PromptTrack
 from unimm.evaluation.geneval.scorers import Detection, Scorer
@@ -23,10 +24,10 @@ from unimm.evaluation.geneval.summary import summarize_records
 from unimm.evaluation.runs.bad_images import each_or_error, judged_or_error
 from unimm.evaluation.runs.records import unreadable
 from unimm.evaluation.runs.store import Key, Record, RunStore, sample_seed
-from unimm.evaluation.shapes.run import ShapesPlan, held_out_prompts
+from unimm.evaluation.shapes.arguments import ShapesPlan
+from unimm.evaluation.shapes.run import held_out_prompts
 from unimm.mllm.draw_prompts import draw_prompts
 
-BENCH = "geneval"
 SHAPES_TRACK = "geneval-shapes"
 
 

@@ -5,7 +5,7 @@ configuration returns numbers too, and nothing else would show that they are bad
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from unimm.evaluation.geneval.color_votes import ColorVoter
 from unimm.evaluation.geneval.detector import InstanceDetector, Segment
 from unimm.evaluation.geneval.outlines import outlines
 from unimm.evaluation.geneval.prompts import Metadata
-from unimm.evaluation.geneval.rules import COCO_CLASSES, FoundObject, Verdict, select_objects, verdict
+from unimm.evaluation.geneval.rules import COCO_CLASSES, FoundObject, Thresholds, Verdict, select_objects, verdict
 from unimm.evaluation.runs.sanity_checks import ABSENT, photographs
 
 Detection = dict[str, Any]
@@ -28,25 +28,6 @@ Detection = dict[str, Any]
 PLAIN_COLORS = {"red": (230, 20, 20), "green": (20, 160, 40), "blue": (25, 50, 220)}
 CANARY_SIZE = 224
 MAJORITY = 0.5  # a color with a larger share of the vote is not a guess
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Options of the official scorer, by their official names; see `unimm.evaluation.geneval.rules.verdict`."""
-
-    threshold: float = 0.3
-    counting_threshold: float = 0.9
-    max_objects: int = 16
-    max_overlap: float = 1.0
-    position_threshold: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.max_objects < 1 or min(self.threshold, self.counting_threshold, self.position_threshold) < 0:
-            raise UserError(f"{self} means nothing: thresholds are at least 0, and max_objects is at least 1.")
-
-    def limit(self, metadata: Mapping[str, Any]) -> float:
-        """Return the confidence threshold of a prompt's tag."""
-        return self.counting_threshold if metadata["tag"] == "counting" else self.threshold
 
 
 class Canary(NamedTuple):

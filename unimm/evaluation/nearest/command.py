@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from unimm.data.image_streams import crop, to_array
+from unimm.data.image_streams import to_array
 from unimm.data.images import save_image_atomically
+from unimm.data.resizing import crop
 from unimm.data.sources.registry import open_images
 from unimm.data.sources.storage import data_path
 from unimm.errors import UserError
+from unimm.evaluation.nearest.arguments import BENCH, parse
 from unimm.evaluation.nearest.rules import nearest_images
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
+from unimm.evaluation.runs.arguments import recorded_arguments
 from unimm.evaluation.runs.bad_images import each_or_error
 from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.html_report import write_report
@@ -31,14 +33,17 @@ from unimm.mllm.draw_prompts import draw_prompts
 from unimm.runs.provenance import git_commit, model_fingerprint
 from unimm.runs.report import Report
 
-BENCH = "nearest"
 PARTS = ("drawing", "reconstruction")
 JUDGE = {"name": "nearest image of the set", "rule": "no other image has a smaller mean squared difference"}
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Parse the arguments, generate images, find their nearest images, and report the matches."""
-    arguments = _parse(argv, description)
+    """Parse the arguments and run the command."""
+    run(parse(argv, description))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Generate images, find their nearest images, and report the matches."""
     report = Report(arguments.json)
     with report.timed("load"):
         evaluated = load_evaluated_model(arguments.model)
@@ -188,25 +193,3 @@ def _manifest(
         weights={"model": model_fingerprint(evaluated.model)},
         arguments=recorded_arguments(arguments),
     )
-
-
-def _parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=description or __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="a unified model; the default comes with the library")
-    parser.add_argument("--source", required=True, help="captioned images: a parquet file with image and text")
-    parser.add_argument("--num-images", type=int, default=0, help="the first so many; 0: all")
-    parser.add_argument("--batch-size", type=int, default=64, help="drawings at a time")
-    parser.add_argument("--guidance-scale", type=float, help="in place of the checkpoint's own, as the next three")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest id")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--page", metavar="FILE", help="write a page of prompts and images")
-    parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
-    add_run_arguments(parser)
-    arguments = parse_run(parser, argv, bench=BENCH)
-    if arguments.output is None:
-        parser.error("--output DIR is needed: the drawings are kept there")
-    return arguments

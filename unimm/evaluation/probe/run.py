@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from unimm.data.image_streams import crop
+from unimm.data.resizing import crop
 from unimm.data.sources.labelled import labelled_images
 from unimm.errors import UserError
 from unimm.evaluation.probe.lars import LARS

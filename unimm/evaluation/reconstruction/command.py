@@ -21,6 +21,7 @@ from unimm.evaluation.generation.feature_spaces import (
 from unimm.evaluation.generation.run import SCORE_SPLITS, PairedSets
 from unimm.evaluation.metrics.distributions import PRDC_NEIGHBOURS
 from unimm.evaluation.metrics.image_metrics import HIGHEST_PSNR
+from unimm.evaluation.reconstruction.arguments import BENCH, parse
 from unimm.evaluation.reconstruction.run import (
     Compared,
     ReconstructionPlan,
@@ -30,24 +31,24 @@ from unimm.evaluation.reconstruction.run import (
     evaluate_images,
     summarized,
 )
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
+from unimm.evaluation.runs.arguments import recorded_arguments
 from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
-from unimm.evaluation.runs.image_sets import PROTOCOLS
 from unimm.evaluation.runs.records import unreadable
 from unimm.evaluation.runs.store import Key, Manifest, Record, RunStore, processes
 from unimm.networks.perceptual import LPIPS, load_lpips
-from unimm.networks.weight_files import file_sha256
-from unimm.runs.provenance import git_commit, model_fingerprint
+from unimm.runs.provenance import file_sha256, git_commit, model_fingerprint
 from unimm.runs.report import Report
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.codebook_usage import CodebookUsage
 
-BENCH = "reconstruction"
-
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Parse the arguments, load the tokenizer, score its reconstructions, and report the scores."""
-    arguments = parse_run(_parser(description), argv, bench=BENCH)
+    """Parse the arguments and run the command."""
+    run(parse(argv, description))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the tokenizer, score its reconstructions, and report the scores."""
     report = Report(arguments.json if processes().is_main_process else None)
     plan = ReconstructionPlan(
         arguments.source,
@@ -267,26 +268,3 @@ def _manifest(
 
 def _protocol(plan: ReconstructionPlan) -> dict[str, Any]:
     return dataclasses.asdict(plan.rules) | {"score_size": plan.score_size, "highest_psnr": HIGHEST_PSNR}
-
-
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=None if description else "unimm eval tok",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", help="an image tokenizer or a unified model; the default comes with the library")
-    parser.add_argument("--source", required=True, help="a parquet file or a folder of images")
-    parser.add_argument("--kmeans-source", help="images that the k-means baseline learns from")
-    parser.add_argument("--reference", help="a tokenizer with the original encoder")
-    parser.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
-    parser.add_argument("--fd-encoder", metavar="PATH", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
-    parser.add_argument("--lpips-trunk", metavar="FILE", help="torchvision's vgg16 weights: LPIPS is measured too")
-    parser.add_argument("--lpips-heads", metavar="FILE", help="LPIPS v0.1 for VGG; those of an installed lpips")
-    parser.add_argument("--num-images", type=int, default=1000, help="0: all, in the order of their names")
-    parser.add_argument("--protocol", default="adm", help=f"how images are cut: {', '.join(PROTOCOLS)}")
-    parser.add_argument("--score-size", type=int, help="pixels a side at which images are compared; as drawn")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
-    add_run_arguments(parser)
-    return parser

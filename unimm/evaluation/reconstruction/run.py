@@ -26,7 +26,8 @@ from unimm.evaluation.metrics.image_metrics import (
     ssim_llamagen_compat,
     to_uint8,
 )
-from unimm.evaluation.runs.image_sets import PROTOCOLS, Bad, ImageSet, Protocol, image_set, source_sha256
+from unimm.evaluation.runs.image_sets import Bad, ImageSet, image_set, source_sha256
+from unimm.evaluation.runs.protocols import PROTOCOLS, Protocol
 from unimm.networks.perceptual import LPIPS
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.codebook_usage import CodebookUsage

@@ -3,21 +3,19 @@
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from unimm.data.images import save_image_atomically
 from unimm.data.shapes import TAGS
 from unimm.errors import UserError
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, recorded_arguments
+from unimm.evaluation.runs.arguments import recorded_arguments
 from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.store import Key, Manifest, Record, RunStore, content_sha256
+from unimm.evaluation.shapes.arguments import BENCH, ShapesPlan, parse
 from unimm.evaluation.shapes.run import (
-    PARTS,
     QUESTION_KINDS,
     WITHHELD,
     Row,
-    ShapesPlan,
     Shown,
     Wanted,
     answers,
@@ -32,10 +30,9 @@ from unimm.evaluation.shapes.run import (
     reconstructions,
     strict_scores,
 )
-from unimm.runs.provenance import check_output, git_commit, model_fingerprint, write_atomically
+from unimm.runs.provenance import git_commit, model_fingerprint, write_atomically
 from unimm.runs.report import Report
 
-BENCH = "shapes"
 JUDGES = {
     "reconstruction": {"name": "the world's analytic detector", "rule": "same colours and shapes on both sides"},
     "chat": {"name": "the one right answer", "rule": "equal after normalisation"},
@@ -77,8 +74,12 @@ MEASURES = {
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
-    """Parse the arguments, load the model, measure, and report."""
-    arguments = _parse(argv, description)
+    """Parse the arguments and run the command."""
+    run(parse(argv, description))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the model, measure, and report."""
     plan, report = _plan_of(arguments), Report(arguments.json)
     with report.timed("load"):
         evaluated = load_evaluated_model(arguments.model)
@@ -227,33 +228,6 @@ def _manifest(evaluated: EvaluatedModel, plan: ShapesPlan, arguments: argparse.N
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
-
-
-def _parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=None if description else "unimm eval shapes",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", help="a unified model or an image tokenizer; the default comes with the library")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(PARTS)}")
-    parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
-    parser.add_argument("--rows", metavar="FILE", help="write one JSON line per image and question")
-    for name in ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt", "batch_size", "seed"):
-        default = getattr(ShapesPlan, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
-    for name in ("guidance_scale", "temperature"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="of drawing; default: the checkpoint's own")
-    add_run_arguments(parser)
-    arguments = parse_run(parser, argv, bench=BENCH)
-    arguments.parts = [part.strip() for part in arguments.parts.split(",")]
-    if unknown := [part for part in arguments.parts if part not in PARTS]:
-        raise UserError(f"--parts names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
-    if arguments.rows is not None and not Path(arguments.rows).absolute().parent.is_dir():
-        raise UserError(f"--rows {arguments.rows}: its folder does not exist.")
-    if arguments.rows is not None:
-        check_output(arguments.rows, "rows")
-    return arguments
 
 
 def _plan_of(arguments: argparse.Namespace) -> ShapesPlan:

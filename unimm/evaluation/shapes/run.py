@@ -7,10 +7,8 @@ not a confidence, so every detection counts, in counting prompts too. A strict d
 (`strict_scores`): it requires crisp shapes and nothing else on the canvas.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -23,16 +21,15 @@ from unimm.config.schema import plain
 from unimm.data.shapes import SHAPES, TAGS, Prompt, Scene, render, sample_prompt, sample_questions, sample_scene
 from unimm.data.shapes.detector import detect
 from unimm.data.shapes.strict import read_strictly
-from unimm.errors import UserError
 from unimm.evaluation.geneval.rules import summary, verdict
 from unimm.evaluation.metrics.answers import same_answer
 from unimm.evaluation.metrics.image_metrics import capped_psnr, mean_color_per_patch, ssim, to_uint8
 from unimm.evaluation.runs.records import Key
+from unimm.evaluation.shapes.arguments import ShapesPlan
 from unimm.mllm.answering import answer_all
 from unimm.mllm.draw_prompts import draw_prompts
 from unimm.tokenizer.codebook_usage import CodebookUsage
 
-PARTS = ("reconstruction", "chat", "generation")
 QUESTION_KINDS = ("existence", "color", "count", "position")
 WITHHELD = "withheld"  # prompts with a (color, shape) pair that never occurs in training
 MAX_ANSWER_TOKENS = 16
@@ -45,50 +42,6 @@ Wanted = Callable[[Sequence[Key]], bool]
 """Returns whether a batch with these keys must be computed."""
 Scored = tuple[dict[str, float], list[Row]]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ShapesPlan:
-    """Sizes of the evaluation; scenes, questions, prompts and sampling are functions of `seed`.
-
-    Args:
-        num_scenes: images that are reconstructed and compared.
-        codebook_scenes: images whose ids are counted, including the compared ones.
-        questions: questions per kind.
-        prompts: prompts per tag, and as many with a withheld pair.
-        images_per_prompt: images drawn per prompt.
-        batch_size: images or questions per forward; drawn images do not depend on it.
-        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, overriding the checkpoint's defaults.
-    """
-
-    num_scenes: int = 500
-    codebook_scenes: int = 2000
-    questions: int = 300
-    prompts: int = 50
-    images_per_prompt: int = 4
-    seed: int = 0
-    batch_size: int = 64
-    sampling: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        sizes = ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt", "batch_size")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-
-    @property
-    def prompts_at_once(self) -> int:
-        """Return the number of prompts per forward."""
-        return max(1, self.batch_size // self.images_per_prompt)
-
-    def rng(self, *names: str) -> np.random.Generator:
-        """Return the generator of one part; training uses small seeds, so its scenes never coincide with these."""
-        return np.random.default_rng([self.seed, self.number(*names)])
-
-    def number(self, *names: str) -> int:
-        """Hash (seed, names) to a 62-bit number."""
-        text = "/".join(("shapes evaluation", str(self.seed), *names))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2
 
 
 def evaluate_reconstruction(tokenizer: Any, image_processor: Any, plan: ShapesPlan) -> Scored:

@@ -10,7 +10,6 @@ import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +18,10 @@ from unimm.evaluation.metrics.bootstrap import bootstrap_mean
 from unimm.evaluation.runs.records import UNREADABLE, unreadable_names
 from unimm.evaluation.runs.store import Manifest, Record, RunStore, content_sha256, processes
 from unimm.evaluation.shapes.questions import write_shapes_questions
+from unimm.evaluation.understanding.arguments import SHAPES_TASKS, UnderstandingPlan
 from unimm.evaluation.understanding.rules import RULES
 from unimm.mllm.answering import Answer
 from unimm.runs.provenance import model_fingerprint, package_versions
-
-HUB_TASKS = ("mme", "pope", "gqa", "textvqa", "textvqa_ocr", "mmbench", "seed", "mmmu", "ai2d")
-SHAPES_TASKS = ("shapes_mme", "shapes_pope")
-
-
-@dataclass(frozen=True)
-class UnderstandingPlan:
-    """The benchmarks to run and their data.
-
-    Args:
-        tasks: names in HUB_TASKS or SHAPES_TASKS.
-        data: a folder with one folder per benchmark; None loads them from the hub.
-        hub_owner: owner of the benchmarks' repositories on the hub.
-        limit: use only the first `limit` documents of each task.
-        batch_size: conversations per forward pass; the answers do not depend on it.
-        default_max_new_tokens: maximum answer length if a task does not set one.
-        questions: number of questions about the shapes data set, for SHAPES_TASKS.
-        seed: seed of these questions.
-    """
-
-    tasks: tuple[str, ...] = HUB_TASKS
-    data: str | None = None
-    hub_owner: str = "lmms-lab-encoder"
-    limit: int | None = None
-    batch_size: int = 8
-    default_max_new_tokens: int = 64
-    questions: int = 300
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        known = (*HUB_TASKS, *SHAPES_TASKS)
-        if unknown := [name for name in self.tasks if name not in known]:
-            raise UserError(f"There is no understanding task {', '.join(unknown)}; there are {', '.join(known)}.")
-        if len(set(self.tasks)) != len(self.tasks) or not self.tasks:
-            raise UserError(f"Name at least one task and each of them once, not {', '.join(self.tasks) or 'none'}.")
-        for name in ("limit", "batch_size", "default_max_new_tokens", "questions"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1.")
-        if self.data is not None and not Path(self.data).is_dir():
-            raise UserError(f"There is no folder {self.data} with the benchmarks' data.")
-        if self.limit is not None and self.limit % 2 and {"mme", "shapes_mme"} & set(self.tasks):
-            raise UserError(f"limit is {self.limit}: MME asks two questions about each image, give an even number.")
 
 
 class _Books:

@@ -6,7 +6,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from unimm.mllm.hosts.configs import shared_fields
-from unimm.mllm.hosts.registry import UnimmLlavaConfig
+from unimm.mllm.hosts.llava import UnimmLlavaConfig
+from unimm.mllm.hosts.registry import ALL_PATCHES
 from unimm.mllm.processing import UnimmProcessor
 from unimm.tokenizer import ImageTokenizer
 
@@ -30,8 +31,7 @@ def text_only_config(
     """Build a LLaVA config around the host's config: features of the last layer, no CLS token to drop."""
     fields = shared_fields(host, image_tokenizer, processor, rows) | {
         "image_token_index": processor.image_token_id,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
+        **ALL_PATCHES,
         "tie_word_embeddings": host.config.tie_word_embeddings,
     }
     return UnimmLlavaConfig(**fields)

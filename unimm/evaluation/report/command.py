@@ -3,19 +3,19 @@
 import argparse
 from collections.abc import Sequence
 
+from unimm.evaluation.report.arguments import parse
 from unimm.evaluation.runs.html_report import span, write_report
 from unimm.evaluation.runs.records import read_summary
 from unimm.runs.report import Report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the arguments, write the HTML report, and print its scores."""
-    parser = argparse.ArgumentParser(prog="unimm eval report", description=__doc__)
-    parser.add_argument("folder", metavar="DIR", help="of a finished run")
-    parser.add_argument("--against", metavar="DIR2", help="another run of the same benchmark, for paired differences")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the page, one HTML file")
-    parser.add_argument("--json", metavar="FILE", help="write the scores, - for standard output")
-    arguments = parser.parse_args(argv)
+    """Parse the arguments and run the command."""
+    run(parse(argv))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the HTML report, and print its scores."""
     report = Report(arguments.json)
     with report.timed("report"):
         scores = write_report(arguments.folder, arguments.output, arguments.against)

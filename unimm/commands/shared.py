@@ -1,0 +1,67 @@
+"""What several commands do: load the model, check and write output files, show progress."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from unimm.data.images import save_images, save_numbered
+from unimm.errors import UserError
+from unimm.runs.provenance import check_output
+from unimm.runs.report import Report
+
+
+def load_model(path: str | None, report: Report) -> tuple[Any, Any]:
+    """Load the unified model and its processor; report the seconds as `load`."""
+    quiet_libraries()
+    from unimm.mllm import load
+
+    with report.timed("load"):
+        loaded = load(path)
+    report.add(model=path or "default")
+    return loaded
+
+
+def quiet_libraries() -> None:
+    """Silence the progress bars and warnings of transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def new_folder(path: str) -> Path:
+    """Return the path of an output folder. Raise UserError unless it is empty or new, and can be written."""
+    output = Path(path)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is not an empty folder: choose another, nothing is overwritten.")
+    check_output(output / "config.json", "model")
+    return output
+
+
+def saved(images: Sequence[Any], output: str | None, default: str) -> list[Path]:
+    """Write the images to `output`, or to free names based on `default`; return their paths."""
+    if output is not None:
+        return save_images(images, output)
+    return save_numbered(images, default, first=0 if len(images) == 1 else 1)
+
+
+class Progress:
+    """A progress bar on standard error that appears with the first step, once all arguments have been accepted."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc=self.name, unit="token", leave=False)
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
