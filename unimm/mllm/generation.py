@@ -7,7 +7,7 @@ on the rest of the batch. B prompts, P distinct ones, R = num_return_sequences, 
 M image tokens, K codebook size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from unimm.mllm.decoding import Steps, expand_cache, steps_after
 from unimm.mllm.drawing import Drawing, check_parallel_tokens, warn
 from unimm.mllm.guidance import guidance_of
 from unimm.mllm.interleaving import Interleaving
+from unimm.mllm.memory import check_memory
 from unimm.mllm.prefill import Prompts, read_prompts, stacked
 from unimm.mllm.text_mode import TextGenerationMixin
 from unimm.sampling import SAMPLING_NAMES, GuidanceScale, ImageSampling, Noise, per_image_seeds, request_keys
@@ -190,7 +191,8 @@ class ImageGenerationMixin(TextGenerationMixin):
         forced = forced_rows(
             forced_token_ids, len(prompts), num_return_sequences, self.num_image_tokens, self.visual_vocabulary
         )
-        requests = [(key, tuple(row)) for key, row in zip(keys, forced[::num_return_sequences].tolist(), strict=True)]
+        kept_ids = forced[::num_return_sequences].tolist()
+        requests: list[Hashable] = [(key, tuple(row)) for key, row in zip(keys, kept_ids, strict=True)]
         seeds = seeds or per_image_seeds(requests, seed, num_return_sequences)
         numbers = [each.tolist() for each in torch.arange(sum(counts)).split(counts)]
         given = Prompts(*_end_with(prompts, mask, self.config.boi_token_id), numbers)
@@ -207,6 +209,9 @@ class ImageGenerationMixin(TextGenerationMixin):
         rows = stacked([own, *sides], self.config.boi_token_id)
         self._check_room(rows.token_ids.shape[1])
         sources = torch.cat(places).repeat_interleave(num_return_sequences)  # [S + G] or [S + 2 G]
+        length = rows.token_ids.shape[1]
+        sequences = len(prompts) * num_return_sequences
+        check_memory(self, len(sources), sequences, len(rows) * length, length + self.num_image_tokens)
         logits, steps = self._read_prompts(rows, pixel_values, sources, compile)
         noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, logits.device)
         base, guidance = self.visual_vocabulary.base, guidance.repeated(num_return_sequences)
