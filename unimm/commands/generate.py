@@ -3,7 +3,7 @@
 import argparse
 import secrets
 
-from unimm.commands.options import add_json, add_model, image_count, scale, whole_number
+from unimm.commands.options import add_drawing, add_json, add_model, drawing_options
 from unimm.commands.shared import Progress, load_model, saved
 from unimm.data.images import check_image_output
 from unimm.runs.report import Report
@@ -17,22 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_json(parser)
     parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument(
-        "--output", metavar="FILE", help=f"N > 1 images: FILE-1, FILE-2, ... (default: {DRAWING}, or a free number)"
-    )
-    parser.add_argument("--num-images", type=image_count, default=1, metavar="N")
-    parser.add_argument("--seed", type=whole_number, metavar="S", help="image k depends on (S, k) only")
-    parser.add_argument("--guidance-scale", type=scale, metavar="G", help="how closely to follow the prompt; 1 = off")
-    parser.add_argument(
-        "--parallel-tokens",
-        type=lambda text: text if text == "auto" else whole_number(text),
-        default=1,
-        metavar="W",
-        help="guess W image tokens ahead, or auto: faster for few images, the same images",
-    )
-    parser.add_argument(
-        "--temperature", type=scale, metavar="T", help="how freely to draw; 0 = always the likeliest id"
-    )
+    add_drawing(parser, DRAWING)
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -42,11 +27,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
 
     seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
     session = ChatSession(*load_model(arguments.model, report))
-    options = {
-        "guidance_scale": arguments.guidance_scale,
-        "temperature": arguments.temperature,
-        "parallel_tokens": arguments.parallel_tokens,
-    }
+    options = drawing_options(arguments)
     with Progress("drawing") as progress, report.timed("per_image", share=arguments.num_images):
         images = session.draw(
             arguments.prompt, num_images=arguments.num_images, seed=seed, on_token=progress, **options

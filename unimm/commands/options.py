@@ -1,6 +1,7 @@
 """Argument types, and options that several commands take."""
 
 import argparse
+from typing import Any
 
 MAX_IMAGES = 256
 
@@ -23,6 +24,31 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_new_folder(parser: argparse.ArgumentParser) -> None:
     """Add `--output FOLDER`, which `unimm.commands.shared.new_folder` checks."""
     parser.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
+
+
+def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add what commands that draw images have in common; `output` is the default name."""
+    parser.add_argument(
+        "--output", metavar="FILE", help=f"N > 1 images: FILE-1, FILE-2, ... (default: {output}, or a free number)"
+    )
+    parser.add_argument("--num-images", type=image_count, default=1, metavar="N")
+    parser.add_argument("--seed", type=whole_number, metavar="S", help="image k depends on (S, k) only")
+    parser.add_argument("--guidance-scale", type=scale, metavar="G", help="how closely to follow the prompt; 1 = off")
+    parser.add_argument(
+        "--parallel-tokens",
+        type=lambda text: text if text == "auto" else whole_number(text),
+        default=1,
+        metavar="W",
+        help="guess W image tokens ahead, or auto: faster for few images, the same images",
+    )
+    parser.add_argument(
+        "--temperature", type=scale, metavar="T", help="how freely to draw; 0 = always the likeliest id"
+    )
+
+
+def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of `add_drawing` as keywords of `ChatSession.draw` and `edit`."""
+    return {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "parallel_tokens")}
 
 
 def whole_number(text: str) -> int:
