@@ -165,7 +165,7 @@ def test_a_conversation_that_leaves_no_room_for_an_image_loses_its_oldest_turns(
         ({"prompt": "word " * 10_000}, "tokens long"),
         ({"guidance_schedule": "fast"}, "guidance_schedule is 'fast'"),
         ({"image_guidance_scale": "x"}, "image_guidance_scale is 'x'"),
-        ({"warmth": 3}, "does not know the arguments warmth"),
+        ({"warmth": 3}, "warmth is no sampling setting"),
     ],
 )
 def test_edits_without_a_meaning_are_one_sentence(session: ChatSession, arguments: dict[str, Any], said: str) -> None:

@@ -1,5 +1,5 @@
-"""The command line `unimm`: demo, chat, generate, edit, reconstruct; encoders, attach, detach, merge, export, doctor;
-eval.
+"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve; encoders, attach, detach, merge, export,
+doctor; eval.
 
 The first five take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
 output), which receives one JSON object with the results and the seconds they took. A user error is one line on standard
@@ -26,6 +26,7 @@ from unimm.commands import (
     generate,
     merge,
     reconstruct,
+    serve,
 )
 from unimm.errors import UserError, one_line, run_main
 from unimm.runs.report import Report
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "generate": generate,
     "edit": edit,
     "reconstruct": reconstruct,
+    "serve": serve,
     "encoders": encoders,
     "attach": attach,
     "detach": detach,

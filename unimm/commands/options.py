@@ -1,7 +1,9 @@
 """Argument types, and options that several commands take."""
 
 import argparse
-from typing import Any
+
+from unimm.config.argument_types import whole_number
+from unimm.sampling import add_sampling_arguments
 
 MAX_IMAGES = 256
 
@@ -33,7 +35,7 @@ def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
     )
     parser.add_argument("--num-images", type=image_count, default=1, metavar="N")
     parser.add_argument("--seed", type=whole_number, metavar="S", help="image k depends on (S, k) only")
-    parser.add_argument("--guidance-scale", type=scale, metavar="G", help="how closely to follow the prompt; 1 = off")
+    add_sampling_arguments(parser)
     parser.add_argument(
         "--parallel-tokens",
         type=lambda text: text if text == "auto" else whole_number(text),
@@ -41,21 +43,7 @@ def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
         metavar="W",
         help="guess W image tokens ahead, or auto: faster for few images, the same images",
     )
-    parser.add_argument(
-        "--temperature", type=scale, metavar="T", help="how freely to draw; 0 = always the likeliest id"
-    )
-
-
-def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of `add_drawing` as keywords of `ChatSession.draw` and `edit`."""
-    return {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "parallel_tokens")}
-
-
-def whole_number(text: str) -> int:
-    """Read a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
+    parser.add_argument("--no-preview", action="store_true", help="do not show the image so far in the terminal")
 
 
 def image_count(text: str) -> int:
@@ -63,14 +51,3 @@ def image_count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MAX_IMAGES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of images from 1 to {MAX_IMAGES}")
     return int(text)
-
-
-def scale(text: str) -> float:
-    """Read a finite number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
-    return value
