@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.mllm import tiny
+from unimm.chat import ChatSession
 from unimm.cli import build_parser, main
+from unimm.mllm import load
 
 PROMPT = "a photo of a red circle"
 
@@ -69,6 +71,27 @@ def test_generate_numbers_its_images(model_folder: Path, desk: Path, capsys: pyt
     )
     assert content["images"] == ["out/a-1.png", "out/a-2.png"]
     assert Image.open("out/a-1.png").size == (16, 16)
+
+
+def test_edit_keeps_what_the_mask_leaves(model_folder: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command draws what `ChatSession.edit` draws."""
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (0, 4, 8, 8))
+    mask.save("mask.png")
+    command = ["edit", PROMPT, "--model", str(model_folder), "--image", "in.png", "--seed", "3"]
+    command += ["--guidance-scale", "2", "--num-images", "2"]
+    assert main([*command, "--mask", "mask.png", "--image-guidance-scale", "1.5", "--json", "r.json"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["edited-1.png", "edited-2.png"]
+    content = report(Path("r.json").read_text())
+    assert content["images"] == ["edited-1.png", "edited-2.png"] and content["image_guidance_scale"] == 1.5
+    assert (content["image"], content["mask"], content["seed"]) == ("in.png", "mask.png", 3)
+    session = ChatSession(*load(model_folder))
+    expected = session.edit(PROMPT, "in.png", mask, seed=3, num_images=2, guidance_scale=2, image_guidance_scale=1.5)
+    for image, path in zip(expected, content["images"], strict=True):
+        assert Image.open(path).tobytes() == image.tobytes()
+    assert main([*command[:-2], "--strength", "0.25", "--output", "share.png"]) == 0
+    expected = session.edit(PROMPT, "in.png", seed=3, strength=0.25, guidance_scale=2)
+    assert Image.open("share.png").tobytes() == expected[0].tobytes()
 
 
 def test_generate_shows_the_image_in_a_terminal(
@@ -219,6 +242,15 @@ MISTAKES = {
     "image truncated": (["reconstruct", "cut.png"], "cut.png: the file is cut off"),
     "page over a file": (["demo", "--output", "in.png"], "in.png is a file"),
     "json of a conversation": (["chat", "--json", "-"], "give a PROMPT"),
+    "edit without an image": (["edit", "x"], "required: --image"),
+    "edit of no image": (["edit", "x", "--image", "none.png"], "no such file"),
+    "edit with a broken mask": (["edit", "x", "--image", "in.png", "--mask", "cut.png"], "cut.png"),
+    "edit with a mask of black": (["edit", "x", "--image", "in.png", "--mask", "black.png"], "redraws 0 of 16"),
+    "edit by mask and share": (
+        ["edit", "x", "--image", "in.png", "--mask", "in.png", "--strength", "0.5"],
+        "leave one of them out",
+    ),
+    "edit of more than all": (["edit", "x", "--image", "in.png", "--strength", "2"], "strength is 2.0"),
     "model absent": (["generate", "x", "--model", "absent"], "absent"),
     "model is an image": (["reconstruct", "in.png", "--model", "in.png"], "in.png"),
     "model is damaged": (["reconstruct", "in.png", "--model", "damaged"], "damaged"),
@@ -230,6 +262,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     mistake: str, model_folder: Path, desk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("text.png").write_text("no image")
+    Image.new("L", (9, 9)).save("black.png")
     Path("cut.png").write_bytes(Path("in.png").read_bytes()[:50])
     Path("damaged").mkdir()
     Path("damaged/config.json").write_text("{")

@@ -111,6 +111,7 @@ def test_what_a_mask_does_not_touch_is_kept(
     session.edit("two", scene(), strength=1, seed=2)
     assert torch.equal(drawn[2]["token_ids"], drawn[3]["token_ids"])
     assert torch.equal(drawn[2]["token_ids"], drawn[4]["token_ids"])
+    session.edit("two", scene(), do_sample=False, guidance_scale=2.0, guidance_interval=(0, 4))
 
 
 def test_a_variation_keeps_a_share(parts: tuple, session: ChatSession, drawn: list[dict[str, Any]]) -> None:
@@ -162,7 +163,9 @@ def test_a_conversation_that_leaves_no_room_for_an_image_loses_its_oldest_turns(
         ({"guidance_scale": -1}, "guidance_scale is -1"),
         ({"prompt": " "}, "The prompt is empty"),
         ({"prompt": "word " * 10_000}, "tokens long"),
-        ({"warmth": 3}, "does not know the arguments warmth"),
+        ({"guidance_schedule": "fast"}, "guidance_schedule is 'fast'"),
+        ({"image_guidance_scale": "x"}, "image_guidance_scale is 'x'"),
+        ({"warmth": 3}, "warmth is no sampling setting"),
     ],
 )
 def test_edits_without_a_meaning_are_one_sentence(session: ChatSession, arguments: dict[str, Any], said: str) -> None:

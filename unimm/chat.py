@@ -177,7 +177,8 @@ class ChatSession:
                 (`unimm.mllm.conditions.mask_cells`). All other image tokens are those of the source image, bit for
                 bit. They are drawn in raster order, so what is kept conditions only what comes after it.
             strength: without a mask, the share of image tokens to redraw, chosen at random; None draws all of them.
-            sampling: `guidance_scale`, `temperature`, ..., see `ImageSampling`; None uses the checkpoint's default.
+            sampling: `guidance_scale`, `image_guidance_scale`, `temperature`, ..., see `ImageSampling`; None uses the
+                checkpoint's default.
             num_images, seed, parallel_tokens, on_token, on_image, preview_rows: as in `draw`.
 
         Raises:
@@ -197,19 +198,22 @@ class ChatSession:
         _check_drawing(num_images, seed)
         settings = sampling_options(cast(Mapping[str, Any], sampling))
         streamer = self._streamer(on_token, on_image, preview_rows)
-        inputs = self._inputs([request])
+        inputs: dict[str, Any] = dict(self._inputs([request]))
         forced = None
         if mask is not None or strength is not None:
             seed = secrets.randbelow(2**62) if seed is None else seed
             token_ids = self._token_ids(inputs["pixel_values"])
             forced = self._redrawn(token_ids, strength, seed, num_images, mask)
+        alone = self._inputs([_image_turn(image)])
+        extra = {"image_prompt_ids": alone["input_ids"], "image_prompt_attention_mask": alone["attention_mask"]}
+        inputs = {**inputs, **extra}  # for `image_guidance_scale`
         images = self._generated(inputs, num_images, seed, settings, parallel_tokens, streamer, forced)
         self._remember(self.messages, remembered, _shown(images))
         return images
 
     def _generated(
         self,
-        inputs: BatchFeature,
+        inputs: Mapping[str, Any],
         num_images: int,
         seed: int | None,
         settings: dict[str, Any],
@@ -357,7 +361,7 @@ class ChatSession:
         context: int = self.model.config.get_text_config().max_position_embeddings
         return min(self.generation["max_new_tokens"], context // 8)
 
-    def _room(self, inputs: BatchFeature, needed: int, advice: str) -> int:
+    def _room(self, inputs: Mapping[str, Any], needed: int, advice: str) -> int:
         """Return the number of tokens left for the answer; raise UserError if it is less than `needed`."""
         length = inputs["input_ids"].shape[1]
         context = self.model.config.get_text_config().max_position_embeddings
@@ -427,6 +431,11 @@ def _check_drawing(num_images: Any, seed: Any) -> None:
         raise UserError(f"num_images is {num_images!r}; ask for at least 1 image, in whole numbers.")
     if seed is not None and not _whole(seed):
         raise UserError(f"seed is {seed!r}; give a whole number.")
+
+
+def _image_turn(image: Image.Image) -> dict[str, Any]:
+    """Return the user turn of an edit without its instruction, as training drops it."""
+    return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": ""}]}
 
 
 def _shown(images: Sequence[Image.Image]) -> list[dict[str, Any]]:

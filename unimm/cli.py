@@ -1,5 +1,5 @@
-"""The command line `unimm`: demo, chat, generate, reconstruct, serve; encoders, attach, detach, merge, export, doctor;
-eval.
+"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve; encoders, attach, detach, merge, export,
+doctor; eval.
 
 The first five take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
 output), which receives one JSON object with the results and the seconds they took. A user error is one line on standard
@@ -19,6 +19,7 @@ from unimm.commands import (
     demo,
     detach,
     doctor,
+    edit,
     encoders,
     evaluate,
     export,
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "demo": demo,
     "chat": chat,
     "generate": generate,
+    "edit": edit,
     "reconstruct": reconstruct,
     "serve": serve,
     "encoders": encoders,

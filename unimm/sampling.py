@@ -49,6 +49,8 @@ class ImageSampling:
         guidance_scale: one number or one per prompt; None, 0 and 1 are no guidance.
         guidance_interval: (start, stop), the image tokens that are guided; None: all.
         guidance_schedule: "linear" raises the scale evenly over the tokens, from 1 to `guidance_scale` at the last.
+        image_guidance_scale: with an image to edit, the scale of the image beside that of the text
+            (https://arxiv.org/abs/2211.09800); one number or one per prompt. None: one scale for both.
     """
 
     do_sample: bool = _option(True, "sample, or take the likeliest id", action=argparse.BooleanOptionalAction)
@@ -71,6 +73,9 @@ class ImageSampling:
     guidance_schedule: Literal["constant", "linear"] = _option(
         "constant", "linear raises the guidance scale from token to token", choices=("constant", "linear")
     )
+    image_guidance_scale: Annotated[GuidanceScale, Range(least=0)] = _option(
+        None, "how closely to follow the image that is edited; 1 = off", type=number_from_zero, metavar="G"
+    )
 
     def __post_init__(self) -> None:
         if self.guidance_schedule not in ("constant", "linear"):
@@ -82,8 +87,9 @@ class ImageSampling:
                 raise UserError(f"guidance_interval is {ends!r}: give [start, stop] with 0 <= start <= stop")
         for name in ("temperature", "top_k", "top_p", "min_p"):
             _check_number(name, getattr(self, name))
-        if isinstance(self.guidance_scale, str | bool | Real):
-            _check_number("guidance_scale", self.guidance_scale)
+        for name in ("guidance_scale", "image_guidance_scale"):
+            if isinstance(scale := getattr(self, name), str | bool | Real):
+                _check_number(name, scale)
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p < 1):
             raise UserError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: "
@@ -107,9 +113,18 @@ class ImageSampling:
 
     def scales(self, batch_size: int, length: int) -> "Tensor":
         """Return the guidance scale of every token of every prompt, [length, B], 0 for no guidance."""
+        return self._scheduled(per_prompt_scale(self.guidance_scale, batch_size), length)
+
+    def image_scales(self, batch_size: int, length: int) -> "Tensor | None":
+        """Return the same for `image_guidance_scale`; None without one."""
+        if self.image_guidance_scale is None:
+            return None
+        return self._scheduled(per_prompt_scale(self.image_guidance_scale, batch_size, "image_guidance_scale"), length)
+
+    def _scheduled(self, scale: "Tensor", length: int) -> "Tensor":
+        """Return scales [B] by interval and schedule, [length, B]."""
         import torch
 
-        scale = per_prompt_scale(self.guidance_scale, batch_size)
         steps = torch.arange(length)[:, None]
         start, stop = (0, length) if self.guidance_interval is None else self.guidance_interval
         inside = (steps >= start) & (steps < stop)
@@ -153,6 +168,7 @@ class SamplingOptions(TypedDict, total=False):
     guidance_scale: GuidanceScale
     guidance_interval: tuple[int, int] | None
     guidance_schedule: Literal["constant", "linear"] | None
+    image_guidance_scale: GuidanceScale
 
 
 SAMPLED = ImageSampling()
@@ -181,22 +197,23 @@ def sampling_options(given: argparse.Namespace | Mapping[str, Any]) -> dict[str,
         raise UserError(f"{', '.join(unknown)} is no sampling setting; there are {', '.join(SAMPLING_NAMES)}.")
     options = {name: value for name, value in given.items() if value is not None}
     ImageSampling(**options)
-    if isinstance(scale := options.get("guidance_scale"), Real) and scale < 0:
-        raise UserError(f"guidance_scale is {scale}; give 0 or 1 for no guidance, or a number above 1.")
+    for name in ("guidance_scale", "image_guidance_scale"):
+        if isinstance(scale := options.get(name), Real) and scale < 0:
+            raise UserError(f"{name} is {scale}; give 0 or 1 for no guidance, or a number above 1.")
     return options
 
 
-def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> "Tensor":
+def per_prompt_scale(scale: GuidanceScale, batch_size: int, name: str = "guidance_scale") -> "Tensor":
     """Return one scale per prompt [B], 0 if guidance is off (None, 0, less than 0, exactly 1)."""
     import torch
 
     values = torch.as_tensor(0.0 if scale is None else scale, dtype=torch.float32).flatten().cpu()
     if len(values) not in (1, batch_size):
-        raise UserError(f"guidance_scale has {len(values)} values, give 1 or one per prompt, {batch_size}")
+        raise UserError(f"{name} has {len(values)} values, give 1 or one per prompt, {batch_size}")
     meaningless = ~torch.isfinite(values) | ((values > 0) & (values < 1))
     if meaningless.any():
         raise UserError(
-            f"guidance_scale is {float(values[meaningless][0]):g}; give 0 or 1 for no guidance, or a number above 1"
+            f"{name} is {float(values[meaningless][0]):g}; give 0 or 1 for no guidance, or a number above 1"
         )
     values = values.expand(batch_size)
     return torch.where(values > 1, values, 0.0)

@@ -3,12 +3,11 @@
 import argparse
 import secrets
 
-from unimm.commands.options import add_json, add_model, image_count
+from unimm.commands.options import add_drawing, add_json, add_model
 from unimm.commands.shared import Progress, load_model, saved
-from unimm.config.argument_types import whole_number
 from unimm.data.images import check_image_output
 from unimm.runs.report import Report
-from unimm.sampling import SAMPLING_NAMES, add_sampling_arguments, sampling_options
+from unimm.sampling import SAMPLING_NAMES, sampling_options
 
 DRAWING = "picture.png"
 """Default output name; an existing file is never replaced, the next free number is used instead."""
@@ -19,20 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_json(parser)
     parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument(
-        "--output", metavar="FILE", help=f"N > 1 images: FILE-1, FILE-2, ... (default: {DRAWING}, or a free number)"
-    )
-    parser.add_argument("--num-images", type=image_count, default=1, metavar="N")
-    parser.add_argument("--seed", type=whole_number, metavar="S", help="image k depends on (S, k) only")
-    add_sampling_arguments(parser)
-    parser.add_argument(
-        "--parallel-tokens",
-        type=lambda text: text if text == "auto" else whole_number(text),
-        default=1,
-        metavar="W",
-        help="guess W image tokens ahead, or auto: faster for few images, the same images",
-    )
-    parser.add_argument("--no-preview", action="store_true", help="do not show the image so far in the terminal")
+    add_drawing(parser, DRAWING)
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:

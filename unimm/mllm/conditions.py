@@ -81,12 +81,12 @@ def redrawn_share(strength: Any, seeds: Sequence[int], tokens: int) -> Tensor:
     Raises:
         UserError: if `strength` is not above 0 and at most 1.
     """
-    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 < strength <= 1:
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 < float(strength) <= 1:
         raise UserError(
             f"strength is {strength!r}; give the share of image tokens to redraw, above 0 and at most 1, which redraws "
             "all."
         )
-    count = max(1, round(strength * tokens))
+    count = max(1, round(float(strength) * tokens))
     redrawn = torch.zeros(len(seeds), tokens, dtype=torch.bool)
     for row, seed in zip(redrawn, seeds, strict=True):
         row[torch.from_numpy(np.random.default_rng(seed).permutation(tokens)[:count])] = True

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unimm.errors import UserError
 from unimm.mllm.decoding import RoomyLayer, Steps
+from unimm.mllm.guidance import Guidance
 from unimm.noise import Noise
 from unimm.sampling import ImageSampling
 
@@ -26,8 +27,8 @@ _FIRST, _WIDEST = 8, 32  # window of "auto": initial and maximum; it tracks thre
 
 
 class Drawing:
-    """The sampling loop for S images, started from the logits [S + G, K] of their first token: the sequences, then the
-    unconditional rows.
+    """The sampling loop for S images, started from the logits [R, K] of their first token: the rows of the sequences,
+    then those of the other sides of guidance.
 
     Args:
         forced: token ids [S, M] that are kept, -1 for those to sample; None samples all.
@@ -38,7 +39,7 @@ class Drawing:
         self,
         logits: Tensor,
         steps: Steps,
-        scales: Tensor,
+        guidance: Guidance,
         noise: Noise | None,
         sampling: ImageSampling,
         base: int,
@@ -46,13 +47,12 @@ class Drawing:
         every_step: bool = False,
     ) -> None:
         self.steps, self.noise, self.warpers, self.base = steps, noise, sampling.warpers(), base
-        self.logits = _precise(logits)[:, None]  # [S + G, n, K]
-        self.length, self.size = scales.shape
-        guided_steps = (scales > 0).any(1).nonzero()
-        self.last = int(guided_steps[-1]) if len(guided_steps) else -1  # the last guided step
-        self.uniform = bool((scales[: self.last + 1] > 0).all())  # every row is guided in every step up to `last`
-        self.guided = (scales > 0).any(0).nonzero()[:, 0].to(logits.device)  # [G]
-        self.scales = scales.t()[..., None].to(self.logits)  # [S, M, 1]
+        self.logits = _precise(logits)[:, None]  # [R, n, K]
+        self.guidance = guidance = guidance.to(self.logits)
+        (self.length, self.size), self.last = guidance.scales.shape, guidance.last
+        self.fed = torch.arange(self.size, device=logits.device)  # the sequence that each row continues
+        if len(guidance.rows):
+            self.fed = torch.cat([self.fed, *[guidance.rows] * guidance.sides])
         forced = torch.full((self.size, self.length), -1) if forced is None else forced
         self.forced, self.every_step = forced.to(logits.device), every_step
         self.runs = _runs((forced >= 0).all(0).tolist())
@@ -106,32 +106,19 @@ class Drawing:
     def _choose(self, done: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and scores [S, n, K] of the tokens starting at `done`, and the token ids [S, n], forced or
         sampled."""
-        raw = self._guide(done)
+        raw = self.guidance(self.logits, done)
         scores = self.warpers(self.chosen, raw.flatten(0, 1)).view_as(raw)  # warpers ignore the ids
         noisy = scores if self.noise is None else scores + self.noise.next(done, done + raw.shape[1])
         forced = self.forced[:, done : done + raw.shape[1]]
         return raw, scores, torch.where(forced >= 0, forced, noisy.argmax(-1) + self.base)
 
-    def _guide(self, done: int) -> Tensor:
-        """Apply classifier-free guidance to the logits of the tokens starting at `done`; return [S, n, K]."""
-        conditional, unconditional = self.logits[: self.size], self.logits[self.size :]
-        if done > self.last:
-            return conditional
-        scale = self.scales[:, done : done + conditional.shape[1]]  # [S, n, 1]
-        if self.uniform:
-            return unconditional + scale * (conditional - unconditional)
-        given, scale = conditional[self.guided], scale[self.guided]
-        pulled = torch.where(scale > 0, unconditional + scale * (given - unconditional), given)
-        return conditional.index_copy(0, self.guided, pulled)
-
     def _go_on(self, done: int, token_ids: Tensor, needed: int) -> None:
-        """Feed token_ids [S, n] to the sequences and to the unconditional rows of the guided ones; keep the logits
-        after the last `needed` of them."""
-        if done > self.last and len(self.guided):  # no guided steps are left: drop the unconditional rows
-            self.steps.keep(torch.arange(self.size, device=token_ids.device))
-            self.guided = self.guided[:0]
-        fed = torch.cat([token_ids, token_ids[self.guided]]) if len(self.guided) else token_ids
-        self.logits = _precise(self.steps.logits(fed, needed))
+        """Feed token_ids [S, n] to the sequences and to the other sides of the guided ones; keep the logits after
+        the last `needed` of them."""
+        if done > self.last and len(self.fed) > self.size:  # no guided steps are left: drop the unconditional rows
+            self.fed = self.fed[: self.size]
+            self.steps.keep(self.fed)
+        self.logits = _precise(self.steps.logits(token_ids[self.fed], needed))
 
 
 def _runs(forced: list[bool]) -> list[int]:

@@ -7,13 +7,13 @@ on the rest of the batch. B prompts, P distinct ones, R = num_return_sequences, 
 M image tokens, K codebook size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,7 +22,10 @@ from unimm.mllm.arguments import IMAGE_MODE_IGNORES, check_text_mode, image_mode
 from unimm.mllm.conditions import forced_rows
 from unimm.mllm.decoding import Steps, expand_cache, steps_after
 from unimm.mllm.drawing import Drawing, check_parallel_tokens, warn
+from unimm.mllm.guidance import guidance_of
 from unimm.mllm.interleaving import Interleaving
+from unimm.mllm.memory import check_memory
+from unimm.mllm.prefill import Prompts, read_prompts, stacked
 from unimm.mllm.text_mode import TextGenerationMixin
 from unimm.noise import Noise, per_image_seeds, request_keys
 from unimm.sampling import SAMPLING_NAMES, GuidanceScale, ImageSampling
@@ -61,7 +64,9 @@ class ImageGenerationMixin(TextGenerationMixin):
             kwargs: text mode: as in transformers. Image mode: `guidance_scale`, `do_sample`, `temperature`, `top_k`,
                 `top_p`, `min_p`, `guidance_interval`, `guidance_schedule` (see `ImageSampling`; defaults come from the
                 checkpoint; `guidance_scale=None` is off), `num_return_sequences`, `negative_prompt_ids` and
-                `negative_prompt_attention_mask` [1 or B, L'] instead of the checkpoint's null prompt, `streamer`,
+                `negative_prompt_attention_mask` [1 or B, L'] instead of the checkpoint's null prompt,
+                `image_guidance_scale` with `image_prompt_ids` and `image_prompt_attention_mask` [B, L'], the prompts
+                with their images and without instructions, `streamer`,
                 `return_dict_in_generate`, `output_scores`, `output_logits`. `compile=True` compiles a step (a CUDA
                 graph on GPUs); the first call includes compilation. `parallel_tokens`: guess this many tokens ahead,
                 or "auto", and keep those that one forward confirms; the ids are the same as with 1.
@@ -94,6 +99,11 @@ class ImageGenerationMixin(TextGenerationMixin):
             raise ValueError(f"generation_mode is {generation_mode!r}; known: text, image, interleaved")
         kwargs = image_mode_arguments(self.generation_config, generation_config, kwargs)
         given = {name: kwargs.pop(name) for name in SAMPLING_NAMES if name in kwargs}
+        if given.get("image_guidance_scale") is not None and kwargs.get("image_prompt_ids") is None:
+            raise UserError(
+                "image_guidance_scale compares with the images without an instruction: give image_prompt_ids, or call "
+                "ChatSession.edit."
+            )
         sampling = ImageSampling.of(generation_config or self.generation_config, **given)
         prompts, kwargs["attention_mask"] = self._prompts(inputs, kwargs)
         return self._draw(prompts, seed=seed, sampling=sampling, **kwargs)
@@ -151,6 +161,8 @@ class ImageGenerationMixin(TextGenerationMixin):
         num_return_sequences: int = 1,
         negative_prompt_ids: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
+        image_prompt_ids: Tensor | None = None,
+        image_prompt_attention_mask: Tensor | None = None,
         streamer: BaseStreamer | None = None,
         return_dict_in_generate: bool = False,
         output_scores: bool = False,
@@ -173,39 +185,37 @@ class ImageGenerationMixin(TextGenerationMixin):
                 "temperature above 0"
             )
         prompts, mask = prompts.to(self.device), attention_mask.to(self.device)
-        scales = sampling.scales(len(prompts), self.num_image_tokens)  # [M, B]
         counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
         # masked: prompts that differ only in what lies under the mask are equal
         keys = request_keys(prompts * mask, pixel_values, counts)
         forced = forced_rows(
             forced_token_ids, len(prompts), num_return_sequences, self.num_image_tokens, self.visual_vocabulary
         )
-        requests = [(key, tuple(row)) for key, row in zip(keys, forced[::num_return_sequences].tolist(), strict=True)]
+        kept_ids = forced[::num_return_sequences].tolist()
+        requests: list[Hashable] = [(key, tuple(row)) for key, row in zip(keys, kept_ids, strict=True)]
         seeds = seeds or per_image_seeds(requests, seed, num_return_sequences)
-        prompts, mask = _end_with(prompts, mask, self.config.boi_token_id)
+        numbers = [each.tolist() for each in torch.arange(sum(counts)).split(counts)]
+        given = Prompts(*_end_with(prompts, mask, self.config.boi_token_id), numbers)
         if streamer is not None:
-            streamer.put(prompts.cpu())
-        # the first row of each distinct prompt
-        distinct = list({key: n for n, key in reversed(list(enumerate(keys)))}.values())[::-1]
-        places = {keys[n]: place for place, n in enumerate(distinct)}
-        sources = torch.tensor([places[key] for key in keys], device=self.device)  # [B], its prefilled row
-        rows, row_mask = prompts[distinct], mask[distinct]
-        guided = (scales > 0).any(0).nonzero()[:, 0].to(self.device)
-        if len(guided):
-            negative = self._unconditional_rows(negative_prompt_ids, negative_prompt_attention_mask, len(prompts))
-            if len(negative[0]) > 1:
-                negative = negative[0][guided], negative[1][guided]
-            others = torch.arange(len(guided), device=self.device) % len(negative[0]) + len(rows)
-            rows, row_mask = _stacked(rows, row_mask, *negative, self.config.boi_token_id)
-            sources = torch.cat([sources, others])
-        sources = sources.repeat_interleave(num_return_sequences)  # [S + G]
-        self._check_room(rows.shape[1])
-        images = self._encoded_images(pixel_values, counts, distinct)
-        logits, steps = self._read_prompts(rows, row_mask, sources, images, compile)
+            streamer.put(given.token_ids.cpu())
+        negative = self._negative_prompts(negative_prompt_ids, negative_prompt_attention_mask, len(prompts))
+        images = self._image_prompts(image_prompt_ids, image_prompt_attention_mask, given)
+        guidance, sides = guidance_of(sampling, self.num_image_tokens, len(prompts), negative, images)
+        own, sources = given.distinct(keys)
+        places, first = [sources], len(own)
+        for side in sides:  # [1 or G, L]
+            places.append(torch.arange(len(guidance.rows), device=self.device) % len(side) + first)
+            first += len(side)
+        rows = stacked([own, *sides], self.config.boi_token_id)
+        self._check_room(rows.token_ids.shape[1])
+        sources = torch.cat(places).repeat_interleave(num_return_sequences)  # [S + G] or [S + 2 G]
+        length = rows.token_ids.shape[1]
+        sequences = len(prompts) * num_return_sequences
+        check_memory(self, len(sources), sequences, len(rows) * length, length + self.num_image_tokens)
+        logits, steps = self._read_prompts(rows, pixel_values, sources, compile)
         noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, logits.device)
-        scales = scales.repeat_interleave(num_return_sequences, 1)  # [M, S]
-        base = self.visual_vocabulary.base
-        drawing = Drawing(logits, steps, scales, noise, sampling, base, forced, every_step=return_dict_in_generate)
+        base, guidance = self.visual_vocabulary.base, guidance.repeated(num_return_sequences)
+        drawing = Drawing(logits, steps, guidance, noise, sampling, base, forced, every_step=return_dict_in_generate)
         if parallel_tokens != 1 and not drawing.can_forget:
             warn("one token at a time: this host's cache cannot take back tokens that were guessed wrong")
             parallel_tokens = 1
@@ -224,50 +234,50 @@ class ImageGenerationMixin(TextGenerationMixin):
         outputs = {name: tuple(values) or None for name, values in kept.items()}
         return GenerateDecoderOnlyOutput(sequences=chosen, past_key_values=steps.cache, **outputs)
 
-    def _unconditional_rows(self, ids: Tensor | None, mask: Tensor | None, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Return token ids and mask [1 or B, L'] of the negative prompt, ending with the begin marker."""
+    def _negative_prompts(self, ids: Tensor | None, mask: Tensor | None, batch_size: int) -> Prompts | None:
+        """Return the negative prompt [1 or B, L'], or else the null prompt, ending with the begin marker; None if there
+        is neither."""
         if ids is None:
             if not self.config.null_prompt:
-                raise ValueError("guidance needs a null prompt, this checkpoint has none: give negative_prompt_ids")
+                return None
             ids = torch.tensor([self.config.null_prompt])
         mask = torch.ones_like(ids) if mask is None else mask
         if len(ids) not in (1, batch_size):
             raise ValueError(f"negative_prompt_ids has {len(ids)} rows, give 1 or one per prompt, {batch_size}")
         if (ids == self.config.image_token_id).any():
             raise ValueError("negative_prompt_ids holds image placeholders; a negative prompt is text")
-        return _end_with(ids.to(self.device), mask.to(self.device), self.config.boi_token_id)
+        rows = _end_with(ids.to(self.device), mask.to(self.device), self.config.boi_token_id)
+        return Prompts(*rows, [[] for _ in ids])
+
+    def _image_prompts(self, ids: Tensor | None, mask: Tensor | None, prompts: Prompts) -> Prompts | None:
+        """Return the prompts without instructions, with the images of `prompts`."""
+        if ids is None:
+            return None
+        ids = ids.to(self.device)
+        mask = _prompt_mask(ids, mask, self.generation_config).to(self.device)
+        size = self.config.image_seq_length
+        found = [int(n) / size for n in (ids == self.config.image_token_id).sum(1)]
+        wanted = [len(row) for row in prompts.images]
+        if found != wanted:
+            raise UserError(
+                f"image_prompt_ids holds {', '.join(f'{n:g}' for n in found)} images and the prompts "
+                f"{', '.join(map(str, wanted))}: give every prompt with its images, without its instruction."
+            )
+        return Prompts(*_end_with(ids, mask, self.config.boi_token_id), prompts.images)
 
     def _read_prompts(
-        self, rows: Tensor, mask: Tensor, sources: Tensor, images: dict[str, Any], compiled: bool
+        self, prompts: Prompts, pixel_values: Tensor | None, sources: Tensor, compiled: bool
     ) -> tuple[Tensor, Steps]:
-        """Prefill every distinct prompt [P, L] once; return logits [S + G, K] of the first image token, and the
-        decoder of the next ones."""
-        cache = DynamicCache(config=self.config.get_text_config())
-        first = rows.new_full((len(rows), self.num_image_tokens), self.visual_vocabulary.base)
-        whole = self.token_positions(torch.cat([rows, first], 1), torch.cat([mask, torch.ones_like(first)], 1))
-        output = self(
-            input_ids=rows,
-            attention_mask=mask,
-            position_ids=whole[..., : rows.shape[1]],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            vocabulary="image",
-            **images,
+        """Read the prompts; return the logits [S + G, K] of the first image token, and the decoder of the next ones."""
+        logits, cache, read = read_prompts(self, prompts, pixel_values)
+        first = read.token_ids.new_full((len(read), self.num_image_tokens), self.visual_vocabulary.base)
+        whole = self.token_positions(
+            torch.cat([read.token_ids, first], 1), torch.cat([read.mask, torch.ones_like(first)], 1)
         )
+        positions = whole[..., read.token_ids.shape[1] :].index_select(-2, sources)
         expand_cache(cache, sources, self.num_image_tokens)
-        positions = whole[..., rows.shape[1] :].index_select(-2, sources)
-        steps = steps_after(self, cache, mask[sources], positions, compiled, warn)
-        return output.logits[sources.to(output.logits.device), -1], steps
-
-    def _encoded_images(self, pixel_values: Tensor | None, counts: list[int], distinct: list[int]) -> dict[str, Any]:
-        """Return the projected features of the images in the distinct prompts, in their order."""
-        if pixel_values is None:
-            return {}
-        groups = torch.arange(len(pixel_values)).split(counts)
-        shown = pixel_values[torch.cat([groups[n] for n in distinct])]
-        features = self.get_image_features(shown.to(self.device, self.dtype), return_dict=True)
-        return {"mm_encoder_outputs": {"image": features}}
+        steps = steps_after(self, cache, read.mask[sources], positions, compiled, warn)
+        return logits[sources.to(logits.device)], steps
 
     def _check_room(self, length: int) -> None:
         context = self.config.get_text_config().max_position_embeddings
@@ -276,13 +286,6 @@ class ImageGenerationMixin(TextGenerationMixin):
                 f"The prompt has {length} tokens and an image {self.num_image_tokens}, together more than the "
                 f"{context} that the model reads: give a shorter prompt."
             )
-
-
-def _stacked(rows: Tensor, mask: Tensor, others: Tensor, other_mask: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """Concatenate two batches, padded on the left with a masked id `pad`, which must not be the image placeholder."""
-    length = max(rows.shape[1], others.shape[1])
-    whole = torch.cat([_left_pad(rows, length, pad), _left_pad(others, length, pad)])
-    return whole, torch.cat([_left_pad(mask, length, 0), _left_pad(other_mask, length, 0)])
 
 
 def _prompt_mask(prompts: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor:
@@ -329,10 +332,6 @@ def _images_per_prompt(
             f"{tokens_per_image} placeholders"
         )
     return (placeholders // tokens_per_image).tolist()
-
-
-def _left_pad(rows: Tensor, length: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(rows, (length - rows.shape[1], 0), value=value)
 
 
 def _end_with(rows: Tensor, mask: Tensor, token_id: int) -> tuple[Tensor, Tensor]:
