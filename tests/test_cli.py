@@ -294,10 +294,10 @@ def test_attach_overwrites_nothing_and_names_the_hosts(
     tokenizer = ["--image-tokenizer", str(tokenizer_folder)]
     assert main(["attach", str(language_model_folder), *tokenizer, "--output", "."]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
-    Path("bert").mkdir()
-    Path("bert/config.json").write_text('{"model_type": "bert"}')
-    assert main(["attach", "bert", *tokenizer, "--output", "out"]) == 2
-    assert "is a bert model; supported are llama, qwen2, qwen3, llava, internvl" in capsys.readouterr().err
+    Path("clip").mkdir()
+    Path("clip/config.json").write_text('{"model_type": "clip"}')
+    assert main(["attach", "clip", *tokenizer, "--output", "out"]) == 2
+    assert "is a clip model; supported are llava, internvl" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

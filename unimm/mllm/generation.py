@@ -24,7 +24,8 @@ from unimm.mllm.decoding import Steps, expand_cache, steps_after
 from unimm.mllm.drawing import Drawing, check_parallel_tokens, warn
 from unimm.mllm.interleaving import Interleaving
 from unimm.mllm.text_mode import TextGenerationMixin
-from unimm.sampling import SAMPLING_NAMES, GuidanceScale, ImageSampling, Noise, per_image_seeds, request_keys
+from unimm.noise import Noise, per_image_seeds, request_keys
+from unimm.sampling import SAMPLING_NAMES, GuidanceScale, ImageSampling
 
 
 class ImageGenerationMixin(TextGenerationMixin):
