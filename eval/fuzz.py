@@ -1,6 +1,7 @@
-"""Fuzz unimm with randomly damaged images, YAML, JSON, tar files and checkpoints, and count the outcomes.
+"""Fuzz unimm with randomly damaged images, YAML, JSON, tar files and checkpoints, and with generations of random
+settings, and count the outcomes.
 
-    PYTHONPATH=. python eval/fuzz.py                                 3600 inputs, minutes on two cores: make fuzz
+    PYTHONPATH=. python eval/fuzz.py                                 4600 inputs, minutes on two cores: make fuzz
     PYTHONPATH=. python eval/fuzz.py --only yaml --first 17 --count 1    one input again
 
 Every input is a function of its surface (input type) and number. Outcomes: it is used normally (clean), it raises a

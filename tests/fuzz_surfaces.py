@@ -16,6 +16,7 @@ from PIL import Image
 from tests import mutations
 from tests.conftest import ROOT
 from tests.data.conftest import png, rows_as_members, tar_bytes
+from tests.fuzz_generation import Generations
 from tests.mllm import tiny
 from unimm.chat import ChatSession
 from unimm.config.loading import load_config
@@ -251,6 +252,7 @@ SURFACES: dict[str, tuple[Callable[[Path], Surface], int]] = {
     "json": (Json, 500),
     "tar": (Tar, 400),
     "checkpoints": (Checkpoints, 400),
+    "generations": (Generations, 1000),
 }
 """Name -> surface, and how many inputs `make fuzz` tries."""
 
