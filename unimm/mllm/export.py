@@ -32,6 +32,7 @@ from unimm.saving import whole_folder
 from unimm.tokenizer.encoders import prefix_tokens
 
 VOCABULARY_FILE = "image_vocabulary.json"
+PROMPT = "{prompt}"
 
 
 def detach(model: Any) -> PreTrainedModel:
@@ -123,21 +124,41 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
     decoder of the ids) and the range of the image ids (image_vocabulary.json). Return the language model."""
     alone = causal_lm(model)
     parts = {"": (alone, processor.tokenizer), "image_tokenizer": (model.image_tokenizer, processor.image_processor)}
-    vocabulary = {
-        "image_vocab_start": model.config.image_vocab_start,
-        "codebook_size": model.config.codebook_size,
-        "image_grid": list(model.config.image_grid),
-        "boi_token_id": model.config.boi_token_id,
-        "eoi_token_id": model.config.eoi_token_id,
-        "null_prompt": list(model.config.null_prompt),
-        "image_generation": model.generation_config.image_generation,
-    }
+    vocabulary = image_vocabulary(model, processor)
     with whole_folder(folder) as staging:
         for name, (part, its_processor) in parts.items():
             part.save_pretrained(staging / name)
             its_processor.save_pretrained(staging / name)
         (staging / VOCABULARY_FILE).write_text(json.dumps(vocabulary, indent=2) + "\n", encoding="utf-8")
     return alone
+
+
+def image_vocabulary(model: Any, processor: UnimmProcessor) -> dict[str, Any]:
+    """Return what an engine needs to draw.
+
+    That is the rows of text, the range of the image ids, their grid, the markers, the prompts of an image
+    (`drawing_prompt`, with `{prompt}` in place of the text, and the token ids `null_prompt`) and the sampling defaults.
+
+    Raises:
+        UserError: the chat template changes or repeats the text.
+    """
+    template = processor.drawing_prompt(PROMPT)
+    if template.count(PROMPT) != 1:
+        raise UserError(
+            f"The chat template writes the prompt {template.count(PROMPT)} times instead of once: no other engine can "
+            "write the prompts of this model."
+        )
+    return {
+        "text_vocab_size": model.config.text_vocab_size,
+        "image_vocab_start": model.config.image_vocab_start,
+        "codebook_size": model.config.codebook_size,
+        "image_grid": list(model.config.image_grid),
+        "boi_token_id": model.config.boi_token_id,
+        "eoi_token_id": model.config.eoi_token_id,
+        "drawing_prompt": template,
+        "null_prompt": list(model.config.null_prompt),
+        "image_generation": model.generation_config.image_generation,
+    }
 
 
 def _plain_text_config(model: Any) -> PreTrainedConfig:
