@@ -26,7 +26,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
     """Return the greedy answer to each prompt, None if it does not end within `max_new_tokens`."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     inputs = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     written = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     new, ends = written[:, inputs["input_ids"].shape[1] :], model.generation_config.eos_token_id
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(str(arguments.output), "answers")
     prompts = arguments.prompts.read_text(encoding="utf-8").splitlines()[: arguments.limit]
     with reading("The language model", arguments.model):
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     rows = []
     for start in tqdm(range(0, len(prompts), arguments.batch_size), unit="batch"):
