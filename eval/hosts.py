@@ -34,6 +34,7 @@ from unimm.mllm import attach
 from unimm.mllm.answering import chat_inputs
 from unimm.mllm.doctor import examine
 from unimm.mllm.export import detach
+from unimm.mllm.hosts.registry import HOSTS
 from unimm.mllm.hosts.text_only import TEXT_HOSTS
 from unimm.runs.provenance import git_commit
 from unimm.runs.report import Report
@@ -188,7 +189,7 @@ def _host_kept(model: Any, host: PreTrainedModel, own: bool) -> bool:
 def _seen(host: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return inputs with one image in the host's own format: in tiles if the host tiles images."""
     generator = torch.Generator().manual_seed(2)
-    tiles = host.config.model_type in ("llava_next", "llava_onevision")
+    tiles = HOSTS[host.config.model_type].model.tiles
     shape = (1, 3, 3, 16, 16) if tiles else (1, 3, 16, 16)
     inputs = {"pixel_values": torch.randn(shape, generator=generator)}
     if tiles:

@@ -11,20 +11,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from unimm.class_conditional.configuration import ClassConditionalConfig
 from unimm.errors import UserError
 from unimm.field_rules import RULES, check_attention, check_settings
-from unimm.mllm.attach import SUPPORTED
 from unimm.mllm.hosts.registry import HOSTS
+from unimm.mllm.hosts.text_only import TEXT_HOSTS
 from unimm.tokenizer import TOKENIZERS, VQRAEConfig
 from unimm.tokenizer.encoders import FAMILIES
 
+CONFIGS = [family.config_class for family in HOSTS.values()]
 INNER = ("qwen2_5_vl_text", "qwen2_5_vl_vision", "qwen3_vl_text", "qwen3_vl_vision")
 CLASSES: dict[str, type[PreTrainedConfig]] = {
     **{name: tokenizer.config_class for name, tokenizer in TOKENIZERS.items()},
-    **{config.model_type: config for config in (*HOSTS, ClassConditionalConfig)},
-    **{name: CONFIG_MAPPING[name] for name in (*FAMILIES, *SUPPORTED, *INNER)},
+    **{config.model_type: config for config in (*CONFIGS, ClassConditionalConfig)},
+    **{name: CONFIG_MAPPING[name] for name in (*FAMILIES, *TEXT_HOSTS, *HOSTS, *INNER)},
 }
 WITHOUT_RULE = {
     *("_out_features", "_out_indices", "id2label", "label2id", "image_grid_pinpoints", "problem_type"),
     *("transformers_version", "vision_aspect_ratio"),
+    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
 }
 """transformers checks these, or nothing here reads them."""
 
@@ -152,7 +154,7 @@ def test_deep_nesting_is_refused() -> None:
 def test_settings_in_memory_are_held_against_the_same_table() -> None:
     with pytest.raises(UserError, match="VQRAEConfig: encoder_config.num_hidden_layers is 1099511627776"):
         VQRAEConfig(encoder_config={"model_type": "siglip_vision_model", "num_hidden_layers": 2**40})
-    for config_class in HOSTS:
+    for config_class in CONFIGS:
         with pytest.raises(UserError, match=f"{config_class.__name__}: image_grid is"):
             config_class(image_grid=[-8, 8])
     with pytest.raises(UserError, match="ClassConditionalConfig: num_hidden_layers is 0"):

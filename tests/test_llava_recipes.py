@@ -18,7 +18,7 @@ from unimm import bfloat16
 from unimm.cli import main
 from unimm.config.loading import load_config
 from unimm.errors import UserError
-from unimm.mllm.hosts.registry import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
+from unimm.mllm.hosts.llava import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
 from unimm.mllm.vocabulary import visual_base
 from unimm.tokenizer import VQRAEConfig
 from unimm.tokenizer.published import PUBLISHED

@@ -27,7 +27,7 @@ from unimm.data.characters import check_characters
 from unimm.data.images import each_image, load_image, read_image, save_numbered
 from unimm.errors import UserError, one_line, run_main
 from unimm.mllm.answering import Conversation, chat_inputs
-from unimm.mllm.conditions import keep_outside, mask_cells, redrawn_share
+from unimm.mllm.conditions import keep_outside, redrawn_cells, redrawn_share
 from unimm.mllm.previews import DrawingStreamer, OnImage, OnToken, PreviewStream
 from unimm.noise import image_seed
 from unimm.sampling import SamplingOptions, sampling_options
@@ -264,6 +264,51 @@ class ChatSession:
 
         return PreviewStream(draw, on_final=lambda: vars(self).update(vars(trial)))
 
+    def respond(
+        self,
+        text: str,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        guidance_scale: float | None = None,
+        parallel_tokens: int | Literal["auto"] = 1,
+    ) -> list[str | Image.Image]:
+        """Ask `text`, preceded by new images, and return an answer in which the model may draw: texts and PIL images.
+
+        Args:
+            images: as in `ask`.
+            max_new_tokens: maximum length of the answer, its images included; None: the room in the context.
+            seed: image k of the answer depends on (seed, k) only; None uses a new seed each time.
+            guidance_scale, parallel_tokens: of the images, as in `draw`.
+
+        Raises:
+            UserError: as `ask` and `draw`. The history is then unchanged.
+        """
+        question = _user_turn(text, images, "question")
+        _check_drawing(1, seed, {"guidance_scale": guidance_scale})
+        history = self._kept(self.messages, question, self._text_room() + self.model.num_image_tokens + 2)
+        inputs = self._inputs([*history, question])
+        self._room(inputs, 1, "Reset the conversation or ask something shorter.")
+        written = self.model.generate(
+            **inputs,
+            generation_mode="interleaved",
+            **{**self.generation, "max_new_tokens": max_new_tokens},
+            seed=None if seed is None else int(seed),
+            guidance_scale=guidance_scale,
+            parallel_tokens=parallel_tokens,
+        )
+        (parts,) = self.processor.split_parts(written[:, inputs["input_ids"].shape[1] :])
+        ids = [part["ids"] for part in parts if part["type"] == "image"]
+        drawn: list[Image.Image] = []
+        if ids:
+            token_ids = self.model.visual_vocabulary.token_ids(torch.stack(ids))
+            drawn = self.processor.postprocess(self.model.decode_image_tokens(token_ids))
+        remaining = iter(drawn)
+        answer = [part["text"] if part["type"] == "text" else next(remaining) for part in parts]
+        self._remember(history, question, [_part(each) for each in answer])
+        return answer
+
     def _streamer(self, on_token: OnToken | None, on_image: OnImage | None, rows: int | None) -> DrawingStreamer | None:
         streamer = DrawingStreamer(self.model, self.processor, on_token=on_token, on_image=on_image, rows=rows)
         return None if on_token is None and on_image is None else streamer
@@ -288,11 +333,7 @@ class ChatSession:
         if mask is None:
             seeds = [image_seed(int(seed), k) for k in range(num_images)]
             return keep_outside(token_ids, redrawn_share(strength, seeds, token_ids.shape[1]))
-        if not self.model.image_tokenizer.ids_are_patches:
-            kind = type(self.model.image_tokenizer).__name__
-            raise UserError(f"The image tokens of a {kind} are no patches, so a mask cannot choose among them.")
-        square = self.processor.image_processor.pad_to_square
-        cells = torch.from_numpy(mask_cells(mask, self.processor.image_grid, square=square))
+        cells = torch.from_numpy(redrawn_cells(self.model, self.processor, mask))
         return keep_outside(token_ids, cells.flatten().expand(num_images, -1))
 
     def _inputs(self, messages: Conversation) -> BatchFeature:
@@ -302,7 +343,7 @@ class ChatSession:
         """Drop the oldest exchanges until history, question and an answer of `room` tokens (None: text) fit the
         context, image tokens included."""
         context = self.model.config.get_text_config().max_position_embeddings
-        limit = context - (min(self.generation["max_new_tokens"], context // 8) if room is None else room)
+        limit = context - (self._text_room() if room is None else room)
         system = history[:1] if history and history[0]["role"] == "system" else []
         kept = history[len(system) :]
         if self.overflow == "refuse":
@@ -310,6 +351,10 @@ class ChatSession:
         while kept and self.processor.count_tokens([*system, *kept, question]) > limit:
             kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
         return [*system, *kept]
+
+    def _text_room(self) -> int:
+        context: int = self.model.config.get_text_config().max_position_embeddings
+        return min(self.generation["max_new_tokens"], context // 8)
 
     def _room(self, inputs: BatchFeature, needed: int, advice: str) -> int:
         """Return the number of tokens left for the answer; raise UserError if it is less than `needed`."""
@@ -398,8 +443,12 @@ def _user_turn(text: str, images: ImageLike | Sequence[ImageLike] | None, what: 
     if not text.strip():
         raise UserError(f"The {what} is empty.")
     check_characters(text)
-    parts = [{"type": "image", "image": read_image(each)} for each in each_image(images)]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    content: list[str | Image.Image] = [*map(read_image, each_image(images)), text]
+    return {"role": "user", "content": [_part(each) for each in content]}
+
+
+def _part(content: str | Image.Image) -> dict[str, Any]:
+    return {"type": "text", "text": content} if isinstance(content, str) else {"type": "image", "image": content}
 
 
 def converse(session: ChatSession, images: Sequence[ImageLike] = ()) -> None:

@@ -16,18 +16,18 @@ from types import ModuleType
 from typing import Any
 
 MODULES = {
-    "ideal": "unimm.tokenizer",
-    "vfmtok": "unimm.tokenizer",
-    "vqrae": "unimm.tokenizer",
+    "vqrae": "unimm.tokenizer.vqrae",
+    "vfmtok": "unimm.tokenizer.vfmtok",
+    "ideal": "unimm.tokenizer.ideal",
     "unimm_class_conditional": "unimm.class_conditional",
-    "unimm_internvl": "unimm.mllm",
-    "unimm_llava": "unimm.mllm",
-    "unimm_llava_next": "unimm.mllm",
-    "unimm_llava_onevision": "unimm.mllm",
-    "unimm_qwen2_5_vl": "unimm.mllm",
-    "unimm_qwen3_vl": "unimm.mllm",
+    "unimm_llava": "unimm.mllm.hosts.llava",
+    "unimm_internvl": "unimm.mllm.hosts.internvl",
+    "unimm_llava_next": "unimm.mllm.hosts.llava_next",
+    "unimm_llava_onevision": "unimm.mllm.hosts.llava_onevision",
+    "unimm_qwen2_5_vl": "unimm.mllm.hosts.qwen2_5_vl",
+    "unimm_qwen3_vl": "unimm.mllm.hosts.qwen3_vl",
 }
-"""model_type -> the module that registers it on import."""
+"""model_type -> the module that registers it on import. Packages import the modules below them, in this order."""
 
 _AUTO = "transformers.models.auto"
 _MAPPINGS = {
@@ -63,17 +63,19 @@ class _Registered(dict[Any, Any]):
         return super().__iter__()
 
     def values(self) -> Any:
-        _import_all()
+        import_below()
         return super().values()
 
     def items(self) -> Any:
-        _import_all()
+        import_below()
         return super().items()
 
 
-def _import_all() -> None:
-    for module in dict.fromkeys(MODULES.values()):
-        importlib.import_module(module)
+def import_below(package: str = "unimm") -> None:
+    """Import the modules of the table that lie in `package`."""
+    for module in MODULES.values():
+        if module.startswith(f"{package}."):
+            importlib.import_module(module)
 
 
 def _place(module: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""The twelve chat formats: their strings against the published ones, and their label masks token by token.
+"""The chat formats: their strings against the published ones, and their label masks token by token.
 
 python -m tests.mllm.test_chat_formats     # writes tests/data/label_masks again: look at the difference
 """
@@ -71,6 +71,7 @@ def render(
 PUBLISHED = {
     "plain": f"{HELLO}{GREAT}\n{SHOW}",
     "vicuna_v1": f"{VICUNA} USER: {HELLO} ASSISTANT: {GREAT}</s>USER: {SHOW} ASSISTANT:",
+    "vicuna_turns": f"USER: {HELLO} ASSISTANT: {GREAT}</s>USER: {SHOW} ASSISTANT: ",
     "llama2": f"[INST] {HELLO} [/INST] {GREAT} </s><s>[INST] {SHOW} [/INST]",
     "llama3": (
         f"<|start_header_id|>user<|end_header_id|>\n\n{HELLO}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -102,6 +103,7 @@ PUBLISHED = {
 }
 WITH_SYSTEM = {
     "vicuna_v1": f"{PIRATE} USER: {HELLO} ASSISTANT:",
+    "vicuna_turns": f"{PIRATE} USER: {HELLO} ASSISTANT: ",
     "llama2": f"[INST] <<SYS>>\n{PIRATE}\n<</SYS>>\n\n{HELLO} [/INST]",
     "llama3": (
         f"<|start_header_id|>system<|end_header_id|>\n\n{PIRATE}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
@@ -189,6 +191,66 @@ def test_attach_takes_a_format_by_name_and_stops_at_its_closing_token() -> None:
     assert prompt.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
     assert texts.convert_tokens_to_ids("<|eot_id|>") in model.generation_config.eos_token_id
     assert model.config.null_prompt == unified.null_prompt_ids()
+
+
+# What earlier versions gave to text tokenizers without a template, byte for byte: such checkpoints are in use.
+EARLIER = {
+    "chatml": """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' -%}
+{% generation %}{{ render(message.content) + '<|im_end|>' }}{% endgeneration %}
+{%- else -%}
+{{ render(message.content) + '<|im_end|>' }}
+{%- endif -%}
+{{ '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+""",
+    "vicuna_turns": """\
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{{ 'ASSISTANT: ' }}{% generation %}{{ render(message.content) + eos_token }}{% endgeneration %}
+{%- elif message.role == 'user' -%}
+{{ 'USER: ' + render(message.content) + ' ' }}
+{%- else -%}
+{{ render(message.content) + ' ' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT: ' }}{%- endif -%}
+""",
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("system", [None, "You draw."])
+def test_a_tokenizer_without_a_template_renders_as_before(name: str, prompt: bool, system: str | None) -> None:
+    texts = byte_level() if name == "chatml" else tiny.text_tokenizer(())
+    template = str(chat_template(texts, add_markers(texts)))
+    content, found, _ = template.partition("{%- endmacro -%}\n")
+    assert found
+    red = Image.new("RGB", (16, 16), "red")
+    turns = [
+        tiny.user(red, "What is it?"),
+        tiny.assistant("a circle", red),
+        {"role": "user", "content": " again "},
+        tiny.assistant(""),
+    ]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    for count in range(1, len(turns) + 1):
+        ours, before = (
+            render_jinja_template(
+                conversations=[turns[:count]],
+                chat_template=each,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=True,
+                **texts.special_tokens_map,
+            )
+            for each in (template, content + found + EARLIER[name])
+        )
+        assert ours == before
 
 
 def test_a_format_of_another_model_is_refused() -> None:

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="guess W image tokens ahead, or auto: faster for few images, the same images",
     )
+    parser.add_argument("--no-preview", action="store_true", help="do not show the image so far in the terminal")
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -43,11 +44,13 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
     session = ChatSession(*load_model(arguments.model, report))
     with Progress("drawing") as progress, report.timed("per_image", share=arguments.num_images):
+        shows = progress.images.active and not arguments.no_preview
         images = session.draw(
             arguments.prompt,
             num_images=arguments.num_images,
             seed=seed,
             on_token=progress,
+            on_image=progress.show if shows else None,
             parallel_tokens=arguments.parallel_tokens,
             **sampling,
         )

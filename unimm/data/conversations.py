@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unimm.data.shapes import render, sample_captioned_scene, sample_conversation
+from unimm.data.shapes import Turn, render, sample_captioned_scene, sample_conversation
+from unimm.data.shapes.phrasings import sample_unknown_request, sample_wording
+from unimm.data.shapes.things import REFUSAL
 from unimm.data.shuffling import Rows
 from unimm.errors import UserError
 
@@ -24,23 +26,39 @@ class ShapesConversations:
         seed: seed of the stream.
         num_turns: minimum and maximum number of questions about one image.
         kind_shares: share of each kind of question; None uses the data set's own shares.
+        phrasing_share: share of the questions in another wording (`unimm.data.shapes.phrasings`).
+        unknown_share: share of the conversations that only ask, without an image, to draw what the world does not hold.
     """
 
     def __init__(
-        self, seed: int, num_turns: tuple[int, int] = (4, 7), kind_shares: dict[str, float] | None = None
+        self,
+        seed: int,
+        num_turns: tuple[int, int] = (4, 7),
+        kind_shares: dict[str, float] | None = None,
+        *,
+        phrasing_share: float = 0.0,
+        unknown_share: float = 0.0,
     ) -> None:
         if not 1 <= num_turns[0] <= num_turns[1]:
             raise UserError(f"num_turns must be [fewest, most] with 1 <= fewest <= most, got {list(num_turns)}.")
         self.seed = seed
         self.num_turns = num_turns
         self.kind_shares = kind_shares
+        self.phrasing_share, self.unknown_share = phrasing_share, unknown_share
 
     def messages(self, index: int) -> list[Message]:
-        """Return the messages of sample `index`; the image is part of the first one."""
+        """Return the messages of sample `index`; the image, if there is one, is part of the first one."""
+        words = np.random.default_rng((self.seed, index, 1))  # scenes and questions do not depend on the wordings
+        if words.random() < self.unknown_share:
+            return [message("user", sample_unknown_request(words)), message("assistant", REFUSAL)]
         rng = np.random.default_rng((self.seed, index))
         num_turns = int(rng.integers(self.num_turns[0], self.num_turns[1] + 1))
         scene, turns = sample_conversation(rng, num_turns=num_turns, kind_shares=self.kind_shares)
+        turns = [self._worded(words, turn) for turn in turns]
         return conversation(render(scene), [(turn.question, turn.answer) for turn in turns])
+
+    def _worded(self, rng: np.random.Generator, turn: Turn) -> Turn:
+        return sample_wording(rng, turn) if rng.random() < self.phrasing_share else turn
 
 
 class RowsFlow:

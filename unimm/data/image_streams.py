@@ -204,7 +204,7 @@ def _holds_out(source: ImageSource, config: ImageDataConfig) -> bool:
 def _usable(source: ImageSource, config: ImageDataConfig, split: Split, log: Path | None = None) -> UsableRows:
     own = split == "test" and source.eval_source is not None
     place = str(source.eval_source) if own else source.source
-    rows = open_images(place, source.read)
+    rows = open_images(place, source.read, strict=not own)
     if source.eval_source is None:
         rows = PartOfRows(rows, config.eval_share, split, place)
     whose = f"{place} (held-out rows)" if split == "test" else place

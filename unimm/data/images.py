@@ -103,9 +103,12 @@ def load_image(path: str | Path, check: Check | None = None) -> Image.Image:
         return _unpacked(image, check)
 
 
-def decode_image(data: bytes, name: str, check: Check | None = None) -> Image.Image:
-    """Decode the bytes of an image file as `load_image` does; `name` identifies it in error messages."""
-    with _pillow_silenced(), _understood(io.BytesIO(data), len(data), name) as image:
+def decode_image(
+    data: bytes, name: str, check: Check | None = None, formats: Sequence[str] | None = None
+) -> Image.Image:
+    """Decode the bytes of an image file as `load_image` does; `name` identifies it in error messages, `formats` are
+    those of Pillow that are tried (None: all)."""
+    with _pillow_silenced(), _understood(io.BytesIO(data), len(data), name, formats) as image:
         return _unpacked(image, check)
 
 
@@ -146,11 +149,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 @contextlib.contextmanager
-def _understood(file: Path | io.BytesIO, size: int, name: str) -> Iterator[Image.Image]:
+def _understood(
+    file: Path | io.BytesIO, size: int, name: str, formats: Sequence[str] | None = None
+) -> Iterator[Image.Image]:
     if size == 0:
         raise UserError(f"Cannot read the image {name}: the file is empty.")
     try:
-        with _told(name), Image.open(file) as image:
+        with _told(name), Image.open(file, formats=formats) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 pixels = f"{width} x {height} = {width * height} pixels"

@@ -1,5 +1,5 @@
-"""A data mixture: several flows (conversation, captioning, drawing) interleaved at fixed ratios into one endless
-training stream.
+"""A data mixture: several flows (conversation, captioning, drawing, editing, interleaved) combined at fixed ratios into
+one endless training stream.
 
 Sample n, its flow included, is a pure function of n, so a run resumes at any position. The ratios hold in every batch,
 not only on average, because the flows are interleaved by largest deficit instead of being sampled at random
@@ -17,8 +17,10 @@ from torch.utils.data import Dataset
 from unimm.config.schema import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share, used_when
 from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, UsableRows
 from unimm.data.conversations import CaptionedImages, Message, ShapesConversations
+from unimm.data.editing import Dropout, EditRows, ImageEdits, ShapesEdits
 from unimm.data.grouping import GroupedOrder
 from unimm.data.held_out import DEFAULT_SHARE, PartOfRows, check_share, refuse_overlaps
+from unimm.data.interleaved import ShapesInterleaved
 from unimm.data.shapes.prompts import Split
 from unimm.data.shuffling import Interleaving, Order, order_of
 from unimm.data.sources.ids import IdsFolder, holds_ids
@@ -35,6 +37,10 @@ ENDLESS = 2**31 - 1
 
 
 _TALK = used_when(lambda c: (c.kind, c.source) == ("conversation", "shapes"), "conversations of the shapes world")
+_DRAWN = used_when(lambda c: c.kind in ("drawing", "editing"), "kind: drawing or editing")
+_WORDED = used_when(
+    lambda c: c.kind in ("conversation", "drawing") and c.source == "shapes", "conversations and drawings of shapes"
+)
 _OUTSIDE = used_when(lambda c: c.source != "shapes", "a source from outside")
 
 
@@ -43,7 +49,8 @@ class FlowConfig:
     """One flow of the mixture.
 
     Args:
-        kind: "conversation" (the answers are learned), "captioning" (the captions are) or "drawing" (the image tokens
+        kind: "conversation" (the answers are learned), "captioning" (the captions are), "drawing" (the image tokens
+            are), "editing" (the image tokens of the edited image are) or "interleaved" (text and images of an answer
             are).
         ratio: share of the samples, relative to the other flows.
         weight: factor of this flow's mean loss in the total loss.
@@ -51,12 +58,18 @@ class FlowConfig:
             conversation: a table with the columns image and messages (`sources.table_conversations`), or a .json or
             .jsonl file in LLaVA's format, whose images are in `image_folder`;
             captioning: images with captions, as `unimm.data.sources.registry` reads them;
-            drawing: such images, or a folder of ids that `recipes/encode.py` wrote.
+            drawing: such images, or a folder of ids that `recipes/encode.py` wrote;
+            editing: images with instructions as captions, and the edited images in `read.target_column`;
+            interleaved: "shapes" only.
         read: how external images are read and filtered.
         question: the user's prompt for captioning.
         num_turns: minimum and maximum number of questions about one image ("shapes" conversations only).
         kind_shares: share of each kind of question ("shapes" conversations only; None: the data set's own shares).
-        null_prompt_prob: share of the drawings whose caption is replaced by the null prompt.
+        phrasing_share: share of the captions and questions in one of many other wordings ("shapes" only).
+        unknown_share: share of the conversations that ask for a drawing of what the shapes world does not hold.
+        null_prompt_prob: share of the drawings whose caption is replaced by the null prompt; of the edits, share that
+            loses image and instruction.
+        null_text_prob: share of the edits that loses the instruction and keeps the image.
         max_bad_share: share of the external rows that may be damaged before the run stops.
         eval_source: evaluation data of the same kind, read with the same options; None holds out a share of `source`
             (`MixtureConfig.eval_share`).
@@ -65,14 +78,17 @@ class FlowConfig:
             format, as the only flow).
     """
 
-    kind: Literal["conversation", "captioning", "drawing"]
+    kind: Literal["conversation", "captioning", "drawing", "editing", "interleaved"]
     ratio: Rate = 1.0
     weight: NonNegative = 1.0
     source: str = "shapes"
     eval_source: str | None = None
     num_turns: tuple[Count, Count] = field(default=(4, 7), metadata=_TALK)
     kind_shares: dict[str, NonNegative] | None = field(default=None, metadata=_TALK)
-    null_prompt_prob: Decay = field(default=0.0, metadata=used_when(lambda c: c.kind == "drawing", "kind: drawing"))
+    phrasing_share: Share = field(default=0.0, metadata=_WORDED)
+    unknown_share: Share = field(default=0.0, metadata=_TALK)
+    null_prompt_prob: Decay = field(default=0.0, metadata=_DRAWN)
+    null_text_prob: Decay = field(default=0.0, metadata=used_when(lambda c: c.kind == "editing", "kind: editing"))
     image_folder: str | None = None
     max_bad_share: Share = field(default=DEFAULT_MAX_BAD_SHARE, metadata=_OUTSIDE)
     drop_questions: bool = False
@@ -92,6 +108,8 @@ class FlowConfig:
             raise UserError(
                 f"The source {self.source} is in LLaVA's format: give the folder of its images, image_folder."
             )
+        if llava:
+            self.read.refuse_others(self.source, "a file in LLaVA's format")
         if not llava and (self.image_folder is not None or self.drop_questions or self.group_by_modality):
             raise UserError(
                 "image_folder, drop_questions and group_by_modality are for conversations in LLaVA's format, a .json "
@@ -100,6 +118,13 @@ class FlowConfig:
         if self.kind == "captioning" and self.source == "shapes":
             raise UserError(
                 "captioning needs a source with captions: the shapes data set has conversations and drawings."
+            )
+        if self.kind == "interleaved" and self.source != "shapes":
+            raise UserError(f"interleaved answers are made from shapes, and the source is {self.source}.")
+        if self.null_text_prob + self.null_prompt_prob >= 1:
+            raise UserError(
+                f"null_text_prob {self.null_text_prob} and null_prompt_prob {self.null_prompt_prob} must stay below 1 "
+                "together."
             )
 
 
@@ -147,8 +172,8 @@ class MixtureConfig:
 
     @property
     def null_prompt_prob(self) -> float:
-        """Return the share of null prompts among the drawings, as the checkpoint records it."""
-        drawings = [flow for flow in self.flows.values() if flow.kind == "drawing"]
+        """Return the share of null prompts among drawings and edits, as the checkpoint records it."""
+        drawings = [flow for flow in self.flows.values() if flow.kind in ("drawing", "editing")]
         total = sum(flow.ratio for flow in drawings)
         return sum(flow.ratio * flow.null_prompt_prob for flow in drawings) / total if drawings else 0.0
 
@@ -256,8 +281,18 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
     null = flow.null_prompt_prob if split == "train" else 0.0
     if flow.source == "shapes":
         if flow.kind == "conversation":
-            return ShapesConversations(seed, flow.num_turns, flow.kind_shares)
-        return ShapesDrawings(seed, split=split, null_prompt_prob=null)
+            return ShapesConversations(
+                seed,
+                flow.num_turns,
+                flow.kind_shares,
+                phrasing_share=flow.phrasing_share,
+                unknown_share=flow.unknown_share,
+            )
+        if flow.kind == "editing":
+            return ShapesEdits(seed, _dropout(flow, seed, split))
+        if flow.kind == "interleaved":
+            return ShapesInterleaved(seed, split=split)
+        return ShapesDrawings(seed, split=split, null_prompt_prob=null, phrasing_share=flow.phrasing_share)
     own = split == "test" and flow.eval_source is not None
     place = str(flow.eval_source) if own else flow.source
     log = around.log_folder / f"{name}{'.eval' * own}.skipped.jsonl" if around.log_folder else None
@@ -277,9 +312,11 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
         ids = IdsFolder(filled(place))
         drawn = None if part is None else PartOfRows(ids, share, part, place)
         return IdDrawings(ids, seed=seed, null_prompt_prob=null, rows=drawn)
-    opened, talk = open_images(place, flow.read), flow.kind == "conversation"
+    opened, talk = open_images(place, flow.read, strict=not own), flow.kind == "conversation"
     if talk:
         opened = ConversationRows(opened, place)
+    if flow.kind == "editing":
+        opened = EditRows(opened, place, flow.read)
     if part is not None:
         opened = PartOfRows(opened, share, part, place)
     whose = f"{place} (held-out rows)" if part == "test" else place
@@ -289,4 +326,11 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
         return CaptionedImages(rows, flow.question)
     if talk:
         return TableConversations(rows)
+    if flow.kind == "editing":
+        return ImageEdits(rows, image_size=config.image_size, dropout=_dropout(flow, seed, split))
     return ImageDrawings(rows, seed=seed, image_size=config.image_size, null_prompt_prob=null)
+
+
+def _dropout(flow: FlowConfig, seed: int, split: Split) -> Dropout:
+    """Return the dropout of an editing flow; nothing is dropped in evaluation."""
+    return Dropout(seed, flow.null_text_prob, flow.null_prompt_prob) if split == "train" else Dropout(seed)

@@ -12,7 +12,8 @@ from unimm.data.conversations import Message, RowsFlow, message
 from unimm.data.held_out import PartOfRows
 from unimm.data.resizing import crop
 from unimm.data.shapes import render, sample_captioned_scene
-from unimm.data.shapes.prompts import Split
+from unimm.data.shapes.phrasings import sample_request
+from unimm.data.shapes.prompts import Split, scene_for
 from unimm.data.shuffling import Rows
 from unimm.data.sources.ids import IdsFolder
 from unimm.errors import UserError
@@ -24,15 +25,24 @@ class ShapesDrawings:
     """An endless stream of captioned scenes of the shapes data set; captions of the split "test" never occur in
     "train"."""
 
-    def __init__(self, seed: int, *, split: Split = "train", null_prompt_prob: float = 0.0) -> None:
+    def __init__(
+        self, seed: int, *, split: Split = "train", null_prompt_prob: float = 0.0, phrasing_share: float = 0.0
+    ) -> None:
+        """Initialize; `phrasing_share` of the captions have a wording of `unimm.data.shapes.phrasings`."""
         self.seed = seed
         self.split = split
+        self.phrasing_share = phrasing_share
         self.null_prompt_prob = checked_probability(null_prompt_prob)
 
     def messages(self, index: int) -> list[Message]:
         """Return caption and image of sample `index`."""
         rng = np.random.default_rng((self.seed, index))
-        scene, prompt = sample_captioned_scene(rng, split=self.split)
+        words = np.random.default_rng((self.seed, index, 1))
+        if words.random() < self.phrasing_share:
+            _, prompt = sample_request(words, split=self.split)
+            scene = scene_for(rng, prompt)
+        else:
+            scene, prompt = sample_captioned_scene(rng, split=self.split)
         return drawing(prompt.prompt, render(scene), null=rng.random() < self.null_prompt_prob)
 
 

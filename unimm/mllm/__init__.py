@@ -5,7 +5,7 @@ Importing this package registers the Auto classes.
 
 from unimm.mllm.attach import attach
 from unimm.mllm.generation import ImageGenerationMixin
-from unimm.mllm.hosts.registry import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
+from unimm.mllm.hosts.llava import UnimmLlavaConfig, UnimmLlavaForConditionalGeneration
 from unimm.mllm.loading import load
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.unified import UnifiedModelMixin

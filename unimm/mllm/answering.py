@@ -66,14 +66,14 @@ def answer_all(
     settings = {"do_sample": False, **generation, "max_new_tokens": max_new_tokens}
     written = model.generate(**inputs, generation_mode="text", **settings)
     new = written[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     rows = [_until_end(row[: context - length], ends) for row, length in zip(new, lengths, strict=True)]
     texts = [processor.post_process_multimodal_output(torch.tensor(row), generation_mode="text")[0] for row in rows]
     counted = zip(texts, lengths, rows, strict=True)
     return [Answer(text.strip(), length, len(row)) for text, length, row in counted]
 
 
-def _end_tokens(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
     """Return the tokens that end an answer; only padding follows them in a row."""
     ends = model.generation_config.eos_token_id
     return set(ends if isinstance(ends, list) else [] if ends is None else [ends])

@@ -7,7 +7,6 @@ are untrained: train both before the model understands or generates images.
 """
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +27,11 @@ from transformers.initialization import no_init_weights
 from unimm.checkpoint_files import examining, refuse_excess_of, refuse_non_finite
 from unimm.errors import UserError, reading
 from unimm.field_rules import check_attention
+from unimm.mllm.attachment import Attachment
 from unimm.mllm.defaults import generation_defaults
-from unimm.mllm.hosts.configs import shared_fields
-from unimm.mllm.hosts.registry import HOSTS, M_ROPE, MULTIMODAL_HOSTS, merged_side
+from unimm.mllm.hosts.heads import embedding_name
+from unimm.mllm.hosts.registry import HOSTS, family_of
+from unimm.mllm.hosts.text_check import check_text_host
 from unimm.mllm.hosts.text_only import TEXT_HOSTS, is_text_only, text_only_config, text_only_decoder
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.templates import chat_template, end_of_turn_ids, is_published
@@ -45,30 +46,6 @@ from unimm.mllm.vocabulary import (
 from unimm.saving import no_load_report, refuse_holes
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 from unimm.tokenizer.loading import load_image_tokenizer
-
-PARTS_OF_THEIR_OWN = ("model.vision_tower.", "model.visual.", "model.language_model.", "lm_head.")
-"""Weights that `attach` replaces or extends; all others of a multimodal host (projector, newline) are copied as is."""
-_MOVED = {"model.visual.merger.": "model.multi_modal_projector.merger."}
-SUPPORTED = (*TEXT_HOSTS, *MULTIMODAL_HOSTS)
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """The parts of a model after `attach`: `kept` from the host bit for bit, and `untrained`, which need training."""
-
-    host: str
-    kept: tuple[str, ...]
-    untrained: tuple[str, ...]
-
-    def sentence(self) -> str:
-        """Return a summary for the user: what was kept, and what to train in which order."""
-        stages = ["recipes/t2i.py (image rows)"]
-        if "projector" in self.untrained:
-            stages.insert(0, "recipes/sft.py (projector first, then all)")
-        return (
-            f"Kept of the {self.host}: {', '.join(self.kept)}. New and untrained: {', '.join(self.untrained)}. "
-            f"Train with {', then '.join(stages)}."
-        )
 
 
 def attach(
@@ -87,9 +64,9 @@ def attach(
     """Build a unified model from a host and an image tokenizer.
 
     Args:
-        host: a causal language model (`TEXT_HOSTS`) or a multimodal model (`MULTIMODAL_HOSTS`), or the path or hub id
-            to load it from. The vision tower of a multimodal host is dropped; its projector is kept if the widths
-            match.
+        host: a causal language model (whatever `AutoModelForCausalLM` builds) or a multimodal model (`HOSTS`), or the
+            path or hub id to load it from. The vision tower of a multimodal host is dropped; its projector is kept if
+            the widths match.
         image_tokenizer: the tokenizer, or the path or hub id to load it from.
         text_tokenizer: the host's text tokenizer; None loads it from the host's `name_or_path`. It is copied; missing
             image markers are added to the copy.
@@ -97,10 +74,10 @@ def attach(
         dtype: dtype of the new model; None uses the host's. The codebook stays in float32.
         attn_implementation: as in transformers; None uses the host's.
         image_position_mode: positions of generated image tokens: "1d", as text; "2d", row and column, for hosts that
-            use such positions for input images (`M_ROPE`).
+            use such positions for input images (M-RoPE).
         chat_template: name of a published chat template (`chat_formats.CHAT_FORMATS`: "vicuna_v1", "llama3", ...).
-            None uses the text tokenizer's own, extended with images if it renders text only; ChatML or plain turns if
-            it has none.
+            None uses the text tokenizer's own, extended with images if it renders text only; "chatml" or
+            "vicuna_turns" if it has none.
         seed: seed of all newly initialized weights.
         loading: `device_map` and other arguments of `from_pretrained`, used if the host is loaded here.
 
@@ -108,8 +85,8 @@ def attach(
         (model, processor), the model in evaluation mode on the host's device; `model.attachment` lists what is new.
 
     Raises:
-        UserError: if the host is unsupported, cannot merge the patch grid or lacks these positions, or if the chat
-            template is unknown or belongs to another model.
+        UserError: if the host is unsupported (`check_text_host`), cannot merge the patch grid or lacks these positions,
+            or if the chat template is unknown or belongs to another model.
         ValueError: if `row_init` is unknown, or a marker is not a single token.
     """
     check_attention(attn_implementation)
@@ -118,6 +95,8 @@ def attach(
     if isinstance(image_tokenizer, str | Path):
         image_tokenizer = load_image_tokenizer(image_tokenizer)
     _check_supported(host.config.model_type)
+    if is_text_only(host.config.model_type):
+        check_text_host(host)
     _check_positions(host.config.model_type, image_position_mode)
     texts = _copy_of(text_tokenizer, host)
     vocabulary_before = texts.get_vocab()
@@ -134,7 +113,7 @@ def attach(
     if own_template and is_text_only(host.config.model_type):
         # the host's own template decides about the BOS token, whatever the tokenizer adds to plain text
         processor.begin_token = _rendered(texts, {"type": "text", "text": "?"}).startswith(texts.bos_token or "\0")
-    compose = text_only_config if is_text_only(host.config.model_type) else _multimodal_config
+    compose = text_only_config if is_text_only(host.config.model_type) else HOSTS[host.config.model_type].unified_config
     config = compose(host, image_tokenizer, processor, rows)
     config.image_position_mode = image_position_mode
     dtype = dtype or host.dtype
@@ -148,17 +127,17 @@ def attach(
     _copy_buffers(image_tokenizer, model.image_tokenizer)
     ends = end_of_turn_ids(texts, chat_template)
     model.generation_config = generation_defaults(host, texts, ends, keep=own_template)
-    model.attachment = _attachment(host, lost)
+    model.attachment = Attachment.of(host, lost)
     return model.to(host.device).eval(), processor
 
 
-def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None, seed: int) -> Any:
+def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | dict[str, str], seed: int) -> Any:
     """Build the unified model in `dtype` with an initialized projector; all other weights are still to be loaded.
 
     Modules listed in `_keep_in_fp32_modules_strict` are in float32.
     """
     with no_init_weights():  # all weights but the projector's are loaded afterwards
-        model = HOSTS[type(config)]._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        model = family_of(config).model._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     model.tie_weights()
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
         torch.manual_seed(seed)
@@ -191,20 +170,25 @@ def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
 
 
 def _check_supported(model_type: str) -> None:
-    if model_type not in SUPPORTED:
-        raise UserError(f"The host is a {model_type} model; supported are {', '.join(SUPPORTED)}.")
+    if not is_text_only(model_type) and model_type not in HOSTS:
+        raise UserError(
+            f"The host is a {model_type} model; supported are {', '.join(HOSTS)}, and language models that "
+            f"AutoModelForCausalLM builds ({', '.join(TEXT_HOSTS)}, ...)."
+        )
 
 
 def _check_positions(model_type: str, mode: str) -> None:
-    if mode not in ("1d", "2d") or (mode == "2d" and model_type not in M_ROPE):
+    m_rope = [name for name, family in HOSTS.items() if family.has_m_rope]
+    if mode not in ("1d", "2d") or (mode == "2d" and model_type not in m_rope):
         raise UserError(
-            f'image_position_mode is {mode!r} and the host a {model_type} model: "2d" is for {" and ".join(M_ROPE)}, '
+            f'image_position_mode is {mode!r} and the host a {model_type} model: "2d" is for {" and ".join(m_rope)}, '
             'all others number a drawn image\'s tokens as text, "1d".'
         )
 
 
-def _attention(host: PreTrainedModel) -> str | None:
-    return host.config.get_text_config()._attn_implementation
+def _attention(host: PreTrainedModel) -> dict[str, str]:
+    """Return the host's attention for the language model alone: the tower keeps its own, as after a reload."""
+    return {"text_config": host.config.get_text_config()._attn_implementation}
 
 
 def _language_model(host: PreTrainedModel) -> PreTrainedModel:
@@ -224,7 +208,8 @@ def _merge(host: PreTrainedModel, image_tokenizer: ImageTokenizer) -> int:
     Raises:
         UserError: if the tokenizer's patch grid is not divisible by it.
     """
-    merge = merged_side(host.config)
+    text_only = is_text_only(host.config.model_type)
+    merge = 1 if text_only else HOSTS[host.config.model_type].merged_side(host.config)
     rows, columns = image_tokenizer.config.patch_grid
     if rows % merge or columns % merge:
         raise UserError(
@@ -232,13 +217,6 @@ def _merge(host: PreTrainedModel, image_tokenizer: ImageTokenizer) -> int:
             f"{columns} does not divide by {merge}: take a tokenizer of another image or patch size."
         )
     return merge
-
-
-def _attachment(host: PreTrainedModel, lost: list[str]) -> Attachment:
-    projector = is_text_only(host.config.model_type) or any("multi_modal_projector" in name for name in lost)
-    kept = ("language model", "text rows") if projector else ("language model", "text rows", "projector")
-    untrained = ("projector", "image rows") if projector else ("image rows",)
-    return Attachment(host.config.model_type, kept, untrained)
 
 
 def _copy_of(tokenizer: PreTrainedTokenizerBase | str | Path | None, host: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -289,24 +267,6 @@ def build_processor(
     )
 
 
-def _multimodal_config(
-    host: PreTrainedModel, image_tokenizer: ImageTokenizer, processor: UnimmProcessor, rows: int
-) -> PreTrainedConfig:
-    """Build the host's own config with the image tokenizer as its vision tower.
-
-    The tower returns patches without CLS, and its last hidden state is the tokenizer's feature layer.
-    """
-    own = {k: v for k, v in host.config.to_dict().items() if k not in ("model_type", "architectures", "text_config")}
-    token_field = "image_token_index" if "image_token_index" in own else "image_token_id"
-    taps = (
-        {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"} if "vision_feature_layer" in own else {}
-    )
-    if host.config.model_type in M_ROPE:
-        own["spatial_merge_size"] = merged_side(host.config)
-    changed = shared_fields(host, image_tokenizer, processor, rows) | {token_field: processor.image_token_id}
-    return MULTIMODAL_HOSTS[host.config.model_type](**(own | taps | changed))
-
-
 def _composed_state(
     model: PreTrainedModel,
     host: PreTrainedModel,
@@ -322,24 +282,24 @@ def _composed_state(
     for name, tensor in _language_model(host).state_dict().items():
         state[f"model.language_model.{name}"] = tensor
     for name, tensor in () if is_text_only(host.config.model_type) else host.state_dict().items():
-        for old, new in _MOVED.items():
-            name = name.replace(old, new)
-        if not name.startswith(PARTS_OF_THEIR_OWN):
-            if state[name].shape == tensor.shape:
-                state[name] = tensor
+        if (kept := HOSTS[host.config.model_type].kept_name(name)) is not None:
+            if state[kept].shape == tensor.shape:
+                state[kept] = tensor
             else:
-                lost.append(name)
+                lost.append(kept)
     for name, tensor in image_tokenizer.state_dict().items():
         state[f"model.vision_tower.{name}"] = tensor
     embedding = host.get_input_embeddings().weight
     grown = grow_rows(embedding, vocabulary, row_init=row_init, codes=codes, seed=seed)
-    state["model.language_model.embed_tokens.weight"] = grown
+    state[f"model.language_model.{embedding_name(model.model.language_model)}.weight"] = grown
+    head = host.get_output_embeddings()
     if host.config.tie_word_embeddings:
         state["lm_head.weight"] = grown
     else:
-        head = host.get_output_embeddings().weight
         # another seed, or the new rows of an untied head would be correlated with those of the embedding
-        state["lm_head.weight"] = grow_rows(head, vocabulary, row_init=row_init, codes=codes, seed=seed + 1)
+        state["lm_head.weight"] = grow_rows(head.weight, vocabulary, row_init=row_init, codes=codes, seed=seed + 1)
+    if head.bias is not None:
+        state["lm_head.bias"] = grow_rows(head.bias[:, None], vocabulary, row_init="mean")[:, 0]
     return state, lost
 
 

@@ -1,4 +1,4 @@
-"""Twelve published chat formats as data, and the Jinja template that all of them are compiled to.
+"""Published chat formats as data, and the Jinja template that all of them are compiled to.
 
 A format defines what opens and what closes an answer; the template marks everything in between and the closing with
 `{% generation %}`. A prompt ends with the opening, so the marked span begins exactly there: the space after
@@ -70,6 +70,8 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
         system=("", " "),
         default_system=_VICUNA_SYSTEM,
     ),
+    # https://github.com/lm-sys/FastChat/blob/main/docs/vicuna_weights_version.md, without the system text
+    "vicuna_turns": ChatFormat(user=("USER: ", " "), opening="ASSISTANT: ", closing=EOS, system=("", " ")),
     "llama2": ChatFormat(
         user=("[INST] ", " [/INST]"),
         opening="",

@@ -21,7 +21,7 @@ from unimm.checkpoint_files import refuse_non_finite
 from unimm.errors import UserError, one_line
 from unimm.mllm.agreement import disagreements
 from unimm.mllm.answering import answer_all, chat_inputs
-from unimm.mllm.hosts.registry import merged_side
+from unimm.mllm.hosts.registry import family_of
 from unimm.mllm.processing import UnimmProcessor
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.quantizers import SimVQ
@@ -99,7 +99,7 @@ def _token_count(tested: _TestedModel) -> tuple[bool, str]:
 def _width(tested: _TestedModel) -> tuple[bool, str]:
     """Check that the width of the features is the projector's input width."""
     layers = getattr(tested.config, "vision_feature_layer", -1)
-    merged = merged_side(tested.config) ** 2
+    merged = family_of(tested.config).merged_side(tested.config) ** 2
     given = tested.features(tested.pixel_values(SIZES[0])).shape[-1]
     given *= merged * (len(layers) if isinstance(layers, list) else 1)
     wanted = next(

@@ -1,4 +1,4 @@
-"""Batched image generation for benchmarks, with one seed per prompt."""
+"""Batched image generation for benchmarks, with one seed per prompt or conversation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack, cast
@@ -6,7 +6,7 @@ from typing import Any, Unpack, cast
 import torch
 from PIL import Image
 
-from unimm.mllm.answering import chat_inputs
+from unimm.mllm.answering import Conversation, chat_inputs
 from unimm.sampling import SamplingOptions, sampling_options
 
 
@@ -26,7 +26,22 @@ def draw_prompts(
             an image id with it, also depends on the batch: only equal batches return equal images.
         sampling: settings of `ImageSampling` that override the checkpoint's defaults.
     """
-    messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
+    messages: list[Conversation] = [
+        [{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts
+    ]
+    return draw_conversations(model, processor, messages, seeds, images_per_prompt, **sampling)
+
+
+@torch.inference_mode()
+def draw_conversations(
+    model: Any,
+    processor: Any,
+    messages: Sequence[Conversation],
+    seeds: Sequence[int],
+    images_per_prompt: int = 1,
+    **sampling: Any,
+) -> list[Image.Image]:
+    """Generate images as answers to conversations, which may show images; see `draw_prompts`."""
     token_ids = model.generate(
         **chat_inputs(model, processor, messages),
         generation_mode="image",

@@ -17,44 +17,22 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    InternVLConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaOnevisionConfig,
-    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    SiglipImageProcessorPil,
 )
 
 from unimm.errors import UserError
-from unimm.mllm.attach import PARTS_OF_THEIR_OWN
 from unimm.mllm.hosts.configs import copy_config
+from unimm.mllm.hosts.heads import embedding_name, head_name
+from unimm.mllm.hosts.registry import EXTENDED, family_of
 from unimm.mllm.hosts.text_only import is_text_only, text_only_model
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.vocabulary import set_vocab_size
 from unimm.saving import whole_folder
 from unimm.tokenizer.encoders import prefix_tokens
 
-_STOCK: dict[str, type[PreTrainedConfig]] = {
-    "unimm_llava": LlavaConfig,
-    "unimm_internvl": InternVLConfig,
-    "unimm_llava_next": LlavaNextConfig,
-    "unimm_llava_onevision": LlavaOnevisionConfig,
-}
-_PLAIN: dict[str, type[PreTrainedConfig]] = {"qwen2_5_vl_text": Qwen2Config, "qwen3_vl_text": Qwen3Config}
-_CARRIED = (
-    "image_seq_length",
-    "projector_hidden_act",
-    "multimodal_projector_bias",
-    "downsample_ratio",
-    "image_grid_pinpoints",
-    "vision_aspect_ratio",
-    "video_token_index",
-)
 VOCABULARY_FILE = "image_vocabulary.json"
+PROMPT = "{prompt}"
 
 
 def detach(model: Any) -> PreTrainedModel:
@@ -71,7 +49,7 @@ def detach(model: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     rows = config.get_text_config().vocab_size
     if is_text_only(config.model_type):
-        decoder = _cut(model.model.language_model.state_dict(), rows)
+        decoder = _cut(model, rows)
         host, state = text_only_model(config, decoder, dtype=model.dtype)
     else:
         host = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
@@ -94,16 +72,22 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
     if tokenizer.config.apply_post_norm or prefix > 1:
         what = "behind the encoder's final norm" if prefix <= 1 else f"behind {prefix} prefix tokens"
         raise UserError(f"The features lie {what}, where no stock model taps them: this model stays with unimm.")
-    if model.config.model_type not in _STOCK:
+    family = family_of(model.config)
+    if family.export is None:
         raise UserError(
-            f"A stock {model.config.host_config['model_type']} reads patches of any image size with a tower of its "
+            f"A stock {family.model_type} reads patches of any image size with a tower of its "
             "own: this model stays with unimm, or goes out with --generation."
         )
-    internvl = model.config.model_type == "unimm_internvl"
-    if internvl and tokenizer.encoder.config.model_type != "internvl_vision":
+    if getattr(model.config, "head_bias", False) or getattr(model.config, "finishes_logits", False):
+        what = "a bias" if model.config.head_bias else "logits that are scaled or capped"
         raise UserError(
-            f"A stock InternVL has its own encoder only, this tokenizer is built on "
-            f"{tokenizer.encoder.config.model_type}: attach it to a LLaVA or a text-only model to export it."
+            f"The head of this {model.config.host_config['model_type']} has {what}, and a stock LLaVA's has not: this "
+            "model stays with unimm, or goes out with --generation."
+        )
+    if family.export.encoder not in (None, encoder := tokenizer.encoder.config.model_type):
+        raise UserError(
+            f"A stock {family.model_type} has its own encoder only, this tokenizer is built on {encoder}: attach it to "
+            "a LLaVA or a text-only model to export it."
         )
     rows = max(model.config.text_vocab_size, len(processor.tokenizer))
     text_config = copy_config(model.config.get_text_config())
@@ -116,16 +100,14 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": model.config.tie_word_embeddings,
     }
-    stock_class = _STOCK[model.config.model_type]
-    own, known = model.config.to_dict(), {field.name for field in dataclasses.fields(stock_class)}
-    fields |= {name: own[name] for name in _CARRIED if name in known}
-    token_field = "image_token_id" if internvl else "image_token_index"
-    config = stock_class(**{token_field: processor.image_token_id}, **fields)
+    own = model.config.to_dict()
+    fields |= {name: own[name] for name in family.export.carried}
+    config = family.stock(**{family.image_token_field: processor.image_token_id}, **fields)
     stock = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
     _filled(stock, _stock_state(model, rows), model, rows)
-    if model.config.model_type != "unimm_llava":
+    if family.export.processor is None:
         return stock, processor.tokenizer
-    return stock, _llava_processor(model, processor, strategy, prefix)
+    return stock, family.export.processor(model, processor, strategy, prefix)
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
@@ -142,15 +124,7 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
     decoder of the ids) and the range of the image ids (image_vocabulary.json). Return the language model."""
     alone = causal_lm(model)
     parts = {"": (alone, processor.tokenizer), "image_tokenizer": (model.image_tokenizer, processor.image_processor)}
-    vocabulary = {
-        "image_vocab_start": model.config.image_vocab_start,
-        "codebook_size": model.config.codebook_size,
-        "image_grid": list(model.config.image_grid),
-        "boi_token_id": model.config.boi_token_id,
-        "eoi_token_id": model.config.eoi_token_id,
-        "null_prompt": list(model.config.null_prompt),
-        "image_generation": model.generation_config.image_generation,
-    }
+    vocabulary = image_vocabulary(model, processor)
     with whole_folder(folder) as staging:
         for name, (part, its_processor) in parts.items():
             part.save_pretrained(staging / name)
@@ -159,15 +133,43 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
     return alone
 
 
+def image_vocabulary(model: Any, processor: UnimmProcessor) -> dict[str, Any]:
+    """Return what an engine needs to draw.
+
+    That is the rows of text, the range of the image ids, their grid, the markers, the prompts of an image
+    (`drawing_prompt`, with `{prompt}` in place of the text, and the token ids `null_prompt`) and the sampling defaults.
+
+    Raises:
+        UserError: the chat template changes or repeats the text.
+    """
+    template = processor.drawing_prompt(PROMPT)
+    if template.count(PROMPT) != 1:
+        raise UserError(
+            f"The chat template writes the prompt {template.count(PROMPT)} times instead of once: no other engine can "
+            "write the prompts of this model."
+        )
+    return {
+        "text_vocab_size": model.config.text_vocab_size,
+        "image_vocab_start": model.config.image_vocab_start,
+        "codebook_size": model.config.codebook_size,
+        "image_grid": list(model.config.image_grid),
+        "boi_token_id": model.config.boi_token_id,
+        "eoi_token_id": model.config.eoi_token_id,
+        "drawing_prompt": template,
+        "null_prompt": list(model.config.null_prompt),
+        "image_generation": model.generation_config.image_generation,
+    }
+
+
 def _plain_text_config(model: Any) -> PreTrainedConfig:
-    """Return the language model's config as a standalone one. A Qwen-VL's is a Qwen with three rows of positions; they
+    """Return the language model's config as a standalone one. A Qwen-VL's has three rows of positions; they
     are equal if generated images are numbered as text, and the plain Qwen then computes the same.
 
     Raises:
         UserError: if generated images have row and column positions, which a plain language model does not support.
     """
     config = copy_config(model.config.get_text_config())
-    if (plain := _PLAIN.get(config.model_type)) is None:
+    if (plain := family_of(model.config).plain_text) is None:
         return config
     if model.config.image_position_mode != "1d":
         raise UserError(
@@ -180,33 +182,14 @@ def _plain_text_config(model: Any) -> PreTrainedConfig:
     return plain(**fields | {"rope_parameters": rope})
 
 
-def _llava_processor(model: Any, processor: UnimmProcessor, strategy: str, prefix: int) -> LlavaProcessor:
-    config = model.image_tokenizer.config
-    images = SiglipImageProcessorPil(
-        size={"height": config.image_size, "width": config.image_size},
-        image_mean=list(config.image_mean),
-        image_std=list(config.image_std),
-        resample=3,
-        do_convert_rgb=True,
-    )
-    return LlavaProcessor(
-        images,
-        processor.tokenizer,
-        patch_size=config.patch_size,
-        vision_feature_select_strategy=strategy,
-        chat_template=processor.chat_template,
-        image_token=processor.image_token,
-        num_additional_image_tokens=prefix,
-    )
-
-
 def _stock_state(model: Any, rows: int) -> dict[str, Tensor]:
     """Return the state dict of a stock multimodal model without its head: encoder, projector, language model."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PARTS_OF_THEIR_OWN)}
+    other = ("model.vision_tower.", *EXTENDED)
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(other)}
     return {
         **own,
         **_below("model.vision_tower.", model.image_tokenizer.encoder.state_dict()),
-        **_below("model.language_model.", _cut(model.model.language_model.state_dict(), rows)),
+        **_below("model.language_model.", _cut(model, rows)),
     }
 
 
@@ -214,9 +197,10 @@ def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def _cut(state: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Return a language model's state dict with only the first `rows` rows of its embedding."""
-    name = "embed_tokens.weight"
+def _cut(model: Any, rows: int) -> dict[str, Tensor]:
+    """Return the language model's state dict with only the first `rows` rows of its embedding."""
+    state = model.model.language_model.state_dict()
+    name = f"{embedding_name(model.model.language_model)}.weight"
     return {**state, name: state[name][:rows]}
 
 
@@ -226,7 +210,8 @@ def _filled(target: PreTrainedModel, state: dict[str, Tensor], model: Any, rows:
     Raises:
         UserError: if a tensor is missing or has another shape; a tied head needs none.
     """
-    state = {**state, "lm_head.weight": model.get_output_embeddings().weight[:rows]}
+    own = head_name(target)
+    state |= {f"{own}.{name}": tensor[:rows] for name, tensor in model.get_output_embeddings().state_dict().items()}
     expected = target.state_dict()
     tied = set(target.all_tied_weights_keys)
     wrong = [

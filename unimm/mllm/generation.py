@@ -1,4 +1,4 @@
-"""`generate(generation_mode="text" | "image")`: text and image generation in one method.
+"""`generate(generation_mode="text" | "image" | "interleaved")`: text and image generation in one method.
 
 In image mode the length is given by the image grid and only the logits of image ids are computed. Conditional and
 unconditional rows share one cache and one forward per step (classifier-free guidance, https://arxiv.org/abs/2207.12598),
@@ -7,7 +7,8 @@ on the rest of the batch. B prompts, P distinct ones, R = num_return_sequences, 
 M image tokens, K codebook size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,9 +22,10 @@ from unimm.mllm.arguments import IMAGE_MODE_IGNORES, check_text_mode, image_mode
 from unimm.mllm.conditions import forced_rows
 from unimm.mllm.decoding import Steps, expand_cache, steps_after
 from unimm.mllm.drawing import Drawing, check_parallel_tokens, warn
+from unimm.mllm.interleaving import Interleaving
 from unimm.mllm.text_mode import TextGenerationMixin
 from unimm.noise import Noise, per_image_seeds, request_keys
-from unimm.sampling import SAMPLING_NAMES, ImageSampling
+from unimm.sampling import SAMPLING_NAMES, GuidanceScale, ImageSampling
 
 
 class ImageGenerationMixin(TextGenerationMixin):
@@ -39,7 +41,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        generation_mode: Literal["text", "image"] | None = "text",
+        generation_mode: Literal["text", "image", "interleaved"] | None = "text",
         seed: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -50,10 +52,12 @@ class ImageGenerationMixin(TextGenerationMixin):
                 and, if prompts contain images, `pixel_values`.
             generation_mode: "text": transformers' own `generate`; image ids are neither computed nor sampled.
                 "image": append the begin marker if it is missing, then generate exactly M image ids; lengths in
-                `kwargs` or in the generation config are ignored.
+                `kwargs` or in the generation config are ignored. "interleaved": text in which the model may open
+                images, each of M image ids between the two markers, if it fits into `max_new_tokens` and the context.
             seed: image mode: one number, or one per prompt. Image k of a prompt depends on (seed, k) only; equal
                 prompts of one batch count as further images of the first. None takes a fresh seed from torch's
-                global generator.
+                global generator. Interleaved mode: image k of a row depends on (seed of the row, k) only; text is
+                sampled with torch's global generator.
             kwargs: text mode: as in transformers. Image mode: `guidance_scale`, `do_sample`, `temperature`, `top_k`,
                 `top_p`, `min_p`, `guidance_interval`, `guidance_schedule` (see `ImageSampling`; defaults come from the
                 checkpoint; `guidance_scale=None` is off), `num_return_sequences`, `negative_prompt_ids` and
@@ -64,9 +68,13 @@ class ImageGenerationMixin(TextGenerationMixin):
                 `forced_token_ids` [B or S, M]: token ids of the image that are kept as they are (`get_image_tokens`,
                 or an earlier result), -1 for those to draw: inpainting, outpainting, variations. Tokens are drawn in
                 raster order, so a forced one conditions only those after it; runs forced in all rows are read at once.
+                Interleaved mode: `max_new_tokens` (None: as many as the context has room for), `image_generation`, a
+                dict of `ImageSampling`'s fields, `guidance_scale`, `parallel_tokens`, `pixel_values`, and for text the
+                sampling arguments of transformers.
 
         Returns:
-            Text mode: token_ids [B * R, L + new]. Image mode: token_ids [S, M], image ids only; with
+            Text mode: token_ids [B * R, L + new]. Interleaved mode: token_ids [B, L + new], see
+            `processor.split_parts`. Image mode: token_ids [S, M], image ids only; with
             `return_dict_in_generate` an output whose `scores` (and `logits`) are M tensors [S, K], after guidance.
 
         Raises:
@@ -80,16 +88,56 @@ class ImageGenerationMixin(TextGenerationMixin):
                 kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(kwargs.pop("pixel_values"))}
             check_text_mode(generation_config or self.generation_config, kwargs)
             return super().generate(inputs, generation_config, vocabulary="answer", **kwargs)
+        if generation_mode == "interleaved":
+            return self._interleaved(super().generate, inputs, generation_config, seed=seed, **kwargs)
         if generation_mode != "image":
-            raise ValueError(f"generation_mode is {generation_mode!r}; known: text, image")
+            raise ValueError(f"generation_mode is {generation_mode!r}; known: text, image, interleaved")
         kwargs = image_mode_arguments(self.generation_config, generation_config, kwargs)
         given = {name: kwargs.pop(name) for name in SAMPLING_NAMES if name in kwargs}
         sampling = ImageSampling.of(generation_config or self.generation_config, **given)
+        prompts, kwargs["attention_mask"] = self._prompts(inputs, kwargs)
+        return self._draw(prompts, seed=seed, sampling=sampling, **kwargs)
+
+    def _prompts(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return token ids and mask [B, L] of the prompts; they are removed from `kwargs`."""
         prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if prompts is None:
-            raise ValueError("image mode needs the prompts' token ids: give input_ids")
-        kwargs["attention_mask"] = _prompt_mask(prompts, kwargs.get("attention_mask"), self.generation_config)
-        return self._draw(prompts, seed=seed, sampling=sampling, **kwargs)
+            raise ValueError("drawing needs the prompts' token ids: give input_ids")
+        return prompts, _prompt_mask(prompts, kwargs.pop("attention_mask", None), self.generation_config)
+
+    def _interleaved(
+        self,
+        write: Callable[..., Any],
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        *,
+        image_generation: dict[str, Any] | None = None,
+        guidance_scale: GuidanceScale = None,
+        parallel_tokens: int | Literal["auto"] = 1,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return token_ids [B, L + new] of answers with text and images; see `generate`."""
+        check_parallel_tokens(parallel_tokens, compiled=False)
+        prompts, mask = (each.to(self.device) for each in self._prompts(inputs, kwargs))
+        settings = {**(image_generation or {})} | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
+        if unknown := sorted(settings.keys() - set(SAMPLING_NAMES)):
+            raise UserError(f"image_generation holds {', '.join(unknown)}; known: {', '.join(SAMPLING_NAMES)}")
+        counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
+        own = ("seed", "max_new_tokens")
+        return Interleaving(
+            self,
+            write,
+            partial(self._draw, parallel_tokens=parallel_tokens),
+            prompts,
+            mask,
+            images=ImageSampling.of(generation_config or self.generation_config, **settings),
+            shown=pixel_values,
+            counts=counts,
+            text={name: value for name, value in kwargs.items() if name not in own},
+            generation_config=generation_config,
+            **{name: kwargs[name] for name in own if name in kwargs},
+        ).run()
 
     def _draw(
         self,
@@ -99,6 +147,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         pixel_values: Tensor | None = None,
         sampling: ImageSampling,
         seed: int | Sequence[int] | None = None,
+        seeds: list[int] | None = None,
         num_return_sequences: int = 1,
         negative_prompt_ids: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
@@ -111,7 +160,10 @@ class ImageGenerationMixin(TextGenerationMixin):
         forced_token_ids: Tensor | None = None,
         **ignored: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Generate images: prefill the distinct prompts, then sample M image ids per sequence; see `generate`."""
+        """Generate images: prefill the distinct prompts, then sample M image ids per sequence; see `generate`.
+
+        `seeds` are those of the noise, one per sequence, instead of `seed`.
+        """
         if unknown := sorted(name for name in ignored if name not in IMAGE_MODE_IGNORES):
             raise ValueError(f"image mode does not know the arguments {', '.join(unknown)}")
         check_parallel_tokens(parallel_tokens, compile)
@@ -129,7 +181,7 @@ class ImageGenerationMixin(TextGenerationMixin):
             forced_token_ids, len(prompts), num_return_sequences, self.num_image_tokens, self.visual_vocabulary
         )
         requests = [(key, tuple(row)) for key, row in zip(keys, forced[::num_return_sequences].tolist(), strict=True)]
-        seeds = per_image_seeds(requests, seed, num_return_sequences)
+        seeds = seeds or per_image_seeds(requests, seed, num_return_sequences)
         prompts, mask = _end_with(prompts, mask, self.config.boi_token_id)
         if streamer is not None:
             streamer.put(prompts.cpu())

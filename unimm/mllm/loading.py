@@ -96,7 +96,7 @@ def _check_source(source: str | Path) -> None:
             )
         raise UserError(f"{source} is no model: it has no config.json.")
     model_type = read_settings(config_file).get("model_type")
-    known = [config_class.model_type for config_class in HOSTS]
+    known = [family.config_class.model_type for family in HOSTS.values()]
     if model_type not in known:
         raise UserError(
             f"{source} is a {model_type or 'nameless'} model, not a unified one ({', '.join(known)}): attach an image "

@@ -32,7 +32,7 @@ from unimm.mllm.prompts import (
 from unimm.mllm.template_guard import render_guarded
 from unimm.mllm.vocabulary import VisualVocabulary
 
-GENERATION_MODES = ("text", "image")
+GENERATION_MODES = ("text", "image", "interleaved")
 TOKENIZING = threading.RLock()
 """Lock held while a text tokenizer encodes: fast tokenizers keep padding and truncation as state shared by threads."""
 _DRAWN: ContextVar[tuple[bool, ...]] = ContextVar("drawn", default=())  # `drawn` of the current `__call__`
@@ -163,10 +163,13 @@ class UnimmProcessor(ProcessorMixin):
         """Replace every placeholder that is not user text with the next replacement; return the text and the spans."""
         moved: list[dict[str, Any]] = []
         gained = 0
+        opened = re.compile(f"(?<!{START}){re.escape(self.boi_token)}$")
 
         def expand(match: re.Match[str]) -> str:
             nonlocal gained
             replacement = next(replacements)
+            if opened.search(text, 0, match.start()):  # the markers are written already
+                replacement = replacement.removeprefix(self.boi_token).removesuffix(self.eoi_token)
             start = match.start() + gained
             moved.append({"type": "image", "span": match.span(), "new_span": (start, start + len(replacement))})
             gained += len(replacement) - len(match[0])
@@ -286,9 +289,8 @@ class UnimmProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """Return the placeholders of an image: M for a generated one, `image_seq_length` for an input image."""
         flags = _DRAWN.get()
-        if image_idx < len(flags) and flags[image_idx]:
-            return self.image_token * self.num_image_tokens
-        tokens = self.image_token * self.image_seq_length
+        drawn = image_idx < len(flags) and flags[image_idx]
+        tokens = self.image_token * (self.num_image_tokens if drawn else self.image_seq_length)
         return self.boi_token + tokens + self.eoi_token if self.mark_images else tokens
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
@@ -301,7 +303,7 @@ class UnimmProcessor(ProcessorMixin):
     def count_tokens(self, conversation: Sequence[Any]) -> int:
         """Count the tokens of the prompt for the next answer of a conversation, including those of its images."""
         marked = self.mark_control_tokens(conversation)
-        text = str(super().apply_chat_template(marked, add_generation_prompt=True))
+        text = str(self.apply_chat_template(marked, add_generation_prompt=True))
         length = len(self.encode([text])["input_ids"][0])
         images = len(re.findall(self._placeholder, text))
         return length + images * (self.image_seq_length - 1 + 2 * self.mark_images)
@@ -331,21 +333,54 @@ class UnimmProcessor(ProcessorMixin):
         skip_special_tokens: bool = True,
         generation_mode: str | None = None,
         **kwargs: Any,
-    ) -> list[str] | list[Image.Image]:
-        """Convert model outputs to strings or PIL images.
+    ) -> list[str] | list[Image.Image] | list[list[dict[str, Any]]]:
+        """Convert model outputs to strings, PIL images or message parts.
 
         Args:
             generated_outputs: text mode: token_ids [B, L] (image ids are skipped); image mode: pixels [B, 3, H, W]
-                from `decode_image_tokens`.
+                from `decode_image_tokens`; interleaved mode: token_ids [B, L], see `split_parts`.
 
         Raises:
             ValueError: if the mode is unknown.
         """
         if generation_mode == "image":
             return self.postprocess(generated_outputs)
+        if generation_mode == "interleaved":
+            return self.split_parts(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         if generation_mode not in (None, "text"):
             raise ValueError(f"generation_mode is {generation_mode!r}; known: {', '.join(GENERATION_MODES)}")
         rows = torch.as_tensor(generated_outputs)
         rows = rows[None] if rows.ndim == 1 else rows
         texts = [row[~self.vocabulary.contains(row)] for row in rows]  # the tokenizer has no strings for image ids
         return self.tokenizer.batch_decode(texts, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def split_parts(
+        self, token_ids: Tensor, *, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[list[dict[str, Any]]]:
+        """Split interleaved answers, token_ids [B, L] or [L], into the parts of a message.
+
+        Args:
+            kwargs: arguments of the tokenizer's `decode`.
+
+        Returns:
+            For each row its parts in order: {"type": "text", "text": str} and {"type": "image", "ids": Tensor [M]} with
+            ids in 0..K-1, as in training samples whose images are ids. Empty texts are left out.
+
+        Raises:
+            UserError: if an image does not have exactly M ids.
+        """
+        rows = torch.as_tensor(token_ids)
+        return [self._parts(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in torch.atleast_2d(rows)]
+
+    def _parts(self, row: Tensor, **decoding: Any) -> list[dict[str, Any]]:
+        drawn = self.vocabulary.contains(row)
+        changes = (drawn[1:] != drawn[:-1]).nonzero()[:, 0] + 1
+        parts: list[dict[str, Any]] = []
+        for run in row.tensor_split(changes.cpu()):
+            if len(run) and self.vocabulary.contains(run[:1]).all():
+                if len(run) != self.num_image_tokens:
+                    raise UserError(f"An image has {self.num_image_tokens} ids, this answer has one with {len(run)}.")
+                parts.append({"type": "image", "ids": self.vocabulary.ids(run)})
+            elif text := self.tokenizer.decode(run, **decoding):
+                parts.append({"type": "text", "text": text})
+        return parts

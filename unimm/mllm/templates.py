@@ -27,34 +27,6 @@ _CONTENT = """\
 {%- endmacro -%}
 """
 
-_CHATML = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message.role + '\\n' }}
-{%- if message.role == 'assistant' -%}
-{% generation %}{{ render(message.content) + '<|im_end|>' }}{% endgeneration %}
-{%- else -%}
-{{ render(message.content) + '<|im_end|>' }}
-{%- endif -%}
-{{ '\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
-
-# Vicuna's turns, for tokenizers without ChatML's tokens: https://github.com/lm-sys/FastChat/blob/main/docs/vicuna_weights_version.md
-_PLAIN = """\
-{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}
-{{ 'ASSISTANT: ' }}{% generation %}{{ render(message.content) + eos_token }}{% endgeneration %}
-{%- elif message.role == 'user' -%}
-{{ 'USER: ' + render(message.content) + ' ' }}
-{%- else -%}
-{{ render(message.content) + ' ' }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT: ' }}{%- endif -%}
-"""
-
-
 # Replaces the parts of a message by a string of texts and image markers; the host's unchanged template follows.
 # `trim_blocks`, which transformers sets, removes the newline after the last tag, so the host's first line is intact.
 _FLATTEN = """\
@@ -101,8 +73,8 @@ Template = str | dict[str, str]
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers, name: str | None = None) -> Template:
     """Return the published template `name` (`chat_formats.CHAT_FORMATS`). Without a name, return the tokenizer's own
-    template, extended with images if it cannot render them; if it has none, ChatML if the tokenizer has its tokens,
-    else plain turns.
+    template, extended with images if it cannot render them; if it has none, "chatml" if the tokenizer has its tokens,
+    else "vicuna_turns".
 
     Raises:
         UserError: if the name is unknown, the tokenizer lacks the format's closing token, or the tokenizer's own
@@ -114,12 +86,11 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers, name: st
         if isinstance(own, dict):
             return {each: _with_images(tokenizer, template, markers) for each, template in own.items()}
         return _with_images(tokenizer, own, markers)
-    if name is not None:
-        _check_closing(tokenizer, name)
-        body = jinja_of(named_format(name))
+    if name is None:
+        name = "chatml" if TURN_END in tokenizer.get_vocab() else "vicuna_turns"
     else:
-        body = _CHATML if TURN_END in tokenizer.get_vocab() else _PLAIN
-    return _CONTENT.replace("IMAGE", image) + body
+        _check_closing(tokenizer, name)
+    return _CONTENT.replace("IMAGE", image) + jinja_of(named_format(name))
 
 
 def _with_images(tokenizer: PreTrainedTokenizerBase, own: str, markers: Markers) -> str:

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from unimm.mllm.hosts.registry import HOSTS
 from unimm.mllm.hosts.text_only import TEXT_HOSTS
 from unimm.tokenizer import VQRAE
 from unimm.tokenizer.encoders import FAMILIES, encoder_family
@@ -28,53 +29,41 @@ _MLP = {"intermediate_size": 64}
 
 ROWS = 320
 
-_ENCODER_FIELDS: dict[str, dict[str, Any]] = {
-    "siglip_vision_model": {**_MLP, "vision_use_head": False},
-    "internvl_vision": {**_MLP, "attention_bias": True},
-    "clip_vision_model": _MLP,
-    "dinov2": {"mlp_ratio": 2},
-    "dinov2_with_registers": {"mlp_ratio": 2, "num_register_tokens": 4},
-    "dinov3_vit": {**_MLP, "num_register_tokens": 4},
+# text-only host -> fields of its config beside `_SIZES`: what makes the family differ from a Llama, in small
+_TEXT: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 8},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {"partial_rotary_factor": 0.5, "pad_token_id": 0},
+    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {},
+    "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0},
+    "cohere": {"logit_scale": 0.0625, "tie_word_embeddings": True},
+    "gpt2": {"tie_word_embeddings": True},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "tie_word_embeddings": True},
+    "falcon": {"tie_word_embeddings": True},
+    "smollm3": {"pad_token_id": 0, "tie_word_embeddings": True},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 
-# host -> (its own encoder, the hidden state that it taps, special tokens, fields of its config)
-_MULTIMODAL: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any]]] = {
-    "llava": ("clip_vision_model", -2, ("<image>",), {"vision_feature_select_strategy": "default"}),
-    "llava_next": (
-        "clip_vision_model",
-        -2,
-        ("<image>",),
-        {"vision_feature_select_strategy": "default", "image_grid_pinpoints": [[16, 32], [32, 16]]},
-    ),
-    "llava_onevision": (
-        "siglip_vision_model",
-        -1,
-        ("<image>", "<video>"),
-        {"vision_feature_select_strategy": "full", "image_grid_pinpoints": [[16, 32], [32, 16]]},
-    ),
-    "internvl": ("internvl_vision", -1, ("<IMG_CONTEXT>", "<img>", "</img>"), {"image_seq_length": 4}),
-}
-
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-
-_QWEN_TOWER = {
-    "depth": 2,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "intermediate_size": 64,
-    "patch_size": 4,
-    "out_hidden_size": 32,
-}
-
-# host -> fields of its tower's config; these have towers of their own, which leave
-_QWEN_VL: dict[str, dict[str, Any]] = {
-    "qwen2_5_vl": {**_QWEN_TOWER, "fullatt_block_indexes": [1], "window_size": 16},
-    "qwen3_vl": {**_QWEN_TOWER, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
-}
-
-_QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-
-HOST_FAMILIES = (*TEXT_HOSTS, *_MULTIMODAL, *_QWEN_VL)
+HOST_FAMILIES = (*TEXT_HOSTS, *HOSTS)
 
 ENCODER_FAMILIES = tuple(FAMILIES)
 
@@ -91,7 +80,7 @@ def text_tokenizer(special: tuple[str, ...]) -> PreTrainedTokenizerFast:
 
 def vision_config(family: str) -> PreTrainedConfig:
     """Return the configuration of a tiny encoder: 16 px images, patches of 4 x 4 px, two layers of width 32."""
-    return AutoConfig.for_model(family, **_SIZES, **_IMAGE, **_ENCODER_FIELDS[family])
+    return AutoConfig.for_model(family, **_SIZES, **_IMAGE, **FAMILIES[family].tiny)
 
 
 def tiny_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -109,37 +98,19 @@ def tiny_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTo
         "eos_token_id": None,
     }
     if family in TEXT_HOSTS:
-        head = {"head_dim": 16} if family == "qwen3" else {}
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **text, **head)).eval(), text_tokenizer(())
-    if family in _QWEN_VL:
-        return _tiny_qwen_vl(family, text)
-    encoder, layer, special, fields = _MULTIMODAL[family]
-    tokenizer = text_tokenizer(special)
-    names = ("image_token_id",) if family == "internvl" else ("image_token_index", "video_token_index")
-    tokens = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(names, special, strict=False)}
+        config = AutoConfig.for_model(family, **text | _TEXT[family])
+        return AutoModelForCausalLM.from_config(config).eval(), text_tokenizer(())
+    tiny = HOSTS[family].tiny
+    tokenizer = text_tokenizer(tuple(tiny.tokens))
+    tokens = {name: tokenizer.convert_tokens_to_ids(token) for token, name in tiny.tokens.items() if name}
+    tower = tiny.tower if tiny.encoder is None else vision_config(tiny.encoder).to_dict()
     config = AutoConfig.for_model(
         family,
-        vision_config=vision_config(encoder).to_dict(),
-        text_config={"model_type": "qwen2", **text},
-        vision_feature_layer=layer,
+        vision_config=dict(tower),
+        text_config={**text, **tiny.text},
         tie_word_embeddings=False,
         **tokens,
-        **fields,
-    )
-    return AutoModelForImageTextToText.from_config(config).eval(), tokenizer
-
-
-def _tiny_qwen_vl(family: str, text: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    tokenizer = text_tokenizer(_QWEN_TOKENS)
-    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
-    tokens = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(names, _QWEN_TOKENS, strict=True)}
-    head = {"head_dim": 16} if family == "qwen3_vl" else {}
-    config = AutoConfig.for_model(
-        family,
-        vision_config=_QWEN_VL[family],
-        text_config={**text, **head, "rope_parameters": _ROPE},
-        tie_word_embeddings=False,
-        **tokens,
+        **tiny.fields,
     )
     return AutoModelForImageTextToText.from_config(config).eval(), tokenizer
 
@@ -150,12 +121,10 @@ def tiny_tokenizer(host: PreTrainedModel, encoder: str) -> tuple[VQRAE, bool]:
     Returns:
         The tokenizer, and whether it uses the host's own encoder, which it does if the families match.
     """
-    layer, own = -1, False
-    config = vision_config(encoder)
-    if host.config.model_type in _MULTIMODAL:
-        name, its_layer, *_ = _MULTIMODAL[host.config.model_type]
-        own = name == encoder
-        layer, config = (its_layer, host.model.vision_tower.config) if own else (layer, config)
+    layer, config = -1, vision_config(encoder)
+    own = host.config.model_type in HOSTS and HOSTS[host.config.model_type].tiny.encoder == encoder
+    if own:
+        layer, config = host.config.vision_feature_layer, host.model.vision_tower.config
     torch.manual_seed(1)
     mean, std = encoder_family(config).normalization
     fields = {"codebook_size": 32, "codebook_dim": 8, "feature_layer": layer, "image_mean": mean, "image_std": std}

@@ -5,8 +5,8 @@ whether a CLS token precedes the patches, whether images of another size need a 
 family was trained with, used if a checkpoint does not define one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class EncoderFamily:
         cls_token: whether a CLS token precedes the patches; registers, whose number the config has, follow it.
         asks_to_interpolate: whether images of another size need `interpolate_pos_encoding=True`.
         normalization: (mean, std) per channel, if the checkpoint has no preprocessor_config.json.
+        tiny: fields of the config of a tiny encoder for tests (`unimm.testing`), besides sizes and layers.
     """
 
     blocks: Callable[[PreTrainedConfig], nn.Module]
@@ -55,15 +56,23 @@ class EncoderFamily:
     cls_token: bool
     asks_to_interpolate: bool = False
     normalization: tuple[Channels, Channels] = IMAGENET
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
+
+_MLP = {"intermediate_size": 64}
+_REGISTERS = {"num_register_tokens": 4}
 
 FAMILIES: dict[str, EncoderFamily] = {
-    "siglip_vision_model": EncoderFamily(SiglipEncoder, "post_layernorm", False, True, HALF),
-    "internvl_vision": EncoderFamily(InternVLVisionEncoder, "layernorm", True),
-    "clip_vision_model": EncoderFamily(CLIPEncoder, "post_layernorm", True, True, CLIP),
-    "dinov2": EncoderFamily(Dinov2Encoder, "layernorm", True),
-    "dinov2_with_registers": EncoderFamily(Dinov2WithRegistersEncoder, "layernorm", True),
-    "dinov3_vit": EncoderFamily(DINOv3Blocks, "norm", True),
+    "siglip_vision_model": EncoderFamily(
+        SiglipEncoder, "post_layernorm", False, True, HALF, tiny={**_MLP, "vision_use_head": False}
+    ),
+    "internvl_vision": EncoderFamily(InternVLVisionEncoder, "layernorm", True, tiny={**_MLP, "attention_bias": True}),
+    "clip_vision_model": EncoderFamily(CLIPEncoder, "post_layernorm", True, True, CLIP, tiny=_MLP),
+    "dinov2": EncoderFamily(Dinov2Encoder, "layernorm", True, tiny={"mlp_ratio": 2}),
+    "dinov2_with_registers": EncoderFamily(
+        Dinov2WithRegistersEncoder, "layernorm", True, tiny={"mlp_ratio": 2, **_REGISTERS}
+    ),
+    "dinov3_vit": EncoderFamily(DINOv3Blocks, "norm", True, tiny={**_MLP, **_REGISTERS}),
 }
 
 

@@ -12,6 +12,7 @@ from unimm.tokenizer.encoders import build_encoder
 from unimm.tokenizer.modeling import ImageTokenizer
 from unimm.tokenizer.pixel_heads import ConvHead
 from unimm.tokenizer.quantizers import NormalizedVQ
+from unimm.tokenizer.registry import register_tokenizer
 from unimm.tokenizer.samplers import FusionSampler, plain_norm
 
 
@@ -60,3 +61,6 @@ class IDEAL(ImageTokenizer):
         deep, shallow = self.decoder(codes, grid)
         pixels = (self.pixel_head(deep, grid).float() + 1) / 2
         return pixels, {"deep": deep, "shallow": shallow} if predict else {}
+
+
+register_tokenizer(IDEAL)

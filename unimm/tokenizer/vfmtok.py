@@ -14,6 +14,7 @@ from unimm.tokenizer.encoders import build_encoder
 from unimm.tokenizer.modeling import ImageTokenizer
 from unimm.tokenizer.pixel_heads import ConvHead
 from unimm.tokenizer.quantizers import NormalizedVQ
+from unimm.tokenizer.registry import register_tokenizer
 from unimm.tokenizer.samplers import AnchorSampler
 
 
@@ -89,3 +90,6 @@ class VFMTok(ImageTokenizer):
                 f"{side} pixels, and these have {height} x {width}."
             )
         return self.config.grid
+
+
+register_tokenizer(VFMTok)

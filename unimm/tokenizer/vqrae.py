@@ -17,6 +17,7 @@ from unimm.tokenizer.encoders import build_encoder
 from unimm.tokenizer.modeling import ImageTokenizer
 from unimm.tokenizer.pixel_heads import ConvHead, PatchHead
 from unimm.tokenizer.quantizers import SimVQ
+from unimm.tokenizer.registry import register_tokenizer
 from unimm.tokenizer.samplers import GridSampler
 
 HEAD_FIELDS = {"pixel_head", "head_channels", "head_multipliers"}
@@ -67,3 +68,6 @@ def mirrored(config: VQRAEConfig) -> PreTrainedConfig:
     blocks.num_hidden_layers = config.decoder_num_hidden_layers or blocks.num_hidden_layers
     blocks._attn_implementation = config._attn_implementation
     return blocks
+
+
+register_tokenizer(VQRAE)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from dataclasses import fields
 
 import pytest
 
@@ -50,6 +51,31 @@ def test_every_form_gives_the_same_rows(tmp_path, memory):
         rows = open_images(str(source), streaming)
         assert rows.blocks.tolist() == [3, 1, 3, 1]  # read in place, by row groups
         assert all_rows(source, streaming) == EXPECTED
+
+
+def test_an_option_that_a_source_does_not_have_is_refused(tmp_path):
+    write_folder(tmp_path / "folder", range(2))
+    write_parquet(tmp_path / "a.parquet", range(2))
+    (tmp_path / "a.tar").write_bytes(tar_bytes({"a.png": png(1)}))
+    has = {
+        "folder": {"text_column", "max_aspect_ratio", "min_side"},
+        "a.parquet": {"streaming", "image_column", "text_column", "max_aspect_ratio", "min_side"},
+        "a.tar": {"streaming", "text_column", "max_aspect_ratio", "min_side"},
+    }
+    values = {"split": "test", "subset": "small", "streaming": True, "image_column": "photo", "text_column": "caption"}
+    values |= {"max_aspect_ratio": 9.0, "min_side": 1}
+    assert set(values) == {option.name for option in fields(ReadOptions)}
+    for name, value in values.items():
+        for source, options in has.items():
+            place, read = tmp_path / source, ReadOptions(**{name: value})
+            if name not in options:
+                with pytest.raises(UserError, match=rf"^read.{name} is {value!r} and does not apply to {place}, a "):
+                    open_images(place, read)
+                assert len(open_images(place, read, strict=False)) > 0  # for eval_source beside a source that has it
+            elif (name, source) != ("image_column", "a.parquet"):  # which has no column of that name
+                assert len(open_images(place, read)) > 0
+    with pytest.raises(UserError, match=r"read.min_side is 9 and does not apply to talk.json, .* no read options"):
+        FlowConfig("conversation", source="talk.json", image_folder="here", read=ReadOptions(min_side=9))
 
 
 def test_names_in_tar_files_that_are_no_utf8(tmp_path):

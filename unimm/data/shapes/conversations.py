@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from unimm.data.relations import relative_position
+from unimm.data.shapes.things import NONE_THERE, THINGS
 from unimm.data.shapes.world import COLORS, SHAPES, Scene, SceneObject, allowed_pairs, compose, sample_scene
 from unimm.english import NUMBERS, enumeration, plural, with_article
 from unimm.errors import UserError
@@ -16,11 +17,14 @@ PLACES = (("top left", "top", "top right"), ("left", "center", "right"), ("botto
 
 @dataclass(frozen=True)
 class Turn:
-    """A question about a scene and its answer."""
+    """A question about a scene and its answer; `form` and `about`, the words that fill it, allow another wording
+    (`unimm.data.shapes.phrasings`)."""
 
     kind: str
     question: str
     answer: str
+    form: str = ""
+    about: tuple[str, ...] = ()
 
 
 def _name(obj: SceneObject) -> str:
@@ -40,15 +44,20 @@ def _existence(rng: np.random.Generator, scene: Scene) -> Turn | None:
     yes, form = bool(rng.random() < 0.5), int(rng.integers(4))
     if form == 0:
         thing = _pick(rng, [s for s in SHAPES if (s in shapes) == yes])
-        return thing and Turn("existence", f"Is there {with_article(thing)}?", "yes" if yes else "no")
+        return thing and Turn(*_yes_or_no(f"Is there {with_article(thing)}?", yes), "is_there", (thing,))
     if form == 1:
         thing = _pick(rng, [c for c in COLORS if (c in colors) == yes])
-        return thing and Turn("existence", f"Is there anything {thing}?", "yes" if yes else "no")
+        return thing and Turn(*_yes_or_no(f"Is there anything {thing}?", yes), "anything", (thing,))
     pairs = sorted(present) if yes else [p for p in allowed_pairs(False) if p not in present]
     if not yes and rng.random() < 0.5:
         pairs = [p for p in pairs if p[0] in colors and p[1] in shapes] or pairs
     color, shape = _pick(rng, pairs)
-    return Turn("existence", f"Is there {with_article(f'{color} {shape}')}?", "yes" if yes else "no")
+    thing = f"{color} {shape}"
+    return Turn(*_yes_or_no(f"Is there {with_article(thing)}?", yes), "is_there", (thing,))
+
+
+def _yes_or_no(question: str, yes: bool) -> tuple[str, str, str]:
+    return "existence", question, "yes" if yes else "no"
 
 
 def _color(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -57,20 +66,20 @@ def _color(rng: np.random.Generator, scene: Scene) -> Turn | None:
     if not single:
         return None
     obj = _pick(rng, single)
-    return Turn("color", f"What color is the {obj.shape}?", obj.color)
+    return Turn("color", f"What color is the {obj.shape}?", obj.color, "color_of", (obj.shape,))
 
 
 def _count(rng: np.random.Generator, scene: Scene) -> Turn:
     form = int(rng.integers(4))
     if form == 0:
-        return Turn("count", "How many objects are there?", NUMBERS[len(scene.objects)])
+        return Turn("count", "How many objects are there?", NUMBERS[len(scene.objects)], "count_all")
     if form == 1:
         color = _pick(rng, [o.color for o in scene.objects]) if rng.random() < 0.8 else _pick(rng, list(COLORS))
-        return Turn(
-            "count", f"How many {color} objects are there?", NUMBERS[sum(o.color == color for o in scene.objects)]
-        )
+        number = NUMBERS[sum(o.color == color for o in scene.objects)]
+        return Turn("count", f"How many {color} objects are there?", number, "count_color", (color,))
     shape = _pick(rng, [o.shape for o in scene.objects]) if rng.random() < 0.8 else _pick(rng, list(SHAPES))
-    return Turn("count", f"How many {plural(shape)} are there?", NUMBERS[sum(o.shape == shape for o in scene.objects)])
+    number = NUMBERS[sum(o.shape == shape for o in scene.objects)]
+    return Turn("count", f"How many {plural(shape)} are there?", number, "count_shape", (plural(shape),))
 
 
 def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -82,7 +91,8 @@ def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
         return None
     a, b = _pick(rng, couples)
     (relation,) = relative_position(a.box, b.box)
-    return Turn("position", f"Where is the {_name(a)} relative to the {_name(b)}?", relation)
+    about = (_name(a), _name(b))
+    return Turn("position", f"Where is the {about[0]} relative to the {about[1]}?", relation, "relative", about)
 
 
 def _place(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -91,17 +101,35 @@ def _place(rng: np.random.Generator, scene: Scene) -> Turn | None:
     obj = _pick(rng, [o for o in scene.objects if names.count(_name(o)) == 1])
     if obj is None:
         return None
-    row, column = (min(int(3 * at / scene.image_size), 2) for at in (obj.y, obj.x))
-    return Turn("place", f"Where is the {_name(obj)}?", PLACES[row][column])
+    row, column = cell_of(obj.x, obj.y, scene.image_size)
+    return Turn("place", f"Where is the {_name(obj)}?", PLACES[row][column], "place", (_name(obj),))
+
+
+def cell_of(x: float, y: float, image_size: int) -> tuple[int, int]:
+    """Return row and column of PLACES that hold a point, in pixels."""
+    row, column = (min(max(int(3 * at / image_size), 0), 2) for at in (y, x))
+    return row, column
 
 
 def _what(rng: np.random.Generator, scene: Scene) -> Turn:
-    return Turn("what", _pick(rng, ["What is in the picture?", "What do you see?"]), f"{_listing(scene)}.")
+    return Turn("what", _pick(rng, ["What is in the picture?", "What do you see?"]), f"{_listing(scene)}.", "what")
 
 
 def _describe(rng: np.random.Generator, scene: Scene) -> Turn:
     question = _pick(rng, ["Describe the picture.", "Describe this image."])
-    return Turn("describe", question, f"{describe(scene)}.")
+    return Turn("describe", question, f"{describe(scene)}.", "describe")
+
+
+def _unknown(rng: np.random.Generator, scene: Scene) -> Turn:
+    """Ask for something that the world does not hold, or for the color or place of something that is not there."""
+    thing, form = _pick(rng, THINGS), int(rng.integers(3))
+    if form == 0:
+        return Turn("unknown", f"Is there {with_article(thing)}?", "no", "is_there", (thing,))
+    absent = [shape for shape in SHAPES if shape not in {o.shape for o in scene.objects}]
+    noun = _pick(rng, absent) if rng.random() < 0.5 else thing
+    if form == 1:
+        return Turn("unknown", f"What color is the {noun}?", NONE_THERE, "color_of", (noun,))
+    return Turn("unknown", f"Where is the {noun}?", NONE_THERE, "place", (noun,))
 
 
 def _pick(rng: np.random.Generator, options: Sequence) -> Any:
@@ -117,10 +145,11 @@ _QUESTIONS: dict[str, Callable[[np.random.Generator, Scene], Turn | None]] = {
     "place": _place,
     "what": _what,
     "describe": _describe,
+    "unknown": _unknown,
 }
 KINDS = tuple(_QUESTIONS)
-KIND_SHARES = dict(zip(KINDS, (0.2, 0.15, 0.2, 0.25, 0.1, 0.04, 0.06), strict=True))
-"""Share of each kind of question."""
+KIND_SHARES = dict(zip(KINDS, (0.2, 0.15, 0.2, 0.25, 0.1, 0.04, 0.06, 0.0), strict=True))
+"""Share of each kind of question; "unknown" is about what the world does not hold."""
 
 
 def sample_talking_scene(rng: np.random.Generator) -> Scene:

@@ -1,7 +1,7 @@
 """Read options of external data, and the decoding and checks that turn a raw row into {"image", "text", "key", ...}."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,8 @@ class ReadOptions:
         streaming: read the parquet or tar files in place, shard by shard, instead of copying tables to the cache first.
         image_column, text_column: columns of tables; `text_column` is also the caption's field in .json and
             metadata.jsonl files next to images.
+        target_column: column of the edited images (editing only); `image_column` holds the images before it and
+            `text_column` the instructions.
         max_aspect_ratio: leave out images whose longer side / shorter side is larger.
         min_side: leave out images whose shorter side has fewer pixels.
     """
@@ -31,6 +33,7 @@ class ReadOptions:
     streaming: bool = False
     image_column: str = "image"
     text_column: str = "text"
+    target_column: str = "target"
     max_aspect_ratio: Annotated[float, Range(least=1)] | None = None
     min_side: Natural = 0
 
@@ -39,6 +42,17 @@ class ReadOptions:
             raise UserError(
                 f"max_aspect_ratio is longer side / shorter side, at least 1, and is {self.max_aspect_ratio}."
             )
+
+    def refuse_others(self, source: str, what: str, names: Sequence[str] = ()) -> None:
+        """Raise UserError if an option is set that `source`, which is `what` ("a folder of images"), does not have;
+        `names` are those that it has."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in names and value != option.default:
+                have = f"it has read.{', read.'.join(names)}" if names else "it has no read options"
+                raise UserError(
+                    f"read.{option.name} is {value!r} and does not apply to {source}, {what}: remove it ({have})."
+                )
 
     def check(self, size: tuple[int, int]) -> None:
         """Raise `Filtered` if an image of (width, height) is filtered out."""

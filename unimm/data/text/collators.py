@@ -24,6 +24,9 @@ from unimm.errors import UserError
 
 logger = logging.get_logger(__name__)
 
+DRAWN_KINDS = ("drawing", "editing")
+"""Kinds of flows whose only labels are the image tokens of the last turn."""
+
 
 class ChatProcessor(Protocol):
     """Interface of the processor: a chat template with generation marks, placeholders expanded to image tokens."""
@@ -61,8 +64,9 @@ class FlowCollator:
 
     A batch holds
         input_ids, attention_mask [B, L]: the same placeholder stands for input and for drawn image tokens;
-        labels [B, L]: for conversations the assistant's tokens, its closing token included; for drawings only the
-            placeholders of the drawn image tokens (later replaced by their ids); -100 elsewhere;
+        labels [B, L]: for conversations and interleaved answers the assistant's tokens, markers and closing token
+            included; for drawings and edits only the placeholders of the drawn image tokens (later replaced by their
+            ids); -100 elsewhere;
         drawn [B, L] bool: the placeholders of drawn image tokens;
         pixel_values [I, 3, H, W]: images in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
             absent if there are none;
@@ -92,7 +96,7 @@ class FlowCollator:
         return {flow: self._batch(list(rows)) for flow, rows in groupby(ordered, key=lambda sample: sample["flow"])}
 
     def _batch(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        rows = self._drawn(samples) if samples[0]["kind"] == "drawing" else self._said(samples)
+        rows = self._drawn(samples) if samples[0]["kind"] in DRAWN_KINDS else self._said(samples)
         labelled = rows.labelled
         input_ids = torch.as_tensor(rows.inputs["input_ids"])
         attention_mask = torch.as_tensor(rows.inputs["attention_mask"])

@@ -1,38 +1,21 @@
-"""Qwen2.5-VL and Qwen3-VL as hosts: their language model and patch merger, with the image tokenizer as vision tower.
+"""What the Qwen-VL hosts share: their language model and patch merger, with the image tokenizer as vision tower.
 
 The image tokenizer has one fixed image size, so every image has a known grid, and the three rows of M-RoPE positions
 (time, row, column: Qwen2-VL, https://arxiv.org/abs/2409.12191) follow from the token ids alone. B sequences, L tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    GenerationMixin,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLModel,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLModel,
-)
-from transformers.configuration_utils import SubConfigSpec
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-    BaseModelOutputWithDeepstackFeatures,
-    Qwen3VLVisionPatchMerger,
-)
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from unimm.errors import UserError
+from unimm.mllm.hosts.registry import HostFamily, TinyHost
 from unimm.mllm.unified import UnifiedModelMixin
-from unimm.mllm.vocabulary import ImageVocabularyFields
 
 Cells = tuple[Tensor, int, int]
 """Mask of image tokens in sequences, [B, L] bool, and the rows and columns of each image."""
@@ -69,7 +52,7 @@ class MergedPatches(nn.Module):
         return self.merger(blocks.reshape(batch * rows * columns, -1)).view(batch, rows * columns // s**2, -1)
 
 
-class _TokenizerInside:
+class TokenizerInside:
     """Mixin before a Qwen-VL's inner model: image tokenizer and merger under the names shared by all unified models."""
 
     def __init__(self, config: Any) -> None:
@@ -145,7 +128,7 @@ class _TokenizerInside:
         return positions
 
 
-class _QwenVLMixin(UnifiedModelMixin):
+class QwenVLMixin(UnifiedModelMixin):
     """Mixin placed before a Qwen-VL's `...ForConditionalGeneration`; a subclass sets its inner model class."""
 
     _inner_class: type[PreTrainedModel]
@@ -173,62 +156,45 @@ class _QwenVLMixin(UnifiedModelMixin):
         return torch.cat([text.expand(1, len(input_ids), -1), self.token_positions(input_ids, mask)])
 
 
-class UnimmQwen2_5_VLConfig(ImageVocabularyFields, Qwen2_5_VLConfig):
-    """Qwen2.5-VL with an image tokenizer as its tower; `spatial_merge_size`^2 patches become one input token."""
-
-    model_type = "unimm_qwen2_5_vl"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_5_vl_text"),
-    }
-
-    image_seq_length: int = 64
-    spatial_merge_size: int = 2
+def merged_side(config: Any) -> int:
+    """Return the side, in patches, of the block that the merger makes one token: a field of the unified config, and of
+    the tower's config in a stock one."""
+    return int(getattr(config, "spatial_merge_size", None) or config.vision_config.spatial_merge_size)
 
 
-class UnimmQwen3VLConfig(ImageVocabularyFields, Qwen3VLConfig):
-    """Qwen3-VL with an image tokenizer as its tower; `spatial_merge_size`^2 patches become one input token."""
-
-    model_type = "unimm_qwen3_vl"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vqrae"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3_vl_text"),
-    }
-
-    image_seq_length: int = 64
-    spatial_merge_size: int = 2
-
-
-class UnimmQwen2_5_VLModel(_TokenizerInside, Qwen2_5_VLModel):
-    """The inner model of a Qwen2.5-VL with an image tokenizer."""
-
-    config_class = UnimmQwen2_5_VLConfig
-
-    @staticmethod
-    def _merger(width: int, text_width: int, config: Any) -> nn.Module:
-        return Qwen2_5_VLPatchMerger(dim=text_width, context_dim=width, spatial_merge_size=config.spatial_merge_size)
+_TINY_TOKENS = {
+    "<|vision_start|>": "vision_start_token_id",
+    "<|vision_end|>": "vision_end_token_id",
+    "<|image_pad|>": "image_token_id",
+    "<|video_pad|>": "video_token_id",
+}
+_TINY_TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
+_TINY_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 
 
-class UnimmQwen3VLModel(_TokenizerInside, Qwen3VLModel):
-    """The inner model of a Qwen3-VL with an image tokenizer."""
-
-    config_class = UnimmQwen3VLConfig
-
-    @staticmethod
-    def _merger(width: int, text_width: int, config: Any) -> nn.Module:
-        sizes: dict[str, int] = {"hidden_size": width, "out_hidden_size": text_width}
-        return Qwen3VLVisionPatchMerger(Qwen3VLVisionConfig(spatial_merge_size=config.spatial_merge_size, **sizes))
-
-
-class UnimmQwen2_5_VLForConditionalGeneration(_QwenVLMixin, Qwen2_5_VLForConditionalGeneration):
-    """Qwen2.5-VL with image generation."""
-
-    config_class = UnimmQwen2_5_VLConfig
-    _inner_class = UnimmQwen2_5_VLModel
-
-
-class UnimmQwen3VLForConditionalGeneration(_QwenVLMixin, Qwen3VLForConditionalGeneration):
-    """Qwen3-VL with image generation."""
-
-    config_class = UnimmQwen3VLConfig
-    _inner_class = UnimmQwen3VLModel
+def qwen_vl_family(
+    stock: type[PreTrainedConfig],
+    model: type[QwenVLMixin],
+    plain_text: type[PreTrainedConfig],
+    tiny_tower: Mapping[str, Any],
+    tiny_text: Mapping[str, Any],
+) -> HostFamily:
+    """Return the row of a Qwen-VL; the two `tiny` are the fields of its tower and text config that others lack."""
+    return HostFamily(
+        stock,
+        model,
+        TinyHost(_TINY_TOKENS, tower={**_TINY_TOWER, **tiny_tower}, text={**tiny_text, "rope_parameters": _TINY_ROPE}),
+        image_token_field="image_token_id",
+        config_fields=lambda config: {"spatial_merge_size": merged_side(config)},
+        merged_side=merged_side,
+        tower="model.visual.",
+        kept_of_tower={"model.visual.merger.": "model.multi_modal_projector.merger."},
+        plain_text=plain_text,
+    )
