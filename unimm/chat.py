@@ -271,8 +271,8 @@ class ChatSession:
         *,
         max_new_tokens: int | None = None,
         seed: int | None = None,
-        guidance_scale: float | None = None,
         parallel_tokens: int | Literal["auto"] = 1,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[str | Image.Image]:
         """Ask `text`, preceded by new images, and return an answer in which the model may draw: texts and PIL images.
 
@@ -280,13 +280,14 @@ class ChatSession:
             images: as in `ask`.
             max_new_tokens: maximum length of the answer, its images included; None: the room in the context.
             seed: image k of the answer depends on (seed, k) only; None uses a new seed each time.
-            guidance_scale, parallel_tokens: of the images, as in `draw`.
+            parallel_tokens, sampling: of the images, as in `draw`.
 
         Raises:
             UserError: as `ask` and `draw`. The history is then unchanged.
         """
         question = _user_turn(text, images, "question")
-        _check_drawing(1, seed, {"guidance_scale": guidance_scale})
+        _check_drawing(1, seed)
+        settings = sampling_options(cast(Mapping[str, Any], sampling))
         history = self._kept(self.messages, question, self._text_room() + self.model.num_image_tokens + 2)
         inputs = self._inputs([*history, question])
         self._room(inputs, 1, "Reset the conversation or ask something shorter.")
@@ -295,7 +296,7 @@ class ChatSession:
             generation_mode="interleaved",
             **{**self.generation, "max_new_tokens": max_new_tokens},
             seed=None if seed is None else int(seed),
-            guidance_scale=guidance_scale,
+            image_generation=settings,
             parallel_tokens=parallel_tokens,
         )
         (parts,) = self.processor.split_parts(written[:, inputs["input_ids"].shape[1] :])
