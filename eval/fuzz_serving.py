@@ -1,4 +1,4 @@
-"""Fuzz the server: requests made from its OpenAPI description, valid and broken, none of which may be answered with 5xx.
+"""Fuzz the server: requests from its OpenAPI description, valid and broken; none may be answered with 5xx.
 
     python eval/fuzz_serving.py --count 2000
 

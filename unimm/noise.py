@@ -102,7 +102,7 @@ def image_seed(seed: int, k: int) -> int:
     return int.from_bytes(digest[:8]) >> 1
 
 
-def per_image_seeds(requests: list[Hashable], seed: int | Sequence[int] | None, repeats: int) -> list[int]:
+def per_image_seeds(requests: Sequence[Hashable], seed: int | Sequence[int] | None, repeats: int) -> list[int]:
     """Return one seed per sequence, from (seed, k): k counts the images of a request over the whole batch."""
     if seed is None:
         seed = int(torch.randint(2**62, (1,)))

@@ -20,13 +20,13 @@ from unimm.data.shapes import Scene, SceneObject, render
 from unimm.errors import UserError
 from unimm.evaluation.geneval import command
 from unimm.evaluation.geneval import detector as detector_module
-from unimm.evaluation.geneval import run as geneval_module
 from unimm.evaluation.geneval.command import main
 from unimm.evaluation.geneval.files import read_folder
 from unimm.evaluation.geneval.prompts import official_prompts, to_jsonl
 from unimm.evaluation.geneval.rules import COLORS
-from unimm.evaluation.geneval.run import GenevalPlan, shapes_track
+from unimm.evaluation.geneval.run import DrawnPrompts, GenevalPlan, shapes_track
 from unimm.evaluation.geneval.scorers import ShapesScorer
+from unimm.evaluation.runs import drawn_images
 from unimm.evaluation.runs.records import Record, read_records
 from unimm.evaluation.runs.store import RunStore, sample_seed
 
@@ -126,7 +126,7 @@ def killed_at_the_third_record(arguments: list[str]) -> None:
 
 
 def kill_between_two_images(prompts: Path, folder: Path) -> None:
-    save, saved = geneval_module.save_image_atomically, []
+    save, saved = drawn_images.save_image_atomically, []
 
     def dying(image: Image.Image, path: Path) -> Path:
         if len(saved) == 1:
@@ -134,7 +134,7 @@ def kill_between_two_images(prompts: Path, folder: Path) -> None:
         saved.append(path)
         return save(image, path)
 
-    geneval_module.save_image_atomically = dying
+    drawn_images.save_image_atomically = dying
     main(drawing(prompts, folder))
 
 
@@ -173,7 +173,7 @@ def test_a_finished_run_draws_nothing_and_other_settings_are_another_run(
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished run draws again")
 
-    monkeypatch.setattr(geneval_module, "draw_prompts", forbidden)
+    monkeypatch.setattr(drawn_images, "draw_prompts", forbidden)
     before = result(preserve_rng_state)
     main([*drawing(prompts, preserve_rng_state), "--export", str(tmp_path / "official")])
     assert result(preserve_rng_state) == before
@@ -354,7 +354,8 @@ def test_a_limit_is_per_tag_and_keeps_the_numbers() -> None:
     assert len(track.prompts) == 18
     chosen = GenevalPlan(limit=2, num_images=1).choose(track)
     assert list(chosen) == [f"{index:05d}" for index in range(18) if index % 3 < 2]
-    assert GenevalPlan(num_images=2).keys({"00007": {}}) == [("00007", 0), ("00007", 1)]
+    images = DrawnPrompts(None, None, {"00007": {"prompt": "a bench"}}, GenevalPlan(num_images=2), None)
+    assert images.keys == [("00007", 0), ("00007", 1)]
     assert shapes_track(seed=1, prompts_per_tag=3) == track != shapes_track(seed=2, prompts_per_tag=3)
 
 

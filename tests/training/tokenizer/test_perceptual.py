@@ -1,5 +1,6 @@
 """The perceptual networks against independent implementations with random weights, and the arithmetic of their sums."""
 
+import copy
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,6 @@ from unimm.training.tokenizer.perceptual import (
     FeaturePerceptualLoss,
     PerceptualLoss,
     build_perceptual,
-    frozen_hidden_states,
     parse_perceptual,
 )
 
@@ -214,7 +214,10 @@ def test_features_of_a_siglip_judge_a_frozen_copy() -> None:
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
     encoder = SiglipVisionModel(config)
-    features = FeaturePerceptualLoss(frozen_hidden_states(encoder, (0.5,) * 3, (0.5,) * 3), layers=(1, 2))
+    judge = copy.deepcopy(encoder).requires_grad_(False).eval()
+    features = FeaturePerceptualLoss(
+        lambda pixels: judge(2 * pixels - 1, output_hidden_states=True).hidden_states, layers=(1, 2)
+    )
     loss = build_perceptual("features", features=features)
     first, second = images()
     first.requires_grad_()

@@ -9,14 +9,13 @@ named one. All other foreground together may cover at most MAX_STRAY pixels.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from unimm.data.shapes.detector import label_components
+from unimm.data.shapes.detector import Detection, label_components
 from unimm.data.shapes.world import COLORS
 
 MIN_OVERLAP = 0.85  # intersection over union with the analytic shape
@@ -42,25 +41,10 @@ _NAMES, _VALUES = list(COLORS), np.array(list(COLORS.values()), dtype=np.float64
 
 
 @dataclass(frozen=True)
-class StrictObject:
-    """An accepted object: `box` is (x1, y1, x2, y2) in pixels, `score` its intersection over union with its shape."""
-
-    shape: str
-    color: str
-    box: tuple[float, float, float, float]
-    score: float
-
-    def as_rule_input(self) -> dict[str, Any]:
-        """Return the mapping that `unimm.evaluation.geneval.rules.verdict` takes: label, color, box, score."""
-        fields = asdict(self)
-        return {"label": fields.pop("shape"), **fields}
-
-
-@dataclass(frozen=True)
 class StrictReading:
     """The result for one image: the accepted `objects`, and the reasons to refuse the whole image, if any."""
 
-    objects: tuple[StrictObject, ...]
+    objects: tuple[Detection, ...]
     refusals: tuple[str, ...]
 
     @property
@@ -87,7 +71,7 @@ def read_strictly(image: Image.Image | np.ndarray) -> StrictReading:
     contrast = np.linalg.norm(pixels - np.median(frame, axis=0), axis=-1)  # [H, W]
     foreground = contrast > np.maximum(FAINTEST, _strongest_nearby(contrast) / 2)
     labels, count = label_components(foreground)
-    objects, refusals, strays = list[StrictObject](), list[str](), 0
+    objects, refusals, strays = list[Detection](), list[str](), 0
     for index in range(1, count + 1):
         member = labels == index
         if (area := int(member.sum())) < MIN_PIXELS:
@@ -109,7 +93,7 @@ def _strongest_nearby(contrast: np.ndarray) -> np.ndarray:
     return sliding_window_view(np.pad(contrast, NEIGHBORHOOD), (side, side)).max(axis=(-2, -1))
 
 
-def _read(pixels: np.ndarray, member: np.ndarray) -> StrictObject | str:
+def _read(pixels: np.ndarray, member: np.ndarray) -> Detection | str:
     """Return the object of a component, or the reason to refuse it."""
     (x, y, radius), shape, overlap = _best_fit(member)
     color, distance = _name_of(np.median(pixels[_inner(member)], axis=0))
@@ -118,7 +102,7 @@ def _read(pixels: np.ndarray, member: np.ndarray) -> StrictObject | str:
         return f"the object {place} overlaps a {shape} by {overlap:.2f}, less than {MIN_OVERLAP}"
     if distance > FARTHEST_COLOR:
         return f"the {shape} {place} is {distance:.0f} from {color}, more than {FARTHEST_COLOR:.0f}"
-    return StrictObject(shape, color, (x - radius, y - radius, x + radius, y + radius), overlap)
+    return Detection(shape, color, (x - radius, y - radius, x + radius, y + radius), overlap)
 
 
 def _inner(member: np.ndarray) -> np.ndarray:

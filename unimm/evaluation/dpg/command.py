@@ -9,7 +9,6 @@ from unimm.errors import UserError
 from unimm.evaluation.dpg.arguments import BENCH, parse
 from unimm.evaluation.dpg.run import (
     OFFICIAL_CSV,
-    DrawnImages,
     GridImages,
     Images,
     Prompts,
@@ -20,6 +19,7 @@ from unimm.evaluation.dpg.run import (
     write_grids,
 )
 from unimm.evaluation.runs.arguments import recorded_arguments
+from unimm.evaluation.runs.drawn_images import DrawnImages
 from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.sanity_checks import KnownAnswer, check_vqa_model, known_answers
 from unimm.evaluation.runs.store import Manifest, RunStore, content_sha256, processes
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         if images is None:
             assert evaluated is not None
             count, sampling = arguments.num_images, sampling_options(arguments)
-            images = DrawnImages(evaluated.model, evaluated.processor, prompts, store, count, sampling)
+            images = DrawnImages(evaluated.model, evaluated.processor, prompts.texts, count, store, sampling)
         summary = judge_images(store, images, prompts, judge)
     missing = grids.missing if grids is not None else []
     if processes().is_main_process:

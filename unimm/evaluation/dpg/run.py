@@ -26,9 +26,8 @@ from unimm.evaluation.dpg.rules import COLUMNS, COMPAT, FIXED, PLAIN, Rule, read
 from unimm.evaluation.metrics.bootstrap import bootstrap_mean
 from unimm.evaluation.runs.bad_images import each_or_error, judged_or_error
 from unimm.evaluation.runs.records import unreadable, unreadable_names
-from unimm.evaluation.runs.store import Key, Record, RunStore, sample_seed
+from unimm.evaluation.runs.store import Key, Record, RunStore
 from unimm.evaluation.vqa import Judge
-from unimm.mllm.draw_prompts import draw_prompts
 
 OFFICIAL_CSV = "98457fc9901943f51ff9a30367250fc292533bed"  # git blob hash of the published dpg_bench.csv
 GRID_SIDE = 2
@@ -100,30 +99,6 @@ class Images(Protocol):
     def seed(self, key: Key) -> int:
         """Return the seed that the image was drawn with, 0 if unknown."""
         ...
-
-
-class DrawnImages:
-    """Images drawn by a unified model; a prompt whose files all exist is not drawn again."""
-
-    def __init__(
-        self, model: Any, processor: Any, prompts: Prompts, store: RunStore, num_images: int, sampling: dict[str, Any]
-    ) -> None:
-        self.model, self.processor, self.prompts, self.store = model, processor, prompts, store
-        self.sampling = sampling
-        self.keys = [(item, sample) for item in prompts.texts for sample in range(num_images)]
-
-    def load(self, block: Sequence[Key]) -> list[tuple[Path, Image.Image | UserError]]:
-        paths = [self.store.image_path(*key) for key in block]
-        if not all(path.exists() for path in paths):
-            # Draw the whole block even if one file is missing: another batch could change the last bits.
-            texts, seeds = [self.prompts.texts[item] for item, _ in block], [self.seed(key) for key in block]
-            drawn = draw_prompts(self.model, self.processor, texts, seeds, **self.sampling)
-            for path, image in zip(paths, drawn, strict=True):
-                save_image_atomically(image, path)
-        return list(zip(paths, each_or_error(paths, load_image), strict=True))
-
-    def seed(self, key: Key) -> int:
-        return sample_seed(self.store.manifest.seed, BENCH, *key)
 
 
 class GridImages:

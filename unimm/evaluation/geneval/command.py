@@ -40,7 +40,7 @@ from unimm.evaluation.geneval.question_scorer import DISAGREEMENTS, compare_judg
 from unimm.evaluation.geneval.rules import Thresholds
 from unimm.evaluation.geneval.run import (
     SHAPES_TRACK,
-    DrawnImages,
+    DrawnPrompts,
     GenevalPlan,
     GivenImages,
     Images,
@@ -112,7 +112,7 @@ def _score(arguments: argparse.Namespace, report: Report) -> None:
     with report.timed("score"), RunStore.open(arguments.output, manifest) as store:
         images: Images
         if evaluated is not None:
-            images = DrawnImages(evaluated.model, evaluated.processor, prompts, plan, store)
+            images = DrawnPrompts(evaluated.model, evaluated.processor, prompts, plan, store)
         else:
             assert given is not None
             images = GivenImages(given)

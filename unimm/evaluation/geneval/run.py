@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from unimm.data.images import load_image, save_image_atomically
+from unimm.data.images import load_image
 from unimm.data.shapes import TAGS
 from unimm.errors import UserError
 from unimm.evaluation.geneval.arguments import BENCH
@@ -22,11 +22,11 @@ from unimm.evaluation.geneval.prompts import Metadata, PromptTrack
 from unimm.evaluation.geneval.scorers import Detection, Scorer
 from unimm.evaluation.geneval.summary import summarize_records
 from unimm.evaluation.runs.bad_images import each_or_error, judged_or_error
+from unimm.evaluation.runs.drawn_images import DrawnImages
 from unimm.evaluation.runs.records import unreadable
-from unimm.evaluation.runs.store import Key, Record, RunStore, sample_seed
+from unimm.evaluation.runs.store import Key, Record, RunStore
 from unimm.evaluation.shapes.arguments import ShapesPlan
 from unimm.evaluation.shapes.run import held_out_prompts
-from unimm.mllm.draw_prompts import draw_prompts
 
 SHAPES_TRACK = "geneval-shapes"
 
@@ -63,10 +63,6 @@ class GenevalPlan:
                 chosen[item_name(index)] = prompt
         return chosen
 
-    def keys(self, prompts: Mapping[str, Metadata]) -> list[Key]:
-        """Return (item, sample) of every image."""
-        return [(item, sample) for item in prompts for sample in range(self.num_images)]
-
 
 class Images(Protocol):
     """A source of images: drawn by a model or read from a folder."""
@@ -85,28 +81,15 @@ class Images(Protocol):
         ...
 
 
-class DrawnImages:
-    """Images drawn by a unified model; existing files are kept."""
+class DrawnPrompts(DrawnImages):
+    """Images drawn by a unified model, with GenEval's prompts."""
 
     def __init__(
         self, model: Any, processor: Any, prompts: Mapping[str, Metadata], plan: GenevalPlan, store: RunStore
     ) -> None:
-        self.model, self.processor, self.plan, self.store = model, processor, plan, store
-        self.prompts, self.keys = prompts, plan.keys(prompts)
-
-    def paths(self, block: Sequence[Key]) -> list[Path]:
-        paths = [self.store.image_path(*key) for key in block]
-        if not all(path.exists() for path in paths):
-            # Draw the whole block even if one file is missing: another batch could change the last bits.
-            texts, seeds = [self.prompts[item]["prompt"] for item, _ in block], [self.seed(key) for key in block]
-            images = draw_prompts(self.model, self.processor, texts, seeds, **self.plan.sampling)
-            for image, path in zip(images, paths, strict=True):
-                if not path.exists():
-                    save_image_atomically(image, path)
-        return paths
-
-    def seed(self, key: Key) -> int:
-        return sample_seed(self.plan.seed, BENCH, *key)
+        texts = {item: prompt["prompt"] for item, prompt in prompts.items()}
+        super().__init__(model, processor, texts, plan.num_images, store, plan.sampling)
+        self.prompts = prompts
 
 
 class GivenImages:

@@ -6,10 +6,8 @@ weighted average (1.0 LPIPS + 0.1 ConvNeXt) / 1.1, times 1.1: exactly "lpips+0.1
 Papers: VQRAE https://arxiv.org/abs/2511.23386, TA-TiTok https://arxiv.org/abs/2501.07730.
 """
 
-import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +60,7 @@ class FeaturePerceptualLoss(nn.Module):
 
     `encoder_forward` maps pixels [B, 3, H, W] in [0, 1] to hidden states, each [B, N, D]; `layers` index them (-1 is
     the last). For unit vectors this is 2 (1 - cosine), in [0, 4], so layers of different scale weigh the same. The
-    callable's parameters must be frozen (see `frozen_hidden_states`), or they would be trained too.
+    callable's parameters must be frozen, or they would be trained too.
     """
 
     def __init__(self, encoder_forward: HiddenStates, layers: Sequence[int]) -> None:
@@ -91,25 +89,6 @@ class FeaturePerceptualLoss(nn.Module):
                 f"loss.perceptual.feature_layers to numbers below {len(states)}."
             )
         return [states[layer].float() for layer in self.layers]
-
-
-def frozen_hidden_states(
-    encoder: nn.Module, image_mean: Sequence[float], image_std: Sequence[float], **forward_options: Any
-) -> HiddenStates:
-    """Return a frozen copy of a Hugging Face vision model as a callable for `FeaturePerceptualLoss`, on its device.
-
-    The callable normalizes pixels with the processor's mean and std and returns `hidden_states`, each [B, N, D];
-    `forward_options` are passed to the model.
-    """
-    judge = copy.deepcopy(encoder).requires_grad_(False).eval()
-    device = next(judge.parameters()).device
-    mean = torch.tensor(image_mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(image_std, device=device).view(1, 3, 1, 1)
-
-    def hidden_states(pixels: Tensor) -> Sequence[Tensor]:
-        return judge((pixels - mean) / std, output_hidden_states=True, **forward_options).hidden_states
-
-    return hidden_states
 
 
 def parse_perceptual(kind: str) -> dict[str, float]:
