@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUND = {"errors", "launched", "config", "runs", "saving", "sampling", "networks", "english", "bfloat16"}
+GROUND = {"errors", "launched", "config", "runs", "saving", "sampling", "noise", "networks", "english", "bfloat16"}
 GROUND |= {"field_rules", "checkpoint_files", "registration"}
 FOUNDATION = GROUND | {"tokenizer", "data"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "field_rules": {"errors"},
     "checkpoint_files": {"errors", "field_rules"},
     "saving": {"errors", "runs", "checkpoint_files", "field_rules"},
-    "sampling": {"errors"},
+    "sampling": {"errors", "config"},
+    "noise": {"errors"},
     "networks": {"errors", "runs"},
     "config": {"errors", "runs"},
     "data": GROUND,
@@ -51,6 +52,7 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "trl": ("unimm/training", "recipes"),
     "gradio": ("unimm/serving",),
     "fastapi": ("unimm/serving",),
+    "uvicorn": ("unimm/serving",),
     "gguf": ("unimm/export",),
     "onnx": ("unimm/export",),
     "onnxruntime": ("unimm/export",),

@@ -1,6 +1,7 @@
-"""The command line `unimm`: demo, chat, generate, reconstruct; encoders, attach, detach, merge, export, doctor; eval.
+"""The command line `unimm`: demo, chat, generate, reconstruct, serve; encoders, attach, detach, merge, export, doctor;
+eval.
 
-The first four take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
+The first five take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
 output), which receives one JSON object with the results and the seconds they took. A user error is one line on standard
 error and exit code 2, raised before the model is loaded and torch is imported if possible: commands import what they
 need after checking their arguments. No output is left half-written.
@@ -24,6 +25,7 @@ from unimm.commands import (
     generate,
     merge,
     reconstruct,
+    serve,
 )
 from unimm.errors import UserError, one_line, run_main
 from unimm.runs.report import Report
@@ -46,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "chat": chat,
     "generate": generate,
     "reconstruct": reconstruct,
+    "serve": serve,
     "encoders": encoders,
     "attach": attach,
     "detach": detach,

@@ -56,9 +56,7 @@ def test_partial_images_come_before_the_image(served: Served, parts: tuple[Any, 
     prompt = torch_ids(processor)
     model.generate(prompt, generation_mode="image", seed=9, streamer=streamer)
     whole = served.client.images.generate(prompt=PROMPT, extra_body={"seed": 9}).data[0].b64_json  # type: ignore
-    stream = served.client.images.generate(
-        prompt=PROMPT, stream=True, partial_images=count, extra_body={"seed": 9}
-    )
+    stream = served.client.images.generate(prompt=PROMPT, stream=True, partial_images=count, extra_body={"seed": 9})
     *partial, last = list(stream)
     assert last.type == "image_generation.completed" and last.b64_json == whole
     assert [event.type for event in partial] == ["image_generation.partial_image"] * count

@@ -30,11 +30,11 @@ def test_text_is_the_sessions_whole_and_streamed(served: Served, parts: tuple[An
 
 
 def test_instructions_are_a_system_message(served: Served) -> None:
-    one = served.client.responses.create(model="m", input="hello", instructions="be brief", max_output_tokens=3)
+    one = served.client.responses.create(model="m", input="hello", instructions="be brief", max_output_tokens=1)
     two = served.client.chat.completions.create(
         model="m",
         messages=[{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}],
-        max_tokens=3,
+        max_tokens=1,
     )
     assert one.output_text == two.choices[0].message.content and one.status == "incomplete"
     assert one.incomplete_details is not None and one.incomplete_details.reason == "max_output_tokens"

@@ -57,6 +57,18 @@ def mask_cells(mask: Any, grid: Sequence[int], *, square: bool = False) -> np.nd
     return cells
 
 
+def redrawn_cells(model: Any, processor: Any, mask: Any) -> np.ndarray:
+    """Return the cells [h, w] of a model's token grid that a mask redraws, see `mask_cells`.
+
+    Raises:
+        UserError: if the image tokens are no patches, or as `mask_cells`.
+    """
+    if not model.image_tokenizer.ids_are_patches:
+        kind = type(model.image_tokenizer).__name__
+        raise UserError(f"The image tokens of a {kind} are no patches, so a mask cannot choose among them.")
+    return mask_cells(mask, processor.image_grid, square=processor.image_processor.pad_to_square)
+
+
 def _touches(cells: int, pixels: int) -> np.ndarray:
     """Return which of `pixels` pixels along a side overlap each of its `cells` cells, [cells, pixels] of booleans."""
     cell, pixel = np.arange(cells)[:, None], np.arange(pixels)[None]

@@ -303,7 +303,7 @@ class UnimmProcessor(ProcessorMixin):
     def count_tokens(self, conversation: Sequence[Any]) -> int:
         """Count the tokens of the prompt for the next answer of a conversation, including those of its images."""
         marked = self.mark_control_tokens(conversation)
-        text = str(super().apply_chat_template(marked, add_generation_prompt=True))
+        text = str(self.apply_chat_template(marked, add_generation_prompt=True))
         length = len(self.encode([text])["input_ids"][0])
         images = len(re.findall(self._placeholder, text))
         return length + images * (self.image_seq_length - 1 + 2 * self.mark_images)

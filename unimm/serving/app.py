@@ -18,7 +18,6 @@ from unimm.serving.service import Service
 from unimm.serving.service_routes import service_router
 from unimm.serving.settings import ServingSettings
 
-_FIELDS, _PART = 64, 1 << 17  # of a form: fields, and bytes of a field that is no file
 _ERROR = {"description": "An error in OpenAI's shape"}
 _KNOWN_STATUSES = (400, 401, 403, 404, 413, 429, 500, 503)
 
@@ -46,8 +45,6 @@ def create_app(engine: Engine, settings: ServingSettings | None = None, *, close
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from other hosts
         redoc_url=None,
-        max_body_size=settings.max_body,
-        form_limits={"max_fields": _FIELDS, "max_files": settings.max_images + 1, "max_part_size": _PART},
         responses=dict.fromkeys(_KNOWN_STATUSES, _ERROR),
     )
     app.state.service = service

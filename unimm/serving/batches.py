@@ -15,9 +15,10 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from unimm.errors import UserError, one_line
 from unimm.mllm.answering import chat_inputs, end_tokens
+from unimm.mllm.conditions import keep_outside
 from unimm.mllm.previews import images_so_far
-from unimm.sampling import Noise, image_seed
-from unimm.serving.jobs import DrawRequest, Finished, Job, Piece, Preview, TextRequest, Written, user_turn
+from unimm.noise import Noise, image_seed
+from unimm.serving.jobs import DrawRequest, Finished, Job, Piece, Preview, TextRequest, Written
 
 
 class Abandoned(Exception):
@@ -158,12 +159,18 @@ def run_drawings(model: Any, processor: Any, jobs: Sequence[Job[DrawRequest]]) -
     settings = asdict(first.sampling) | {
         "guidance_scale": [float(job.request.sampling.guidance_scale or 0) for job in owners]  # type: ignore[arg-type]
     }
-    inputs = chat_inputs(model, processor, [[user_turn(job.request.prompt)] for job in owners])
+    inputs = chat_inputs(model, processor, [job.request.messages for job in owners])
     seeds = [job.request.seed for job in owners]
     watch = _Watch(model, processor, owners)
     try:
         token_ids = model.generate(
-            **inputs, generation_mode="image", seed=seeds, streamer=watch, **settings, **negative
+            **inputs,
+            generation_mode="image",
+            seed=seeds,
+            streamer=watch,
+            forced_token_ids=_forced(model, processor, owners),
+            **settings,
+            **negative,
         )
     except UserError:
         raise
@@ -173,6 +180,19 @@ def run_drawings(model: Any, processor: Any, jobs: Sequence[Job[DrawRequest]]) -
         own = token_ids[[row for row, owner in enumerate(owners) if owner is job]]
         # decoded by itself: the last bit of a pixel may depend on the size of a batch
         job.send(Finished(processor.postprocess(model.decode_image_tokens(own))))
+
+
+def _forced(model: Any, processor: Any, owners: Sequence[Job[DrawRequest]]) -> Tensor | None:
+    """Return the tokens [B, M] of source images that edits with a mask keep, -1 for those to draw."""
+    if owners[0].request.redrawn is None:
+        return None
+    kept = {}
+    for job in dict.fromkeys(owners):
+        pixel_values = processor.image_processor([job.request.image], return_tensors="pt")["pixel_values"]
+        token_ids = model.get_image_tokens(pixel_values.to(model.device, model.dtype)).cpu()
+        assert job.request.redrawn is not None  # as for all of the batch
+        kept[job] = keep_outside(token_ids, torch.from_numpy(job.request.redrawn).flatten()[None])
+    return torch.cat([kept[job] for job in owners])
 
 
 class _Watch(BaseStreamer):

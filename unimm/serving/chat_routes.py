@@ -1,6 +1,7 @@
 """POST /v1/chat/completions: answers, in pieces if asked, and images in the messages.
 
-An image is drawn if `modalities` names "image", or the last message begins with "/draw ". Drawn images are data URLs in
+An image is drawn if `modalities` names "image", or the last message begins with "/draw "; if the message has an image,
+that is edited. Drawn images are data URLs in
 `message.images` and `delta.images`.
 """
 
@@ -14,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from unimm.serving.images_out import ImageFormat
-from unimm.serving.inputs import last_prompt
+from unimm.serving.inputs import image_to_edit, last_prompt
 from unimm.serving.jobs import DrawRequest, Finished, Piece, TextRequest
 from unimm.serving.schemas import ChatBody
 from unimm.serving.service import Service, Usage
@@ -34,7 +35,9 @@ def chat_router(service: Service) -> APIRouter:
         prompt = _drawing_prompt(body)
         plan: TextRequest | DrawRequest
         if prompt is not None:
-            plan = await service.draw_request(prompt, body, n=body.n)
+            url = image_to_edit(body.messages)
+            image = None if url is None else await service.reader.image(url, "to edit")
+            plan = await service.draw_request(prompt, body, n=body.n, image=image)
         else:
             plan = await service.text_request(
                 await service.reader.conversation(body.messages),

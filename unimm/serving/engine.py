@@ -180,11 +180,11 @@ class Engine:
                 start = time.monotonic()
                 self._run(batch)
                 seconds = time.monotonic() - start
+                if self.on_batch is not None:
+                    self.on_batch(_kind(batch[0].request), len(batch), seconds)
                 with self._change:
                     self._running = []
                     self._recent.append(seconds / len(batch))
-                if self.on_batch is not None:
-                    self.on_batch(_kind(batch[0].request), len(batch), seconds)
 
     def _next_batch(self) -> list[Job[Request]]:
         """Wait for a batch; return an empty one once the engine is closed and the queue is empty."""

@@ -1,4 +1,4 @@
-"""POST /v1/images/generations: images of a prompt, with previews in a stream."""
+"""POST /v1/images/generations and /v1/images/edits: images of a prompt, or edited by one, with previews in a stream."""
 
 import time
 from collections.abc import AsyncIterator
@@ -7,6 +7,7 @@ from typing import Any
 from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from unimm.errors import UserError
@@ -16,6 +17,34 @@ from unimm.serving.jobs import DrawRequest, Finished, Preview
 from unimm.serving.schemas import ImageBody
 from unimm.serving.service import Service
 from unimm.serving.streams import Answers, EventStream
+
+_FILES = ("image", "image[]", "mask")
+MAX_FIELDS = 64  # of a form
+MAX_FIELD = 1 << 17  # bytes of a field that is no file
+_EDIT_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image", "prompt"],
+                    "properties": {
+                        "image": {"type": "string", "format": "binary"},
+                        "mask": {"type": "string", "format": "binary"},
+                        "prompt": {"type": "string"},
+                        "model": {"type": "string"},
+                        "n": {"type": "integer", "minimum": 1},
+                        "size": {"type": "string"},
+                        "seed": {"type": "integer"},
+                        "stream": {"type": "boolean"},
+                        "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
+                    },
+                }
+            }
+        },
+    }
+}
 
 
 def image_router(service: Service) -> APIRouter:
@@ -31,6 +60,28 @@ def image_router(service: Service) -> APIRouter:
         )
         return await answer(service, plan, body, request, "image_generation")
 
+    @router.post("/v1/images/edits", summary="Edit an image", openapi_extra=_EDIT_FORM)
+    async def edit(request: Request) -> Response:
+        most = service.settings.max_images + 1
+        async with request.form(max_files=most, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD) as form:
+            body = ImageBody.model_validate({name: value for name, value in form.items() if name not in _FILES})
+            service.model_name(body)
+            check_store(service, body)
+            images = [await _upload(each) for name in _FILES[:2] for each in form.getlist(name)]
+            mask = None if form.get("mask") in (None, "") else await _upload(form["mask"])
+        if len(images) != 1:
+            raise UserError(f"There are {len(images)} images and this model edits 1: upload it as the field image.")
+        plan = await service.draw_request(
+            body.prompt,
+            body,
+            n=body.n,
+            size=body.size,
+            partial_images=_partial_images(body),
+            image=await service.reader.decoded(images[0], "to edit"),
+            mask=None if mask is None else await service.reader.mask(mask, "of the mask"),
+        )
+        return await answer(service, plan, body, request, "image_edit")
+
     @router.get("/images/{name}", summary="A kept image, for response_format url")
     async def kept(name: str) -> Response:
         found = service.store.get(name)
@@ -39,6 +90,13 @@ def image_router(service: Service) -> APIRouter:
         return Response(found[0], media_type=found[1])
 
     return router
+
+
+async def _upload(field: UploadFile | str) -> bytes:
+    """Return the bytes of an uploaded file."""
+    if isinstance(field, str):
+        raise UserError("An image to edit, and its mask, are uploaded as files of a form: these are text.")
+    return await field.read()
 
 
 def check_store(service: Service, body: ImageBody) -> None:

@@ -5,6 +5,7 @@ A path of a request is never opened: what is not a data URL, or a URL of an allo
 
 import base64
 import binascii
+import io
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from unimm.serving.remote_images import fetch
 from unimm.serving.schemas import ImagePart, Message, TextPart
 from unimm.serving.settings import ServingSettings
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats of Pillow that are decoded: its others are rare, and some start programs."""
 _DECODERS = 2  # images decoded at once; each may take a few hundred MB for a moment
 
@@ -87,6 +88,15 @@ class InputReader:
         decode = partial(decode_image, data, name, check=self._check_size, formats=FORMATS)
         return await to_thread.run_sync(decode, limiter=self._limiter)
 
+    async def mask(self, data: bytes, name: str) -> Image.Image:
+        """Return a mask, white where the image is to be redrawn: OpenAI's are transparent there, ours are white."""
+        plain = await self.decoded(data, name)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # decoded above: it is whole, and not too large
+            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if alpha is None or alpha.getextrema()[0] == 255:
+            return plain
+        return alpha.point([255, *[0] * 255])
+
     def _check_size(self, size: tuple[int, int]) -> None:
         pixels = size[0] * size[1]
         if pixels > self.settings.max_image_pixels:
@@ -118,6 +128,29 @@ def _image_parts(message: Message) -> list[ImagePart]:
 
 def _texts(message: Message) -> list[str]:
     return [part.text for part in _parts(message) if isinstance(part, TextPart)]
+
+
+def data_of(url: str) -> bytes:
+    """Return the bytes of a data URL, the only kind of address of a mask."""
+    if url[:5].lower() != "data:":
+        raise UserError(f"A mask is a data URL (data:image/png;base64,...), this is {shown(url[:40])}.")
+    return _data_of(url)
+
+
+def image_to_edit(messages: Sequence[Message], anywhere: bool = False) -> str | None:
+    """Return the address of the image in the last message of the user, or else, with `anywhere`, of the last image of
+    the conversation; None if there is none.
+
+    Raises:
+        UserError: if the last message has several.
+    """
+    last = next((message for message in reversed(messages) if message.role == "user"), None)
+    found = [] if last is None else _image_parts(last)
+    if len(found) > 1:
+        raise UserError(f"The message to draw has {len(found)} images and this model edits 1: send one.")
+    if not found and anywhere:
+        found = [part for message in messages for part in _image_parts(message)][-1:]
+    return found[0].url if found else None
 
 
 def last_prompt(messages: Sequence[Message]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from unimm.mllm.answering import Conversation
@@ -64,10 +65,10 @@ class TextRequest:
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """Ask for images of a prompt.
+    """Ask for images of a prompt, or for an image edited by one.
 
     Args:
-        prompt: text; the images depend on it alone.
+        prompt: text.
         prompt_tokens: length of the prompt in tokens.
         image_tokens: tokens of an image.
         sampling: temperature, top_k, top_p and a single guidance scale (0: none).
@@ -75,6 +76,8 @@ class DrawRequest:
         n: number of images.
         negative_prompt: text to guide away from; None is the checkpoint's null prompt.
         partial_images: number of `Preview`s to deliver before the images.
+        image: the image to edit.
+        redrawn: cells [h, w] of the token grid that are redrawn; the others keep the tokens of `image`. None: all.
     """
 
     prompt: str
@@ -85,6 +88,8 @@ class DrawRequest:
     n: int = 1
     negative_prompt: str | None = None
     partial_images: int = 0
+    image: Image.Image | None = None
+    redrawn: np.ndarray | None = None
 
     @property
     def guided(self) -> bool:
@@ -105,7 +110,8 @@ class DrawRequest:
     def batch_key(self) -> Hashable:
         """Return what requests of one batch have in common: all sampling settings but the guidance scale."""
         sampling = self.sampling
-        return "image", sampling.temperature, sampling.top_k, sampling.top_p, self.negative_prompt
+        masked = self.redrawn is not None
+        return "image", sampling.temperature, sampling.top_k, sampling.top_p, self.negative_prompt, masked
 
     @property
     def identity(self) -> Hashable:
@@ -114,17 +120,23 @@ class DrawRequest:
 
     @property
     def pixels(self) -> int:
-        """Return 0: no image comes with the prompt."""
-        return 0
+        """Return the number of pixels of the image that this request keeps in memory."""
+        return 0 if self.image is None else self.image.width * self.image.height
+
+    @property
+    def messages(self) -> Conversation:
+        """Return the prompt as a conversation, the image before the text."""
+        return [user_turn(self.prompt, self.image)]
 
 
 Request: TypeAlias = TextRequest | DrawRequest
 AnyRequest = TypeVar("AnyRequest", bound=Request, covariant=True)
 
 
-def user_turn(text: str) -> dict[str, Any]:
+def user_turn(text: str, image: Image.Image | None = None) -> dict[str, Any]:
     """Return a message of a user in the chat format of transformers."""
-    return {"role": "user", "content": [{"type": "text", "text": text}]}
+    shown = [] if image is None else [{"type": "image", "image": image}]
+    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ def fetch(url: str, hosts: Sequence[str], most_bytes: int) -> bytes:
         address = public_address(host, port)
         try:
             found = _get(scheme, host, port, address, path, most_bytes, until)
+        except UserError:
+            raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UserError(f"The image {shown(url)} cannot be fetched: {type(error).__name__}.") from None
         if isinstance(found, bytes):

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from unimm.errors import UserError
 from unimm.serving.image_routes import file_format
 from unimm.serving.images_out import ImageFormat
-from unimm.serving.inputs import last_prompt
+from unimm.serving.inputs import data_of, image_to_edit, last_prompt
 from unimm.serving.jobs import DrawRequest, Finished, Piece, Preview, TextRequest
 from unimm.serving.schemas import DrawnItem, ImagePart, ImageTool, Message, ResponsesBody
 from unimm.serving.service import Service, Usage
@@ -50,7 +50,18 @@ async def _drawing(service: Service, body: ResponsesBody, tool: ImageTool) -> Dr
     partial_images = tool.partial_images or 0
     if not body.stream:
         partial_images = 0
-    return await service.draw_request(last_prompt(_messages(body)), body, size=tool.size, partial_images=partial_images)
+    messages = _messages(body)
+    image = mask = None
+    if tool.action != "generate" and (url := image_to_edit(messages, anywhere=tool.action == "edit")) is not None:
+        image = await service.reader.image(url, "to edit")
+    if tool.action == "edit" and image is None:
+        raise UserError("There is no image to edit: send one.")
+    if image is not None and tool.input_image_mask is not None:
+        mask = await service.reader.mask(data_of(tool.input_image_mask.image_url), "of the mask")
+    prompt = last_prompt(messages)
+    return await service.draw_request(
+        prompt, body, size=tool.size, partial_images=partial_images, image=image, mask=mask
+    )
 
 
 def _messages(body: ResponsesBody) -> list[Message]:

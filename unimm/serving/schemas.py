@@ -3,9 +3,7 @@
 import logging
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
-
-from unimm.data.characters import half_character
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +24,6 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: Name | None = None
-
-    @field_validator("model")
-    @classmethod
-    def whole_characters(cls, name: str | None) -> str | None:
-        """Refuse half characters, which cannot be sent back."""
-        if name is not None and (half := half_character(name)) is not None:
-            raise ValueError(f"the name holds half a character ({half})")
-        return name
 
     def log_ignored(self) -> None:
         """Log the names of fields that are ignored."""
@@ -132,6 +122,12 @@ class ImageBody(Body, Drawing):
     background: Literal["auto", "opaque"] | None = None
 
 
+class Mask(BaseModel):
+    """The mask of an edit: a data URL."""
+
+    image_url: str
+
+
 class ImageTool(BaseModel):
     """The tool image_generation of POST /v1/responses."""
 
@@ -143,7 +139,8 @@ class ImageTool(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     background: Literal["auto", "opaque"] | None = None
-    input_image_mask: dict[str, Any] | None = None
+    action: Literal["generate", "edit", "auto"] | None = None
+    input_image_mask: Mask | None = None
 
 
 class OtherTool(BaseModel):

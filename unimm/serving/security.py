@@ -5,6 +5,7 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unimm.serving.errors import APIError
@@ -15,7 +16,8 @@ _KEPT = "/images/"  # its names cannot be guessed, and browsers send no key
 
 
 class Guard:
-    """ASGI middleware that checks a request's Host, Origin and API key, and bounds the number of open requests.
+    """ASGI middleware that checks a request's Host, Origin and API key, and bounds its body and the number of
+    open requests.
 
     Args:
         on_answer: called with the route and the status of each answer.
@@ -35,13 +37,23 @@ class Guard:
                 self.on_answer(getattr(scope.get("route"), "path", "other"), message["status"])
             await send(message)
 
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.settings.max_body:
+                raise HTTPException(413, self._too_large())
+            return message
+
         error = self._refusal(scope)
         if error is not None:
             await error.response()(scope, receive, counted)
             return
         self.open += 1
         try:
-            await self.app(scope, receive, counted)
+            await self.app(scope, bounded, counted)
         finally:
             self.open -= 1
 
@@ -64,6 +76,9 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > settings.max_body:
+            return APIError(413, self._too_large())
         if self.open >= settings.max_requests:
             return APIError(
                 429,
@@ -72,6 +87,9 @@ class Guard:
                 headers={"Retry-After": "1"},
             )
         return None
+
+    def _too_large(self) -> str:
+        return f"The body is too large: the server takes {self.settings.max_body} bytes."
 
     def _same_origin(self, origin: str, host: str) -> bool:
         try:

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 from anyio import to_thread
+from PIL import Image
 
 from unimm.errors import UserError, printable
 from unimm.mllm.answering import Conversation
+from unimm.mllm.conditions import redrawn_cells
 from unimm.sampling import ImageSampling, per_prompt_scale
 from unimm.serving.engine import Engine
 from unimm.serving.errors import APIError
@@ -99,9 +101,17 @@ class Service:
         )
 
     async def draw_request(
-        self, prompt: str, body: Drawing, *, n: int | None = None, size: str | None = None, partial_images: int = 0
+        self,
+        prompt: str,
+        body: Drawing,
+        *,
+        n: int | None = None,
+        size: str | None = None,
+        partial_images: int = 0,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
     ) -> DrawRequest:
-        """Return the request for images of a prompt.
+        """Return the request for images of a prompt, or for an edited image.
 
         Raises:
             APIError: if the model does not draw, or the prompt does not fit its context.
@@ -111,13 +121,15 @@ class Service:
         if not prompt.strip():
             raise UserError("The prompt is empty.")
         self.reader.check_length(len(prompt) + len(body.negative_prompt or ""))
-        tokens = await self._count_tokens([user_turn(prompt)])
+        tokens = await self._count_tokens([user_turn(prompt, image)])
         image_tokens = self.engine.model.num_image_tokens
         self._room(tokens, image_tokens + 1)
         if body.negative_prompt is not None:
             negative = await self._count_tokens([user_turn(body.negative_prompt)])
             self._room(negative, image_tokens + 1)
             tokens = max(tokens, negative)
+        model, processor = self.engine.model, self.engine.processor
+        redrawn = None if mask is None else await to_thread.run_sync(redrawn_cells, model, processor, mask)
         sampling, count = self._image_sampling(body), self._count(n)
         if count > 1 and sampling.greedy:
             raise UserError(f"{count} images with temperature 0 would be equal: ask for 1, or a temperature above 0.")
@@ -130,6 +142,8 @@ class Service:
             n=count,
             negative_prompt=body.negative_prompt,
             partial_images=partial_images,
+            image=image,
+            redrawn=redrawn,
         )
 
     def check_drawing(self, size: str | None) -> None:

@@ -46,10 +46,10 @@ def _parquet(files: Sequence[str], source: str, options: ReadOptions) -> Rows:
     return parquet_images([Path(file) for file in files], options, source)
 
 
-ROW = ("text_column", "max_aspect_ratio", "min_side")
+ROW = ("text_column", "target_column", "max_aspect_ratio", "min_side")
 SHARDS = {
     ".parquet": SourceKind("a table of parquet files", _parquet, ("streaming", "image_column", *ROW)),
-    ".tar": SourceKind("a set of tar shards", TarImages, ("streaming", *ROW)),
+    ".tar": SourceKind("a set of tar shards", TarImages, ("streaming", "text_column", "max_aspect_ratio", "min_side")),
 }
 """Kinds of files with many images each, by suffix."""
 
