@@ -22,11 +22,9 @@ from unimm.errors import UserError, run_main
 from unimm.evaluation.runs.html_report import write_report
 from unimm.evaluation.runs.records import read_records, read_summary
 from unimm.evaluation.shapes import run as shapes
+from unimm.evaluation.shapes.arguments import ALL_PARTS, PARTS, ShapesPlan
 from unimm.evaluation.shapes.run import (
-    ALL_PARTS,
-    PARTS,
     QUESTION_KINDS,
-    ShapesPlan,
     evaluate_chat,
     evaluate_generation,
     evaluate_reconstruction,

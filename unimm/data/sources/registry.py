@@ -105,8 +105,9 @@ def _opened(kind: SourceKind, files: Sequence[str], source: str, options: ReadOp
 
 def _shards(files: Sequence[str], source: str, options: ReadOptions, strict: bool) -> Rows:
     suffixes = {Path(file).suffix for file in files}
-    if len(suffixes) == 1 and (kind := SHARDS.get(*suffixes)) is not None:
-        return _opened(kind, files, source, options, strict)
+    for suffix, kind in SHARDS.items():
+        if suffixes == {suffix}:
+            return _opened(kind, files, source, options, strict)
     if all(Path(file).exists() or is_url(file) for file in files):
         known = " or ".join(SHARDS)
         raise UserError(f"{source} names files that end in {', '.join(sorted(suffixes))}: shards end in {known}.")
