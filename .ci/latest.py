@@ -97,7 +97,7 @@ def pins() -> dict[str, str]:
 def main() -> int:
     os.environ.setdefault("UV_FIND_LINKS", os.environ.get("PIP_FIND_LINKS", ""))
     environments = [
-        Environment("default", "[train,eval,dev]", FAST),
+        Environment("default", "[train,eval,gguf,dev]", FAST),
         Environment("lmms", "[lmms,fidelity,dev]", ["tests/integrations"]),
     ]
     for environment in environments:

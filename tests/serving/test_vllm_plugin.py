@@ -1,4 +1,4 @@
-"""The plug-in for vLLM with vLLM's own batch updates; runs in vLLM's environment (docs/export.md)."""
+"""The plug-in for vLLM with vLLM's own batch updates; runs in its environment by `pytest --noconftest`."""
 
 import json
 from pathlib import Path

@@ -73,8 +73,7 @@ class OnnxImageTokenizer:
             raise UserError(f"Image ids run from 0 to {size - 1}; these run from {ids.min()} to {ids.max()}.")
         return self._run("decoder", ids)[0]
 
-    @staticmethod
-    def images(pixels: np.ndarray) -> list[Image.Image]:
+    def images(self, pixels: np.ndarray) -> list[Image.Image]:
         """Return pixels [B, 3, H, W] in [0, 1] as RGB images, rounded to 8 bits."""
         return [Image.fromarray(each) for each in (pixels * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)]
 
