@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,12 @@ def measured(run: Callable[[], list[tuple[str, float]]]) -> tuple[list[tuple[str
     return answers, figures(answers, time.perf_counter() - start)
 
 
+def together(url: str, requests: Sequence[Plan], clients: int) -> list[tuple[str, float]]:
+    """Send all requests from this number of threads; return the answers in the order of the requests."""
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(partial(ask, url), requests))
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Measure the server under load.")
@@ -135,8 +142,7 @@ def main() -> None:
         for clients in arguments.clients:
             sizes.clear()
             memory = psutil.Process().memory_info().rss
-            with ThreadPoolExecutor(clients) as pool:
-                answers, found = measured(lambda pool=pool: list(pool.map(lambda plan: ask(url, plan), requests)))
+            answers, found = measured(partial(together, url, requests, clients))
             found["speedup"] = round(found["requests_per_second"] / alone["requests_per_second"], 2)
             found["memory_growth_mb"] = round((psutil.Process().memory_info().rss - memory) / 2**20, 1)
             found["mean_batch"] = round(float(np.mean(sizes)), 2)
