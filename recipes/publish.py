@@ -8,7 +8,7 @@ flip ids). The output folder is replaced as a whole.
 
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from unimm.config.loading import parse_recipe_args
 from unimm.config.schema import Rate
 from unimm.errors import UserError, run_main
 from unimm.mllm import UnifiedModelMixin, load
+from unimm.sampling import ImageSampling
 from unimm.saving import save_whole
 from unimm.tokenizer.loading import load_image_tokenizer
 from unimm.tokenizer.vqrae import HEAD_FIELDS
@@ -32,7 +33,7 @@ class PublishRecipe:
         model: folder or hub id of the trained unified model.
         output_dir: folder to write.
         card: the model card, a Markdown file that is copied beside the weights.
-        image_generation: default sampling settings to store (guidance_scale, temperature, top_k, top_p).
+        image_generation: default sampling settings to store; None keeps the model's.
         max_megabytes: limit on the size of the weights.
         image_tokenizer: a tokenizer with the same ids whose decoder (trained in stage 3) replaces the model's own.
     """
@@ -40,7 +41,7 @@ class PublishRecipe:
     model: str
     output_dir: str
     card: str
-    image_generation: dict = field(default_factory=dict)
+    image_generation: ImageSampling | None = None
     max_megabytes: Rate = 20.0
     image_tokenizer: str | None = None
 
@@ -66,7 +67,8 @@ def main() -> None:
     if recipe.image_tokenizer is not None:
         take_decoder(model, recipe.image_tokenizer)
     model.half()
-    model.generation_config.image_generation.update(recipe.image_generation)
+    if recipe.image_generation is not None:
+        model.generation_config.image_generation = asdict(recipe.image_generation)
     output = Path(recipe.output_dir)
     # Written beside the target and renamed at the end, so that an error never leaves half a checkpoint.
     staging = output.with_name(f".{output.name}.tmp")

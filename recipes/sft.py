@@ -22,6 +22,7 @@ from unimm.data.mixture import MixtureConfig
 from unimm.data.presence import require_sources
 from unimm.errors import UserError, require_place, run_main
 from unimm.mllm import UnimmProcessor, attach, load
+from unimm.mllm.loading import DEFAULT
 from unimm.mllm.templates import set_chat_template
 from unimm.mllm.vocabulary import RowInit
 from unimm.training.language_model.adapters import LoraSettings, add_lora
@@ -37,7 +38,7 @@ class SFTModelConfig:
     """The model to train: either the unified model at `init_from`, or an image tokenizer and a language model to join.
 
     Args:
-        image_tokenizer: a folder or hub id.
+        image_tokenizer: a folder or hub id, or "default" for that of the model shipped with the library.
         llm: a folder or hub id, or the fields of a Qwen3Config for a randomly initialized model with its own text
             tokenizer of `text_vocab_size` entries.
         init_from: folder or hub id of a unified model.
@@ -116,7 +117,7 @@ def build_model(
         llm, texts = build_llm(model, data_seed)
         unified, processor = attach(
             llm,
-            str(model.image_tokenizer),
+            load()[0].image_tokenizer if model.image_tokenizer == DEFAULT else str(model.image_tokenizer),
             texts,
             row_init=model.row_init,
             attn_implementation=model.attn_implementation,

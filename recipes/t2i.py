@@ -64,8 +64,7 @@ def panel_of(model: UnifiedModelMixin, processor: UnimmProcessor, panel: PanelCo
     def draw(writer: SummaryWriter, step: int) -> None:
         prompts = [processor.drawing_prompt(prompt) for prompt in panel.prompts]
         inputs = processor(text=prompts, padding=True, return_tensors="pt").to(model.device)
-        how = {"guidance_scale": panel.guidance_scale, "temperature": panel.temperature, "seed": panel.seed}
-        token_ids = model.generate(**inputs, generation_mode="image", **how)
+        token_ids = model.generate(**inputs, generation_mode="image", seed=panel.seed, **vars(panel.sampling))
         images = processor.postprocess(model.decode_image_tokens(token_ids))
         writer.add_image("drawings", np.concatenate([np.asarray(i) for i in images], axis=1), step, dataformats="HWC")
         writer.add_text("drawings", " | ".join(panel.prompts), step)

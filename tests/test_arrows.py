@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUND = {"errors", "launched", "config", "runs", "saving", "sampling", "networks", "english", "bfloat16"}
+GROUND = {"errors", "launched", "config", "runs", "saving", "sampling", "noise", "networks", "english", "bfloat16"}
 GROUND |= {"field_rules", "checkpoint_files", "registration"}
 FOUNDATION = GROUND | {"tokenizer", "data"}
 MODELS = FOUNDATION | {"class_conditional", "mllm"}
@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "field_rules": {"errors"},
     "checkpoint_files": {"errors", "field_rules"},
     "saving": {"errors", "runs", "checkpoint_files", "field_rules"},
-    "sampling": {"errors"},
+    "sampling": {"errors", "config"},
+    "noise": {"errors"},
     "networks": {"errors", "runs"},
     "config": {"errors", "runs"},
     "data": GROUND,
@@ -35,10 +36,11 @@ ALLOWED: dict[str, set[str]] = {
     "testing": MODELS,
     "chat": MODELS,
     "evaluation": MODELS | {"chat"},
+    "export": FOUNDATION | {"mllm"},
     "evaluation.metrics": RULES,
     "demo": MODELS | {"chat", "evaluation"},
     "serving": MODELS | {"chat"},
-    "commands": MODELS | {"chat", "demo", "evaluation", "serving", "training"},
+    "commands": MODELS | {"chat", "demo", "evaluation", "export", "serving", "training"},
     "cli": {"commands", "errors", "runs"},
     "registration": set(),  # names modules; imports none
     "__init__": {"registration", "tokenizer", "class_conditional", "mllm", "chat"},
@@ -51,6 +53,11 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "gradio": ("unimm/serving",),
     "fastapi": ("unimm/serving",),
     "uvicorn": ("unimm/serving",),
+    "gguf": ("unimm/export",),
+    "onnx": ("unimm/export",),
+    "onnxruntime": ("unimm/export",),
+    "onnxscript": ("unimm/export",),
+    "vllm": ("unimm/serving",),
     "lmms_eval": ("unimm/evaluation/understanding", "eval"),
     "recipes": (),
     "eval": ("eval",),

@@ -334,7 +334,9 @@ def test_tokens_are_counted_as_the_model_reads_them(parts: tuple) -> None:
 def test_tokens_guessed_ahead_draw_the_same_image(session: ChatSession) -> None:
     plain = session.draw("two", num_images=2, seed=4, guidance_scale=2.0)
     steps: list[int] = []
-    ahead = session.draw("two", 2, 4, 2.0, parallel_tokens="auto", on_token=lambda done, total: steps.append(done))
+    ahead = session.draw(
+        "two", 2, 4, guidance_scale=2.0, parallel_tokens="auto", on_token=lambda done, total: steps.append(done)
+    )
     assert [image.tobytes() for image in ahead] == [image.tobytes() for image in plain]
     assert steps == list(range(1, 17))
     with pytest.raises(UserError, match="parallel_tokens is 0"):

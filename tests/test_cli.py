@@ -1,5 +1,6 @@
 """The command line on a tiny model: what it reports, and that every mistake is one line and exit code 2."""
 
+import io
 import json
 import os
 import shutil
@@ -68,6 +69,25 @@ def test_generate_numbers_its_images(model_folder: Path, desk: Path, capsys: pyt
     )
     assert content["images"] == ["out/a-1.png", "out/a-2.png"]
     assert Image.open("out/a-1.png").size == (16, 16)
+
+
+def test_generate_shows_the_image_in_a_terminal(
+    model_folder: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name, value in {"TERM": "xterm", "NO_COLOR": "", "COLUMNS": "80", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("TMUX", "KITTY_WINDOW_ID", "TERM_PROGRAM", "LC_TERMINAL"):
+        monkeypatch.delenv(name, raising=False)
+    command = ["generate", PROMPT, "--model", str(model_folder), "--output", "a.png", "--seed", "3"]
+    for more, stream, previews in (([], Terminal(), 4), (["--no-preview"], Terminal(), 0), ([], io.StringIO(), 0)):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert main([*command, *more]) == 0
+        assert stream.getvalue().count("\x1b[16F") == previews
+        assert stream.getvalue().count("▀") == previews * 16 * 32
 
 
 def test_generate_replaces_what_was_named_and_nothing_else(model_folder: Path, desk: Path) -> None:
@@ -274,10 +294,10 @@ def test_attach_overwrites_nothing_and_names_the_hosts(
     tokenizer = ["--image-tokenizer", str(tokenizer_folder)]
     assert main(["attach", str(language_model_folder), *tokenizer, "--output", "."]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
-    Path("bert").mkdir()
-    Path("bert/config.json").write_text('{"model_type": "bert"}')
-    assert main(["attach", "bert", *tokenizer, "--output", "out"]) == 2
-    assert "is a bert model; supported are llama, qwen2, qwen3, llava, internvl" in capsys.readouterr().err
+    Path("clip").mkdir()
+    Path("clip/config.json").write_text('{"model_type": "clip"}')
+    assert main(["attach", "clip", *tokenizer, "--output", "out"]) == 2
+    assert "is a clip model; supported are llava, internvl" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

@@ -11,8 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from unimm.class_conditional.configuration import ClassConditionalConfig
 from unimm.errors import UserError
 from unimm.field_rules import RULES, check_attention, check_settings
-from unimm.mllm.attach import SUPPORTED
 from unimm.mllm.hosts.registry import HOSTS
+from unimm.mllm.hosts.text_only import TEXT_HOSTS
 from unimm.tokenizer import TOKENIZERS, VQRAEConfig
 from unimm.tokenizer.encoders import FAMILIES
 
@@ -21,11 +21,12 @@ INNER = ("qwen2_5_vl_text", "qwen2_5_vl_vision", "qwen3_vl_text", "qwen3_vl_visi
 CLASSES: dict[str, type[PreTrainedConfig]] = {
     **{name: tokenizer.config_class for name, tokenizer in TOKENIZERS.items()},
     **{config.model_type: config for config in (*CONFIGS, ClassConditionalConfig)},
-    **{name: CONFIG_MAPPING[name] for name in (*FAMILIES, *SUPPORTED, *INNER)},
+    **{name: CONFIG_MAPPING[name] for name in (*FAMILIES, *TEXT_HOSTS, *HOSTS, *INNER)},
 }
 WITHOUT_RULE = {
     *("_out_features", "_out_indices", "id2label", "label2id", "image_grid_pinpoints", "problem_type"),
     *("transformers_version", "vision_aspect_ratio"),
+    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
 }
 """transformers checks these, or nothing here reads them."""
 

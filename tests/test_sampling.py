@@ -1,13 +1,24 @@
 """Noise by counter, held to published vectors, closed forms and softmax; guidance scales token by token."""
 
+import argparse
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from unimm.config.schema import build, plain
 from unimm.errors import UserError
-from unimm.sampling import ImageSampling, Noise, _philox_numpy, _philox_torch, philox4x64
+from unimm.noise import Noise, _philox_numpy, _philox_torch, philox4x64
+from unimm.sampling import (
+    SAMPLING_NAMES,
+    ImageSampling,
+    SamplingOptions,
+    add_sampling_arguments,
+    sampling_options,
+)
+from unimm.training.loop.arguments import PanelConfig, PanelSampling
 
 # counter, key, result: philox4x64-10 in the known-answer file of Random123
 KNOWN = (
@@ -102,3 +113,47 @@ def test_scales_by_interval_and_schedule() -> None:
     for wrong in ({"guidance_interval": (3, 1)}, {"guidance_schedule": "cosine"}, {"min_p": 1.0}):
         with pytest.raises(UserError):
             ImageSampling(**wrong)
+
+
+def test_the_keyword_arguments_are_the_fields() -> None:
+    assert set(SamplingOptions.__annotations__) == set(SAMPLING_NAMES)
+
+
+def test_every_setting_has_a_flag_that_reads_its_value() -> None:
+    values = {"do_sample": False, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "guidance_scale": 2.5}
+    values |= {"guidance_interval": [1, 4], "guidance_schedule": "linear"}
+    words = "--no-do-sample --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --guidance-scale 2.5"
+    words += " --guidance-interval 1 4 --guidance-schedule linear"
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    assert sampling_options(parser.parse_args(words.split())) == values and set(values) == set(SAMPLING_NAMES)
+    assert sampling_options(parser.parse_args([])) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"top_q": 1}, "top_q is no sampling setting; there are do_sample, temperature"),
+        ({"top_k": 1.5}, "top_k is 1.5; give a whole number"),
+        ({"min_p": "low"}, "min_p is 'low'; give a number"),
+        ({"guidance_scale": -1}, "guidance_scale is -1; give 0 or 1 for no guidance"),
+    ],
+)
+def test_invalid_options_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sampling_options(given)
+
+
+def test_a_section_of_a_file_is_built_with_its_former_keys() -> None:
+    tree = {"prompts": ["x"], "guidance_scale": 2, "temperature": 0.5, "sampling": {"top_k": 5}}
+    panel = build(PanelConfig, tree, key="panel", source="a file")
+    assert panel.sampling == PanelSampling(guidance_scale=2.0, temperature=0.5, top_k=5)
+    assert build(PanelConfig, {"prompts": ["x"]}, key="panel", source="a file").sampling.guidance_scale == 3.0
+    assert build(PanelConfig, plain(panel), key="panel", source="a file") == panel
+    for wrong, said in (
+        ({"guidance_scale": 2, "sampling": {"guidance_scale": 3}}, "Unknown key panel.guidance_scale"),
+        ({"sampling": {"top_p": 0}}, "panel.sampling.top_p in a file is 0.0, and must be above 0 and at most 1"),
+        ({"sampling": 3, "temperature": 1}, "Unknown key panel.temperature"),
+    ):
+        with pytest.raises(UserError, match=said):
+            build(PanelConfig, {"prompts": ["x"], **wrong}, key="panel", source="a file")

@@ -7,15 +7,14 @@ in it are encoded as plain characters. Run `python -m unimm.chat` for a chat in 
 
 import argparse
 import io
-import math
 import secrets
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -30,7 +29,8 @@ from unimm.errors import UserError, one_line, run_main
 from unimm.mllm.answering import Conversation, chat_inputs
 from unimm.mllm.conditions import keep_outside, redrawn_cells, redrawn_share
 from unimm.mllm.previews import DrawingStreamer, OnImage, OnToken, PreviewStream
-from unimm.sampling import image_seed
+from unimm.noise import image_seed
+from unimm.sampling import SamplingOptions, sampling_options
 
 logger = logging.get_logger(__name__)
 
@@ -112,11 +112,7 @@ class ChatSession:
         prompt: str,
         num_images: int = 1,
         seed: int | None = None,
-        guidance_scale: float | None = None,
         *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
         parallel_tokens: int | Literal["auto"] = 1,
         on_token: OnToken | None = None,
         on_image: OnImage | None = None,
@@ -124,15 +120,12 @@ class ChatSession:
         history: bool = False,
         variation_of: ImageLike | None = None,
         strength: float = 0.5,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[Image.Image]:
         """Generate images of `prompt`. Without `history`, the model is conditioned on this text alone.
 
         Args:
             seed: image k of a prompt depends on (seed, k) only; None uses a new seed each time.
-            guidance_scale: classifier-free guidance scale; 0 or 1 is off. None, here and below, uses the
-                checkpoint's default.
-            temperature: sampling temperature of the image tokens; 0 is greedy.
-            top_k, top_p: sample from the k most likely ids, or from the smallest set with this total probability.
             parallel_tokens: guess this many image tokens ahead, or "auto"; faster for few images, same result.
             on_token: called with (image tokens done, image tokens of an image) after each token.
             on_image: called with (images so far, image tokens done, image tokens of an image) every `preview_rows` rows
@@ -140,13 +133,14 @@ class ChatSession:
             history: condition on the whole conversation, its images included.
             variation_of: an image whose tokens are kept, except for a random share that is drawn anew.
             strength: this share, above 0 and at most 1.
+            sampling: `guidance_scale`, `temperature`, ..., see `ImageSampling`; None uses the checkpoint's default.
 
         Raises:
             UserError: if the prompt is empty or too long for the model's context, or a setting is invalid.
         """
         request = _user_turn(prompt, None, "prompt")
-        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        _check_drawing(num_images, seed, settings)
+        _check_drawing(num_images, seed)
+        settings = sampling_options(cast(Mapping[str, Any], sampling))
         streamer = self._streamer(on_token, on_image, preview_rows)
         kept = self._kept(self.messages, request, self.model.num_image_tokens + 1) if history else []
         inputs = self._inputs([*kept, request])
@@ -172,7 +166,7 @@ class ChatSession:
         on_token: OnToken | None = None,
         on_image: OnImage | None = None,
         preview_rows: int | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[Image.Image]:
         """Edit an image by an instruction: the model is conditioned on both, and generates the edited image.
 
@@ -200,7 +194,8 @@ class ChatSession:
         if mask is not None and strength is not None:
             raise UserError(f"strength={strength} and a mask both say what to redraw: leave one of them out.")
         request = _user_turn(prompt, image, "prompt")
-        _check_drawing(num_images, seed, sampling)
+        _check_drawing(num_images, seed)
+        settings = sampling_options(cast(Mapping[str, Any], sampling))
         streamer = self._streamer(on_token, on_image, preview_rows)
         inputs = self._inputs([request])
         forced = None
@@ -208,7 +203,7 @@ class ChatSession:
             seed = secrets.randbelow(2**62) if seed is None else seed
             token_ids = self._token_ids(inputs["pixel_values"])
             forced = self._redrawn(token_ids, strength, seed, num_images, mask)
-        images = self._generated(inputs, num_images, seed, sampling, parallel_tokens, streamer, forced)
+        images = self._generated(inputs, num_images, seed, settings, parallel_tokens, streamer, forced)
         self._remember(self.messages, remembered, _shown(images))
         return images
 
@@ -234,7 +229,7 @@ class ChatSession:
                 parallel_tokens=parallel_tokens,
                 forced_token_ids=forced,
                 streamer=streamer,  # on a GPU reports make every token wait
-                **{name: value for name, value in settings.items() if value is not None},
+                **settings,
             )
         except UserError:
             raise
@@ -276,8 +271,8 @@ class ChatSession:
         *,
         max_new_tokens: int | None = None,
         seed: int | None = None,
-        guidance_scale: float | None = None,
         parallel_tokens: int | Literal["auto"] = 1,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[str | Image.Image]:
         """Ask `text`, preceded by new images, and return an answer in which the model may draw: texts and PIL images.
 
@@ -285,13 +280,14 @@ class ChatSession:
             images: as in `ask`.
             max_new_tokens: maximum length of the answer, its images included; None: the room in the context.
             seed: image k of the answer depends on (seed, k) only; None uses a new seed each time.
-            guidance_scale, parallel_tokens: of the images, as in `draw`.
+            parallel_tokens, sampling: of the images, as in `draw`.
 
         Raises:
             UserError: as `ask` and `draw`. The history is then unchanged.
         """
         question = _user_turn(text, images, "question")
-        _check_drawing(1, seed, {"guidance_scale": guidance_scale})
+        _check_drawing(1, seed)
+        settings = sampling_options(cast(Mapping[str, Any], sampling))
         history = self._kept(self.messages, question, self._text_room() + self.model.num_image_tokens + 2)
         inputs = self._inputs([*history, question])
         self._room(inputs, 1, "Reset the conversation or ask something shorter.")
@@ -300,7 +296,7 @@ class ChatSession:
             generation_mode="interleaved",
             **{**self.generation, "max_new_tokens": max_new_tokens},
             seed=None if seed is None else int(seed),
-            guidance_scale=guidance_scale,
+            image_generation=settings,
             parallel_tokens=parallel_tokens,
         )
         (parts,) = self.processor.split_parts(written[:, inputs["input_ids"].shape[1] :])
@@ -425,21 +421,12 @@ class _Closed(StoppingCriteria):
         return input_ids.new_full((len(input_ids),), self.event.is_set()).bool()
 
 
-def _check_drawing(num_images: Any, seed: Any, settings: dict[str, Any]) -> None:
-    """Raise UserError for invalid image settings; None means the checkpoint's default."""
+def _check_drawing(num_images: Any, seed: Any) -> None:
+    """Raise UserError for an invalid number of images, or an invalid seed."""
     if not _whole(num_images) or num_images < 1:
         raise UserError(f"num_images is {num_images!r}; ask for at least 1 image, in whole numbers.")
     if seed is not None and not _whole(seed):
         raise UserError(f"seed is {seed!r}; give a whole number.")
-    for name, value in settings.items():
-        if value is None:
-            continue
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            raise UserError(f"{name} is {value!r}; give a number.")
-        if name == "guidance_scale" and value < 0:
-            raise UserError(f"guidance_scale is {value}; give 0 or 1 for no guidance, or a number above 1.")
-        if name == "top_k" and not _whole(value):
-            raise UserError(f"top_k is {value!r}; give a whole number, 0 for all image ids.")
 
 
 def _shown(images: Sequence[Image.Image]) -> list[dict[str, Any]]:

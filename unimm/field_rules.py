@@ -127,6 +127,7 @@ WIDTH, LAYERS, HEADS = whole(1, 2**20), whole(1, 1024), whole(1, 4096)
 LAYER, SHARE = whole(-1024, 1024), number(0, 1)
 TOKEN = whole(-1, 2**31 - 1, null=True)
 EPSILON, SPREAD = number(0, 1, above=True), number(0, 100)
+FACTOR = number(0, 2**16, above=True)
 SIDE = whole(1, 2**16, items=(2, 2), null=True)
 GRID = whole(1, 4096, items=(2, 2), single=False)
 CHANNELS = number(-1000, 1000, items=(3, 3), single=False, null=True)
@@ -150,12 +151,15 @@ def _same(names: str, rule: Rule) -> dict[str, Rule]:
 
 RULES: dict[str, Rule] = {
     # widths, depths, counts
-    **_same("hidden_size width projection_dim out_hidden_size sampler_inner_size", WIDTH),
-    **_same("intermediate_size decoder_inner_size fusion_inner_size", _null(WIDTH)),
-    **_same("num_hidden_layers depth decoder_num_layers sampler_num_layers", LAYERS),
+    **_same("hidden_size width projection_dim out_hidden_size sampler_inner_size n_embd ffn_dim", WIDTH),
+    **_same("intermediate_size decoder_inner_size fusion_inner_size n_inner ffn_hidden_size", _null(WIDTH)),
+    **_same("word_embed_proj_dim moe_intermediate_size", _null(WIDTH)),
+    **_same("num_hidden_layers depth decoder_num_layers sampler_num_layers n_layer", LAYERS),
     "decoder_num_hidden_layers": _null(LAYERS),
-    **_same("num_attention_heads num_heads sampler_points", HEADS),
-    "num_key_value_heads": _null(HEADS),
+    **_same("num_attention_heads num_heads sampler_points n_head", HEADS),
+    **_same("num_key_value_heads num_kv_heads num_ln_in_parallel_attn", _null(HEADS)),
+    **_same("num_experts num_experts_per_tok decoder_sparse_step", whole(1, 2**16)),
+    "mlp_only_layers": whole(0, 1024, items=(0, 1024), single=False, null=True),
     "head_dim": whole(1, 2**14, null=True),
     "head_channels": whole(1, 2**14),
     "head_multipliers": whole(1, 64, items=(1, 16), single=False),
@@ -170,13 +174,15 @@ RULES: dict[str, Rule] = {
     "pretraining_tp": whole(1, 4096, null=True),
     "chunk_size_feed_forward": whole(0, 2**31),
     # positions
-    "max_position_embeddings": whole(1, 2**31),
+    **_same("max_position_embeddings n_positions original_max_position_embeddings", whole(1, 2**31)),
     "num_position_embeddings": whole(1, 2**31),
     "sliding_window": whole(1, 2**31, null=True),
     "max_window_layers": whole(0, 2**20, null=True),
     "rope_theta": number(0, 1e15, above=True),
     **_same("rope_parameters rope_scaling", SETTINGS),
     "partial_rotary_factor": number(0, 1, above=True, null=True),
+    "no_rope_layer_interval": whole(1, 1024),
+    "no_rope_layers": whole(0, 1, items=(0, 1024), single=False, null=True),
     # images
     **_same("image_size patch_size temporal_patch_size", SIDE),
     "output_patch_size": whole(1, 4096, null=True),
@@ -204,11 +210,15 @@ RULES: dict[str, Rule] = {
     ),
     **_same("layer_types architectures", NO_MORE_THAN_NAMES),
     # small numbers
-    **_same("rms_norm_eps layer_norm_eps", EPSILON),
-    **_same("initializer_range initializer_factor", SPREAD),
+    **_same("rms_norm_eps layer_norm_eps layer_norm_epsilon", EPSILON),
+    **_same("initializer_range initializer_factor init_std", SPREAD),
+    **_same("logits_scaling logit_scale embedding_multiplier residual_multiplier attention_multiplier", FACTOR),
+    **_same("final_logit_softcapping attn_logit_softcapping query_pre_attn_scalar", _null(FACTOR)),
+    "router_aux_loss_coef": number(0, 100),
     **_same("layer_scale_init_value layerscale_value", number(-1000, 1000)),
     **_same(
         """attention_dropout attention_probs_dropout_prob hidden_dropout_prob projection_dropout decoder_dropout dropout
+        resid_pdrop embd_pdrop attn_pdrop hidden_dropout classifier_dropout layerdrop
         drop_path_rate token_dropout residual_dropout feed_forward_dropout class_dropout null_prompt_prob""",
         SHARE,
     ),
@@ -223,11 +233,16 @@ RULES: dict[str, Rule] = {
         """apply_layernorm apply_post_norm attention_bias codebook_bias train_codebook pre_quant_norm key_bias
         mlp_bias multimodal_projector_bias proj_bias qkv_bias query_bias value_bias reshape_hidden_states
         share_mask_token tie_word_embeddings use_absolute_position_embeddings use_gated_mlp use_mask_token
-        use_mean_pooling use_qk_norm use_swiglu_ffn vision_use_head is_encoder_decoder mark_images""",
+        use_mean_pooling use_qk_norm use_swiglu_ffn vision_use_head is_encoder_decoder mark_images
+        head_bias finishes_logits qk_layernorm scale_attn_by_inverse_layer_idx scale_attn_weights is_decoder
+        add_cross_attention reorder_and_upcast_attn use_parallel_residual enable_bias do_layer_norm_before
+        layer_norm_elementwise_affine _remove_final_layer_norm alibi parallel_attn bias multi_query
+        new_decoder_architecture norm_topk_prob output_router_logits""",
         FLAG,
     ),
     **_same("do_resize do_rescale do_normalize do_convert_rgb", _null(FLAG)),
     **_same("use_cache use_sliding_window output_hidden_states output_attentions", _null(FLAG)),
+    "use_bidirectional_attention": _null(FLAG),
     "return_dict": _null(FLAG),
     # text tokenizers and generation
     "model_max_length": number(1, 1e31, null=True),
@@ -236,11 +251,14 @@ RULES: dict[str, Rule] = {
     "length_penalty": number(-1000, 1000, null=True),
     "top_p": number(0, 1, null=True),
     "top_k": whole(0, 2**31, null=True),
+    "min_p": number(0, 1, null=True),
+    "guidance_interval": whole(0, 2**31, items=(2, 2), single=False, null=True),
+    "guidance_schedule": one_of("constant", "linear", null=True),
     **_same("max_new_tokens max_length min_new_tokens min_length", whole(0, 2**31, null=True)),
     **_same("num_beams num_return_sequences", whole(1, 2**16, null=True)),
     "do_sample": _null(FLAG),
     # names
-    **_same("hidden_act projector_hidden_act", ACTIVATION),
+    **_same("hidden_act projector_hidden_act hidden_activation activation_function activation", ACTIVATION),
     **_same("dtype torch_dtype", Rule("the name of a torch dtype", _dtype, null=True)),
     **_same("attn_implementation _attn_implementation", ATTENTION),
     "tokenizer_fingerprint": Rule("a word", lambda value: isinstance(value, str) and len(value) <= 128, null=True),

@@ -1,24 +1,39 @@
-"""Sampling of image ids: settings, guidance scales, seeds and noise.
+"""Sampling settings of image ids: their defaults, rules, command-line flags, and what they do to the logits.
 
-A sample is `argmax(scores + Gumbel noise)` (the Gumbel-max trick), and the noise of image k is a function of (seed, k)
-alone, so an image does not depend on the rest of the batch.
+Imports neither torch nor transformers until logits are at hand. A new setting is a field of `ImageSampling` and a line
+of `SamplingOptions`: then the commands, the sections of the recipes' files and `ChatSession.draw` have it.
 """
 
-import hashlib
-from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeAlias
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
+from unimm.config.argument_types import number_from_zero, whole_number
+from unimm.config.schema import Natural, NonNegative, Range
 from unimm.errors import UserError
 
-GuidanceScale: TypeAlias = float | Sequence[float] | Tensor | None
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    GuidanceScale: TypeAlias = float | Sequence[float] | Tensor | None
+else:
+    GuidanceScale = float | Sequence[float] | None  # what a file can hold; read when a section is built
+
+
+def _option(default: Any, help: str, **argument: Any) -> Any:
+    """Return a field with its default, its help, and the other arguments of its command-line flag."""
+    return field(default=default, metadata={"help": help, "argument": argument})
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name} is {value!r}; give a number.")
+    if name == "top_k" and not isinstance(value, Integral):
+        raise UserError(f"top_k is {value!r}; give a whole number, 0 for all image ids.")
 
 
 @dataclass(frozen=True)
@@ -36,14 +51,26 @@ class ImageSampling:
         guidance_schedule: "linear" raises the scale evenly over the tokens, from 1 to `guidance_scale` at the last.
     """
 
-    do_sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    guidance_scale: GuidanceScale = None
-    guidance_interval: tuple[int, int] | None = None
-    guidance_schedule: Literal["constant", "linear"] = "constant"
+    do_sample: bool = _option(True, "sample, or take the likeliest id", action=argparse.BooleanOptionalAction)
+    temperature: NonNegative = _option(
+        1.0, "how freely to draw; 0 = always the likeliest id", type=number_from_zero, metavar="T"
+    )
+    top_k: Natural = _option(0, "sample from the K likeliest ids; 0 = all", type=whole_number, metavar="K")
+    top_p: Annotated[float, Range(above=0, most=1)] = _option(
+        1.0, "sample from the likeliest ids of total probability P", type=number_from_zero, metavar="P"
+    )
+    min_p: Annotated[float, Range(least=0, below=1)] = _option(
+        0.0, "drop ids below this fraction of the likeliest one's probability", type=number_from_zero, metavar="P"
+    )
+    guidance_scale: Annotated[GuidanceScale, Range(least=0)] = _option(
+        None, "how closely to follow the prompt; 1 = off", type=number_from_zero, metavar="G"
+    )
+    guidance_interval: tuple[int, int] | None = _option(
+        None, "the image tokens that are guided", type=whole_number, nargs=2, metavar=("START", "STOP")
+    )
+    guidance_schedule: Literal["constant", "linear"] = _option(
+        "constant", "linear raises the guidance scale from token to token", choices=("constant", "linear")
+    )
 
     def __post_init__(self) -> None:
         if self.guidance_schedule not in ("constant", "linear"):
@@ -53,6 +80,10 @@ class ImageSampling:
             pair = isinstance(ends, list | tuple) and len(ends) == 2 and all(isinstance(end, int) for end in ends)
             if not (pair and 0 <= ends[0] <= ends[1]):
                 raise UserError(f"guidance_interval is {ends!r}: give [start, stop] with 0 <= start <= stop")
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            _check_number(name, getattr(self, name))
+        if isinstance(self.guidance_scale, str | bool | Real):
+            _check_number("guidance_scale", self.guidance_scale)
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p < 1):
             raise UserError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, min_p={self.min_p}: "
@@ -65,7 +96,7 @@ class ImageSampling:
         return not self.do_sample or self.temperature == 0
 
     @classmethod
-    def of(cls, generation_config: GenerationConfig, **given: Any) -> "ImageSampling":
+    def of(cls, generation_config: "GenerationConfig", **given: Any) -> "ImageSampling":
         """Read the settings from a generation config: its `image_generation`, or else its text fields; `given`
         overrides them."""
         stored = getattr(generation_config, "image_generation", None)
@@ -74,8 +105,10 @@ class ImageSampling:
             stored = {name: value for name, value in said.items() if value is not None}
         return replace(cls(), **{**stored, **given})
 
-    def scales(self, batch_size: int, length: int) -> Tensor:
+    def scales(self, batch_size: int, length: int) -> "Tensor":
         """Return the guidance scale of every token of every prompt, [length, B], 0 for no guidance."""
+        import torch
+
         scale = per_prompt_scale(self.guidance_scale, batch_size)
         steps = torch.arange(length)[:, None]
         start, stop = (0, length) if self.guidance_interval is None else self.guidance_interval
@@ -85,8 +118,16 @@ class ImageSampling:
             return torch.where(inside & (scale > 0), rising, 0.0)
         return torch.where(inside, scale, 0.0)
 
-    def warpers(self) -> LogitsProcessorList:
+    def warpers(self) -> "LogitsProcessorList":
         """Return the logits processors from guided logits to sampling scores; none if greedy."""
+        from transformers import LogitsProcessorList
+        from transformers.generation import (
+            MinPLogitsWarper,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
         warpers = LogitsProcessorList()
         if self.greedy:
             return warpers
@@ -101,95 +142,54 @@ class ImageSampling:
         return warpers
 
 
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `ImageSampling` as keyword arguments: they override a checkpoint's defaults unless None."""
+
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    guidance_scale: GuidanceScale
+    guidance_interval: tuple[int, int] | None
+    guidance_schedule: Literal["constant", "linear"] | None
+
+
 SAMPLED = ImageSampling()
 """Plain sampling from all ids, without guidance."""
 
+SAMPLING_HELP = "how image ids are chosen; by default as the checkpoint says"
 SAMPLING_NAMES = tuple(field.name for field in fields(ImageSampling))
 
 
-class Noise:
-    """Counter-based Gumbel noise: a pure function of (seed, position, code). `argmax(scores + noise)` is a sample from
-    softmax(scores).
+def add_sampling_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add one flag per setting; its default, None, is the checkpoint's own. `sampling_options` reads them."""
+    for each in fields(ImageSampling):
+        flag = f"--{each.name.replace('_', '-')}"
+        parser.add_argument(flag, default=None, help=each.metadata["help"], **each.metadata["argument"])
 
-    The random bits come from Philox4x64-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405), identical on
-    every device; the key is the image's seed, the counter runs over positions and codes. S images, K codes.
+
+def sampling_options(given: argparse.Namespace | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are given (parsed arguments, or settings by name), without those that are None.
+
+    Raises:
+        UserError: an unknown name, or a value that `ImageSampling` refuses.
     """
-
-    def __init__(self, seeds: Sequence[int], size: int, device: torch.device | str = "cpu") -> None:
-        self.seeds, self.size, self.device = list(seeds), size, torch.device(device)
-        self.blocks = -(-size // _PER_BLOCK)  # generator blocks per position
-        self.chunk = max(1, _CHUNK // (len(self.seeds) * self.blocks * _PER_BLOCK))
-        self._start, self._kept = 0, torch.empty(len(self.seeds), 0, size)
-
-    def at(self, start: int, stop: int) -> Tensor:
-        """Return the noise of positions start..stop-1, [S, stop - start, K] in float32."""
-        first, count = start * self.blocks, (stop - start) * self.blocks
-        bits = _philox_numpy if self.device.type == "cpu" else _philox_torch
-        uniform = torch.stack([bits(seed, first, count, self.device) for seed in self.seeds])
-        # u = (bits + 1/2) / 2^32; -log1p(-u) resolves the small exponentials, which become the largest noise
-        uniform.mul_(-(2.0**-32)).sub_(2.0**-33).clamp_min_(2.0**-24 - 1).log1p_().neg_().log_().neg_()
-        return uniform.view(len(self.seeds), stop - start, -1)[..., : self.size]
-
-    def next(self, start: int, stop: int) -> Tensor:
-        """Return the same as `at`, computed ahead in chunks, for callers that advance position by position."""
-        if not self._start <= start <= stop <= self._start + self._kept.shape[1]:
-            self._start = start
-            self._kept = self.at(start, max(stop, start + self.chunk))
-        return self._kept[:, start - self._start : stop - self._start]
-
-    def step(self, position: int) -> Tensor:
-        """Return the noise of one position, [S, K], see `next`."""
-        return self.next(position, position + 1)[:, 0]
+    if isinstance(given, argparse.Namespace):
+        given = {name: getattr(given, name) for name in SAMPLING_NAMES}
+    if unknown := sorted(set(given) - set(SAMPLING_NAMES)):
+        raise UserError(f"{', '.join(unknown)} is no sampling setting; there are {', '.join(SAMPLING_NAMES)}.")
+    options = {name: value for name, value in given.items() if value is not None}
+    ImageSampling(**options)
+    if isinstance(scale := options.get("guidance_scale"), Real) and scale < 0:
+        raise UserError(f"guidance_scale is {scale}; give 0 or 1 for no guidance, or a number above 1.")
+    return options
 
 
-_PER_BLOCK = 8  # 32-bit numbers per counter
-_CHUNK = 1 << 21  # numbers computed at once: 8 MB, small enough for the CPU cache
-_LOW = 0xFFFFFFFF
-_FACTORS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-
-
-def _philox_numpy(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Return the numbers of `count` counters starting at `first`, [8 * count] in float32."""
-    # numpy increments the counter before the first block, hence first - 1
-    generator = np.random.Philox(key=seed, counter=(first - 1) % 2**256)
-    return torch.from_numpy(generator.random_raw(4 * count).view(np.uint32).astype(np.float32))
-
-
-def _philox_torch(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Return the same as `_philox_numpy`, computed on `device`."""
-    counters = torch.zeros(4, count, dtype=torch.int64, device=device)
-    counters[0] = torch.arange(first, first + count, device=device)
-    words = philox4x64(counters, (seed & (2**64 - 1), seed >> 64)).t().reshape(-1)  # [4 * count]
-    return torch.stack([words & _LOW, (words >> 32) & _LOW], dim=1).view(-1).to(torch.float32)
-
-
-def philox4x64(counters: Tensor, key: tuple[int, int], rounds: int = 10) -> Tensor:
-    """Compute Philox4x64 of counters [4, n] and a key, both as 64-bit words in int64; return [4, n]."""
-    a, b, c, d = counters
-    for number in range(rounds):
-        low, high = ((key[n] + number * _WEYL[n]) % 2**64 for n in range(2))
-        (hi_a, lo_a), (hi_c, lo_c) = _product(a, _FACTORS[0]), _product(c, _FACTORS[1])
-        a, b, c, d = hi_c ^ b ^ _signed(low), lo_c, hi_a ^ d ^ _signed(high), lo_a
-    return torch.stack([a, b, c, d])
-
-
-def _product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Return the high and low 64 bits of unsigned words times `factor`; int64 overflow keeps the low bits."""
-    low, high = words & _LOW, (words >> 32) & _LOW
-    f_low, f_high = factor & _LOW, factor >> 32
-    middle = high * f_low + ((low * f_low >> 32) & _LOW)
-    cross = (middle & _LOW) + low * f_high
-    return high * f_high + ((middle >> 32) & _LOW) + ((cross >> 32) & _LOW), words * _signed(factor)
-
-
-def _signed(word: int) -> int:
-    """Return the int64 with the bits of an unsigned 64-bit word."""
-    return word - 2**64 if word >= 2**63 else word
-
-
-def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> Tensor:
+def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> "Tensor":
     """Return one scale per prompt [B], 0 if guidance is off (None, 0, less than 0, exactly 1)."""
+    import torch
+
     values = torch.as_tensor(0.0 if scale is None else scale, dtype=torch.float32).flatten().cpu()
     if len(values) not in (1, batch_size):
         raise UserError(f"guidance_scale has {len(values)} values, give 1 or one per prompt, {batch_size}")
@@ -200,34 +200,3 @@ def per_prompt_scale(scale: GuidanceScale, batch_size: int) -> Tensor:
         )
     values = values.expand(batch_size)
     return torch.where(values > 1, values, 0.0)
-
-
-def image_seed(seed: int, k: int) -> int:
-    """Return the seed of image k of a request with `seed`."""
-    digest = hashlib.sha256(f"{seed}/{k}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
-
-
-def per_image_seeds(requests: list[Hashable], seed: int | Sequence[int] | None, repeats: int) -> list[int]:
-    """Return one seed per sequence, from (seed, k): k counts the images of a request over the whole batch."""
-    if seed is None:
-        seed = int(torch.randint(2**62, (1,)))
-    seeds = [seed] * len(requests) if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(requests):
-        raise UserError(f"seed has {len(seeds)} values, give 1 or one per prompt, {len(requests)}")
-    drawn: Counter[Hashable] = Counter()
-    result = []
-    for request in zip(seeds, requests, strict=True):
-        for _ in range(repeats):
-            result.append(image_seed(request[0], drawn[request]))
-            drawn[request] += 1
-    return result
-
-
-def request_keys(prompts: Tensor, pixel_values: Tensor | None, counts: list[int]) -> list[Hashable]:
-    """Return one key per prompt [B, L]; prompts with equal text and equal images share it."""
-    digests = [b""] * len(prompts)
-    if pixel_values is not None:
-        images = pixel_values.detach().float().cpu().split(counts)
-        digests = [hashlib.sha256(each.numpy().tobytes()).digest() for each in images]
-    return list(zip(map(tuple, prompts.tolist()), digests, strict=True))

@@ -5,7 +5,7 @@ import pytest
 
 from tests.class_conditional.tiny import tiny_drawer
 from tests.tokenizer.conftest import tiny_vqrae
-from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, draw_sheet, load_drawer
+from unimm.class_conditional.drawing import ClassDrawer, SheetConfig, SheetSampling, draw_sheet, load_drawer
 from unimm.errors import UserError
 
 
@@ -31,7 +31,8 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 def test_the_sheet_has_a_half_without_guidance_and_one_with_it():
     drawer = tiny_drawer()
-    sheet = np.asarray(draw_sheet(drawer, SheetConfig(num_classes=3, rows=2, guidance_scale=4.0, seed=1)))
+    config = SheetConfig(num_classes=3, rows=2, sampling=SheetSampling(guidance_scale=4.0), seed=1)
+    sheet = np.asarray(draw_sheet(drawer, config))
     assert sheet.shape == (2 * 2 * 32 + 2, 3 * 32, 3)
     first = np.asarray(drawer.draw([0, 1, 2, 0, 1, 2], seed=1)[4])
     assert np.array_equal(sheet[32:64, 32:64], first)

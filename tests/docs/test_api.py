@@ -9,12 +9,13 @@ import pytest
 
 import unimm
 import unimm.class_conditional.drawing
+import unimm.export.onnx_tokenizer
 import unimm.mllm
 import unimm.tokenizer
 from tests.docs.pages import read_page
 
 PAGE = "api.md"
-PLACES = (unimm, unimm.mllm, unimm.tokenizer, unimm.class_conditional.drawing)
+PLACES = (unimm, unimm.mllm, unimm.tokenizer, unimm.class_conditional.drawing, unimm.export.onnx_tokenizer)
 FIRST_CELL = r"^\| `(__)?(\w.*?)` \|"
 Parameter = tuple[str, Any, Any]
 

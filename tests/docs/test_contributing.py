@@ -9,7 +9,7 @@ from tests.docs.pages import read_page
 
 PATH = r"`((?:unimm|recipes|configs|tests|docs|eval)/[\w./-]*)`"
 CHANGES = {"chat template", "loss of the tokenizer", "recipe", "encoder, known family", "encoder, new family", "host"}
-CHANGES |= {"tokenizer", "benchmark", "data source", "command", "sampler option"}
+CHANGES |= {"tokenizer", "benchmark", "data source", "command", "sampler option", "endpoint of the server"}
 
 
 def prices() -> dict[str, list[str]]:

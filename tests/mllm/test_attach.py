@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tests.mllm import tiny
 from unimm.errors import UserError
@@ -148,9 +148,8 @@ def test_parts_with_holes_are_refused_with_the_counts(part: str, tmp_path: Path)
 
 
 def test_what_cannot_be_attached_is_refused(tmp_path: Path) -> None:
-    bert = BertLMHeadModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
-    with pytest.raises(UserError, match="bert model; supported are llama, qwen2, qwen3"):
-        attach(bert, tiny.image_tokenizer(), tiny.text_tokenizer())
+    with pytest.raises(UserError, match="siglip_vision_model model; supported are llava.*AutoModelForCausalLM"):
+        attach(tiny.image_tokenizer().encoder, tiny.image_tokenizer(), tiny.text_tokenizer())
     with pytest.raises(UserError, match="give text_tokenizer"):
         attach(tiny.language_model(), tiny.image_tokenizer())
     with pytest.raises(ValueError, match="row_init is 'none'"):

@@ -18,7 +18,7 @@ def test_endpoints_and_options_exist(served: Served) -> None:
     text = read_page("serving.md")
     paths = set(served.client.get("/../openapi.json", cast_to=dict)["paths"])  # type: ignore[type-var]
     found = set(re.findall(r"`(/[a-z0-9/]+)`", text)) - {"/draw"}
-    assert found and {each for each in found} <= paths
+    assert found and found <= paths
     helped = build_parser().parse_args(["serve"])
     for option in set(re.findall(r"`--([a-z-]+)", text)):
         assert hasattr(helped, option.replace("-", "_")), option

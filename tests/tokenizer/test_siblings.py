@@ -13,6 +13,7 @@ from unimm.tokenizer import IDEAL, TOKENIZERS, VFMTok, VFMTokConfig
 from unimm.tokenizer.layers import DeformableAttention, cell_centers, resized_table
 from unimm.tokenizer.pixel_heads import ConvHead
 from unimm.tokenizer.quantizers import NormalizedVQ, code_entropy
+from unimm.training.tokenizer.codebook_maintenance import fit_codes, restart_codes
 
 # ---- deformable attention ----
 
@@ -163,9 +164,9 @@ def test_the_straight_through_gradient_is_that_of_the_unit_latents():
 
 def test_codes_fitted_and_moved_have_length_one():
     quantizer, latents = NormalizedVQ(8, 6), 3 * torch.randn(60, 6)
-    quantizer.fit(latents)
+    fit_codes(quantizer, latents)
     assert len(quantizer(latents[None]).ids.unique()) == 8
-    quantizer.restart(torch.tensor([2, 5]), latents)
+    restart_codes(quantizer, torch.tensor([2, 5]), latents)
     nearest = (quantizer.effective_codebook[[2, 5]] @ F.normalize(latents, dim=1).t()).amax(1)
     torch.testing.assert_close(nearest, torch.ones(2))
     torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(8))

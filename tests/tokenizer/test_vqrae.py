@@ -11,6 +11,7 @@ from unimm.tokenizer import VQRAE, VQRAEConfig
 from unimm.tokenizer.quantizers import SimVQ
 from unimm.tokenizer.search import nearest_codes
 from unimm.tokenizer.vqrae import with_new_head
+from unimm.training.tokenizer.codebook_maintenance import fit_codes, redundant_codes, restart_codes
 
 
 def test_the_defaults_are_the_papers():
@@ -134,16 +135,16 @@ def test_simvq_terms_by_hand(vqrae, pixel_values):
 def test_codebook_fit_puts_every_code_to_use():
     vqrae = tiny_vqrae(codebook_size=16)
     latents = torch.randn(400, 48)
-    vqrae.quantizer.fit(latents)
+    fit_codes(vqrae.quantizer, latents)
     assert len(nearest_codes(latents, vqrae.quantizer.effective_codebook).unique()) == 16
     with pytest.raises(UserError, match="8 latents.*16 codes"):
-        vqrae.quantizer.fit(latents[:8])
+        fit_codes(vqrae.quantizer, latents[:8])
 
 
 def test_revived_codes_are_latents_that_were_served_badly():
     quantizer = tiny_vqrae(codebook_size=16).quantizer
     before, latents = quantizer.effective_codebook.detach().clone(), 3 + torch.randn(40, 48)
-    quantizer.restart(torch.tensor([3, 7]), latents)
+    restart_codes(quantizer, torch.tensor([3, 7]), latents)
     after = quantizer.effective_codebook.detach()
     moved = torch.cdist(after[[3, 7]].double(), latents.double()).min(dim=1).values
     assert moved.max() < 1e-3
@@ -157,6 +158,6 @@ def test_redundant_codes_are_those_that_a_frequent_neighbour_serves():
     quantizer.projection.weight.data.copy_(torch.eye(2))
     latents = torch.tensor([[0.0, 1.0], [5.0, 1.0], [9.0, 1.0], [0.01, 0.0]])  # the worse half: an error of 1
     counts = torch.tensor([3, 7, 2, 0])
-    assert quantizer.redundant(latents, counts).tolist() == [0]
+    assert redundant_codes(quantizer, latents, counts).tolist() == [0]
     far = torch.tensor([[0.0, 4.5], [5.0, 4.5]])  # an error of 20: what is 16 apart is one thing as well
-    assert quantizer.redundant(far, counts).tolist() == [0, 3]
+    assert redundant_codes(quantizer, far, counts).tolist() == [0, 3]

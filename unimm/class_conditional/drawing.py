@@ -5,9 +5,9 @@ GPT was trained with raises an error, because it would decode the ids to noise.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -15,9 +15,9 @@ from transformers import AutoModel
 
 from unimm.checkpoint_files import check_settings_files
 from unimm.class_conditional.modeling import ClassConditionalGPT
-from unimm.config.schema import Count, Natural, NonNegative, Range, Seed
+from unimm.config.schema import Count, Range, Seed
 from unimm.errors import UserError, reading
-from unimm.sampling import SAMPLED, ImageSampling
+from unimm.sampling import SAMPLED, GuidanceScale, ImageSampling
 from unimm.saving import save_whole
 from unimm.tokenizer import ImageTokenizer
 from unimm.tokenizer.loading import load_with_processor
@@ -80,17 +80,25 @@ def load_drawer(folder: str | Path, device: str | torch.device | None = None) ->
     return ClassDrawer(model.eval().to(device), tokenizer.to(device), image_processor)
 
 
+@dataclass(frozen=True)
+class SheetSampling(ImageSampling):
+    """`ImageSampling` with guidance."""
+
+    guidance_scale: Annotated[GuidanceScale, Range(least=0)] = 2.0
+
+
 @dataclass
 class SheetConfig:
     """An image grid of the first `num_classes` classes, one column each: `rows` images without guidance above as many
     with guidance."""
 
+    FORMER: ClassVar[dict[str, str]] = {
+        name: f"sampling.{name}" for name in ("guidance_scale", "temperature", "top_k", "top_p")
+    }
+
     num_classes: Count = 10
     rows: Count = 4
-    guidance_scale: NonNegative = 2.0
-    temperature: NonNegative = 1.0
-    top_k: Natural = 0
-    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
+    sampling: SheetSampling = field(default_factory=SheetSampling)
     seed: Seed = 0
 
 
@@ -98,9 +106,8 @@ def draw_sheet(drawer: ClassDrawer, config: SheetConfig) -> Image.Image:
     """Generate the image grid as one image, with a white line between the halves."""
     columns = min(config.num_classes, drawer.model.config.num_classes)
     labels = list(range(columns)) * config.rows
-    plain = ImageSampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    guided = replace(plain, guidance_scale=config.guidance_scale)
-    halves = [drawer.draw(labels, sampling, seed=config.seed) for sampling in (plain, guided)]
+    settings = (replace(config.sampling, guidance_scale=None), config.sampling)
+    halves = [drawer.draw(labels, sampling, seed=config.seed) for sampling in settings]
     width, height = halves[0][0].size
     line = max(2, height // 16)
     sheet = Image.new("RGB", (columns * width, 2 * config.rows * height + line), "white")

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from unimm.errors import UserError
-from unimm.sampling import ImageSampling, Noise, image_seed
+from unimm.noise import Noise, image_seed
+from unimm.sampling import ImageSampling
 
 
 def draw_ids(

@@ -2,8 +2,9 @@
 
 import argparse
 
-from unimm.commands.options import add_json, add_new_folder, whole_number
+from unimm.commands.options import add_json, add_new_folder
 from unimm.commands.shared import new_folder, quiet_libraries
+from unimm.config.argument_types import whole_number
 from unimm.runs.report import Report
 
 

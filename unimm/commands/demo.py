@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from unimm.commands.options import add_json, add_model, whole_number
+from unimm.commands.options import add_json, add_model
 from unimm.commands.shared import load_model
+from unimm.config.argument_types import whole_number
 from unimm.runs.provenance import check_output
 from unimm.runs.report import Report
 

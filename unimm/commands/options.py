@@ -25,26 +25,8 @@ def add_new_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="an empty or new folder")
 
 
-def whole_number(text: str) -> int:
-    """Read a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
 def image_count(text: str) -> int:
     """Read a number of images, from 1 to MAX_IMAGES."""
     if not text.isdecimal() or not 1 <= int(text) <= MAX_IMAGES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of images from 1 to {MAX_IMAGES}")
     return int(text)
-
-
-def scale(text: str) -> float:
-    """Read a finite number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
-    return value

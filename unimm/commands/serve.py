@@ -5,8 +5,9 @@ import importlib.util
 from functools import partial
 from pathlib import Path
 
-from unimm.commands.options import add_json, add_model, scale, whole_number
+from unimm.commands.options import add_json, add_model
 from unimm.commands.shared import load_model
+from unimm.config.argument_types import number_from_zero, whole_number
 from unimm.errors import UserError
 from unimm.runs.report import Report
 from unimm.serving.settings import KEYS_VARIABLE, LOOPBACK, EngineSettings, ServingSettings, read_api_keys
@@ -47,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-tokens", type=whole_number, default=engine.batch_tokens, metavar="N", help="tokens of a batch"
     )
     parser.add_argument(
-        "--batch-wait", type=scale, default=engine.batch_wait, metavar="S", help="seconds to wait for a fuller batch"
+        "--batch-wait",
+        type=number_from_zero,
+        default=engine.batch_wait,
+        metavar="S",
+        help="seconds to wait for a fuller batch",
     )
     parser.add_argument(
         "--shutdown-seconds", type=whole_number, default=30, metavar="S", help="for what runs when the server stops"

@@ -1,11 +1,14 @@
 """What several commands do: load the model, check and write output files, show progress."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
+from unimm.commands.terminal_images import TerminalImages
 from unimm.data.images import save_images, save_numbered
 from unimm.errors import UserError
 from unimm.runs.provenance import check_output
@@ -53,6 +56,7 @@ class Progress:
     def __init__(self, name: str) -> None:
         self.name = name
         self.bar: Any = None
+        self.images = TerminalImages(sys.stderr)
 
     def __enter__(self) -> "Progress":
         return self
@@ -61,6 +65,15 @@ class Progress:
         if self.bar is None:
             self.bar = tqdm(total=total, desc=self.name, unit="token", leave=False)
         self.bar.update(done - self.bar.n)
+
+    def show(self, images: Sequence[Image.Image], done: int, total: int) -> None:
+        """Draw images above the bar, over the last ones, if standard error is a terminal."""
+        if self.images.active:
+            if self.bar is not None:
+                self.bar.clear()
+            self.images.show(images)
+            if self.bar is not None:
+                self.bar.refresh()
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:

@@ -6,7 +6,7 @@ unions, list, tuple, dict, Literal, Enum and Path; values of any other type are 
 
 A field declares its range in its annotation (`Count`, `Annotated[float, Range(above=0)]`), also within lists and
 unions. Fields inherited from a third-party dataclass get theirs from a class attribute `RANGES`, {field: range};
-renamed fields keep their old names in `FORMER`, {former name: name}.
+renamed fields keep their old names in `FORMER`, {former name: name}; `section.name` if they moved into a section.
 """
 
 import dataclasses
@@ -103,8 +103,7 @@ def build(cls: type[T], tree: Mapping[Any, Any], *, key: str, source: str) -> T:
     """
     known = known_keys(cls)
     prefix = f"{key}." if key else ""
-    former: Mapping[str, str] = getattr(cls, "FORMER", {})
-    tree = {former.get(name, name) if former.get(name) not in tree else name: value for name, value in tree.items()}
+    tree = _renamed(tree, getattr(cls, "FORMER", {}))
     for name in tree:
         if name not in known:
             word = str(name)[:80]
@@ -126,6 +125,23 @@ def build(cls: type[T], tree: Mapping[Any, Any], *, key: str, source: str) -> T:
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{key or cls.__name__} in {source}: {one_line(error)}") from error
+
+
+def _renamed(tree: Mapping[Any, Any], former: Mapping[str, str]) -> dict[Any, Any]:
+    """Return `tree` with the present names of former keys, also those that moved into a section (`section.key`). A
+    former key beside the present one stays, so that it is refused."""
+    renamed = {name: dict(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
+    for name, present in former.items():
+        *sections, last = present.split(".")
+        place = renamed
+        for section in sections:
+            below = place.get(section)
+            place = {} if below is None else below
+            if below is None and name in renamed:
+                renamed[section] = place
+        if name in renamed and isinstance(place, dict) and last not in place:
+            place[last] = renamed.pop(name)
+    return renamed
 
 
 def hints_of(cls: Any) -> dict[str, Any]:

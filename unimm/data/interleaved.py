@@ -12,7 +12,7 @@ from unimm.data.shapes import Prompt, Scene, render
 from unimm.data.shapes.conversations import describe
 from unimm.data.shapes.phrasings import TYPED, sample_request, sample_unknown_request, typed
 from unimm.data.shapes.prompts import Split, scene_for
-from unimm.data.shapes.things import REFUSAL
+from unimm.data.shapes.things import REFUSAL, THINGS, UNSEEN_THINGS
 
 KINDS = ("imperative", "please", "can_you", TYPED)
 SAYING = ("and say what you drew", "and tell me what you drew", "and describe it", "and say what it shows")
@@ -33,7 +33,7 @@ class ShapesInterleaved:
         rng = np.random.default_rng((self.seed, index))
         form = rng.random()
         if form < UNKNOWN_SHARE:
-            request = sample_unknown_request(rng)
+            request = sample_unknown_request(rng, THINGS if self.split == "train" else UNSEEN_THINGS)
             return [message("user", saying(rng, request)), message("assistant", REFUSAL)]
         request, prompt = sample_interleaved(rng, split=self.split, say=form >= UNKNOWN_SHARE + ASKED_SHARE)
         scene = scene_for(rng, prompt)

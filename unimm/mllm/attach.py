@@ -29,7 +29,9 @@ from unimm.errors import UserError, reading
 from unimm.field_rules import check_attention
 from unimm.mllm.attachment import Attachment
 from unimm.mllm.defaults import generation_defaults
+from unimm.mllm.hosts.heads import embedding_name
 from unimm.mllm.hosts.registry import HOSTS, family_of
+from unimm.mllm.hosts.text_check import check_text_host
 from unimm.mllm.hosts.text_only import TEXT_HOSTS, is_text_only, text_only_config, text_only_decoder
 from unimm.mllm.processing import UnimmProcessor
 from unimm.mllm.templates import chat_template, end_of_turn_ids, is_published
@@ -44,8 +46,6 @@ from unimm.mllm.vocabulary import (
 from unimm.saving import no_load_report, refuse_holes
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerProcessor
 from unimm.tokenizer.loading import load_image_tokenizer
-
-SUPPORTED = (*TEXT_HOSTS, *HOSTS)
 
 
 def attach(
@@ -64,9 +64,9 @@ def attach(
     """Build a unified model from a host and an image tokenizer.
 
     Args:
-        host: a causal language model (`TEXT_HOSTS`) or a multimodal model (`HOSTS`), or the path or hub id
-            to load it from. The vision tower of a multimodal host is dropped; its projector is kept if the widths
-            match.
+        host: a causal language model (whatever `AutoModelForCausalLM` builds) or a multimodal model (`HOSTS`), or the
+            path or hub id to load it from. The vision tower of a multimodal host is dropped; its projector is kept if
+            the widths match.
         image_tokenizer: the tokenizer, or the path or hub id to load it from.
         text_tokenizer: the host's text tokenizer; None loads it from the host's `name_or_path`. It is copied; missing
             image markers are added to the copy.
@@ -85,8 +85,8 @@ def attach(
         (model, processor), the model in evaluation mode on the host's device; `model.attachment` lists what is new.
 
     Raises:
-        UserError: if the host is unsupported, cannot merge the patch grid or lacks these positions, or if the chat
-            template is unknown or belongs to another model.
+        UserError: if the host is unsupported (`check_text_host`), cannot merge the patch grid or lacks these positions,
+            or if the chat template is unknown or belongs to another model.
         ValueError: if `row_init` is unknown, or a marker is not a single token.
     """
     check_attention(attn_implementation)
@@ -95,6 +95,8 @@ def attach(
     if isinstance(image_tokenizer, str | Path):
         image_tokenizer = load_image_tokenizer(image_tokenizer)
     _check_supported(host.config.model_type)
+    if is_text_only(host.config.model_type):
+        check_text_host(host)
     _check_positions(host.config.model_type, image_position_mode)
     texts = _copy_of(text_tokenizer, host)
     vocabulary_before = texts.get_vocab()
@@ -129,7 +131,7 @@ def attach(
     return model.to(host.device).eval(), processor
 
 
-def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None, seed: int) -> Any:
+def _frame(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | dict[str, str], seed: int) -> Any:
     """Build the unified model in `dtype` with an initialized projector; all other weights are still to be loaded.
 
     Modules listed in `_keep_in_fp32_modules_strict` are in float32.
@@ -168,8 +170,11 @@ def _load_host(path: str | Path, loading: dict[str, Any]) -> PreTrainedModel:
 
 
 def _check_supported(model_type: str) -> None:
-    if model_type not in SUPPORTED:
-        raise UserError(f"The host is a {model_type} model; supported are {', '.join(SUPPORTED)}.")
+    if not is_text_only(model_type) and model_type not in HOSTS:
+        raise UserError(
+            f"The host is a {model_type} model; supported are {', '.join(HOSTS)}, and language models that "
+            f"AutoModelForCausalLM builds ({', '.join(TEXT_HOSTS)}, ...)."
+        )
 
 
 def _check_positions(model_type: str, mode: str) -> None:
@@ -181,8 +186,9 @@ def _check_positions(model_type: str, mode: str) -> None:
         )
 
 
-def _attention(host: PreTrainedModel) -> str | None:
-    return host.config.get_text_config()._attn_implementation
+def _attention(host: PreTrainedModel) -> dict[str, str]:
+    """Return the host's attention for the language model alone: the tower keeps its own, as after a reload."""
+    return {"text_config": host.config.get_text_config()._attn_implementation}
 
 
 def _language_model(host: PreTrainedModel) -> PreTrainedModel:
@@ -285,13 +291,15 @@ def _composed_state(
         state[f"model.vision_tower.{name}"] = tensor
     embedding = host.get_input_embeddings().weight
     grown = grow_rows(embedding, vocabulary, row_init=row_init, codes=codes, seed=seed)
-    state["model.language_model.embed_tokens.weight"] = grown
+    state[f"model.language_model.{embedding_name(model.model.language_model)}.weight"] = grown
+    head = host.get_output_embeddings()
     if host.config.tie_word_embeddings:
         state["lm_head.weight"] = grown
     else:
-        head = host.get_output_embeddings().weight
         # another seed, or the new rows of an untied head would be correlated with those of the embedding
-        state["lm_head.weight"] = grow_rows(head, vocabulary, row_init=row_init, codes=codes, seed=seed + 1)
+        state["lm_head.weight"] = grow_rows(head.weight, vocabulary, row_init=row_init, codes=codes, seed=seed + 1)
+    if head.bias is not None:
+        state["lm_head.bias"] = grow_rows(head.bias[:, None], vocabulary, row_init="mean")[:, 0]
     return state, lost
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from unimm.errors import UserError
 from unimm.mllm.decoding import RoomyLayer, Steps
-from unimm.sampling import ImageSampling, Noise
+from unimm.noise import Noise
+from unimm.sampling import ImageSampling
 
 Step: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor]
 """Guided logits [S, K], scores [S, K] and token ids [S] of one image token."""

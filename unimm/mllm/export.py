@@ -23,6 +23,7 @@ from transformers import (
 
 from unimm.errors import UserError
 from unimm.mllm.hosts.configs import copy_config
+from unimm.mllm.hosts.heads import embedding_name, head_name
 from unimm.mllm.hosts.registry import EXTENDED, family_of
 from unimm.mllm.hosts.text_only import is_text_only, text_only_model
 from unimm.mllm.processing import UnimmProcessor
@@ -31,6 +32,7 @@ from unimm.saving import whole_folder
 from unimm.tokenizer.encoders import prefix_tokens
 
 VOCABULARY_FILE = "image_vocabulary.json"
+PROMPT = "{prompt}"
 
 
 def detach(model: Any) -> PreTrainedModel:
@@ -47,7 +49,7 @@ def detach(model: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     rows = config.get_text_config().vocab_size
     if is_text_only(config.model_type):
-        decoder = _cut(model.model.language_model.state_dict(), rows)
+        decoder = _cut(model, rows)
         host, state = text_only_model(config, decoder, dtype=model.dtype)
     else:
         host = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
@@ -75,6 +77,12 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
         raise UserError(
             f"A stock {family.model_type} reads patches of any image size with a tower of its "
             "own: this model stays with unimm, or goes out with --generation."
+        )
+    if getattr(model.config, "head_bias", False) or getattr(model.config, "finishes_logits", False):
+        what = "a bias" if model.config.head_bias else "logits that are scaled or capped"
+        raise UserError(
+            f"The head of this {model.config.host_config['model_type']} has {what}, and a stock LLaVA's has not: this "
+            "model stays with unimm, or goes out with --generation."
         )
     if family.export.encoder not in (None, encoder := tokenizer.encoder.config.model_type):
         raise UserError(
@@ -116,21 +124,41 @@ def save_generation(model: Any, processor: UnimmProcessor, folder: Path) -> PreT
     decoder of the ids) and the range of the image ids (image_vocabulary.json). Return the language model."""
     alone = causal_lm(model)
     parts = {"": (alone, processor.tokenizer), "image_tokenizer": (model.image_tokenizer, processor.image_processor)}
-    vocabulary = {
-        "image_vocab_start": model.config.image_vocab_start,
-        "codebook_size": model.config.codebook_size,
-        "image_grid": list(model.config.image_grid),
-        "boi_token_id": model.config.boi_token_id,
-        "eoi_token_id": model.config.eoi_token_id,
-        "null_prompt": list(model.config.null_prompt),
-        "image_generation": model.generation_config.image_generation,
-    }
+    vocabulary = image_vocabulary(model, processor)
     with whole_folder(folder) as staging:
         for name, (part, its_processor) in parts.items():
             part.save_pretrained(staging / name)
             its_processor.save_pretrained(staging / name)
         (staging / VOCABULARY_FILE).write_text(json.dumps(vocabulary, indent=2) + "\n", encoding="utf-8")
     return alone
+
+
+def image_vocabulary(model: Any, processor: UnimmProcessor) -> dict[str, Any]:
+    """Return what an engine needs to draw.
+
+    That is the rows of text, the range of the image ids, their grid, the markers, the prompts of an image
+    (`drawing_prompt`, with `{prompt}` in place of the text, and the token ids `null_prompt`) and the sampling defaults.
+
+    Raises:
+        UserError: the chat template changes or repeats the text.
+    """
+    template = processor.drawing_prompt(PROMPT)
+    if template.count(PROMPT) != 1:
+        raise UserError(
+            f"The chat template writes the prompt {template.count(PROMPT)} times instead of once: no other engine can "
+            "write the prompts of this model."
+        )
+    return {
+        "text_vocab_size": model.config.text_vocab_size,
+        "image_vocab_start": model.config.image_vocab_start,
+        "codebook_size": model.config.codebook_size,
+        "image_grid": list(model.config.image_grid),
+        "boi_token_id": model.config.boi_token_id,
+        "eoi_token_id": model.config.eoi_token_id,
+        "drawing_prompt": template,
+        "null_prompt": list(model.config.null_prompt),
+        "image_generation": model.generation_config.image_generation,
+    }
 
 
 def _plain_text_config(model: Any) -> PreTrainedConfig:
@@ -161,7 +189,7 @@ def _stock_state(model: Any, rows: int) -> dict[str, Tensor]:
     return {
         **own,
         **_below("model.vision_tower.", model.image_tokenizer.encoder.state_dict()),
-        **_below("model.language_model.", _cut(model.model.language_model.state_dict(), rows)),
+        **_below("model.language_model.", _cut(model, rows)),
     }
 
 
@@ -169,9 +197,10 @@ def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def _cut(state: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Return a language model's state dict with only the first `rows` rows of its embedding."""
-    name = "embed_tokens.weight"
+def _cut(model: Any, rows: int) -> dict[str, Tensor]:
+    """Return the language model's state dict with only the first `rows` rows of its embedding."""
+    state = model.model.language_model.state_dict()
+    name = f"{embedding_name(model.model.language_model)}.weight"
     return {**state, name: state[name][:rows]}
 
 
@@ -181,7 +210,8 @@ def _filled(target: PreTrainedModel, state: dict[str, Tensor], model: Any, rows:
     Raises:
         UserError: if a tensor is missing or has another shape; a tied head needs none.
     """
-    state = {**state, "lm_head.weight": model.get_output_embeddings().weight[:rows]}
+    own = head_name(target)
+    state |= {f"{own}.{name}": tensor[:rows] for name, tensor in model.get_output_embeddings().state_dict().items()}
     expected = target.state_dict()
     tied = set(target.all_tied_weights_keys)
     wrong = [

@@ -24,7 +24,8 @@ from unimm.mllm.decoding import Steps, expand_cache, steps_after
 from unimm.mllm.drawing import Drawing, check_parallel_tokens, warn
 from unimm.mllm.interleaving import Interleaving
 from unimm.mllm.text_mode import TextGenerationMixin
-from unimm.sampling import SAMPLING_NAMES, GuidanceScale, ImageSampling, Noise, per_image_seeds, request_keys
+from unimm.noise import Noise, per_image_seeds, request_keys
+from unimm.sampling import SAMPLING_NAMES, GuidanceScale, ImageSampling
 
 
 class ImageGenerationMixin(TextGenerationMixin):
@@ -67,10 +68,9 @@ class ImageGenerationMixin(TextGenerationMixin):
                 `forced_token_ids` [B or S, M]: token ids of the image that are kept as they are (`get_image_tokens`,
                 or an earlier result), -1 for those to draw: inpainting, outpainting, variations. Tokens are drawn in
                 raster order, so a forced one conditions only those after it; runs forced in all rows are read at once.
-                Interleaved mode:
-                `max_new_tokens` (None: as many as the context has room for), `image_generation`, a dict of
-                `ImageSampling`'s fields, `guidance_scale`, `parallel_tokens`, `pixel_values`, and for text the sampling
-                arguments of transformers.
+                Interleaved mode: `max_new_tokens` (None: as many as the context has room for), `image_generation`, a
+                dict of `ImageSampling`'s fields, `guidance_scale`, `parallel_tokens`, `pixel_values`, and for text the
+                sampling arguments of transformers.
 
         Returns:
             Text mode: token_ids [B * R, L + new]. Interleaved mode: token_ids [B, L + new], see

@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from unimm.errors import UserError
-from unimm.sampling import ImageSampling, image_seed, per_prompt_scale
+from unimm.noise import image_seed
+from unimm.sampling import ImageSampling, per_prompt_scale
 
 _TEXT_ARGUMENTS = frozenset(
     (

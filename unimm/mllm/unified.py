@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from unimm.errors import UserError
 from unimm.mllm.generation import ImageGenerationMixin
+from unimm.mllm.hosts.heads import embedding_name
 from unimm.mllm.vocabulary import VisualVocabulary
 from unimm.saving import WholeCheckpointMixin
 from unimm.tokenizer import ImageTokenizer
@@ -144,7 +145,8 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
         argument of this name; a tied head follows the embedding."""
         vocabulary = self.visual_vocabulary
         rows = [*range(vocabulary.base, vocabulary.end), self.config.boi_token_id, self.config.eoi_token_id]
-        parts = ("embed_tokens",) if self.config.tie_word_embeddings else ("embed_tokens", "lm_head")
+        embedding = embedding_name(self.model.language_model).rpartition(".")[2]
+        parts = (embedding,) if self.config.tie_word_embeddings else (embedding, "lm_head")
         return {part: list(rows) for part in parts}
 
     @torch.no_grad()

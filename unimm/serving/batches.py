@@ -17,7 +17,7 @@ from unimm.errors import UserError, one_line
 from unimm.mllm.answering import chat_inputs, end_tokens
 from unimm.mllm.conditions import keep_outside
 from unimm.mllm.previews import images_so_far
-from unimm.sampling import Noise, image_seed
+from unimm.noise import Noise, image_seed
 from unimm.serving.jobs import DrawRequest, Finished, Job, Piece, Preview, TextRequest, Written
 
 

@@ -3,6 +3,8 @@
 A host is the language or multimodal model that an image tokenizer is attached to.
 """
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -26,6 +28,40 @@ _IMAGE = {"image_size": 16, "patch_size": 4}
 _MLP = {"intermediate_size": 64}
 
 ROWS = 320
+
+# text-only host -> fields of its config beside `_SIZES`: what makes the family differ from a Llama, in small
+_TEXT: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 8},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {"partial_rotary_factor": 0.5, "pad_token_id": 0},
+    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {},
+    "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0},
+    "cohere": {"logit_scale": 0.0625, "tie_word_embeddings": True},
+    "gpt2": {"tie_word_embeddings": True},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "tie_word_embeddings": True},
+    "falcon": {"tie_word_embeddings": True},
+    "smollm3": {"pad_token_id": 0, "tie_word_embeddings": True},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
 
 HOST_FAMILIES = (*TEXT_HOSTS, *HOSTS)
 
@@ -62,8 +98,8 @@ def tiny_host(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTo
         "eos_token_id": None,
     }
     if family in TEXT_HOSTS:
-        head = {"head_dim": 16} if family == "qwen3" else {}
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **text, **head)).eval(), text_tokenizer(())
+        config = AutoConfig.for_model(family, **text | _TEXT[family])
+        return AutoModelForCausalLM.from_config(config).eval(), text_tokenizer(())
     tiny = HOSTS[family].tiny
     tokenizer = text_tokenizer(tuple(tiny.tokens))
     tokens = {name: tokenizer.convert_tokens_to_ids(token) for token, name in tiny.tokens.items() if name}

@@ -102,7 +102,7 @@ class CausalDecoder(OwnStart):
     def _branch(self, codes: Tensor, masks: Tensor, norm: nn.Module) -> Tensor:
         memory = self.pixel_norm(self.projection(codes.to(self.projection.weight.dtype)) + self.code_positions)
         asked = norm(torch.cat([self.cls + self.cls_position, masks, self.registers], dim=1))
-        hidden_states = torch.cat([memory, asked.expand(len(codes), -1, -1)], dim=1)
+        hidden_states = torch.cat([memory, asked.expand(codes.shape[0], -1, -1)], dim=1)
         for block in self.blocks:
             hidden_states = block(hidden_states)
         start = memory.shape[1] + 1  # after the codes and CLS
@@ -166,7 +166,7 @@ class FeatureDecoder(OwnStart):
         """Predict the deep and the shallow features, each [B, M, D], from codes [B, M, C]."""
         tokens = self.projection(codes.to(self.projection.weight.dtype))
         tokens = tokens + resized_table(self.positions, self.grid, grid)
-        around = [table.expand(len(codes), -1, -1) for table in (self.cls + self.cls_position, self.registers)]
+        around = [table.expand(codes.shape[0], -1, -1) for table in (self.cls + self.cls_position, self.registers)]
         hidden_states = self.norm(torch.cat([around[0], tokens, around[1]], dim=1))
         for block in self.blocks:
             hidden_states = block(hidden_states)

@@ -58,7 +58,7 @@ class Quantizer(Float32Module, OwnStart):
     """Base class of the quantizers.
 
     `codebook` [K, C] is the stored tensor, `effective_codebook` [K, C] the codes that latents are compared with. A
-    subclass defines `effective_codebook`, `comparable` and how a code is set (`adopt`, `_move`).
+    subclass defines `effective_codebook`, `comparable` and how a code is set (`adopt`, `move`).
     """
 
     codebook: Tensor
@@ -100,89 +100,13 @@ class Quantizer(Float32Module, OwnStart):
         """Compute `code_entropy` of latents [B, M, C] over this codebook."""
         return code_entropy(self.comparable(latents), self.effective_codebook, temperature, share=share)
 
-    @torch.no_grad()
-    def fit(self, latents: Tensor, iterations: int = 10, seed: int = 0) -> None:
-        """Initialize from data: set the codes to the k-means centers of `latents` [n, C].
-
-        Not in the papers: it makes a small codebook start with every code in use. Raises UserError if n < K.
-        """
-        size = len(self.codebook)
-        if len(latents) < size:
-            raise UserError(f"{len(latents)} latents cannot fill a codebook of {size} codes; give more images.")
-        generator = torch.Generator().manual_seed(seed)
-        latents = self.comparable(latents.detach())
-        centres = latents[torch.randperm(len(latents), generator=generator)[:size].to(latents.device)].clone()
-        for _ in range(iterations):
-            ids = nearest_codes(latents, centres)
-            counts = torch.bincount(ids, minlength=size)
-            sums = torch.zeros_like(centres).index_add_(0, ids, latents)
-            centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
-            centres = self.comparable(centres)
-        self.adopt(centres)
-
     def adopt(self, codes: Tensor) -> None:
         """Set the effective codebook to `codes` [K, C]."""
         self.codebook.copy_(codes)
 
-    @torch.no_grad()
-    def redundant(self, latents: Tensor, counts: Tensor) -> Tensor:
-        """Return the indices [n] of codes that a more frequent code can replace (not in the papers).
-
-        Two codes are redundant if their squared distance is below the mean quantization error of the worse half of
-        `latents` [m, C]: they split what one code could cover while other latents have no close code. `counts` [K] is
-        how often each code was chosen.
-        """
-        _, errors = self._served(latents)
-        return self._stood_in_for(counts, _radius(errors)).nonzero().flatten()
-
-    @torch.no_grad()
-    def reestimate(self, latents: Tensor, seed: int = 0) -> int:
-        """Move unused and redundant codes onto latents [m, C] with an error above `redundant`'s radius.
-
-        Re-estimates the codebook of a trained tokenizer (not in the papers); all else is unchanged. Repeated on fresh
-        latents it spreads the codes evenly over the latents' support, whatever their frequency. Returns how many codes
-        moved.
-        """
-        ids, errors = self._served(latents)
-        counts = torch.bincount(ids, minlength=len(self.codebook))
-        radius = _radius(errors)
-        idle = ((counts == 0) | self._stood_in_for(counts, radius)).nonzero().flatten()
-        badly_served = (errors > radius).nonzero().flatten()
-        generator = torch.Generator().manual_seed(seed)
-        chosen = badly_served[torch.randperm(len(badly_served), generator=generator)[: len(idle)].to(ids.device)]
-        idle = idle[: len(chosen)]
-        self._move(idle, latents.detach().float()[chosen])
-        return len(idle)
-
-    def _served(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the id and the squared quantization error of each of the latents [m, C], both [m]."""
-        flat, table = self.comparable(latents.detach()), self.effective_codebook
-        ids = nearest_codes(flat, table)
-        return ids, (flat - F.embedding(ids, table)).square().sum(dim=1)
-
-    def _stood_in_for(self, counts: Tensor, radius: Tensor) -> Tensor:
-        """Return the mask [K] of codes with a more frequent code (ties: lower index) within `radius` (squared)."""
-        table = self.effective_codebook
-        order, counts = torch.arange(len(table), device=table.device), counts.to(table.device)
-        more = (counts[None] > counts[:, None]) | ((counts[None] == counts[:, None]) & (order[None] < order[:, None]))
-        return (more & (torch.cdist(table, table).square() < radius)).any(dim=1)
-
-    def _move(self, codes: Tensor, targets: Tensor) -> None:
+    def move(self, codes: Tensor, targets: Tensor) -> None:
         """Set the effective codes with indices `codes` [n] to `targets` [n, C]."""
         self.codebook[codes] = self.comparable(targets).to(self.codebook.dtype)
-
-    @torch.no_grad()
-    def restart(self, dead: Tensor, latents: Tensor, seed: int = 0) -> None:
-        """Restart the codes `dead` [n] at latents [m, C] with a large quantization error (not in the papers).
-
-        The latents are sampled with replacement from the half with the largest errors, so the new codes vary.
-        """
-        latents = latents.detach().float()
-        _, errors = self._served(latents)
-        worst = errors.topk(max(1, len(latents) // 2)).indices
-        generator = torch.Generator().manual_seed(seed)
-        chosen = worst[torch.randint(len(worst), (len(dead),), generator=generator).to(worst.device)]
-        self._move(dead, latents[chosen])
 
 
 class SimVQ(Quantizer):
@@ -214,7 +138,7 @@ class SimVQ(Quantizer):
         if self.projection.bias is not None:
             self.projection.bias.zero_()
 
-    def _move(self, codes: Tensor, targets: Tensor) -> None:
+    def move(self, codes: Tensor, targets: Tensor) -> None:
         """Solve for the rows `codes` [n] of C that the unchanged W maps onto `targets` [n, C]."""
         targets = targets - (0 if self.projection.bias is None else self.projection.bias)
         # In float64, because the last bit of a float32 solution depends on the tensors' memory alignment.
@@ -241,8 +165,3 @@ class NormalizedVQ(Quantizer):
     def start(self) -> None:
         init.uniform_(self.codebook, -1.0, 1.0)  # LlamaGen's bounds 1 / K have no effect after normalization
         init.copy_(self.codebook, F.normalize(self.codebook, dim=1))
-
-
-def _radius(errors: Tensor) -> Tensor:
-    """Return the mean of the larger half of the squared errors."""
-    return errors.topk(max(1, len(errors) // 2)).values.mean()

@@ -114,7 +114,7 @@ class AnchorSampler(Float32Module, OwnStart):
         """Sample encoder levels, each [B, N, D], into latents [B, M, C]."""
         values = torch.cat([adapter(level) for adapter, level in zip(self.adapters, levels, strict=True)], dim=1)
         places = cell_centers(self.anchor_grid, values.device)
-        anchors = self.norm(self.anchors).expand(len(values), -1, -1)
+        anchors = self.norm(self.anchors).expand(values.shape[0], -1, -1)
         for layer in self.layers:
             anchors = layer(anchors, self.positions, places, values, [self.patch_grid] * len(levels))
         return self.projection(anchors)

@@ -50,7 +50,7 @@ def test_the_command(tmp_path):
         assert file["arr_0"].shape == (3, 48, 48, 3)
     written = json.loads(report.read_text())
     assert written["shape"] == [3, 48, 48, 3]
-    assert written["plan"]["guidance_interval"] == [0, 9]
+    assert written["sampling"]["guidance_interval"] == [0, 9]
 
 
 def test_nothing_is_left_of_a_file_that_fails(tmp_path):

@@ -22,10 +22,9 @@ from unimm.errors import UserError, run_main
 from unimm.evaluation.runs.html_report import write_report
 from unimm.evaluation.runs.records import read_records, read_summary
 from unimm.evaluation.shapes import run as shapes
+from unimm.evaluation.shapes.arguments import ALL_PARTS, PARTS, ShapesPlan
 from unimm.evaluation.shapes.run import (
-    PARTS,
     QUESTION_KINDS,
-    ShapesPlan,
     evaluate_chat,
     evaluate_generation,
     evaluate_reconstruction,
@@ -119,7 +118,7 @@ def test_a_drawing_that_shows_more_than_its_prompt_is_strictly_wrong() -> None:
     asked = SceneObject(rule["class"], rule["color"], 16, 16, 10)
     other = SceneObject("square", "purple", 46, 46, 9)
     for objects, strict in (((asked,), True), ((asked, other), False)):
-        row = shapes._judge(prompt, render(Scene(objects, "white")))
+        row = shapes.judge_drawing(prompt, render(Scene(objects, "white")))
         assert row["correct"]
         assert row["strict"] == strict == (not row["refusals"])
 
@@ -184,7 +183,7 @@ def test_chat_counts_right_answers_per_kind(monkeypatch: pytest.MonkeyPatch) -> 
         return ["who knows" if turn.kind == "count" else f"{turn.answer.upper()}." for turn in now]
 
     monkeypatch.setattr(shapes, "sample_questions", remember)
-    monkeypatch.setattr(shapes, "_answer", answer)
+    monkeypatch.setattr(shapes, "answer_questions", answer)
     scores, rows = evaluate_chat(None, None, PLAN)
     assert scores == {"existence": 1, "color": 1, "count": 0, "position": 1}
     assert Counter(row["kind"] for row in rows) == dict.fromkeys(QUESTION_KINDS, PLAN.questions)
@@ -228,7 +227,7 @@ def test_plan_is_a_function_of_its_seed() -> None:
 def test_drawings_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = unified()
     images: dict[int, list[bytes]] = {}
-    judge = shapes._judge
+    judge = shapes.judge_drawing
     for size in (2, 6):
         seen = images.setdefault(size, [])
 
@@ -236,7 +235,7 @@ def test_drawings_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) ->
             seen.append(image.tobytes())
             return judge(prompt, image)
 
-        monkeypatch.setattr(shapes, "_judge", remember)
+        monkeypatch.setattr(shapes, "judge_drawing", remember)
         evaluate_generation(model, processor, ShapesPlan(prompts=1, images_per_prompt=2, batch_size=size))
     assert images[2] == images[6]
     assert len(set(images[2])) == len(images[2]) == 14
@@ -310,7 +309,10 @@ def test_tokenizer_alone_scores_as_inside_the_model(model_folder: Path, tmp_path
     ("arguments", "message"),
     [
         (["--model", "no/such/folder"], "There is no model folder no/such/folder"),
-        (["--parts", "chat,draw"], "--parts names draw; the parts are reconstruction, chat, generation."),
+        (
+            ["--parts", "chat,draw"],
+            f"--parts names draw; the parts are {', '.join(ALL_PARTS)}.",
+        ),
         (["--num-scenes", "0"], "num_scenes is 0; it must be at least 1."),
         (["--rows", "no/such/folder/rows.jsonl"], "its folder does not exist"),
     ],

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 import unimm
 from tests.conftest import ROOT
 from tests.training.language_model.tiny_host import tiny_host
-from unimm.training.loop.arguments import PanelConfig
+from unimm.training.loop.arguments import PanelConfig, PanelSampling
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -22,7 +22,7 @@ def test_the_panel_shows_what_a_user_would_get(guidance_scale: float, tmp_path: 
     torch.manual_seed(0)
     model, processor = tiny_host()
     panel_of = runpy.run_path(str(ROOT / "recipes" / "t2i.py"))["panel_of"]
-    panel = PanelConfig(["a photo of a circle"], guidance_scale=guidance_scale, temperature=0.7, seed=4)
+    panel = PanelConfig(["a photo of a circle"], PanelSampling(guidance_scale=guidance_scale, temperature=0.7), seed=4)
     with SummaryWriter(str(tmp_path)) as writer:
         panel_of(model.eval(), processor, panel)(writer, 7)
     events = EventAccumulator(str(tmp_path))

@@ -64,6 +64,11 @@ def detect(
     return [detection for detection in found if detection.score >= min_score]
 
 
+def background_of(image: Image.Image | np.ndarray) -> str:
+    """Return the name of the background color that is nearest to an image's border."""
+    return _nearest(_background_tone(_as_float(image)), _TONE_NAMES, _TONE_VALUES)
+
+
 def label_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     """Label the 4-connected components of a boolean [H, W]; return the labels (0 outside, 1.. from top to bottom) and
     their number."""
@@ -109,7 +114,7 @@ def _read(pixels: np.ndarray, tone: np.ndarray, labels: np.ndarray, index: int) 
     columns = np.arange(x1, x2, dtype=np.float32)[None, :] + 0.5
     rows = np.arange(y1, y2, dtype=np.float32)[:, None] + 0.5
     # Not clipped before the moments: clipping would turn noise around the object into area.
-    area = float(alpha.sum())
+    area = max(float(alpha.sum()), 1.0)  # noise may project to less than nothing
     center_x, center_y = float((alpha * columns).sum()) / area, float((alpha * rows).sum()) / area
     alpha = np.clip(alpha, 0, 1)
     best = ("", 0.0, 0.0, -1.0)

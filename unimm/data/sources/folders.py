@@ -15,7 +15,8 @@ METADATA = "metadata.jsonl"
 
 
 class FolderImages(Rows):
-    """A data set of all images below a folder, sorted by path; rows are `{"image", "text", "key"}`.
+    """A data set of all images below a folder, sorted by path; rows are `{"image", "text", "key"}`,
+    with the path of the edited image as `options.target_column` if metadata.jsonl names one.
 
     Raises:
         UserError: there is no image, or a metadata.jsonl cannot be read.
@@ -28,9 +29,17 @@ class FolderImages(Rows):
         if not self.paths:
             raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
         self.captions: dict[Path, Any] = {}
+        self.targets: dict[Path, Path] = {}
         for path in files:
             if path.name == METADATA:
-                self.captions |= _metadata(path, self.options.text_column)
+                rows = _metadata(path)
+                named = {image: row for image, row in rows.items() if self.options.text_column in row}
+                self.captions |= {image: row[self.options.text_column] for image, row in named.items()}
+                self.targets |= _targets(rows, self.options.target_column)
+        if self.targets:  # the edited images are no rows of their own
+            edited = set(self.targets.values())
+            self.paths = [path for path in self.paths if path not in edited or path in self.targets]
+            self.column_names = (self.options.target_column,)
         if not self.captions and not any(path.suffix == ".txt" for path in files):
             self.caption_gap = f"no image of it has a .txt beside it, and there is no {METADATA}"
 
@@ -40,7 +49,9 @@ class FolderImages(Rows):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
         image = self.options.image(path, str(path))
-        return {"image": image, "text": self._caption(path), "key": printable(path.relative_to(self.folder).as_posix())}
+        name = printable(path.relative_to(self.folder).as_posix())
+        target = {self.options.target_column: self.targets[path]} if path in self.targets else {}
+        return {"image": image, "text": self._caption(path), "key": name, **target}
 
     def _caption(self, path: Path) -> str:
         if path in self.captions:
@@ -55,9 +66,14 @@ class FolderImages(Rows):
             raise BadRow("wrong caption", f"{path.with_suffix('.txt')} cannot be read: {error}") from None
 
 
-def _metadata(path: Path, column: str) -> dict[Path, Any]:
-    """Read {image path: caption} from one metadata.jsonl."""
-    captions: dict[Path, Any] = {}
+def _targets(rows: dict[Path, dict[str, Any]], column: str) -> dict[Path, Path]:
+    """Return {image path: path of the edited image} of the rows that name one."""
+    return {image: image.parent / row[column] for image, row in rows.items() if isinstance(row.get(column), str)}
+
+
+def _metadata(path: Path) -> dict[Path, dict[str, Any]]:
+    """Read {image path: row} from one metadata.jsonl."""
+    rows: dict[Path, dict[str, Any]] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -71,6 +87,5 @@ def _metadata(path: Path, column: str) -> dict[Path, Any]:
             raise UserError(f"{path}, line {number} is not JSON: {error.msg} in column {error.colno}.") from None
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise UserError(f"{path}, line {number} has no file_name: {line[:60]!r}.")
-        if column in row:
-            captions[path.parent / row["file_name"]] = row[column]
-    return captions
+        rows[path.parent / row["file_name"]] = row
+    return rows

@@ -46,10 +46,10 @@ def _parquet(files: Sequence[str], source: str, options: ReadOptions) -> Rows:
     return parquet_images([Path(file) for file in files], options, source)
 
 
-ROW = ("text_column", "max_aspect_ratio", "min_side")
+ROW = ("text_column", "target_column", "max_aspect_ratio", "min_side")
 SHARDS = {
     ".parquet": SourceKind("a table of parquet files", _parquet, ("streaming", "image_column", *ROW)),
-    ".tar": SourceKind("a set of tar shards", TarImages, ("streaming", *ROW)),
+    ".tar": SourceKind("a set of tar shards", TarImages, ("streaming", "text_column", "max_aspect_ratio", "min_side")),
 }
 """Kinds of files with many images each, by suffix."""
 
@@ -105,8 +105,9 @@ def _opened(kind: SourceKind, files: Sequence[str], source: str, options: ReadOp
 
 def _shards(files: Sequence[str], source: str, options: ReadOptions, strict: bool) -> Rows:
     suffixes = {Path(file).suffix for file in files}
-    if len(suffixes) == 1 and (kind := SHARDS.get(*suffixes)) is not None:
-        return _opened(kind, files, source, options, strict)
+    for suffix, kind in SHARDS.items():
+        if suffixes == {suffix}:
+            return _opened(kind, files, source, options, strict)
     if all(Path(file).exists() or is_url(file) for file in files):
         known = " or ".join(SHARDS)
         raise UserError(f"{source} names files that end in {', '.join(sorted(suffixes))}: shards end in {known}.")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from unimm.errors import UserError
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
+from unimm.sampling import SAMPLING_HELP, add_sampling_arguments, sampling_options
 
 BENCH = "dpg"
 GET_CSV = "dpg_bench.csv from ELLA's repository (dpg_bench/), or from Jialuo21/DPG-Bench on the hub"
@@ -14,6 +15,7 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
     """Parse the arguments and check them."""
     arguments = parse_run(_parser(description), argv, bench=BENCH)
     _check(arguments)
+    sampling_options(arguments)
     return arguments
 
 
@@ -34,9 +36,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     images.add_argument("--resolution", type=int, help="with --images: the side of one image of a grid")
     images.add_argument("--allow-missing", action="store_true", help="with --images: count missing grids, go on")
     images.add_argument("--num-images", type=int, default=4, help="images of a prompt; the benchmark draws 4")
-    images.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
-    images.add_argument("--temperature", type=float, help="default: the checkpoint's own")
     images.add_argument("--seed", type=int, default=0)
+    add_sampling_arguments(made.add_argument_group("sampling", SAMPLING_HELP))
     judging = made.add_argument_group("judge")
     judging.add_argument("--judge", metavar="PATH", help="BLIP-VQA, ViLT, a chat model, or mplug (the official one)")
     judging.add_argument("--judge-kind", help="blip, vilt, chat or mplug; read from its configuration unless given")

@@ -26,6 +26,7 @@ from unimm.evaluation.runs.store import Manifest, RunStore, content_sha256, proc
 from unimm.evaluation.vqa import Judge, load_vqa_model
 from unimm.runs.provenance import model_fingerprint
 from unimm.runs.report import Report
+from unimm.sampling import sampling_options
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         images: Images | None = grids
         if images is None:
             assert evaluated is not None
-            count, sampling = arguments.num_images, _sampling(arguments)
+            count, sampling = arguments.num_images, sampling_options(arguments)
             images = DrawnImages(evaluated.model, evaluated.processor, prompts, store, count, sampling)
         summary = judge_images(store, images, prompts, judge)
     missing = grids.missing if grids is not None else []
@@ -73,11 +74,6 @@ def run(arguments: argparse.Namespace) -> None:
             report.say(str(write_grids(store.folder / "grids", {key: store.image_path(*key) for key in images.keys})))
         report.add(**summary, missing=missing)
         report.write()
-
-
-def _sampling(arguments: argparse.Namespace) -> dict[str, float]:
-    given = {name: getattr(arguments, name) for name in ("guidance_scale", "temperature")}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _manifest(
@@ -95,7 +91,7 @@ def _manifest(
         if evaluated.model is None:
             raise UserError(f"{arguments.model} is an image tokenizer and cannot draw prompts: name a unified model.")
         weights["model"] = model_fingerprint(evaluated.model)
-        settings |= {"sampling": _sampling(arguments), **evaluated.runs_on}
+        settings |= {"sampling": sampling_options(arguments), **evaluated.runs_on}
     if grids is not None:
         weights["images"] = content_sha256(grids.content())
         settings |= {"resolution": arguments.resolution, "missing": len(grids.missing)}

@@ -33,7 +33,6 @@ class SamplesPlan:
     batch_size: int = 50
     seed: int = 0
     image_size: int | None = None
-    guidance_interval: tuple[int, int] | None = None
 
 
 def write_samples(drawer: ClassDrawer, path: str | Path, plan: SamplesPlan, sampling: ImageSampling) -> tuple[int, ...]:
@@ -55,9 +54,7 @@ def drawn_batches(drawer: ClassDrawer, plan: SamplesPlan, sampling: ImageSamplin
     classes = drawer.model.config.num_classes
     for start in tqdm(range(0, plan.num_images, plan.batch_size), desc="images", unit="batch"):
         labels = [k % classes for k in range(start, min(start + plan.batch_size, plan.num_images))]
-        images = drawer.draw(
-            labels, sampling, seed=plan.seed, first_image=start, guidance_interval=plan.guidance_interval
-        )
+        images = drawer.draw(labels, sampling, seed=plan.seed, first_image=start)
         if plan.image_size is not None:
             side = (plan.image_size, plan.image_size)
             images = [image.resize(side, Image.Resampling.BICUBIC) for image in images]

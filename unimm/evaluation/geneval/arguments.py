@@ -13,6 +13,7 @@ from pathlib import Path
 from unimm.errors import UserError
 from unimm.evaluation.geneval.rules import GRAY, Thresholds
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
+from unimm.sampling import SAMPLING_HELP, SAMPLING_NAMES, add_sampling_arguments, sampling_options
 
 BENCH = "geneval"
 
@@ -28,6 +29,11 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
 def _check_scoring(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         raise UserError("--output DIR is not given: images, detections and verdicts are kept there.")
+    sampling_options(arguments)
+    drawing = ("model", "prompts", "limit", *SAMPLING_NAMES)
+    unused = [f"--{name.replace('_', '-')}" for name in drawing if getattr(arguments, name) is not None]
+    if arguments.images is not None and unused:
+        raise UserError(f"--images judges images that are there already: leave out {', '.join(unused)}.")
     if arguments.export is not None and Path(arguments.export).exists():
         raise UserError(f"--export {arguments.export} exists: choose a new folder, nothing is overwritten.")
 
@@ -50,9 +56,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     source.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each tag")
     source.add_argument("--seed", type=int, default=0, help="default 0")
     source.add_argument("--batch-size", type=int, default=8, help="images in one forward (default 8)")
-    source.add_argument("--guidance-scale", type=float, help="of drawing; default: the checkpoint's own")
-    source.add_argument("--temperature", type=float, help="of drawing; default: the checkpoint's own")
     source.add_argument("--export", metavar="DIR", help="also copy the images into the official layout")
+    add_sampling_arguments(made.add_argument_group("sampling", SAMPLING_HELP))
     judge = made.add_argument_group("judges")
     judge.add_argument("--detector", metavar="DIR", help="a Mask2Former for COCO's instances")
     judge.add_argument("--clip", metavar="DIR", help="a CLIP that names colours")

@@ -56,6 +56,7 @@ from unimm.evaluation.runs.store import Key, Manifest, RunStore, content_sha256,
 from unimm.evaluation.vqa import load_vqa_model
 from unimm.runs.provenance import model_fingerprint, write_atomically
 from unimm.runs.report import Report
+from unimm.sampling import sampling_options
 
 RESULTS, QUESTIONS = "geneval_results.jsonl", "questions"
 RECORDED_SCORE = 0.05  # detections are kept from here on, so that other thresholds can be tried without a detector
@@ -129,13 +130,8 @@ def _score(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def _given(arguments: argparse.Namespace) -> ImageFolder | None:
-    """Read the folder given by --images, if any. Raise UserError if drawing options are given too."""
-    if arguments.images is None:
-        return None
-    drawing = ("model", "prompts", "limit", "guidance_scale", "temperature")
-    if unused := [f"--{name.replace('_', '-')}" for name in drawing if getattr(arguments, name) is not None]:
-        raise UserError(f"--images judges images that are there already: leave out {', '.join(unused)}.")
-    return read_folder(arguments.images)
+    """Read the folder given by --images, if any."""
+    return None if arguments.images is None else read_folder(arguments.images)
 
 
 def _evaluated(arguments: argparse.Namespace) -> EvaluatedModel:
@@ -184,9 +180,7 @@ def _second_judge(
 
 
 def _plan(arguments: argparse.Namespace) -> GenevalPlan:
-    sampling = {
-        name: value for name in ("guidance_scale", "temperature") if (value := getattr(arguments, name)) is not None
-    }
+    sampling = sampling_options(arguments)
     return GenevalPlan(arguments.num_images, arguments.limit, arguments.seed, arguments.batch_size, sampling)
 
 

@@ -39,7 +39,7 @@ class GenevalPlan:
         num_images: images per prompt; the benchmark draws four.
         limit: prompts per tag, None for all.
         batch_size: images per forward; the last bits of a result may depend on it, so the manifest records it.
-        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, overriding the checkpoint's defaults.
+        sampling: settings of `ImageSampling` that override the checkpoint's defaults.
     """
 
     num_images: int = 4

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
+from unimm.sampling import SAMPLING_HELP, add_sampling_arguments, sampling_options
 
 BENCH = "nearest"
 
@@ -20,15 +21,13 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
     parser.add_argument("--source", required=True, help="captioned images: a parquet file with image and text")
     parser.add_argument("--num-images", type=int, default=0, help="the first so many; 0: all")
     parser.add_argument("--batch-size", type=int, default=64, help="drawings at a time")
-    parser.add_argument("--guidance-scale", type=float, help="in place of the checkpoint's own, as the next three")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest id")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
+    add_sampling_arguments(parser.add_argument_group("sampling", SAMPLING_HELP))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", metavar="FILE", help="write a page of prompts and images")
     parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     add_run_arguments(parser)
     arguments = parse_run(parser, argv, bench=BENCH)
+    sampling_options(arguments)
     if arguments.output is None:
         parser.error("--output DIR is needed: the drawings are kept there")
     return arguments

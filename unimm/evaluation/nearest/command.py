@@ -32,6 +32,7 @@ from unimm.evaluation.runs.store import Key, Manifest, Record, RunStore, content
 from unimm.mllm.draw_prompts import draw_prompts
 from unimm.runs.provenance import git_commit, model_fingerprint
 from unimm.runs.report import Report
+from unimm.sampling import sampling_options
 
 PARTS = ("drawing", "reconstruction")
 JUDGE = {"name": "nearest image of the set", "rule": "no other image has a smaller mean squared difference"}
@@ -106,7 +107,7 @@ def _record(
     for block in tqdm(store.split_blocks(keys, arguments.batch_size), desc=part, unit="batch"):
         rows = np.array([row_of[key] for key in block])
         seeds = [sample_seed(arguments.seed, BENCH, *key) for key in block]
-        images = make(evaluated, [names[row] for row in rows], originals[rows], seeds, _sampling(arguments))
+        images = make(evaluated, [names[row] for row in rows], originals[rows], seeds, sampling_options(arguments))
         nearest, ranks = nearest_images(to_array(images), originals, rows)
         for key, row, seed, image, found, rank in zip(block, rows, seeds, images, nearest, ranks, strict=True):
             if key in store.done:
@@ -170,11 +171,6 @@ def _summary(records: list[Record]) -> dict[str, Any]:
     return found
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("guidance_scale", "temperature", "top_k", "top_p")
-    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
-
-
 def _manifest(
     evaluated: EvaluatedModel, names: list[str], originals: np.ndarray, arguments: argparse.Namespace
 ) -> Manifest:
@@ -184,7 +180,7 @@ def _manifest(
         arguments.seed,
         settings={
             "source": arguments.source,
-            "sampling": evaluated.model.generation_config.image_generation | _sampling(arguments),
+            "sampling": evaluated.model.generation_config.image_generation | sampling_options(arguments),
             "batch_size": arguments.batch_size,
             "image_size": evaluated.tokenizer.config.image_size,
             "device": evaluated.tokenizer.device.type,

@@ -5,15 +5,19 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from unimm.errors import UserError
 from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
 from unimm.runs.provenance import check_output
+from unimm.sampling import SAMPLING_HELP, add_sampling_arguments, sampling_options
 
 BENCH = "shapes"
 PARTS = ("reconstruction", "chat", "generation")
+"""Measured by default."""
+ALL_PARTS = (*PARTS, "edits", "interleaved", "phrasing")
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,12 @@ class ShapesPlan:
     Args:
         num_scenes: images that are reconstructed and compared.
         codebook_scenes: images whose ids are counted, including the compared ones.
-        questions: questions per kind.
-        prompts: prompts per tag, and as many with a withheld pair.
+        questions: questions per kind; a tenth of it per kind of phrasing.
+        prompts: prompts per tag, and as many with a withheld pair; edits per kind, interleaved answers, and two fifths
+            of it per kind of phrasing, with one image each.
         images_per_prompt: images drawn per prompt.
         batch_size: images or questions per forward; drawn images do not depend on it.
-        sampling: `guidance_scale`, `temperature`, `top_k`, `top_p`, overriding the checkpoint's defaults.
+        sampling: settings of `ImageSampling` that override the checkpoint's defaults.
     """
 
     num_scenes: int = 500
@@ -37,7 +42,7 @@ class ShapesPlan:
     images_per_prompt: int = 4
     seed: int = 0
     batch_size: int = 64
-    sampling: dict[str, float] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt", "batch_size")
@@ -67,19 +72,19 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", help="a unified model or an image tokenizer; the default comes with the library")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(PARTS)}")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(ALL_PARTS)}")
     parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     parser.add_argument("--rows", metavar="FILE", help="write one JSON line per image and question")
     for name in ("num_scenes", "codebook_scenes", "questions", "prompts", "images_per_prompt", "batch_size", "seed"):
         default = getattr(ShapesPlan, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
-    for name in ("guidance_scale", "temperature"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="of drawing; default: the checkpoint's own")
+    add_sampling_arguments(parser.add_argument_group("sampling", SAMPLING_HELP))
     add_run_arguments(parser)
     arguments = parse_run(parser, argv, bench=BENCH)
+    sampling_options(arguments)
     arguments.parts = [part.strip() for part in arguments.parts.split(",")]
-    if unknown := [part for part in arguments.parts if part not in PARTS]:
-        raise UserError(f"--parts names {', '.join(unknown)}; the parts are {', '.join(PARTS)}.")
+    if unknown := [part for part in arguments.parts if part not in ALL_PARTS]:
+        raise UserError(f"--parts names {', '.join(unknown)}; the parts are {', '.join(ALL_PARTS)}.")
     if arguments.rows is not None and not Path(arguments.rows).absolute().parent.is_dir():
         raise UserError(f"--rows {arguments.rows}: its folder does not exist.")
     if arguments.rows is not None:

@@ -12,6 +12,15 @@ from unimm.evaluation.runs.arguments import recorded_arguments
 from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.store import Key, Manifest, Record, RunStore, content_sha256
 from unimm.evaluation.shapes.arguments import BENCH, ShapesPlan, parse
+from unimm.evaluation.shapes.instructions import (
+    edit_keys,
+    edit_scores,
+    edits,
+    interleaved,
+    interleaved_keys,
+    interleaved_scores,
+)
+from unimm.evaluation.shapes.phrasing import phrasing, phrasing_keys, phrasing_scores
 from unimm.evaluation.shapes.run import (
     QUESTION_KINDS,
     WITHHELD,
@@ -28,15 +37,20 @@ from unimm.evaluation.shapes.run import (
     held_out_prompts,
     reconstruction_scores,
     reconstructions,
+    rows_of,
     strict_scores,
 )
 from unimm.runs.provenance import git_commit, model_fingerprint, write_atomically
 from unimm.runs.report import Report
+from unimm.sampling import sampling_options
 
 JUDGES = {
     "reconstruction": {"name": "the world's analytic detector", "rule": "same colours and shapes on both sides"},
     "chat": {"name": "the one right answer", "rule": "equal after normalisation"},
     "generation": {"name": "the world's analytic detector", "rule": "GenEval's, every detection counts"},
+    "edits": {"name": "the world's analytic detector", "rule": "what the instruction asks for is found"},
+    "interleaved": {"name": "the world's analytic detector", "rule": "the text names the objects that are found"},
+    "phrasing": {"name": "as in generation and chat", "rule": "as in generation and chat"},
 }
 ASKED = ("kind", "group", "question", "expected", "prompt")  # inputs of a row; its other fields are outputs
 
@@ -52,6 +66,23 @@ class Part(NamedTuple):
     evaluate: Callable[[EvaluatedModel, ShapesPlan], tuple[dict[str, float], list[Row]]]
     batches: Callable[[EvaluatedModel, ShapesPlan, Wanted], Iterator[list[Shown]]]
     scores: Callable[[list[Row], int], dict[str, float]]
+
+
+def _part(
+    batches: Callable[[Any, Any, ShapesPlan, Wanted], Iterator[list[Shown]]],
+    scores: Callable[[list[Row]], dict[str, float]],
+) -> Part:
+    """Return the part of a unified model that has these batches and scores."""
+
+    def evaluate(evaluated: EvaluatedModel, plan: ShapesPlan) -> tuple[dict[str, float], list[Row]]:
+        rows = rows_of(batches(evaluated.model, evaluated.processor, plan, bool))
+        return scores(rows), rows
+
+    return Part(
+        evaluate,
+        lambda evaluated, plan, wanted: batches(evaluated.model, evaluated.processor, plan, wanted),
+        lambda rows, _: scores(rows),
+    )
 
 
 MEASURES = {
@@ -70,7 +101,11 @@ MEASURES = {
         lambda evaluated, plan, wanted: drawings(evaluated.model, evaluated.processor, plan, wanted),
         lambda rows, _: generation_scores(rows),
     ),
+    "edits": _part(edits, edit_scores),
+    "interleaved": _part(interleaved, interleaved_scores),
+    "phrasing": _part(phrasing, phrasing_scores),
 }
+KEYS = {"edits": edit_keys, "interleaved": interleaved_keys, "phrasing": phrasing_keys}
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
@@ -104,10 +139,19 @@ def _measured(
     for part in parts:
         with report.timed(part):
             scores[part], judged = MEASURES[part].evaluate(evaluated, plan)
-        strict[part] = strict_scores(part, judged)
+        strict[part] = _strict(part, judged)
         rows += [{"part": part, **row} for row in judged]
         report.say(_table({part: scores[part], STRICT: strict}))
     return scores | {STRICT: _present(strict)}, rows
+
+
+def _strict(part: str, rows: list[Row]) -> dict[str, float]:
+    """Return the scores of a part by the strict detector; empty if it judges nothing of it."""
+    if part not in KEYS:
+        return strict_scores(part, rows)
+    renamed = {"correct": "strict", "kept": "strict_kept", "drawn": "strict_drawn"}
+    strictly = [row | {old: row.get(new) for old, new in renamed.items()} for row in rows if "strict" in row]
+    return MEASURES[part].scores(strictly, 0)
 
 
 def _present(strict: Scores) -> Scores:
@@ -127,7 +171,7 @@ def _recorded(
             with report.timed(part):
                 _record_part(store, evaluated, plan, part)
         scores: Scores = store.finish(lambda records: _scores(records, arguments.parts, size))
-        rows = [{"part": _part(record), **_row_of(record)} for record in store.records()]
+        rows = [{"part": _part_of(record), **_row_of(record)} for record in store.records()]
     report.say(_table(scores))
     return scores, rows
 
@@ -144,6 +188,8 @@ def _record_part(store: RunStore, evaluated: EvaluatedModel, plan: ShapesPlan, p
 
 def part_keys(part: str, plan: ShapesPlan) -> tuple[list[Key], int]:
     """Return a part's keys in the order of measurement, and the batch size."""
+    if part in KEYS:
+        return KEYS[part](plan)
     if part == "reconstruction":
         count = max(plan.num_scenes, plan.codebook_scenes)
         return [(f"{part}/{index:05}", 0) for index in range(count)], plan.batch_size
@@ -187,7 +233,7 @@ def _record_of(store: RunStore, plan: ShapesPlan, part: str, row: Row, images: M
     )
 
 
-def _part(record: Record) -> str:
+def _part_of(record: Record) -> str:
     return record.item.partition("/")[0]
 
 
@@ -202,9 +248,9 @@ def _row_of(record: Record) -> Row:
 
 def _scores(records: Iterable[Record], parts: Sequence[str], codebook_size: int) -> Scores:
     records = list(records)
-    rows = {part: [_row_of(record) for record in records if _part(record) == part] for part in parts}
+    rows = {part: [_row_of(record) for record in records if _part_of(record) == part] for part in parts}
     scores: Scores = {part: MEASURES[part].scores(own, codebook_size) for part, own in rows.items()}
-    return scores | {STRICT: _present({part: strict_scores(part, own) for part, own in rows.items()})}
+    return scores | {STRICT: _present({part: _strict(part, own) for part, own in rows.items()})}
 
 
 def _manifest(evaluated: EvaluatedModel, plan: ShapesPlan, arguments: argparse.Namespace) -> Manifest:
@@ -232,15 +278,14 @@ def _manifest(evaluated: EvaluatedModel, plan: ShapesPlan, arguments: argparse.N
 
 def _plan_of(arguments: argparse.Namespace) -> ShapesPlan:
     given = vars(arguments)
-    sampling = {name: given[name] for name in ("guidance_scale", "temperature") if given[name] is not None}
     sizes = {name: given[name] for name in ShapesPlan.__dataclass_fields__ if name in given}
-    return ShapesPlan(**sizes, sampling=sampling)
+    return ShapesPlan(**sizes, sampling=sampling_options(arguments))
 
 
 def _table(scores: Scores) -> str:
-    lines, parts = [f"{'':<18} {'':>8} {STRICT:>8}"], [part for part in scores if part != STRICT]
+    lines, parts = [f"{'':<26} {'':>8} {STRICT:>8}"], [part for part in scores if part != STRICT]
     for part in parts:
         strict = scores[STRICT].get(part, {})
-        rows = ((f"  {name:<16} {value:8.3f}", strict.get(name)) for name, value in scores[part].items())
+        rows = ((f"  {name:<24} {value:8.3f}", strict.get(name)) for name, value in scores[part].items())
         lines += [part, *(row if beside is None else f"{row} {beside:8.3f}" for row, beside in rows)]
     return "\n".join(lines)

@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 def evaluate_reconstruction(tokenizer: Any, image_processor: Any, plan: ShapesPlan) -> Scored:
     """Encode images to ids and decode them; return `reconstruction_scores` and one row per compared image."""
-    rows = _rows(reconstructions(tokenizer, image_processor, plan))
+    rows = rows_of(reconstructions(tokenizer, image_processor, plan))
     scores = reconstruction_scores(rows, tokenizer.config.codebook_size)
     return scores, [{name: row[name] for name in row if name != "ids"} for row in rows if "correct" in row]
 
@@ -61,13 +61,15 @@ def reconstructions(
     both_sides = set(keys[: plan.num_scenes])
     scenes = ((key, sample_scene(rng)) for key in keys)
     # Scenes of skipped batches are sampled too, so that the random stream stays the same after a resume.
-    for batch in _progress(scenes, plan.batch_size, "reconstruction", len(keys)):
+    for batch in progress(scenes, plan.batch_size, "reconstruction", len(keys)):
         if not wanted([key for key, _ in batch]):
             continue
         images = [render(scene) for _, scene in batch]
         pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].to(tokenizer.device)
         ids = tokenizer.encode(pixel_values).ids
-        shown: list[Shown] = [(_row(key, ids=codes), {}) for (key, _), codes in zip(batch, ids.tolist(), strict=True)]
+        shown: list[Shown] = [
+            (keyed_row(key, ids=codes), {}) for (key, _), codes in zip(batch, ids.tolist(), strict=True)
+        ]
         if compared := sum(key in both_sides for key, _ in batch):
             originals = tokenizer.denormalize(pixel_values[:compared].float())
             scenes_compared = [scene for _, scene in batch[:compared]]
@@ -83,14 +85,14 @@ def reconstruction_scores(rows: Iterable[Row], codebook_size: int) -> dict[str, 
     rows, usage = list(rows), CodebookUsage(codebook_size)
     usage.update(torch.tensor([row["ids"] for row in rows]))
     compared = [row for row in rows if "correct" in row]
-    scores = {"agreement": _mean(row["correct"] for row in compared)}
-    scores |= {name: _mean(row[name] for row in compared) for name in ("psnr", "psnr_mean_color", "ssim")}
+    scores = {"agreement": mean(row["correct"] for row in compared)}
+    scores |= {name: mean(row[name] for row in compared) for name in ("psnr", "psnr_mean_color", "ssim")}
     return scores | {"codebook_use": usage.use, "perplexity": usage.perplexity}
 
 
 def evaluate_chat(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
     """Answer questions about new scenes greedily; return the accuracy per kind and one row per question."""
-    rows = _rows(answers(model, processor, plan))
+    rows = rows_of(answers(model, processor, plan))
     return chat_scores(rows), rows
 
 
@@ -101,16 +103,16 @@ def answers(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool)
     for kind in QUESTION_KINDS:
         rng = plan.rng("chat", kind)
         asked += [((f"chat/{kind}/{i:04}", 0), sample_questions(rng, kind)) for i in range(plan.questions)]
-    for batch in _progress(asked, plan.batch_size, "chat"):
+    for batch in progress(asked, plan.batch_size, "chat"):
         if not wanted([key for key, _ in batch]):
             continue
         images = [render(scene) for _, (scene, _) in batch]
         questions = [(image, turn.question) for image, (_, (_, turn)) in zip(images, batch, strict=True)]
         shown: list[Shown] = []
         for (key, (_, turn)), (image, _), answer in zip(
-            batch, questions, _answer(model, processor, questions), strict=True
+            batch, questions, answer_questions(model, processor, questions), strict=True
         ):
-            row = _row(key, kind=turn.kind, question=turn.question, answer=answer, expected=turn.answer)
+            row = keyed_row(key, kind=turn.kind, question=turn.question, answer=answer, expected=turn.answer)
             shown.append((row | {"correct": same_answer(answer, turn.answer)}, {"original": image}))
         yield shown
 
@@ -118,12 +120,12 @@ def answers(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool)
 def chat_scores(rows: Iterable[Row]) -> dict[str, float]:
     """Compute the accuracy per kind of question."""
     rows = list(rows)
-    return {kind: _mean(row["correct"] for row in rows if row["kind"] == kind) for kind in QUESTION_KINDS}
+    return {kind: mean(row["correct"] for row in rows if row["kind"] == kind) for kind in QUESTION_KINDS}
 
 
 def evaluate_generation(model: Any, processor: Any, plan: ShapesPlan) -> Scored:
     """Draw held-out prompts and apply GenEval's rules; return `generation_scores` and one row per image."""
-    rows = _rows(drawings(model, processor, plan))
+    rows = rows_of(drawings(model, processor, plan))
     return generation_scores(rows), rows
 
 
@@ -136,7 +138,7 @@ def drawings(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool
         for group, prompts in groups.items()
         for index, prompt in enumerate(prompts)
     ]
-    for batch in _progress(jobs, plan.prompts_at_once, "generation"):
+    for batch in progress(jobs, plan.prompts_at_once, "generation"):
         keys = [
             (f"generation/{group}/{index:03}", k) for group, index, *_ in batch for k in range(plan.images_per_prompt)
         ]
@@ -147,7 +149,7 @@ def drawings(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool
         shown: list[Shown] = []
         for index, (key, image) in enumerate(zip(keys, images, strict=True)):
             group, _, prompt, seed = batch[index // plan.images_per_prompt]
-            shown.append((_row(key, seed=seed, group=group) | _judge(prompt, image), {"drawn": image}))
+            shown.append((keyed_row(key, seed=seed, group=group) | judge_drawing(prompt, image), {"drawn": image}))
         yield shown
 
 
@@ -155,7 +157,7 @@ def generation_scores(rows: Iterable[Row]) -> dict[str, float]:
     """Compute the mean per tag, `overall` (the mean of the six tags) and `withheld`."""
     rows = list(rows)
     by_tag = summary([row for row in rows if row["group"] != WITHHELD])
-    withheld = _mean(row["correct"] for row in rows if row["group"] == WITHHELD)
+    withheld = mean(row["correct"] for row in rows if row["group"] == WITHHELD)
     return {name: by_tag[name] for name in (*TAGS, "overall")} | {WITHHELD: withheld}
 
 
@@ -163,7 +165,7 @@ def strict_scores(part: str, rows: Iterable[Row]) -> dict[str, float]:
     """Return the scores of a part by the strict detector: agreement, or those of `generation_scores`."""
     rows = [row | {"correct": row["strict"]} for row in rows if "strict" in row]
     if part == "reconstruction":
-        return {"agreement": _mean(row["correct"] for row in rows)}
+        return {"agreement": mean(row["correct"] for row in rows)}
     return generation_scores(rows) if part == "generation" else {}
 
 
@@ -185,11 +187,11 @@ def read_objects(image: Image.Image | np.ndarray) -> Counter[tuple[str, str]]:
     return Counter((item.color, item.shape) for item in detect(image))
 
 
-def _rows(batches: Iterable[list[Shown]]) -> list[Row]:
+def rows_of(batches: Iterable[list[Shown]]) -> list[Row]:
     return [row for batch in batches for row, _ in batch]
 
 
-def _row(key: Key, **fields: Any) -> Row:
+def keyed_row(key: Key, **fields: Any) -> Row:
     item, sample = key
     return {"item": item, "sample": sample, **fields}
 
@@ -209,7 +211,7 @@ def _compare(
     triples = zip(_arrays(originals), _arrays(pixels), scenes, strict=True)
     for index, (before, after, scene) in enumerate(triples):
         expected, found = read_objects(before), read_objects(after)
-        row: Row = {"correct": found == expected, "expected": _names(expected), "found": _names(found)}
+        row: Row = {"correct": found == expected, "expected": names(expected), "found": names(found)}
         strictly = read_strictly(after)
         there = Counter((item.color, item.shape) for item in scene.objects)
         row |= {"strict": strictly.shows(there), "refusals": list(strictly.refusals)}
@@ -217,7 +219,7 @@ def _compare(
         yield row | {name: float(values[index]) for name, values in metrics.items()}, pair
 
 
-def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, str]]) -> list[str]:
+def answer_questions(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, str]]) -> list[str]:
     """Answer (image, question) pairs greedily, as one left-padded batch."""
     messages = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
@@ -226,11 +228,11 @@ def _answer(model: Any, processor: Any, questions: Sequence[tuple[Image.Image, s
     return [each.text for each in answer_all(model, processor, messages, max_new_tokens=MAX_ANSWER_TOKENS)]
 
 
-def _judge(prompt: Prompt, image: Image.Image) -> Row:
+def judge_drawing(prompt: Prompt, image: Image.Image) -> Row:
     """Apply GenEval's rules and the strict reading to one drawn image."""
     detections = [item.as_rule_input() for item in detect(image)]
     judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
-    found = _names(Counter((item["color"], item["label"]) for item in detections))
+    found = names(Counter((item["color"], item["label"]) for item in detections))
     row = {"tag": prompt.tag, "prompt": prompt.prompt, "correct": judged.correct}
     row |= {"reasons": judged.reasons, "found": found, "detections": plain(detections)}
     refusals = _refusals(prompt, image)
@@ -251,15 +253,15 @@ def _arrays(images: torch.Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _names(objects: Counter[tuple[str, str]]) -> list[str]:
+def names(objects: Counter[tuple[str, str]]) -> list[str]:
     return sorted(f"{color} {shape}" for color, shape in objects.elements())
 
 
-def _mean(values: Iterable[Any]) -> float:
+def mean(values: Iterable[Any]) -> float:
     return float(np.mean(list(values)))
 
 
-def _progress(items: Iterable[T], size: int, name: str, total: int | None = None) -> Iterator[list[T]]:
+def progress(items: Iterable[T], size: int, name: str, total: int | None = None) -> Iterator[list[T]]:
     """Yield batches of `size`, with a progress bar that counts items."""
     with tqdm(items, total=total, desc=name, leave=False) as bar:
         iterator = iter(bar)

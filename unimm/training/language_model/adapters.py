@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from unimm.bfloat16 import automatic_dtype, training_device
 from unimm.config.schema import Count, Decay
@@ -221,7 +222,7 @@ def _inside_the_language_model(model: PreTrainedModel, names: Sequence[str] | No
     """Return a pattern of the language model's linear layers with these last names; the vision tower has layers of the
     same names, which it must not match."""
     inside = model.model.language_model.named_modules()
-    known = {name.rpartition(".")[2] for name, module in inside if isinstance(module, nn.Linear)}
+    known = {name.rpartition(".")[2] for name, module in inside if isinstance(module, nn.Linear | Conv1D)}
     if wrong := sorted(set(names or ()) - known):
         raise UserError(
             f"lora.target_modules names {wrong[0]!r}, and the language model's linear layers are "

@@ -1,7 +1,7 @@
 """Training settings: subclasses of `TrainingArguments` for `Trainer`, and a config for the tokenizers' own loop."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from unimm.bfloat16 import Precision, automatic_dtype, training_device
 from unimm.config.schema import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share, used_when
 from unimm.errors import UserError
+from unimm.sampling import GuidanceScale, ImageSampling
 
 
 def _no_gpu() -> bool:
@@ -162,18 +163,27 @@ class C2ITrainingArguments(StreamTrainingArguments):
 _PANEL = used_when(lambda c: c.prompts, "panel.prompts")
 
 
+@dataclass(frozen=True)
+class PanelSampling(ImageSampling):
+    """`ImageSampling` with guidance."""
+
+    guidance_scale: Annotated[GuidanceScale, Range(least=0)] = 3.0
+
+
 @dataclass
 class PanelConfig:
     """Sample images logged to tensorboard at every evaluation, made with the same `generate` that users call.
 
     Args:
         prompts: text prompts, one image each; empty: no panel.
-        guidance_scale, temperature, seed: as in `generate`.
+        sampling: the settings, whatever the checkpoint's own are.
+        seed: as in `generate`.
     """
 
+    FORMER: ClassVar[dict[str, str]] = {name: f"sampling.{name}" for name in ("guidance_scale", "temperature")}
+
     prompts: list[str] = field(default_factory=list)
-    guidance_scale: NonNegative = field(default=3.0, metadata=_PANEL)
-    temperature: NonNegative = field(default=1.0, metadata=_PANEL)
+    sampling: PanelSampling = field(default_factory=PanelSampling, metadata=_PANEL)
     seed: Seed = field(default=0, metadata=_PANEL)
 
 
@@ -192,8 +202,8 @@ class TokenizerTrainingConfig:
     `codebook_init` "data" initializes the codebook at the k-means centers of the latents (ours; "random" is the
     paper's). Every `restart_steps` steps (ours too; None: never), up to the share `restart_until` of the run, dead
     codes, unused since the last restart, move to poorly quantized latents; with `restart_redundant` so do codes that a
-    more frequent neighbor can replace (`SimVQ.redundant`). After the last step, `reestimation_rounds` rounds of
-    `reestimate` spread the codes, each on `codebook_init_images` images, with everything else fixed.
+    more frequent neighbor can replace (`redundant_codes`). After the last step, `reestimation_rounds` rounds of
+    `reestimate_codes` spread the codes, each on `codebook_init_images` images, with everything else fixed.
 
     In stage 2 the encoder trains at `encoder_learning_rate`. Stage 3, ours, trains the decoder alone: ids and features
     do not change, so it can follow the training of a language model. The learning rate of every group ends at min(its
