@@ -10,7 +10,6 @@ Reports requests per second, p50 and p95 of the latency, resident memory, and ho
 import argparse
 import json
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import uvicorn
 
 import unimm
 from unimm.data.shapes import render, sample_prompt, sample_scene
@@ -31,6 +29,7 @@ from unimm.evaluation.runs.html import data_uri
 from unimm.runs.report import Report
 from unimm.serving.app import create_app
 from unimm.serving.engine import Engine
+from unimm.serving.run import serving
 from unimm.serving.settings import EngineSettings, ServingSettings
 
 Plan = tuple[str, dict[str, Any]]
@@ -52,14 +51,8 @@ def served(model: str | None, batch_tokens: int) -> Iterator[tuple[str, list[int
         report(kind, size, seconds)
 
     engine.on_batch = on_batch
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", sizes
-    server.should_exit = True
-    thread.join()
+    with serving(app) as url:
+        yield url, sizes
 
 
 def plans(count: int, seed: int) -> list[Plan]:

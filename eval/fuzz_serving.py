@@ -8,8 +8,6 @@ by route and status; exit code 1 if one was 5xx or the server did not answer aft
 
 import argparse
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,6 @@ from typing import Any
 
 import schemathesis
 import torch
-import uvicorn
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import GenerationMode
 
@@ -25,6 +22,7 @@ from unimm.errors import UserError, run_main
 from unimm.mllm import attach
 from unimm.serving.app import create_app
 from unimm.serving.engine import Engine
+from unimm.serving.run import serving
 from unimm.serving.settings import ServingSettings
 from unimm.testing.hosts import tiny_host, tiny_tokenizer
 
@@ -40,15 +38,8 @@ def tiny_server() -> Iterator[str]:
     host, text_tokenizer = tiny_host("qwen3")
     image_tokenizer, _ = tiny_tokenizer(host, "siglip_vision_model")
     engine = Engine(*attach(host, image_tokenizer, text_tokenizer))
-    config = uvicorn.Config(create_app(engine, ServingSettings(max_new_tokens=4, max_n=2)), port=0, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serving(create_app(engine, ServingSettings(max_new_tokens=4, max_n=2))) as url:
+        yield url
 
 
 def fuzz(url: str, count: int, number: int) -> tuple[Counts, list[str]]:
