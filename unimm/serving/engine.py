@@ -224,8 +224,7 @@ class Engine:
         live = [job for job in batch if job.live]
         if not live:
             return
-        run: Callable[[Any, Any, Any], None]
-        run = run_drawings if isinstance(live[0].request, DrawRequest) else run_texts
+        run: Any = run_drawings if isinstance(live[0].request, DrawRequest) else run_texts
         try:
             run(self.model, self.processor, live)
         except Abandoned:

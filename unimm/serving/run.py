@@ -1,9 +1,13 @@
 """Run the server: load the model, build the app, and serve it with uvicorn until it is told to stop."""
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from unimm.serving.app import create_app
 from unimm.serving.engine import Engine
@@ -34,3 +38,20 @@ def run_server(
         timeout_graceful_shutdown=shutdown_seconds,
     )
     uvicorn.Server(config).run()
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serve an app from a thread, on a free port of this machine; yield its address, and stop at the end."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the server has not started; its log says why")
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
