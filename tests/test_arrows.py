@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": FOUNDATION | {"mllm"},
     "evaluation.metrics": RULES,
     "demo": MODELS | {"chat", "evaluation"},
-    "serving": MODELS | {"chat"},
+    "serving": MODELS | {"chat", "evaluation"},
     "commands": MODELS | {"chat", "demo", "evaluation", "export", "serving", "training"},
     "cli": {"commands", "errors", "runs"},
     "registration": set(),  # names modules; imports none

@@ -13,12 +13,12 @@ from starlette.responses import RedirectResponse
 
 from unimm.serving.security import PAGE
 from unimm.serving.service import Service
-from unimm.serving.web_actions import DESCRIBE, INSTRUCT, READY, Actions, Talk
+from unimm.serving.web_actions import DESCRIBE, INSTRUCT, Actions, Talk, text_box
 from unimm.serving.web_files import as_bytes, as_painted, own_folder, without_urls, write_examples
 
 ABOUT = "Ask about an image, draw a new one, or change one."
 SHAPES_LIMITS = (
-    "This small model knows six shapes in eight colors on four plain backgrounds, at 64 × 64 pixels. "
+    "This small model knows six shapes in eight colors on four plain backgrounds, at 64\u00a0×\u00a064\u00a0pixels. "
     "It cannot do photos, faces, writing or anything else."
 )
 OTHER_LIMITS = "The model knows what it was trained on and can be wrong: check what matters."
@@ -66,6 +66,7 @@ def mount_page(app: FastAPI, *, knows_shapes: bool) -> None:
         css=resources.files("unimm.serving").joinpath("web.css").read_text(encoding="utf-8"),
         head=_HEAD,
     )
+    app.state.end_streams = app.routes[-1].app.stop_event.set  # type: ignore[attr-defined]
     blocks.has_launched = True  # else gradio opens any path that a request names, not only those of uploads
 
     @app.get("/", include_in_schema=False)
@@ -135,8 +136,8 @@ def _chat(actions: Actions, examples: dict[str, str]) -> None:
             yield step
 
     begun = shown.example_select(start, [talk], outputs, **_QUIET)
-    box.stop(lambda: READY, None, box, cancels=[asked, begun], api_visibility="private")
-    clear.click(lambda: (READY, [], Talk()), None, outputs, cancels=[asked, begun], api_visibility="private")
+    box.stop(lambda: text_box(None), None, box, cancels=[asked, begun], api_visibility="private")
+    clear.click(lambda: (text_box(None), [], Talk()), None, outputs, cancels=[asked, begun], api_visibility="private")
 
 
 def _draw(actions: Actions, prompts: list[str]) -> None:
