@@ -26,10 +26,12 @@ _SMALL = 128  # pixels: images up to here are shown with sharp pixels
 _PROMPTS = ["two green squares", "a red circle on a black background", "a blue square left of a yellow ring"]
 _SYSTEM = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-_HEAD = """
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>
-<rect width='9' height='9' rx='2' fill='%236366f1'/><circle cx='11' cy='11' r='5' fill='%23f43f5e'/></svg>">
-"""
+_ICON = (
+    "%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
+    "%3Crect width='9' height='9' rx='2' fill='%236366f1'/%3E"
+    "%3Ccircle cx='11' cy='11' r='5' fill='%23f43f5e'/%3E%3C/svg%3E"
+)
+_HEAD = f'<link rel="icon" href="data:image/svg+xml,{_ICON}">'
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _EDIT_EXAMPLES = {
     DESCRIBE: "a blue square and a red ring on a white background",
@@ -226,24 +228,26 @@ def _reconstruct(actions: Actions, examples: dict[str, str]) -> None:
             if examples:
                 chosen = _images("Try one", examples)
         with gr.Column(min_width=300):
-            with gr.Row(elem_classes=["three"]):
-                results = [
-                    gr.Image(
-                        label=label,
-                        format="png",
-                        buttons=["download", "fullscreen"],
-                        interactive=False,
-                        min_width=90,
-                        elem_id=f"reconstruct-{number}",
-                    )
-                    for number, label in enumerate(("Original", "Reconstruction", "Code map"))
-                ]
-            line = gr.Markdown(elem_classes=["line"], elem_id="reconstruct-line")
-    outputs = [*results, line]
+            with gr.Row(elem_classes=["pair"]):
+                original = _captioned("Original", "reconstruct-0")
+                reconstruction = _captioned("Reconstruction", "reconstruct-1")
+            with gr.Row(elem_classes=["pair"]):
+                codes = _captioned("Code map", "reconstruct-2")
+                with gr.Column(min_width=130):
+                    line = gr.Markdown(elem_classes=["line"], elem_id="reconstruct-line")
+    outputs = [original, reconstruction, codes, line]
     go.click(actions.reconstruct, image, outputs, api_name="reconstruct", show_progress="hidden")
     if examples:
         run = chosen.click(lambda row: row[0], chosen, image, **_QUIET)
         run.then(actions.reconstruct, image, outputs, api_visibility="private", show_progress="hidden")
+
+
+def _captioned(caption: str, name: str) -> Any:
+    with gr.Column(min_width=130):
+        gr.HTML(f"<p class='caption'>{caption}</p>", padding=False)
+        return gr.Image(
+            label=caption, show_label=False, format="png", buttons=[], interactive=False, min_width=130, elem_id=name
+        )
 
 
 def _settings(actions: Actions) -> list[Any]:
@@ -315,4 +319,4 @@ def _theme() -> gr.themes.Base:
     """Return the theme: system fonts, quiet grays, one accent, in light and dark."""
     return gr.themes.Base(
         primary_hue="indigo", neutral_hue="zinc", radius_size="lg", text_size="md", font=_SYSTEM, font_mono=_MONO
-    )
+    ).set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")
