@@ -180,7 +180,7 @@ def test_a_wrong_kind_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     stage2 = ("--config", str(ROOT / "configs/debug/stage2.yaml"))
     assert run("tokenizer", *stage2, "model.kind=vqgan") == 2
-    assert "'vqgan'; model.kind is one of vqrae, vfmtok, ideal" in capsys.readouterr().err
+    assert "'vqgan'; model.kind is one of ideal, vfmtok, vqrae" in capsys.readouterr().err
     fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     VQRAEConfig(encoder_config={"model_type": "siglip_vision_model", **fields}).save_pretrained("other")
     assert run("tokenizer", *stage2, "model.kind=ideal", "model.init_from=other") == 2
