@@ -6,13 +6,12 @@ Starts from a model that draws, such as the output of `t2i.py`. Rerunning the co
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import IntervalStrategy
 from transformers.trainer_utils import set_seed
 
@@ -26,6 +25,7 @@ from unimm.training.language_model.adapters import Adapter, LoraSettings, add_lo
 from unimm.training.loop.arguments import HostTrainingArguments
 from unimm.training.loop.run import open_run
 from unimm.training.policy.reference import Reference
+from unimm.training.policy.rewarding import Rewards
 from unimm.training.policy.settings import PolicyConfig, WatchConfig
 from unimm.training.policy.trainer import PolicyTrainer
 
@@ -88,16 +88,10 @@ def right_answers(expected: Sequence[str], answers: Sequence[str]) -> list[float
 
 def build_trainer(recipe: GRPORecipe, model: Any, processor: Any, adapter: Adapter | None = None) -> PolicyTrainer:
     """Build rewards, tasks and trainer around a model."""
-    own = any(reward.kind == "own_answers" for reward in recipe.rewards.values())
+    own = any(each and each.kind == "own_answers" for each in (*recipe.rewards.values(), recipe.judge))
     reference = Reference(model, adapter) if own or recipe.policy.kl_weight else None
-    rewards = build_rewards(recipe.rewards, processor, reference and reference.model)
+    made = build_rewards(recipe.rewards, processor, reference and reference.model)
     judge = None if recipe.judge is None else build_reward(recipe.judge, processor, reference and reference.model)
-
-    def score_images(
-        prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]
-    ) -> dict[str, list[float]]:
-        return {name: reward.score(prompts, metadata, images) for name, reward in rewards.items()}
-
     repeats = {"repeats": recipe.policy.iterations, "samples_per_step": recipe.train.samples_per_step}
     return PolicyTrainer(
         model,
@@ -107,10 +101,12 @@ def build_trainer(recipe: GRPORecipe, model: Any, processor: Any, adapter: Adapt
         held_out=Tasks(recipe.data, split="test") if recipe.data.num_eval_samples else None,
         policy=recipe.policy,
         watch=recipe.watch,
-        score_images=score_images,
-        reward_weights={name: reward.weight for name, reward in recipe.rewards.items()},
-        score_answers=right_answers,
-        judge=judge.score if judge is not None else None,
+        rewards=Rewards(
+            images={name: reward.score for name, reward in made.items()},
+            weights={name: reward.weight for name, reward in recipe.rewards.items()},
+            answers=right_answers,
+            judge=judge.score if judge is not None else None,
+        ),
         reference=reference,
         adapter=adapter,
     )

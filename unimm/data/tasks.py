@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
-from unimm.config.schema import Count, Natural, NonNegative, Rate, Seed, used_when
+from unimm.config.schema import Count, Natural, NonNegative, Seed, used_when
 from unimm.data.images import load_image
 from unimm.data.mixture import ENDLESS
 from unimm.data.shapes import render, sample_prompt, sample_questions
@@ -32,7 +32,7 @@ class TaskFlow:
 
     Args:
         kind: "drawing" (prompts) or "answering" (images with questions).
-        ratio: share of the tasks, relative to the other flows.
+        ratio: share of the tasks, relative to the other flows; 0: evaluated, but not learned from.
         weight: factor of this flow's loss in the total loss.
         source: "shapes", or a JSON Lines file: {"prompt": ...} with any other fields, which become the metadata (those
             of GenEval for its rewards), or {"image": path beside the file, "question": ..., "answer": ...}.
@@ -41,7 +41,7 @@ class TaskFlow:
     """
 
     kind: Kind
-    ratio: Rate = 1.0
+    ratio: NonNegative = 1.0
     weight: NonNegative = 1.0
     source: str = "shapes"
     eval_source: str | None = None
@@ -69,14 +69,19 @@ class TasksConfig:
     num_eval_samples: Natural = 64
 
     def __post_init__(self) -> None:
-        if not self.flows:
-            raise UserError("data.flows needs at least one flow.")
+        if not self.learned:
+            raise UserError("data.flows needs at least one flow with a ratio above 0.")
         for name, flow in self.flows.items():
             if self.num_eval_samples and flow.source != "shapes" and flow.eval_source is None:
                 raise UserError(
                     f"data.num_eval_samples is {self.num_eval_samples}, and data.flows.{name}.eval_source is missing: "
                     "give a file of held-out tasks, or set the number to 0."
                 )
+
+    @property
+    def learned(self) -> list[str]:
+        """Return the flows that are learned from, sorted."""
+        return sorted(name for name, flow in self.flows.items() if flow.ratio > 0)
 
 
 class ShapesTasks:
@@ -151,11 +156,12 @@ class Tasks(Dataset):
         self, config: TasksConfig, *, split: Split = "train", repeats: Count = 1, samples_per_step: Count = 1
     ) -> None:
         self.config, self.split, self.repeats, self.samples_per_step = config, split, repeats, samples_per_step
-        self.names = sorted(config.flows)
-        self.sources = [self._source(salt, config.flows[name]) for salt, name in enumerate(self.names)]
-        self.mixed = Interleaving([config.flows[name].ratio for name in self.names])
+        self.names = config.learned if split == "train" else sorted(config.flows)
+        self.sources = [self._source(name) for name in self.names]
+        self.mixed = Interleaving([config.flows[name].ratio for name in config.learned])
 
-    def _source(self, salt: int, flow: TaskFlow) -> ShapesTasks | FileTasks:
+    def _source(self, name: str) -> ShapesTasks | FileTasks:
+        flow, salt = self.config.flows[name], sorted(self.config.flows).index(name)
         seed = int(np.random.SeedSequence((self.config.seed, salt, self.split == "test", 19)).generate_state(1)[0])
         if flow.source == "shapes":
             return ShapesTasks(flow, seed, self.split)

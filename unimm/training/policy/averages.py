@@ -15,10 +15,10 @@ class Averages:
         self.names = {name: n for n, name in enumerate(names)}
         self.sums = torch.zeros(len(names), 2, device=device)
 
-    def add(self, name: str, values: Tensor, *, counts: bool = True) -> None:
-        """Add the values; with `counts` False to the sum only, for a mean of sums."""
+    def add(self, name: str, values: Tensor) -> None:
+        """Add the values."""
         total = values.detach().float().sum().to(self.sums.device)
-        self.sums[self.names[name]] += torch.stack([total, total.new_tensor(values.numel() * counts)])
+        self.sums[self.names[name]] += torch.stack([total, total.new_tensor(values.numel())])
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the means of what was added on any process since the last call; call it on every process."""

@@ -77,7 +77,7 @@ def policy_terms(
         advantage: of each row, [R].
         mask: [R, T], 1 for tokens that were sampled.
         reference: log-probabilities [R, T] under the starting model; its divergence is Schulman's k3,
-            exp(d) - d - 1 with d = reference - logps, as in TRL.
+            exp(d) - d - 1 with d = reference - logps, as in TRL; with `kl_correction` it is weighted by the ratio.
     """
     log_ratio = logps - old
     if config.ratio_level == "sequence":
@@ -90,7 +90,7 @@ def policy_terms(
     if reference is not None:
         apart = reference - logps
         kl = apart.exp() - apart - 1
-        loss = loss + config.kl_weight * kl
+        loss = loss + config.kl_weight * (kl * ratio if config.kl_correction else kl)
     return Terms(loss.expand_as(logps), kl, clipped, ratio)
 
 

@@ -6,7 +6,7 @@ image k of a task is a function of (seed of the task, k) and the weights. P task
 L prompt tokens, T sampled tokens, M image tokens, K codebook size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -22,9 +22,6 @@ from unimm.data.tasks import Kind, Task
 from unimm.training.loop.rng import preserve_rng_state
 from unimm.training.policy.losses import guide, log_probabilities
 from unimm.training.policy.settings import PolicyConfig
-
-ScoreImages = Callable[[Sequence[str], Sequence[Mapping[str, Any]], Sequence[Image.Image]], dict[str, list[float]]]
-"""Scores images of prompts with metadata: {reward: one number per image}."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from unimm.config.schema import Count, NonNegative, Range, Rate
+from unimm.config.schema import Count, NonNegative, Range, Rate, used_when
 from unimm.errors import UserError
 from unimm.sampling import ImageSampling
 
@@ -32,6 +32,8 @@ class PolicyConfig:
         ratio_level: "token", or "sequence" (GSPO, https://arxiv.org/abs/2507.18071).
         clip: how far below 1 the ratio still has a gradient; clip_high: how far above (None: as `clip`).
         kl_weight: factor of the KL divergence from the starting model; 0: none, and no reference is kept.
+        kl_correction: weight the divergence by the ratio, which makes its gradient unbiased
+            (https://arxiv.org/abs/2512.02556, section 3.1; TRL's `use_bias_correction_kl`).
         entropy_weight: factor of the mean entropy of a token, which is added to what is maximized.
         sampling_batch_size: images or answers that are sampled at once.
     """
@@ -47,6 +49,7 @@ class PolicyConfig:
     clip: Annotated[float, Range(above=0, below=1)] = 0.2
     clip_high: Rate | None = None
     kl_weight: NonNegative = 0.0
+    kl_correction: bool = field(default=True, metadata=used_when(lambda c: c.kl_weight > 0, "policy.kl_weight above 0"))
     entropy_weight: NonNegative = 0.0
     sampling_batch_size: Count = 64
 

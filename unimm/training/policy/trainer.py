@@ -8,17 +8,15 @@
   out of the forward.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -32,14 +30,14 @@ from unimm.training.loop.throughput import Work
 from unimm.training.policy.averages import Averages
 from unimm.training.policy.losses import advantages, constant, divisor, policy_terms, summed
 from unimm.training.policy.reference import Reference
-from unimm.training.policy.rollouts import Rollout, Sampler, ScoreImages
+from unimm.training.policy.rewarding import HeldOut, Rewards
+from unimm.training.policy.rollouts import Rollout, Sampler
 from unimm.training.policy.settings import PolicyConfig, WatchConfig
 from unimm.training.policy.watch import Watch
 
 Window = list[dict[str, Rollout]]
 """The samples of an optimizer step: for each micro-batch those of each flow."""
 ROLLOUTS = "rollouts_{rank}.pt"
-PANEL_IMAGES = 8
 
 
 class PolicyTrainer(HostTrainer):
@@ -49,9 +47,7 @@ class PolicyTrainer(HostTrainer):
         model, args, processor, adapter: as in `HostTrainer`.
         tasks, held_out: training stream, and what evaluations score (None: nothing).
         policy, watch: settings of the update and of the stop rules.
-        score_images: the rewards of images by name; `reward_weights` their factors.
-        score_answers: the reward of each answer, from (expected answers, answers).
-        judge: scores the images of evaluations; the run ends if the reward rises and this falls.
+        rewards: what samples are worth; the run ends if the reward rises and the judge's score falls.
         reference: the starting model; needed with `policy.kl_weight`.
     """
 
@@ -65,16 +61,14 @@ class PolicyTrainer(HostTrainer):
         held_out: Tasks | None,
         policy: PolicyConfig,
         watch: WatchConfig,
-        score_images: ScoreImages,
-        reward_weights: Mapping[str, float],
-        score_answers: Callable[[Sequence[str], Sequence[str]], list[float]],
-        judge: Callable[[Sequence[str], Sequence[Mapping[str, Any]], Sequence[Image.Image]], list[float]] | None,
+        rewards: Rewards,
         reference: Reference | None = None,
         adapter: Adapter | None = None,
     ) -> None:
         flows = tasks.config.flows
         self.kinds: dict[str, Kind] = {name: flows[name].kind for name in sorted(flows)}
-        if "answering" not in self.kinds.values():
+        learned = tasks.config.learned
+        if all(self.kinds[name] == "drawing" for name in learned):
             model.model.multi_modal_projector.requires_grad_(False)  # no image inputs: weight decay alone would move it
         super().__init__(
             model,
@@ -83,9 +77,8 @@ class PolicyTrainer(HostTrainer):
             data_collator=list,
             train_dataset=tasks,
             eval_dataset=held_out,
-            flow_weights={name: flow.weight for name, flow in flows.items()},
+            flow_weights={name: flows[name].weight for name in learned},
             stream_seed=tasks.config.seed,
-            panel=self._log_panel if held_out is not None and "drawing" in self.kinds.values() else None,
             adapter=adapter,
         )
         check_strategy(
@@ -94,22 +87,21 @@ class PolicyTrainer(HostTrainer):
             sharded_by_trainer=True,
             whole_only="sampling while training",
         )
-        self.policy, self.reference, self.judge = policy, reference, judge
-        self.score_images, self.score_answers = score_images, score_answers
-        self.reward_weights = dict(reward_weights)
+        self.policy, self.reference, self.rewards = policy, reference, rewards
         self.sampler = Sampler(model, processor, policy)
+        self.held_out = None if held_out is None else HeldOut(held_out, self.sampler, rewards, args.device)
+        self.panel = self.held_out and self.held_out.log_panel
         self.watch = Watch(watch)
         self.add_callback(self.watch)
         names = ["reward", "reward_std", "without_signal", "entropy", "clipped", "ratio_error", "length", "cut"]
         names += ["kl"] if policy.kl_weight else []
-        parts = [f"reward_{name}" for name in self.reward_weights]
+        parts = [f"reward_{name}" for name in rewards.names]
         self.averages = Averages(
-            [f"{flow}/{name}" for flow, kind in self.kinds.items() for name in [*names, *parts * (kind == "drawing")]],
+            [f"{flow}/{name}" for flow in learned for name in [*names, *parts * (self.kinds[flow] == "drawing")]],
             args.device,
         )
         self._kept: Window = []
         self._silent, self._last_logged = False, 0
-        self._shown: list[Image.Image] = []
 
     # ---- sampling ----
 
@@ -120,8 +112,8 @@ class PolicyTrainer(HostTrainer):
             self._kept = self._sampled(tasks)
         if len(self._kept) != len(tasks):
             raise UserError(
-                f"The checkpoint of step {self.state.global_step} holds samples for {len(self._kept)} micro-batches and "
-                f"this run takes {len(tasks)}: go on with the same batch and number of processes."
+                f"The checkpoint of step {self.state.global_step} holds samples for {len(self._kept)} micro-batches "
+                f"and this run takes {len(tasks)}: go on with the same batch and number of processes."
             )
         self.window = self._kept
         counts = torch.stack([self._counts(flow) for flow in self.flow_weights])
@@ -135,8 +127,8 @@ class PolicyTrainer(HostTrainer):
         counts = [batch[flow].counted for batch in self.window if flow in batch]
         return torch.tensor(counts, device=self.args.device, dtype=torch.float64).view(-1, 2).sum(0)
 
-    def _sampling(self) -> AbstractContextManager[Any]:
-        """Return the precision of sampling: that of training, on a CPU float32, which the drawing engine needs there."""
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Return the precision of sampling: that of training, on a CPU float32, which the engine needs there."""
         return nullcontext() if self.args.device.type == "cpu" else self.accelerator.autocast()
 
     def _sampled(self, tasks: Sequence[Sequence[Task]]) -> Window:
@@ -147,8 +139,8 @@ class PolicyTrainer(HostTrainer):
             own = [[task for task in batch if task["flow"] == flow] for batch in tasks]
             if self.args.world_size > 1 and not all(own):
                 raise UserError(
-                    f"A batch of {self.args.train_batch_size} tasks holds none of {flow!r}; with several processes each "
-                    "needs all flows: raise train.per_device_train_batch_size."
+                    f"A batch of {self.args.train_batch_size} tasks holds none of {flow!r}; with several processes "
+                    "each needs all flows: raise train.per_device_train_batch_size."
                 )
             together = [task for batch in own for task in batch]
             if not together:
@@ -166,18 +158,17 @@ class PolicyTrainer(HostTrainer):
     def _rewarded(self, flow: str, tasks: Sequence[Task]) -> Rollout:
         """Sample a group for each task of a flow, and compute rewards and advantages."""
         size, kind = self.policy.group_size, self.kinds[flow]
-        with self._sampling():
+        with self._precision():
             inputs, chosen = self.sampler.sample(tasks, size)
         if kind == "drawing":
             mask = torch.ones_like(chosen, dtype=torch.bool)
-            scores = self._image_scores(tasks, self.sampler.images(chosen), size)
-            parts = torch.tensor([scores[name] for name in self.reward_weights]).t()  # [R, rewards]
-            rewards = parts.double() @ torch.tensor(list(self.reward_weights.values()), dtype=torch.float64)
+            parts = self.rewards.of_images([task for task in tasks for _ in range(size)], self.sampler.images(chosen))
+            rewards = self.rewards.total(parts)
         else:
             mask = self.sampler.written(chosen)
             expected = [task["answer"] for task in tasks for _ in range(size)]
-            parts = torch.tensor(self.score_answers(expected, self.sampler.answers(chosen)))[:, None]
-            rewards = parts[:, 0].double()
+            rewards = torch.tensor(self.rewards.answers(expected, self.sampler.answers(chosen)), dtype=torch.float64)
+            parts = rewards[:, None]
         groups = rewards.view(-1, size)
         every = {name: value.repeat_interleave(size, 0) for name, value in inputs.items()}
         cut = self.sampler.cut(chosen) if kind == "answering" else torch.zeros(len(chosen))
@@ -190,14 +181,6 @@ class PolicyTrainer(HostTrainer):
             advantage=advantages(groups, self.policy.advantage).flatten().float().to(chosen.device),
         )
 
-    def _image_scores(self, tasks: Sequence[Task], images: list[Image.Image], size: int) -> dict[str, list[float]]:
-        every = [task for task in tasks for _ in range(size)]
-        scores = self.score_images([task["prompt"] for task in every], [task["metadata"] for task in every], images)
-        for name, values in scores.items():
-            if not np.isfinite(values).all():
-                raise UserError(f"The reward {name} is not finite for {int((~np.isfinite(values)).sum())} images.")
-        return scores
-
     def _note_samples(self, flow: str, groups: Tensor, parts: Tensor, mask: Tensor, cut: Tensor) -> None:
         self.averages.add(f"{flow}/reward", groups)
         self.averages.add(f"{flow}/reward_std", groups.std(1))
@@ -205,7 +188,7 @@ class PolicyTrainer(HostTrainer):
         self.averages.add(f"{flow}/length", mask.sum(1))
         self.averages.add(f"{flow}/cut", cut)
         if self.kinds[flow] == "drawing":
-            for n, name in enumerate(self.reward_weights):
+            for n, name in enumerate(self.rewards.names):
                 self.averages.add(f"{flow}/reward_{name}", parts[:, n])
 
     def _learned(self, rollout: Rollout) -> Rollout:
@@ -262,46 +245,14 @@ class PolicyTrainer(HostTrainer):
     def evaluation_loop(  # type: ignore[override]
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Draw held-out prompts and answer held-out questions; return the mean reward, each reward, the judge's score
-        and the share of right answers."""
-        tasks = self.eval_dataset
-        own = [tasks[n] for n in range(self.args.process_index, len(tasks), self.args.world_size)]
+        """Return the mean reward, each reward, the judge's score and the share of right answers on held-out tasks."""
+        assert self.held_out is not None
         self.model.eval()
-        self._shown = []
-        names = ["reward", *(f"reward_{name}" for name in self.reward_weights), "judge", "answers"]
-        averages = Averages(names, self.args.device)
-        for flow, kind in self.kinds.items():
-            self._evaluate_flow(averages, kind, [task for task in own if task["flow"] == flow])
+        averages = self.held_out.score(self.args.process_index, self.args.world_size, self._precision)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in averages.read(self.accelerator).items()}
         self.watch.evaluation(metrics, self.state.log_history, self.state.global_step)
-        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(tasks))
-
-    def _evaluate_flow(self, averages: Averages, kind: Kind, tasks: Sequence[Task]) -> None:
-        size = self.policy.sampling_batch_size
-        for start in range(0, len(tasks), size):
-            batch = tasks[start : start + size]
-            with self._sampling():
-                _, chosen = self.sampler.sample(batch, 1, greedy=True)
-            if kind == "answering":
-                right = self.score_answers([task["answer"] for task in batch], self.sampler.answers(chosen))
-                averages.add("answers", torch.tensor(right))
-                continue
-            images = self.sampler.images(chosen)
-            self._shown += images[: PANEL_IMAGES - len(self._shown)]
-            scores = self._image_scores(batch, images, 1)
-            for name, weight in self.reward_weights.items():
-                averages.add(f"reward_{name}", torch.tensor(scores[name]))
-                averages.add("reward", weight * torch.tensor(scores[name]), counts=name == next(iter(scores)))
-            if self.judge is not None:
-                judged = self.judge([task["prompt"] for task in batch], [task["metadata"] for task in batch], images)
-                averages.add("judge", torch.tensor(judged))
-
-    def _log_panel(self, writer: SummaryWriter, step: int) -> None:
-        """Log the first images of the last evaluation: the same prompts and noise every time."""
-        if self._shown:
-            writer.add_image(
-                "drawings", np.concatenate([np.asarray(i) for i in self._shown], 1), step, dataformats="HWC"
-            )
+        count = len(self.held_out.tasks)
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=count)
 
     # ---- logs ----
 
@@ -312,12 +263,14 @@ class PolicyTrainer(HostTrainer):
         if "loss" in logs:
             means = self.averages.read(self.accelerator)
             logs = {**logs, **means}
-            shares = [means[f"{flow}/without_signal"] for flow in self.kinds if f"{flow}/without_signal" in means]
+            shares = [
+                means[f"{flow}/without_signal"] for flow in self.flow_weights if f"{flow}/without_signal" in means
+            ]
             self._silent = bool(shares) and min(shares) >= 1
             if shares:
                 self.watch.signal(min(shares), step - self._last_logged, step)
             self._last_logged = step
-            for flow in self.kinds:
+            for flow in self.flow_weights:
                 self.watch.divergence(means.get(f"{flow}/kl", 0.0), step)
         super().log(logs, start_time)
 

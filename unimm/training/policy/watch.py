@@ -30,8 +30,8 @@ class Watch(TrainerCallback):
         self.without_gradient = 0 if largest > 0 else self.without_gradient + 1
         if self.without_gradient >= self.config.window:
             raise UserError(
-                f"All gradients were exactly zero in {self.without_gradient} steps up to step {step}: the policy learns "
-                "nothing. Every group had equal rewards, or no token was counted: raise the temperature or "
+                f"All gradients were exactly zero in {self.without_gradient} steps up to step {step}: the policy "
+                "learns nothing. Every group had equal rewards, or no token was counted: raise the temperature or "
                 f"policy.group_size, take other tasks or a finer reward; {INTACT}"
             )
 
