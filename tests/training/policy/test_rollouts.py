@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tests.mllm.tiny import unified
 from unimm.data.tasks import Task, TaskFlow, Tasks, TasksConfig
 from unimm.sampling import ImageSampling
-from unimm.training.policy.rollouts import Rollout, Sampler
+from unimm.training.policy.rollouts import GumbelNoise, Rollout, Sampler
 from unimm.training.policy.settings import PolicyConfig
 
 SAMPLINGS = {
@@ -91,7 +91,9 @@ def test_answers_have_the_log_probabilities_that_sampling_saw() -> None:
     config = PolicyConfig(temperature=1.5, max_answer_tokens=5)
     sampler, asked = Sampler(model, processor, config), tasks("answering", 3)
     inputs, chosen = sampler.sample(asked, 4)
-    assert torch.equal(chosen, sampler.sample(asked, 4)[1])  # a function of the tasks' seeds
+    alone = sampler.sample(asked[1:2], 2)[1]  # a function of the task's seed, whatever else is in the batch
+    assert torch.equal(alone, chosen[4:6, : alone.shape[1]])
+    assert len({tuple(row.tolist()) for row in chosen}) > 6
     mask = sampler.written(chosen)
     whole = rollout("answering", inputs, chosen, mask, 4)
     logps, _ = sampler.log_probabilities(model, whole)
@@ -104,6 +106,13 @@ def test_answers_have_the_log_probabilities_that_sampling_saw() -> None:
             logits = model(input_ids=row, pixel_values=inputs["pixel_values"][n // 4][None], vocabulary="answer").logits
         expected = (logits[0, len(prompt) - 1 : -1] / 1.5).log_softmax(-1).gather(-1, chosen[n, :length, None])[:, 0]
         assert (logps[n, :length] - expected).abs().max() < 1e-5
+
+
+def test_answers_follow_the_distribution() -> None:
+    noise, scores = GumbelNoise(range(20_000), 5, 0.7), torch.tensor([1.0, 0.0, -0.5])
+    drawn = noise(torch.zeros(20_000, 7, dtype=torch.long), scores.expand(20_000, 3)).argmax(-1)
+    found = drawn.bincount(minlength=3) / 20_000
+    assert (found - (scores / 0.7).softmax(-1)).abs().max() < 0.015  # four standard errors
 
 
 def test_an_answer_ends_with_its_end_token() -> None:

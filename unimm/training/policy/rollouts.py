@@ -1,9 +1,9 @@
 """Rollouts: images and answers that the policy samples for its tasks, and the forward that computes their
 log-probabilities again, with gradients.
 
-Images come from the drawing engine (`generate(generation_mode="image")`): the prompt of a group is prefilled once, and
-image k of a task is a function of (seed of the task, k) and the weights. P tasks, G samples of each, R = P * G rows,
-L prompt tokens, T sampled tokens, M image tokens, K codebook size.
+Images come from the drawing engine (`generate(generation_mode="image")`): the prompt of a group is prefilled once.
+Image or answer k of a task is a function of (seed of the task, k) and the weights, not of the rest of the batch.
+P tasks, G samples of each, R = P * G rows, L prompt tokens, T sampled tokens, M image tokens, K codebook size.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper
 
 from unimm.data.tasks import Kind, Task
-from unimm.training.loop.rng import preserve_rng_state
+from unimm.noise import Noise, image_seed
 from unimm.training.policy.losses import guide, log_probabilities
 from unimm.training.policy.settings import PolicyConfig
 
@@ -76,6 +76,25 @@ def messages_of(task: Task) -> list[dict[str, Any]]:
         return [{"role": "user", "content": [{"type": "text", "text": task["prompt"]}]}]
     content = [{"type": "image", "image": task["image"]}, {"type": "text", "text": task["question"]}]
     return [{"role": "user", "content": content}]
+
+
+class GumbelNoise(LogitsProcessor):
+    """Turns greedy decoding into sampling by the Gumbel-max trick: the noise of row n is a function of (seed n, token
+    number) alone, so an answer does not depend on the rest of the batch.
+
+    Args:
+        seeds: one for each row.
+        start: number of tokens before an answer.
+    """
+
+    def __init__(self, seeds: Sequence[int], start: int, temperature: float) -> None:
+        self.seeds, self.start, self.temperature = seeds, start, temperature
+        self.noise: Noise | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores [R, V] at this temperature, plus noise."""
+        self.noise = self.noise or Noise(self.seeds, scores.shape[1], scores.device)
+        return scores / self.temperature + self.noise.step(input_ids.shape[1] - self.start)
 
 
 class Sampler:
@@ -140,14 +159,19 @@ class Sampler:
         return self.model.generate(**inputs, generation_mode="image", num_return_sequences=size, seed=seeds, **sampling)
 
     def _answer(self, inputs: dict[str, Tensor], tasks: Sequence[Task], size: int, *, greedy: bool) -> Tensor:
-        sampling = {"temperature": self.config.temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": size}
-        how: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, **sampling}
-        with preserve_rng_state(self.model.device):
-            torch.manual_seed(tasks[0]["seed"])
-            written = self.model.generate(
-                **inputs, generation_mode="text", max_new_tokens=self.config.max_answer_tokens, **how
-            )
-        return written[:, inputs["input_ids"].shape[1] :]
+        rows = {name: value.repeat_interleave(size, 0) for name, value in inputs.items()}
+        noise = LogitsProcessorList()
+        if not greedy:
+            seeds = [image_seed(task["seed"], k) for task in tasks for k in range(size)]
+            noise.append(GumbelNoise(seeds, rows["input_ids"].shape[1], self.config.temperature))
+        written = self.model.generate(
+            **rows,
+            generation_mode="text",
+            do_sample=False,
+            logits_processor=noise,
+            max_new_tokens=self.config.max_answer_tokens,
+        )
+        return written[:, rows["input_ids"].shape[1] :]
 
     def images(self, chosen: Tensor) -> list[Image.Image]:
         """Decode sampled token ids [R, M] to images."""
