@@ -7,6 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 import unimm
 from tests.mllm import tiny
 from tests.serving.clients import file_of, scene
+from unimm.cli import main
 from unimm.serving.app import create_app
 from unimm.serving.engine import Engine
 from unimm.serving.run import serving
@@ -283,3 +285,10 @@ def test_nothing_of_the_page_is_elsewhere(address: str) -> None:
     assert "fonts.googleapis" not in page and "fonts.gstatic" not in page
     config = json.loads(ask(f"{address}/web/config")[1])
     assert config["analytics_enabled"] is False and config["show_error"] is False
+
+
+def test_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "gradio" else find_spec(name))
+    for words in (["web"], ["serve", "--web"]):
+        assert main(words) == 2
+        assert "(gradio): pip install unimm[web]." in capsys.readouterr().err
