@@ -19,7 +19,8 @@ from typing import Any, Protocol
 from PIL import Image
 from tqdm.auto import tqdm
 
-from unimm.data.images import load_image, save_image_atomically
+from unimm.data.image_files import save_image_atomically
+from unimm.data.images import load_image
 from unimm.errors import UserError
 from unimm.evaluation.dpg.arguments import BENCH, GET_CSV
 from unimm.evaluation.dpg.rules import COLUMNS, COMPAT, FIXED, PLAIN, Rule, read_questions, summarize

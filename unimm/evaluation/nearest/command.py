@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from unimm.data.image_files import save_image_atomically
 from unimm.data.image_streams import to_array
-from unimm.data.images import save_image_atomically
 from unimm.data.resizing import crop
 from unimm.data.sources.registry import open_images
 from unimm.data.sources.storage import data_path

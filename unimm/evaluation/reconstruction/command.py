@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from unimm.data.image_files import save_image_atomically
 from unimm.data.image_streams import to_array
-from unimm.data.images import load_image, save_image_atomically
+from unimm.data.images import load_image
 from unimm.errors import UserError
 from unimm.evaluation.generation.feature_spaces import (
     FeatureSpace,

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from unimm.data.images import save_image_atomically
+from unimm.data.image_files import save_image_atomically
 from unimm.data.shapes import TAGS
 from unimm.errors import UserError
 from unimm.evaluation.runs.arguments import recorded_arguments
