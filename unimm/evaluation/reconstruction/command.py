@@ -177,7 +177,7 @@ def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_
                 seed=seed,
                 inputs={"original_path": store.inside(original)},
                 output_path=str(drawn),
-                raw_scores=row | {"entropy_of_picture": own.entropy, "ids": batch.ids[index].tolist()},
+                raw_scores=row | {"entropy_of_image": own.entropy, "ids": batch.ids[index].tolist()},
             )
         )
 
@@ -223,7 +223,7 @@ def _reconstructions(records: list[Record], codebook_size: int) -> Reconstructio
     return summarized(rows, usage, lost)
 
 
-_OWN = ("ids", "entropy_of_picture")  # fields of one image that are not averaged over the set
+_OWN = ("ids", "entropy_of_image")  # fields of one image that are not averaged over the set
 
 
 def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:
