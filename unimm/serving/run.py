@@ -22,15 +22,19 @@ def run_server(
     host: str,
     port: int,
     shutdown_seconds: int,
+    extend: Callable[[FastAPI], None] | None = None,
 ) -> None:
     """Serve a model until SIGINT or SIGTERM; then finish what runs, for `shutdown_seconds` at most.
 
     Args:
         load: returns the model and its processor.
+        extend: adds to the app, such as the web page.
     """
-    engine = Engine(*load(), engine_settings)
+    app = create_app(Engine(*load(), engine_settings), settings)
+    if extend is not None:
+        extend(app)
     config = uvicorn.Config(
-        create_app(engine, settings),
+        app,
         host=host,
         port=port,
         log_level="info",
