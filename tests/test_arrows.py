@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.metrics": RULES,
     "rewards": MODELS | {"evaluation"},  # a recipe hands them to the trainer as functions
     "demo": MODELS | {"chat", "evaluation"},
-    "serving": MODELS | {"chat"},
+    "serving": MODELS | {"chat", "evaluation"},
     "commands": MODELS | {"chat", "demo", "evaluation", "export", "serving", "training"},
     "cli": {"commands", "errors", "runs"},
     "registration": set(),  # names modules; imports none

@@ -1,5 +1,5 @@
-"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve, web; encoders, attach, detach, merge, export,
-doctor; eval.
+"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve, web; encoders, attach, detach, merge,
+export, doctor; eval.
 
 The first seven take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
 output), which receives one JSON object with the results and the seconds they took. A user error is one line on standard
