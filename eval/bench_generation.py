@@ -120,7 +120,7 @@ class Rivals:
         return drawn
 
     def ours_by_host(self) -> Tensor:
-        with patch.object(decoding, "_is_plain", lambda model: False):
+        with patch.object(decoding, "is_plain", lambda model: False):
             return self.ours()
 
     def stock(self, **options: Any) -> Tensor:

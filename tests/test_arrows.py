@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": MODELS | {"chat"},
     "export": FOUNDATION | {"mllm"},
     "evaluation.metrics": RULES,
+    "rewards": MODELS | {"evaluation"},  # a recipe hands them to the trainer as functions
     "demo": MODELS | {"chat", "evaluation"},
     "serving": MODELS | {"chat"},
     "commands": MODELS | {"chat", "demo", "evaluation", "export", "serving", "training"},
