@@ -5,10 +5,10 @@
 
 Measured are stage 1 and stage 2 of VQRAE (stage 2 with its GAN; at size "paper" both with randomly initialized LPIPS
 and ConvNeXt-S) and text-to-image training of a language model, from images ("t2i") and from ids made before
-("t2i_ids", as `recipes/encode.py` makes them), each plain, with float32 products in TF32, with gradient
-checkpointing, and compiled. "paper" is
-VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of a 512 px image. MFU (model FLOPs utilization) is reported if
-the device's peak is known; `--profile` adds the slowest operators and how often the host waits for the device.
+("t2i_ids", as `recipes/encode.py` makes them), each plain, with float32 products in TF32, with gradient checkpointing,
+and compiled. "paper" is VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of a 512 px image. MFU (model FLOPs
+utilization) is reported if the device's peak is known; `--profile` adds the slowest operators and how often the host
+waits for the device.
 """
 
 import argparse

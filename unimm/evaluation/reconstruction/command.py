@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         evaluated = load_evaluated_model(arguments.model)
         reference = load_evaluated_model(arguments.reference).tokenizer if arguments.reference else None
         lpips = load_lpips(arguments.lpips_trunk, arguments.lpips_heads) if arguments.lpips_trunk else None
-        named = load_space(arguments.inception, arguments.fd_encoder)
+        named = load_space(arguments.inception, arguments.fd_encoder, efficientnet=arguments.efficientnet)
     space = named or TokenizerSpace(reference or evaluated.tokenizer, original=reference is not None)
     compared = _may_compare(len(plan.images()), space, asked_for=named is not None)
     with report.timed("reconstruction"):
@@ -243,7 +243,8 @@ def _manifest(
     weights = {"tokenizer": model_fingerprint(tokenizer)}
     if named is not None:
         space = named.describe()
-        weights["inception" if arguments.inception else "fd_encoder"] = space["sha256"]
+        given = next(each for each in ("inception", "efficientnet", "fd_encoder") if getattr(arguments, each))
+        weights[given] = space["sha256"]
     if plan.kmeans_source:
         weights["kmeans_source"] = plan.kmeans_sha256()
     for name in ("lpips_trunk", "lpips_heads"):
