@@ -36,11 +36,12 @@ ALLOWED: dict[str, set[str]] = {
     "testing": MODELS,
     "chat": MODELS,
     "evaluation": MODELS | {"chat"},
+    "conversion": FOUNDATION | {"class_conditional"},
     "export": FOUNDATION | {"mllm"},
     "evaluation.metrics": RULES,
     "demo": MODELS | {"chat", "evaluation"},
     "serving": MODELS | {"chat"},
-    "commands": MODELS | {"chat", "demo", "evaluation", "export", "serving", "training"},
+    "commands": MODELS | {"chat", "conversion", "demo", "evaluation", "export", "serving", "training"},
     "cli": {"commands", "errors", "runs"},
     "registration": set(),  # names modules; imports none
     "__init__": {"registration", "tokenizer", "class_conditional", "mllm", "chat"},

@@ -1,5 +1,5 @@
-"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve; encoders, attach, detach, merge, export,
-doctor; eval.
+"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve; encoders, attach, detach, merge,
+convert, export, doctor; eval.
 
 The first five take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
 output), which receives one JSON object with the results and the seconds they took. A user error is one line on standard
@@ -16,6 +16,7 @@ from unimm import __version__
 from unimm.commands import (
     attach,
     chat,
+    convert,
     demo,
     detach,
     doctor,
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Command] = {
     "attach": attach,
     "detach": detach,
     "merge": merge,
+    "convert": convert,
     "export": export,
     "doctor": doctor,
     "eval": evaluate,
