@@ -39,9 +39,10 @@ ALLOWED: dict[str, set[str]] = {
     "conversion": FOUNDATION | {"class_conditional"},
     "export": FOUNDATION | {"mllm"},
     "evaluation.metrics": RULES,
+    "atlas": FOUNDATION | {"evaluation"},
     "demo": MODELS | {"chat", "evaluation"},
     "serving": MODELS | {"chat"},
-    "commands": MODELS | {"chat", "conversion", "demo", "evaluation", "export", "serving", "training"},
+    "commands": MODELS | {"atlas", "chat", "conversion", "demo", "evaluation", "export", "serving", "training"},
     "cli": {"commands", "errors", "runs"},
     "registration": set(),  # names modules; imports none
     "__init__": {"registration", "tokenizer", "class_conditional", "mllm", "chat"},

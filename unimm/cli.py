@@ -1,4 +1,4 @@
-"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve; encoders, attach, detach, merge,
+"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve; atlas, encoders, attach, detach, merge,
 convert, export, doctor; eval.
 
 The first five take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 
 from unimm import __version__
 from unimm.commands import (
+    atlas,
     attach,
     chat,
     convert,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "edit": edit,
     "reconstruct": reconstruct,
     "serve": serve,
+    "atlas": atlas,
     "encoders": encoders,
     "attach": attach,
     "detach": detach,
