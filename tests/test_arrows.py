@@ -39,7 +39,11 @@ ALLOWED: dict[str, set[str]] = {
     "conversion": FOUNDATION | {"class_conditional"},
     "export": FOUNDATION | {"mllm"},
     "evaluation.metrics": RULES,
+<<<<<<< HEAD
     "atlas": FOUNDATION | {"evaluation"},
+=======
+    "rewards": MODELS | {"evaluation"},  # a recipe hands them to the trainer as functions
+>>>>>>> main
     "demo": MODELS | {"chat", "evaluation"},
     "serving": MODELS | {"chat"},
     "commands": MODELS | {"atlas", "chat", "conversion", "demo", "evaluation", "export", "serving", "training"},
