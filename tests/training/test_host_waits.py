@@ -47,7 +47,9 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_of_a_tokenizer_waits_for_its_search_alone(tmp_path: Path, stage: int) -> None:
     gan = GANConfig(start=0, warmup_steps=1) if stage == 2 else GANConfig()
-    config = TokenizerTrainingConfig(str(tmp_path), stage=stage, steps=3, batch_size=4, warmup_steps=1, mixed_precision="no")
+    config = TokenizerTrainingConfig(
+        str(tmp_path), stage=stage, steps=3, batch_size=4, warmup_steps=1, mixed_precision="no"
+    )
     run = TokenizerTrainer(tiny_vqrae(), Small(12), config, ObjectiveConfig(perceptual=NO_JUDGE, gan=gan))
     batches = run._batches(run._remaining())
     run._optimizer_step(batches)
