@@ -99,7 +99,7 @@ PARTS: Mapping[str, Part] = {
         _script(
             "bench_generation",
             "--width 128 --layers 1 --codes 32 --image-tokens 16 --batches 1 --scales 2 --repeats 1 --threads 1",
-            "--width 1024 --layers 28 --image-tokens 256 --dtype bfloat16 --batches 1,16 --scales 5 --repeats 2",
+            "--width 1024 --layers 28 --image-tokens 64 --dtype bfloat16 --batches 1,16 --scales 5 --repeats 1",
         ),
         90,
         40,
