@@ -60,13 +60,13 @@ class Size:
         tokenizer: the tokenizer that stages 1 and 2 train.
         drawn: the tokenizer of text-to-image training.
         llm: configuration fields of the Qwen3.
-        judged: whether the perceptual loss uses the paper's networks (LPIPS, ConvNeXt-S).
+        pretrained: whether the perceptual loss uses the paper's networks (LPIPS, ConvNeXt-S).
     """
 
     tokenizer: VQRAEConfig
     drawn: VQRAEConfig
     llm: dict[str, Any]
-    judged: bool
+    pretrained: bool
 
 
 def small(side: int, patch: int, width: int, layers: int, codes: int) -> VQRAEConfig:
@@ -78,12 +78,12 @@ def small(side: int, patch: int, width: int, layers: int, codes: int) -> VQRAECo
 def size_of(name: str) -> Size:
     if name == "paper":
         first, second = (tokenizer_config(PUBLISHED[f"siglip2-so400m-p16-{side}"]) for side in (256, 512))
-        return Size(first, second, QWEN3_0_6B, judged=True)
+        return Size(first, second, QWEN3_0_6B, pretrained=True)
     width, layers = (32, 2) if name == "debug" else (256, 6)
     llm = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 3 * width, "num_attention_heads": 4}
     llm |= {"num_key_value_heads": 4, "head_dim": width // 4, "tie_word_embeddings": True}
     tokenizer = small(64, 16, 32, 2, 32) if name == "debug" else small(64, 8, 128, 6, 512)
-    return Size(tokenizer, tokenizer, llm, judged=False)
+    return Size(tokenizer, tokenizer, llm, pretrained=False)
 
 
 class Noise(Dataset):
@@ -119,9 +119,9 @@ def tokenizer_split(size: Size, stage: int, way: str, args: argparse.Namespace, 
     images = Noise(size.tokenizer.image_size, args.batch_size * (WARM + 3 * args.steps + PROFILED + 1))
     objective = ObjectiveConfig(perceptual=PerceptualConfig(kind="none"), gan=gan)
     trainer = TokenizerTrainer(tokenizer, images, config, objective)
-    if size.judged:
-        judges = {"lpips": (1.0, LPIPS()), "convnext_s": (0.1, ConvNeXt())}
-        trainer.objective.perceptual = PerceptualLoss(judges).requires_grad_(False).eval().to(tokenizer.device)
+    if size.pretrained:
+        networks = {"lpips": (1.0, LPIPS()), "convnext_s": (0.1, ConvNeXt())}
+        trainer.objective.perceptual = PerceptualLoss(networks).requires_grad_(False).eval().to(tokenizer.device)
     if way == "checkpointed":
         tokenizer.gradient_checkpointing_enable()
     if way == "compiled":

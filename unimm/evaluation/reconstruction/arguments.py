@@ -4,7 +4,7 @@ eval/reconstruction.py)."""
 import argparse
 from collections.abc import Sequence
 
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
+from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, suite_parser
 from unimm.evaluation.runs.protocols import PROTOCOLS
 
 BENCH = "reconstruction"
@@ -16,11 +16,7 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=None if description else "unimm eval tok",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = suite_parser("tok", description, __doc__)
     parser.add_argument("--model", help="an image tokenizer or a unified model; the default comes with the library")
     parser.add_argument("--source", required=True, help="a parquet file or a folder of images")
     parser.add_argument("--kmeans-source", help="images that the k-means baseline learns from")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from unimm.data.image_files import save_image_atomically
 from unimm.data.image_streams import to_array
-from unimm.data.images import load_image, save_image_atomically
+from unimm.data.images import load_image
 from unimm.errors import UserError
 from unimm.evaluation.generation.feature_spaces import (
     FeatureSpace,
@@ -176,7 +177,7 @@ def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_
                 seed=seed,
                 inputs={"original_path": store.inside(original)},
                 output_path=str(drawn),
-                raw_scores=row | {"entropy_of_picture": own.entropy, "ids": batch.ids[index].tolist()},
+                raw_scores=row | {"entropy_of_image": own.entropy, "ids": batch.ids[index].tolist()},
             )
         )
 
@@ -222,7 +223,7 @@ def _reconstructions(records: list[Record], codebook_size: int) -> Reconstructio
     return summarized(rows, usage, lost)
 
 
-_OWN = ("ids", "entropy_of_picture")  # fields of one image that are not averaged over the set
+_OWN = ("ids", "entropy_of_image")  # fields of one image that are not averaged over the set
 
 
 def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class TokenizerTrainer:
         set_trainable(tokenizer, config.stage)
         # Copied before any step: the teacher and the feature loss compare with the encoder as it was before this stage.
         self.teacher = Teacher(tokenizer) if config.stage == 2 else None
-        self.objective = TokenizerObjective(objective, self._feature_judge(objective))
+        self.objective = TokenizerObjective(objective, self._feature_loss(objective))
         self.patch_mixes = objective.context_weight > 0
         if self.patch_mixes:
             cell_size(tokenizer)
@@ -109,12 +109,13 @@ class TokenizerTrainer:
     # ---- building
     # ---------------------------------------------------------------------------------------------------------------
 
-    def _feature_judge(self, objective: ObjectiveConfig) -> FeaturePerceptualLoss | None:
+    def _feature_loss(self, objective: ObjectiveConfig) -> FeaturePerceptualLoss | None:
         if "features" not in objective.perceptual.kind:
             return None
-        judge = copy.deepcopy(self.tokenizer.encoder).requires_grad_(False).eval().to(self.accelerator.device)
+        encoder = copy.deepcopy(self.tokenizer.encoder).requires_grad_(False).eval().to(self.accelerator.device)
         return FeaturePerceptualLoss(
-            lambda pixels: encode_features(judge, self.tokenizer.normalize(pixels)), objective.perceptual.feature_layers
+            lambda pixels: encode_features(encoder, self.tokenizer.normalize(pixels)),
+            objective.perceptual.feature_layers,
         )
 
     def _prepare(self, objective: ObjectiveConfig) -> None:
@@ -295,8 +296,8 @@ class TokenizerTrainer:
 
     def modules(self) -> list[nn.Module]:
         """Return every module that takes part in a step."""
-        judges = [] if self.gan_trainer is None else [self.gan_trainer.discriminator]
-        return [self.tokenizer, self.objective, *([] if self.teacher is None else [self.teacher]), *judges]
+        discriminators = [] if self.gan_trainer is None else [self.gan_trainer.discriminator]
+        return [self.tokenizer, self.objective, *([] if self.teacher is None else [self.teacher]), *discriminators]
 
     def _trainable(self) -> list[Tensor]:
         return [p for p in self.tokenizer.parameters() if p.requires_grad]
