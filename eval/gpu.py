@@ -64,7 +64,7 @@ def _training(what: str, batch: int, ways: str = "plain,compiled", steps: int = 
     workers = max(1, (os.cpu_count() or 2) - 2)
     return _script(
         "bench_training",
-        f"{common} --size debug --ways plain --steps 2 --batch-size 2 --workers 0",
+        f"{common} --size debug --ways plain --steps 1 --batch-size 2 --workers 0",
         f"{common} --size paper --ways {ways} --steps {steps} --batch-size {batch} --workers {workers} "
         "--precision bf16",
     )
@@ -107,7 +107,7 @@ PARTS: Mapping[str, Part] = {
     "quantizer": Part(
         _script(
             "bench_quantizer",
-            "--latents 64 --codes 256 --width 32 --repeats 1 --threads 1 --only unimm",
+            "--latents 64 --codes 256 --width 32 --repeats 1 --threads 1 --only bfloat16",
             "--device cuda --repeats 20",
         ),
         40,
