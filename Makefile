@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
 BIN := $(VENV)/bin
-DEVELOPMENT := [train,eval,serve,gguf,dev]
+DEVELOPMENT := [train,eval,web,gguf,dev]
 # Without an NVIDIA GPU take the tested versions, which also selects the CPU build of torch.
 CONSTRAINT := $(shell nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 # The whole suite takes two processes; the modules that launch processes of their own come first.

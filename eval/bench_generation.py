@@ -120,7 +120,7 @@ class Rivals:
         return drawn
 
     def ours_by_host(self) -> Tensor:
-        with patch.object(decoding, "_is_plain", lambda model: False):
+        with patch.object(decoding, "is_plain", lambda model: False):
             return self.ours()
 
     def stock(self, **options: Any) -> Tensor:
@@ -272,8 +272,8 @@ def main(argv: list[str] | None = None) -> None:
                     f"{row['processor_seconds']:>8.2f}{row['bound']:>8.2f}"
                 )
                 found.append({"scale": scale, "batch": batch, "way": way, **row})
-    report.add(generation=found, model=name, prompt=PROMPT, bandwidth=rate, device=card, commit=git_commit())
-    report.write()
+            report.add(generation=found, model=name, prompt=PROMPT, bandwidth=rate, device=card, commit=git_commit())
+            report.write()  # a run that is killed leaves what it has
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": FOUNDATION | {"mllm"},
     "evaluation.metrics": RULES,
     "atlas": FOUNDATION | {"evaluation"},
+    "rewards": MODELS | {"evaluation"},  # a recipe hands them to the trainer as functions
     "demo": MODELS | {"chat", "evaluation"},
     "serving": MODELS | {"chat"},
     "commands": MODELS | {"atlas", "chat", "conversion", "demo", "evaluation", "export", "serving", "training"},

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from unimm.data.characters import check_characters
 from unimm.data.images import each_image, load_image, read_image, save_numbered
 from unimm.errors import UserError, one_line, run_main
-from unimm.mllm.answering import Conversation, chat_inputs
+from unimm.mllm.answering import Conversation, chat_inputs, drop_oldest
 from unimm.mllm.conditions import keep_outside, redrawn_cells, redrawn_share
 from unimm.mllm.previews import DrawingStreamer, OnImage, OnToken, PreviewStream
 from unimm.noise import image_seed
@@ -347,15 +347,10 @@ class ChatSession:
     def _kept(self, history: Conversation, question: dict[str, Any], room: int | None = None) -> Conversation:
         """Drop the oldest exchanges until history, question and an answer of `room` tokens (None: text) fit the
         context, image tokens included."""
-        context = self.model.config.get_text_config().max_position_embeddings
-        limit = context - (self._text_room() if room is None else room)
-        system = history[:1] if history and history[0]["role"] == "system" else []
-        kept = history[len(system) :]
         if self.overflow == "refuse":
             return history
-        while kept and self.processor.count_tokens([*system, *kept, question]) > limit:
-            kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
-        return [*system, *kept]
+        context = self.model.config.get_text_config().max_position_embeddings
+        return drop_oldest(self.processor, history, question, context - (self._text_room() if room is None else room))
 
     def _text_room(self) -> int:
         context: int = self.model.config.get_text_config().max_position_embeddings

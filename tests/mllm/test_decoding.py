@@ -75,7 +75,7 @@ def test_plain_steps_are_exact(family: str, tied: bool, used: list[type], monkey
         if "norm" in name or "bias" in name:
             nn.init.normal_(weight, mean=1.0, std=0.3)
     plain = assert_exact(model, processor, lambda n: [SCALES[n]] * 16, guidance_scale=SCALES)
-    monkeypatch.setattr(decoding, "_is_plain", lambda model: False)
+    monkeypatch.setattr(decoding, "is_plain", lambda model: False)
     assert torch.equal(assert_exact(model, processor, lambda n: [SCALES[n]] * 16, guidance_scale=SCALES), plain)
     assert used == [PlainSteps, HostSteps]
 
@@ -107,7 +107,7 @@ def test_sliding_windows_are_exact(used: list[type]) -> None:
 def test_intervals_and_schedules_are_exact(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny.unified()
     if not plain:
-        monkeypatch.setattr(decoding, "_is_plain", lambda model: False)
+        monkeypatch.setattr(decoding, "is_plain", lambda model: False)
     inside = [0.0] * 3 + [4.0] * 5 + [0.0] * 8
     assert_exact(model, processor, lambda n: inside, guidance_scale=4.0, guidance_interval=(3, 8))
     rising = [1 + 3 * (step + 1) / 16 for step in range(16)]

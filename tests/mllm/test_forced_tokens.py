@@ -116,7 +116,7 @@ def test_equal_prompts_with_other_forced_tokens_are_other_requests() -> None:
 def test_runs_of_forced_tokens_are_read_at_once(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prefix and a run within are one forward each, nothing is computed behind the last drawn token."""
     model, processor = tiny.unified()
-    monkeypatch.setattr(decoding, "_is_plain", lambda model: kind is PlainSteps)
+    monkeypatch.setattr(decoding, "is_plain", lambda model: kind is PlainSteps)
     fed: list[tuple[int, int]] = []
     original = kind.logits
     monkeypatch.setattr(kind, "logits", lambda self, ids, n: (fed.append((ids.shape[1], n)), original(self, ids, n))[1])

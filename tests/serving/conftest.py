@@ -1,20 +1,18 @@
 """A server on the embedded model, with the real clients of its API."""
 
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from openai import OpenAI
 
 import unimm
 from tests.mllm import tiny
 from unimm.serving.app import create_app
 from unimm.serving.engine import Engine
+from unimm.serving.run import serving
 from unimm.serving.settings import EngineSettings, ServingSettings
 
 KEY = "sk-test"
@@ -39,18 +37,10 @@ def parts() -> tuple[Any, Any]:
     return unimm.load()
 
 
-def serve(engine: Engine, settings: ServingSettings, **options: Any) -> Iterator[Served]:
-    """Run the app in uvicorn, in a thread, on a free port."""
-    config = uvicorn.Config(create_app(engine, settings), port=0, log_level="warning", **options)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield Served(engine, f"http://127.0.0.1:{port}")
-    server.should_exit = True
-    thread.join()
+def serve(engine: Engine, settings: ServingSettings) -> Iterator[Served]:
+    """Run the app over an engine."""
+    with serving(create_app(engine, settings)) as url:
+        yield Served(engine, url)
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def load_image(path: str | Path, check: Check | None = None) -> Image.Image:
 
 
 def decode_image(
-    data: bytes, name: str, check: Check | None = None, formats: Sequence[str] | None = None
+    data: bytes, name: str, check: Check | None = None, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Decode the bytes of an image file as `load_image` does; `name` identifies it in error messages, `formats` are
     those of Pillow that are tried (None: all)."""
@@ -150,7 +150,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _understood(
-    file: Path | io.BytesIO, size: int, name: str, formats: Sequence[str] | None = None
+    file: Path | io.BytesIO, size: int, name: str, formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
     if size == 0:
         raise UserError(f"Cannot read the image {name}: the file is empty.")

@@ -73,6 +73,16 @@ def answer_all(
     return [Answer(text.strip(), length, len(row)) for text, length, row in counted]
 
 
+def drop_oldest(processor: Any, history: Conversation, question: dict[str, Any], limit: int) -> Conversation:
+    """Return the history without its oldest questions and their answers, as many as it takes to fit `limit` tokens
+    together with the question. A system turn stays."""
+    system = history[:1] if history and history[0]["role"] == "system" else []
+    kept = history[len(system) :]
+    while kept and processor.count_tokens([*system, *kept, question]) > limit:
+        kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
+    return [*system, *kept]
+
+
 def end_tokens(model: Any) -> set[int]:
     """Return the tokens that end an answer; only padding follows them in a row."""
     ends = model.generation_config.eos_token_id

@@ -25,7 +25,15 @@ from unimm.mllm.drawing import Drawing, check_parallel_tokens, warn
 from unimm.mllm.guidance import guidance_of
 from unimm.mllm.interleaving import Interleaving
 from unimm.mllm.memory import check_memory
-from unimm.mllm.prefill import Prompts, read_prompts, stacked
+from unimm.mllm.prefill import Prompts, read_prompts
+from unimm.mllm.prompt_rows import (
+    given_prompts,
+    image_prompts,
+    images_per_prompt,
+    negative_prompts,
+    prompt_mask,
+    with_sides,
+)
 from unimm.mllm.text_mode import TextGenerationMixin
 from unimm.noise import Noise, per_image_seeds, request_keys
 from unimm.sampling import SAMPLING_NAMES, GuidanceScale, ImageSampling
@@ -113,7 +121,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if prompts is None:
             raise ValueError("drawing needs the prompts' token ids: give input_ids")
-        return prompts, _prompt_mask(prompts, kwargs.pop("attention_mask", None), self.generation_config)
+        return prompts, prompt_mask(prompts, kwargs.pop("attention_mask", None), self.generation_config)
 
     def _interleaved(
         self,
@@ -133,7 +141,7 @@ class ImageGenerationMixin(TextGenerationMixin):
         settings = {**(image_generation or {})} | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
         if unknown := sorted(settings.keys() - set(SAMPLING_NAMES)):
             raise UserError(f"image_generation holds {', '.join(unknown)}; known: {', '.join(SAMPLING_NAMES)}")
-        counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
+        counts = images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
         own = ("seed", "max_new_tokens")
         return Interleaving(
             self,
@@ -176,94 +184,35 @@ class ImageGenerationMixin(TextGenerationMixin):
 
         `seeds` are those of the noise, one per sequence, instead of `seed`.
         """
-        if unknown := sorted(name for name in ignored if name not in IMAGE_MODE_IGNORES):
-            raise ValueError(f"image mode does not know the arguments {', '.join(unknown)}")
-        check_parallel_tokens(parallel_tokens, compile)
-        if num_return_sequences > 1 and sampling.greedy:
-            raise ValueError(
-                f"{num_return_sequences} greedy images of a prompt would be equal: set do_sample=True and a "
-                "temperature above 0"
-            )
+        _check(ignored, parallel_tokens, compile, num_return_sequences, sampling)
         prompts, mask = prompts.to(self.device), attention_mask.to(self.device)
-        counts = _images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
+        counts = images_per_prompt(prompts, pixel_values, self.config.image_token_id, self.config.image_seq_length)
         # masked: prompts that differ only in what lies under the mask are equal
         keys = request_keys(prompts * mask, pixel_values, counts)
         forced = forced_rows(
             forced_token_ids, len(prompts), num_return_sequences, self.num_image_tokens, self.visual_vocabulary
         )
-        kept_ids = forced[::num_return_sequences].tolist()
-        requests: list[Hashable] = [(key, tuple(row)) for key, row in zip(keys, kept_ids, strict=True)]
-        seeds = seeds or per_image_seeds(requests, seed, num_return_sequences)
-        numbers = [each.tolist() for each in torch.arange(sum(counts)).split(counts)]
-        given = Prompts(*_end_with(prompts, mask, self.config.boi_token_id), numbers)
+        seeds = seeds or _seeds(keys, forced, seed, num_return_sequences)
+        given = given_prompts(self.config, prompts, mask, counts)
         if streamer is not None:
             streamer.put(given.token_ids.cpu())
-        negative = self._negative_prompts(negative_prompt_ids, negative_prompt_attention_mask, len(prompts))
-        images = self._image_prompts(image_prompt_ids, image_prompt_attention_mask, given)
+        negative = negative_prompts(self.config, negative_prompt_ids, negative_prompt_attention_mask, given)
+        images = image_prompts(
+            self.config, self.generation_config, image_prompt_ids, image_prompt_attention_mask, given
+        )
         guidance, sides = guidance_of(sampling, self.num_image_tokens, len(prompts), negative, images)
-        own, sources = given.distinct(keys)
-        places, first = [sources], len(own)
-        for side in sides:  # [1 or G, L]
-            places.append(torch.arange(len(guidance.rows), device=self.device) % len(side) + first)
-            first += len(side)
-        rows = stacked([own, *sides], self.config.boi_token_id)
-        self._check_room(rows.token_ids.shape[1])
-        sources = torch.cat(places).repeat_interleave(num_return_sequences)  # [S + G] or [S + 2 G]
-        length = rows.token_ids.shape[1]
-        sequences = len(prompts) * num_return_sequences
-        check_memory(self, len(sources), sequences, len(rows) * length, length + self.num_image_tokens)
+        rows, sources = with_sides(given, keys, sides, guidance, num_return_sequences, self.config.boi_token_id)
+        self._check_room(rows, len(sources), len(forced))
         logits, steps = self._read_prompts(rows, pixel_values, sources, compile)
         noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, logits.device)
         base, guidance = self.visual_vocabulary.base, guidance.repeated(num_return_sequences)
         drawing = Drawing(logits, steps, guidance, noise, sampling, base, forced, every_step=return_dict_in_generate)
-        if parallel_tokens != 1 and not drawing.can_forget:
-            warn("one token at a time: this host's cache cannot take back tokens that were guessed wrong")
-            parallel_tokens = 1
-        kept: dict[str, list[Tensor]] = {"logits": [], "scores": []}
-        for raw, warped, token_ids in drawing.run(parallel_tokens):
-            if streamer is not None:
-                streamer.put(token_ids.cpu())
-            if raw is not None and warped is not None and return_dict_in_generate:
-                kept["logits"] += [raw] if output_logits else []
-                kept["scores"] += [warped] if output_scores else []
-        if streamer is not None:
-            streamer.end()
+        asked = {"logits": output_logits, "scores": output_scores} if return_dict_in_generate else {}
+        kept = _run(drawing, parallel_tokens, streamer, asked)
         chosen = drawing.chosen.to(prompts)
         if not return_dict_in_generate:
             return chosen
-        outputs = {name: tuple(values) or None for name, values in kept.items()}
-        return GenerateDecoderOnlyOutput(sequences=chosen, past_key_values=steps.cache, **outputs)
-
-    def _negative_prompts(self, ids: Tensor | None, mask: Tensor | None, batch_size: int) -> Prompts | None:
-        """Return the negative prompt [1 or B, L'], or else the null prompt, ending with the begin marker; None if there
-        is neither."""
-        if ids is None:
-            if not self.config.null_prompt:
-                return None
-            ids = torch.tensor([self.config.null_prompt])
-        mask = torch.ones_like(ids) if mask is None else mask
-        if len(ids) not in (1, batch_size):
-            raise ValueError(f"negative_prompt_ids has {len(ids)} rows, give 1 or one per prompt, {batch_size}")
-        if (ids == self.config.image_token_id).any():
-            raise ValueError("negative_prompt_ids holds image placeholders; a negative prompt is text")
-        rows = _end_with(ids.to(self.device), mask.to(self.device), self.config.boi_token_id)
-        return Prompts(*rows, [[] for _ in ids])
-
-    def _image_prompts(self, ids: Tensor | None, mask: Tensor | None, prompts: Prompts) -> Prompts | None:
-        """Return the prompts without instructions, with the images of `prompts`."""
-        if ids is None:
-            return None
-        ids = ids.to(self.device)
-        mask = _prompt_mask(ids, mask, self.generation_config).to(self.device)
-        size = self.config.image_seq_length
-        found = [int(n) / size for n in (ids == self.config.image_token_id).sum(1)]
-        wanted = [len(row) for row in prompts.images]
-        if found != wanted:
-            raise UserError(
-                f"image_prompt_ids holds {', '.join(f'{n:g}' for n in found)} images and the prompts "
-                f"{', '.join(map(str, wanted))}: give every prompt with its images, without its instruction."
-            )
-        return Prompts(*_end_with(ids, mask, self.config.boi_token_id), prompts.images)
+        return GenerateDecoderOnlyOutput(sequences=chosen, past_key_values=steps.cache, **kept)
 
     def _read_prompts(
         self, prompts: Prompts, pixel_values: Tensor | None, sources: Tensor, compiled: bool
@@ -279,70 +228,57 @@ class ImageGenerationMixin(TextGenerationMixin):
         steps = steps_after(self, cache, read.mask[sources], positions, compiled, warn)
         return logits[sources.to(logits.device)], steps
 
-    def _check_room(self, length: int) -> None:
+    def _check_room(self, rows: Prompts, step_rows: int, sequences: int) -> None:
+        """Raise UserError if prompt and image exceed the context, or a step of `step_rows` the memory."""
         context = self.config.get_text_config().max_position_embeddings
+        length = rows.token_ids.shape[1]
         if length + self.num_image_tokens > context:
             raise UserError(
                 f"The prompt has {length} tokens and an image {self.num_image_tokens}, together more than the "
                 f"{context} that the model reads: give a shorter prompt."
             )
+        check_memory(self, step_rows, sequences, len(rows) * length, length + self.num_image_tokens)
 
 
-def _prompt_mask(prompts: Tensor, mask: Tensor | None, config: GenerationConfig) -> Tensor:
-    """Return the mask [B, L] of prompts; if None is given, leading padding tokens are masked.
-
-    Raises:
-        UserError: if prompts are not ids [B, L], the mask has another shape, or padding cannot be told from text.
-    """
-    if prompts.ndim != 2 or not prompts.numel() or prompts.is_floating_point():
-        kind = "numbers with a fraction" if prompts.is_floating_point() else "ids"
-        raise UserError(
-            f"input_ids has the shape {list(prompts.shape)} and holds {kind}: give ids as [prompts, tokens], at least "
-            "1 of each."
-        )
-    if mask is not None:
-        if mask.shape != prompts.shape:
-            raise UserError(
-                f"attention_mask has the shape {list(mask.shape)} and input_ids {list(prompts.shape)}: give one number "
-                "per token."
-            )
-        return mask.bool().to(prompts)
-    pad = config.pad_token_id
-    padding = torch.zeros_like(prompts, dtype=torch.bool) if pad is None else prompts == pad
-    leading = padding.long().cumprod(1)  # [B, L], 1 in the run of padding tokens before a prompt
-    counts = leading.sum(1)
-    if len(prompts) > 1 and padding[:, -1].any():
-        raise UserError("Prompts seem to be padded on the right: pad on the left, or give attention_mask.")
-    if pad is not None and pad == config.bos_token_id and counts.any():
-        if (counts > 1).any() or not counts.all():
-            raise UserError(f"The padding token {pad} also begins prompts: give attention_mask to tell them apart.")
-        return torch.ones_like(prompts)
-    return 1 - leading
-
-
-def _images_per_prompt(
-    prompts: Tensor, pixel_values: Tensor | None, image_token_id: int, tokens_per_image: int
-) -> list[int]:
-    """Count the images of each prompt [B, L] by its placeholders."""
-    placeholders = (prompts == image_token_id).sum(1)
-    images = 0 if pixel_values is None else len(pixel_values)
-    if (placeholders % tokens_per_image).any() or placeholders.sum() != images * tokens_per_image:
+def _check(
+    ignored: dict[str, Any],
+    parallel_tokens: int | Literal["auto"],
+    compiled: bool,
+    repeats: int,
+    sampling: ImageSampling,
+) -> None:
+    """Raise ValueError for arguments that image mode does not know, or that contradict each other."""
+    if unknown := sorted(name for name in ignored if name not in IMAGE_MODE_IGNORES):
+        raise ValueError(f"image mode does not know the arguments {', '.join(unknown)}")
+    check_parallel_tokens(parallel_tokens, compiled)
+    if repeats > 1 and sampling.greedy:
         raise ValueError(
-            f"the prompts hold {int(placeholders.sum())} image placeholders, {images} images were given, each of "
-            f"{tokens_per_image} placeholders"
+            f"{repeats} greedy images of a prompt would be equal: set do_sample=True and a temperature above 0"
         )
-    return (placeholders // tokens_per_image).tolist()
 
 
-def _end_with(rows: Tensor, mask: Tensor, token_id: int) -> tuple[Tensor, Tensor]:
-    """Append `token_id` to the rows [B, L] that do not end with it, and pad the others on the left by one."""
-    if not mask[:, -1].all():
-        raise ValueError("prompts must be padded on the left: set padding_side='left'")
-    done = rows[:, -1] == token_id
-    if done.all():
-        return rows, mask
-    column = rows.new_full((len(rows), 1), token_id)
-    longer = torch.where(done[:, None], torch.cat([column, rows], 1), torch.cat([rows, column], 1))
-    one = torch.ones_like(mask[:, :1])
-    longer_mask = torch.where(done[:, None], torch.cat([one * 0, mask], 1), torch.cat([mask, one], 1))
-    return longer, longer_mask
+def _seeds(keys: Sequence[Hashable], forced: Tensor, seed: int | Sequence[int] | None, repeats: int) -> list[int]:
+    """Return the seed of every sequence; prompts with equal keys but other forced tokens are other requests."""
+    kept_ids = forced[::repeats].tolist()
+    requests: list[Hashable] = [(key, tuple(row)) for key, row in zip(keys, kept_ids, strict=True)]
+    return per_image_seeds(requests, seed, repeats)
+
+
+def _run(
+    drawing: Drawing, parallel_tokens: int | Literal["auto"], streamer: BaseStreamer | None, asked: dict[str, bool]
+) -> dict[str, tuple[Tensor, ...] | None]:
+    """Draw all tokens, and hand them to the streamer; return what is asked for of "logits" and "scores", M tensors
+    [S, K] of each."""
+    if parallel_tokens != 1 and not drawing.can_forget:
+        warn("one token at a time: this host's cache cannot take back tokens that were guessed wrong")
+        parallel_tokens = 1
+    kept: dict[str, list[Tensor]] = {"logits": [], "scores": []}
+    for raw, warped, token_ids in drawing.run(parallel_tokens):
+        if streamer is not None:
+            streamer.put(token_ids.cpu())
+        for name, values in (("logits", raw), ("scores", warped)):
+            if values is not None and asked.get(name):
+                kept[name].append(values)
+    if streamer is not None:
+        streamer.end()
+    return {name: tuple(values) or None for name, values in kept.items()}

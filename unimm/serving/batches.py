@@ -1,4 +1,4 @@
-"""A batch of conversations or of drawings on the model. The answer to a request does not depend on the rest of it.
+"""A batch of conversations, drawings or reconstructions on the model. An answer does not depend on the rest of it.
 
 Conversations: each row has its own sampling settings, noise, stop texts and length. Drawings: one row per image, with
 the noise of (seed, k). B rows, padded on the left, V text tokens, M image tokens.
@@ -14,11 +14,21 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from unimm.errors import UserError, one_line
+from unimm.evaluation.reconstruction.one_image import reconstruct_image
 from unimm.mllm.answering import chat_inputs, end_tokens
 from unimm.mllm.conditions import keep_outside
 from unimm.mllm.previews import images_so_far
 from unimm.noise import Noise, image_seed
-from unimm.serving.jobs import DrawRequest, Finished, Job, Piece, Preview, TextRequest, Written
+from unimm.serving.jobs import (
+    DrawRequest,
+    Finished,
+    Job,
+    Piece,
+    Preview,
+    ReconstructRequest,
+    TextRequest,
+    Written,
+)
 
 
 class Abandoned(Exception):
@@ -225,3 +235,12 @@ class _Watch(BaseStreamer):
 
     def end(self) -> None:
         """Do nothing: the batch is finished once its images are decoded."""
+
+
+# ---- reconstructions -------------------------------------------------------------------------------------------------
+
+
+def run_reconstructions(model: Any, processor: Any, jobs: Sequence[Job[ReconstructRequest]]) -> None:
+    """Reconstruct images one after the other: the last bit of a pixel may depend on the size of a batch."""
+    for job in jobs:
+        job.send(Finished([reconstruct_image(model.image_tokenizer, processor.image_processor, job.request.image)]))

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,8 @@ class TextRequest:
     n: int = 1
     stop: tuple[str, ...] = ()
     stream: bool = False
+
+    kind: ClassVar[str] = "text"
 
     @property
     def rows(self) -> int:
@@ -77,6 +79,8 @@ class DrawRequest:
         negative_prompt: text to guide away from; None is the checkpoint's null prompt.
         partial_images: number of `Preview`s to deliver before the images.
         image: the image to edit.
+        reads_image: whether the model reads `image` with the prompt, which is an instruction then; else the prompt
+            alone says what to draw in the cells `redrawn`.
         redrawn: cells [h, w] of the token grid that are redrawn; the others keep the tokens of `image`. None: all.
     """
 
@@ -89,7 +93,10 @@ class DrawRequest:
     negative_prompt: str | None = None
     partial_images: int = 0
     image: Image.Image | None = None
+    reads_image: bool = True
     redrawn: np.ndarray | None = None
+
+    kind: ClassVar[str] = "image"
 
     @property
     def guided(self) -> bool:
@@ -125,11 +132,39 @@ class DrawRequest:
 
     @property
     def messages(self) -> Conversation:
-        """Return the prompt as a conversation, the image before the text."""
-        return [user_turn(self.prompt, self.image)]
+        """Return the prompt as a conversation, the image before the text if the model reads it."""
+        return [user_turn(self.prompt, self.image if self.reads_image else None)]
 
 
-Request: TypeAlias = TextRequest | DrawRequest
+@dataclass(frozen=True)
+class ReconstructRequest:
+    """Ask for an image as its ids decode, and for the ids.
+
+    Args:
+        image: of any size.
+        image_tokens: tokens of an image.
+    """
+
+    image: Image.Image
+    image_tokens: int
+
+    kind: ClassVar[str] = "reconstruction"
+    rows: ClassVar[int] = 1
+    batch_key: ClassVar[Hashable] = "reconstruction"
+    identity: ClassVar[Hashable] = None
+
+    @property
+    def row_tokens(self) -> int:
+        """Return the number of image tokens."""
+        return self.image_tokens
+
+    @property
+    def pixels(self) -> int:
+        """Return the number of pixels of the image that this request keeps in memory."""
+        return self.image.width * self.image.height
+
+
+Request: TypeAlias = TextRequest | DrawRequest | ReconstructRequest
 AnyRequest = TypeVar("AnyRequest", bound=Request, covariant=True)
 
 
@@ -167,7 +202,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event: the answers of a `TextRequest` (`Written`), or the images of a drawing."""
+    """The last event: the answers of a `TextRequest` (`Written`), the images of a drawing, or a `Reconstruction`."""
 
     results: list[Any]
 

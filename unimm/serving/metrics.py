@@ -12,14 +12,15 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        one = {"registry": self.registry}
-        self.requests = Counter("unimm_requests", "Answered requests", ["path", "status"], **one)
-        self.seconds = Histogram("unimm_batch_seconds", "Seconds that a batch ran", ["kind"], **one)
+        self.requests = Counter("unimm_requests", "Answered requests", ["path", "status"], registry=self.registry)
+        self.seconds = Histogram("unimm_batch_seconds", "Seconds that a batch ran", ["kind"], registry=self.registry)
         sizes = (1, 2, 4, 8, 16, 32, 64, 128)
-        self.batches = Histogram("unimm_batch_size", "Requests of a batch", ["kind"], buckets=sizes, **one)
-        self.tokens = Counter("unimm_tokens", "Tokens read and generated", ["kind"], **one)
-        self.waiting = Gauge("unimm_requests_waiting", "Requests in the queue", **one)
-        self.running = Gauge("unimm_requests_running", "Requests in the running batch", **one)
+        self.batches = Histogram(
+            "unimm_batch_size", "Requests of a batch", ["kind"], buckets=sizes, registry=self.registry
+        )
+        self.tokens = Counter("unimm_tokens", "Tokens read and generated", ["kind"], registry=self.registry)
+        self.waiting = Gauge("unimm_requests_waiting", "Requests in the queue", registry=self.registry)
+        self.running = Gauge("unimm_requests_running", "Requests in the running batch", registry=self.registry)
 
     def watch(self, engine: Engine) -> None:
         """Report the queue and the batches of an engine."""

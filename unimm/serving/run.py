@@ -1,9 +1,13 @@
 """Run the server: load the model, build the app, and serve it with uvicorn until it is told to stop."""
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from unimm.serving.app import create_app
 from unimm.serving.engine import Engine
@@ -18,15 +22,19 @@ def run_server(
     host: str,
     port: int,
     shutdown_seconds: int,
+    extend: Callable[[FastAPI], None] | None = None,
 ) -> None:
     """Serve a model until SIGINT or SIGTERM; then finish what runs, for `shutdown_seconds` at most.
 
     Args:
         load: returns the model and its processor.
+        extend: adds to the app, such as the web page.
     """
-    engine = Engine(*load(), engine_settings)
+    app = create_app(Engine(*load(), engine_settings), settings)
+    if extend is not None:
+        extend(app)
     config = uvicorn.Config(
-        create_app(engine, settings),
+        app,
         host=host,
         port=port,
         log_level="info",
@@ -34,3 +42,20 @@ def run_server(
         timeout_graceful_shutdown=shutdown_seconds,
     )
     uvicorn.Server(config).run()
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serve an app from a thread, on a free port of this machine; yield its address, and stop at the end."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the server has not started; its log says why")
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

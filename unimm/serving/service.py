@@ -12,14 +12,14 @@ from anyio import to_thread
 from PIL import Image
 
 from unimm.errors import UserError, printable
-from unimm.mllm.answering import Conversation
+from unimm.mllm.answering import Conversation, drop_oldest
 from unimm.mllm.conditions import redrawn_cells
 from unimm.sampling import ImageSampling, per_prompt_scale
 from unimm.serving.engine import Engine
 from unimm.serving.errors import APIError
 from unimm.serving.images_out import ImageFormat, ImageStore, check_size
 from unimm.serving.inputs import InputReader
-from unimm.serving.jobs import DrawRequest, TextRequest, Written, user_turn
+from unimm.serving.jobs import DrawRequest, ReconstructRequest, Request, TextRequest, Written, user_turn
 from unimm.serving.metrics import Metrics
 from unimm.serving.schemas import Body, Drawing, Sampling
 from unimm.serving.settings import ServingSettings
@@ -67,9 +67,20 @@ class Service:
             )
         return name
 
-    def submit(self, request: TextRequest | DrawRequest) -> Answers:
+    def submit(self, request: Request) -> Answers:
         """Submit a request to the engine."""
         return Answers(self.engine, request)
+
+    async def recent(self, history: Conversation, question: dict[str, Any]) -> Conversation:
+        """Return the history without what has no place in the model's context beside the question and an answer."""
+        context = self.engine.context
+        limit = context - min(self.settings.max_new_tokens, context // 8)
+        return await to_thread.run_sync(drop_oldest, self.engine.processor, history, question, limit)
+
+    def reconstruct_request(self, image: Image.Image) -> ReconstructRequest:
+        """Return the request for an image as its ids decode."""
+        height, width = self.engine.model.config.image_grid
+        return ReconstructRequest(image, height * width)
 
     async def text_request(
         self,
@@ -109,6 +120,7 @@ class Service:
         size: str | None = None,
         partial_images: int = 0,
         image: Image.Image | None = None,
+        reads_image: bool = True,
         mask: Image.Image | None = None,
     ) -> DrawRequest:
         """Return the request for images of a prompt, or for an edited image.
@@ -121,7 +133,7 @@ class Service:
         if not prompt.strip():
             raise UserError("The prompt is empty.")
         self.reader.check_length(len(prompt) + len(body.negative_prompt or ""))
-        tokens = await self._count_tokens([user_turn(prompt, image)])
+        tokens = await self._count_tokens([user_turn(prompt, image if reads_image else None)])
         image_tokens = self.engine.model.num_image_tokens
         self._room(tokens, image_tokens + 1)
         if body.negative_prompt is not None:
@@ -143,6 +155,7 @@ class Service:
             negative_prompt=body.negative_prompt,
             partial_images=partial_images,
             image=image,
+            reads_image=reads_image,
             redrawn=redrawn,
         )
 

@@ -26,9 +26,11 @@ class Answers:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[jobs.Event] = asyncio.Queue()
         self._engine = engine
-        self._job = engine.submit(
-            request, lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event) and None
-        )
+
+        def deliver(event: jobs.Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._job = engine.submit(request, deliver)
 
     def cancel(self) -> None:
         """Free the request's place; does nothing once it is over."""
@@ -40,6 +42,17 @@ class Answers:
         if isinstance(event, jobs.Failed):
             raise event.error
         return event
+
+    async def events(self) -> AsyncIterator[jobs.Event]:
+        """Yield the events, `Finished` last; closing the iterator cancels the request."""
+        try:
+            while True:
+                event = await self.next()
+                yield event
+                if isinstance(event, jobs.Finished):
+                    return
+        finally:
+            self.cancel()
 
     async def results(self, request: Request) -> list[Any]:
         """Return the results; a client that hangs up cancels the request.
@@ -95,7 +108,7 @@ async def _encoded(messages: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     pending: asyncio.Task[Any] | None = None
     try:
         while True:
-            pending = pending or asyncio.ensure_future(anext(iterator))  # type: ignore[arg-type]
+            pending = pending or asyncio.ensure_future(anext(iterator))
             done, _ = await asyncio.wait((pending,), timeout=PING_SECONDS)
             if not done:
                 yield KEEPALIVE_COMMENT

@@ -212,8 +212,9 @@ def _position(rng: np.random.Generator, scene: Scene) -> Edit | None:
         place = str(rng.choice(RELATIONS))
         written = f"to the {place}" if place in ("left of", "right of") else place
         text = _form(rng, "relation", it=name, relation=written, anchor=anchor_name.removeprefix("the "))
-        spot = _spot(rng, obj.radius, others, size, lambda box: relative_position(box, anchor.box) == {place})
-        already = relative_position(obj.box, anchor.box) == {place}
+        beside = anchor.box
+        spot = _spot(rng, obj.radius, others, size, lambda box: relative_position(box, beside) == {place})
+        already = relative_position(obj.box, beside) == {place}
     else:
         place, anchor = str(rng.choice(list(CELLS))), None
         row, column = CELLS[place]

@@ -8,7 +8,7 @@ not a confidence, so every detection counts, in counting prompts too. A strict d
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -235,15 +235,15 @@ def judge_drawing(prompt: Prompt, image: Image.Image) -> Row:
     found = names(Counter((item["color"], item["label"]) for item in detections))
     row = {"tag": prompt.tag, "prompt": prompt.prompt, "correct": judged.correct}
     row |= {"reasons": judged.reasons, "found": found, "detections": plain(detections)}
-    refusals = _refusals(prompt, image)
-    return row | {"strict": not refusals, "refusals": refusals}
+    refused = refusals(prompt.metadata(), image)
+    return row | {"strict": not refused, "refusals": refused}
 
 
-def _refusals(prompt: Prompt, image: Image.Image) -> list[str]:
-    """Return why, by the strict detector, an image does not show exactly its prompt."""
-    read, asked = read_strictly(image), sum(rule["count"] for rule in prompt.include)
+def refusals(metadata: Mapping[str, Any], image: Image.Image) -> list[str]:
+    """Return why, by the strict detector, an image does not show exactly the prompt with this metadata."""
+    read, asked = read_strictly(image), sum(rule["count"] for rule in metadata["include"])
     detections = [item.as_rule_input() for item in read.objects]
-    judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
+    judged = verdict(metadata, detections, class_names=SHAPES, threshold=0, counting_threshold=0)
     surplus = [f"{len(detections)} objects, {asked} were asked for"] if len(detections) > asked else []
     return [*read.refusals, *judged.reasons, *surplus]
 

@@ -35,6 +35,8 @@ class UnimmLlavaForConditionalGeneration(UnifiedModelMixin, LlavaForConditionalG
     config_class = UnimmLlavaConfig
     _output_class = LlavaCausalLMOutputWithPast
 
+    lm_head: nn.Linear
+
     def post_init(self) -> None:
         """Give the head the bias of a text-only host, and the name of the embedding that it is tied to."""
         if self.config.head_bias:
