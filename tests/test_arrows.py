@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "atlas": FOUNDATION | {"evaluation"},
     "rewards": MODELS | {"evaluation"},  # a recipe hands them to the trainer as functions
     "demo": MODELS | {"chat", "evaluation"},
-    "serving": MODELS | {"chat"},
+    "serving": MODELS | {"chat", "evaluation"},
     "commands": MODELS | {"atlas", "chat", "conversion", "demo", "evaluation", "export", "serving", "training"},
     "cli": {"commands", "errors", "runs"},
     "registration": set(),  # names modules; imports none

@@ -24,7 +24,8 @@ from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, T
 from transformers.utils import logging
 
 from unimm.data.characters import check_characters
-from unimm.data.images import each_image, load_image, read_image, save_numbered
+from unimm.data.image_files import save_numbered
+from unimm.data.images import each_image, load_image, read_image
 from unimm.errors import UserError, one_line, run_main
 from unimm.mllm.answering import Conversation, chat_inputs, drop_oldest
 from unimm.mllm.conditions import keep_outside, redrawn_cells, redrawn_share

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -73,7 +73,7 @@ class DrawRequest:
         prompt: text.
         prompt_tokens: length of the prompt in tokens.
         image_tokens: tokens of an image.
-        sampling: temperature, top_k, top_p and a single guidance scale (0: none).
+        sampling: the settings, with a single guidance scale (0: none).
         seed: image k depends on (seed, k) only, not on the rest of the batch.
         n: number of images.
         negative_prompt: text to guide away from; None is the checkpoint's null prompt.
@@ -116,9 +116,7 @@ class DrawRequest:
     @property
     def batch_key(self) -> Hashable:
         """Return what requests of one batch have in common: all sampling settings but the guidance scale."""
-        sampling = self.sampling
-        masked = self.redrawn is not None
-        return "image", sampling.temperature, sampling.top_k, sampling.top_p, self.negative_prompt, masked
+        return "image", replace(self.sampling, guidance_scale=None), self.negative_prompt, self.redrawn is not None
 
     @property
     def identity(self) -> Hashable:

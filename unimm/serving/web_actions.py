@@ -28,10 +28,6 @@ DRAW = ("draw", "/draw")
 """First words of a message that asks for an image."""
 DESCRIBE, INSTRUCT = "Describe the finished image", "Say what to change"
 """How the text of an edit is meant."""
-_EMPTY = {"text": "", "files": []}
-READY = gr.update(value=_EMPTY, submit_btn=True, stop_btn=False)
-"""The text box of the chat, ready for the next message."""
-_BUSY = gr.update(value=_EMPTY, submit_btn=False, stop_btn=True)
 _WAITING = "…"
 
 Drawn: TypeAlias = tuple[list[Image.Image], str]
@@ -65,7 +61,7 @@ class Actions:
         try:
             images = [await self._image(Path(path).read_bytes()) for path in files]
             question = _question(text, images)
-            yield _BUSY, [*shown, _answer(answer)], talk
+            yield text_box(None, busy=True), [*shown, _answer(answer)], talk
             if word.lower() in DRAW:
                 if images:
                     raise UserError("Images that are drawn here begin with words alone: the tab Edit changes an image.")
@@ -83,14 +79,14 @@ class Actions:
                     yield gr.skip(), [*shown, _answer([written])], talk
                 answer, reply = [written], {"type": "text", "text": written}
         except Exception as error:
-            yield READY | {"value": message}, talk.shown, talk
+            yield text_box(message), talk.shown, talk
             raise _sentence(error) from None
         messages = [*history, question, {"role": "assistant", "content": [reply]}]
         shown = [*shown, _answer(answer)]
-        yield READY, shown, Talk(messages, shown)
+        yield text_box(None), shown, Talk(messages, shown)
 
     async def draw(
-        self, prompt: str, number: str, seed: str, guidance: float, temperature: float
+        self, prompt: str, number: str, seed: str | None, guidance: float, temperature: float
     ) -> AsyncIterator[Drawn]:
         """Yield images of a prompt while they are drawn."""
         with told():
@@ -105,7 +101,7 @@ class Actions:
         painted: dict[str, Any],
         prompt: str,
         meaning: str,
-        seed: str,
+        seed: str | None,
         guidance: float,
         temperature: float,
     ) -> AsyncIterator[Drawn]:
@@ -194,6 +190,11 @@ class Actions:
                     yield event.results[0].text.strip() or "(no answer)"
 
 
+def text_box(message: dict[str, Any] | None, *, busy: bool = False) -> Any:
+    """Return the update of the chat's text box: what it holds, and whether it can send or stop."""
+    return gr.update(value=message or {"text": "", "files": []}, submit_btn=not busy, stop_btn=busy)
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """Raise what goes wrong as one sentence for the page."""
@@ -243,9 +244,9 @@ def _answer(content: list[Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
-def _drawing(seed: str, guidance: float, temperature: float) -> Drawing:
+def _drawing(seed: str | None, guidance: float, temperature: float) -> Drawing:
     return Drawing.model_validate(
-        {"seed": seed.strip() or None, "guidance_scale": guidance, "temperature": temperature}
+        {"seed": (seed or "").strip() or None, "guidance_scale": guidance, "temperature": temperature}
     )
 
 
