@@ -4,7 +4,7 @@ An answer does not depend on the rest of the batch: padding is masked, and each 
 length counted from its own conversation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,13 @@ def chat_inputs(model: Any, processor: Any, conversations: Sequence[Conversation
         processor_kwargs={"padding": True},
     )
     return inputs.to(model.device)
+
+
+def edit_inputs(inputs: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of conversations with images to edit, and beside them those of `images`, the same conversations
+    without instructions: with both, `generate` takes an `image_guidance_scale`."""
+    extra = {"image_prompt_ids": images["input_ids"], "image_prompt_attention_mask": images["attention_mask"]}
+    return {**inputs, **extra}
 
 
 @torch.inference_mode()

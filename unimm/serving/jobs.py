@@ -8,8 +8,9 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
+from unimm.chat.turns import content
 from unimm.mllm.answering import Conversation
-from unimm.sampling import ImageSampling
+from unimm.sampling import GuidanceScale, ImageSampling
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,18 @@ class DrawRequest:
 
     @property
     def guided(self) -> bool:
-        """Return whether the images are guided, which doubles their sequences."""
-        return float(self.sampling.guidance_scale or 0) > 1  # type: ignore[arg-type]
+        """Return whether the images are guided by their prompt."""
+        return _above_one(self.sampling.guidance_scale)
+
+    @property
+    def guided_by_image(self) -> bool:
+        """Return whether the images are guided by the image to edit, too."""
+        return self.image is not None and _above_one(self.sampling.image_guidance_scale)
 
     @property
     def rows(self) -> int:
-        """Return the number of sequences in a batch, unconditional ones included."""
-        return self.n * (1 + self.guided)
+        """Return the number of sequences in a batch, those of the other sides of guidance included."""
+        return self.n * (3 if self.guided_by_image else 1 + self.guided)
 
     @property
     def row_tokens(self) -> int:
@@ -111,7 +117,8 @@ class DrawRequest:
         """Return what requests of one batch have in common: all sampling settings but the guidance scale."""
         sampling = self.sampling
         masked = self.redrawn is not None
-        return "image", sampling.temperature, sampling.top_k, sampling.top_p, self.negative_prompt, masked
+        two_scales = self.image is not None and sampling.image_guidance_scale is not None
+        return "image", sampling.temperature, sampling.top_k, sampling.top_p, self.negative_prompt, masked, two_scales
 
     @property
     def identity(self) -> Hashable:
@@ -129,14 +136,18 @@ class DrawRequest:
         return [user_turn(self.prompt, self.image)]
 
 
+def _above_one(scale: GuidanceScale) -> bool:
+    """Return whether a single scale is on."""
+    return scale is not None and float(scale) > 1  # type: ignore[arg-type]
+
+
 Request: TypeAlias = TextRequest | DrawRequest
 AnyRequest = TypeVar("AnyRequest", bound=Request, covariant=True)
 
 
 def user_turn(text: str, image: Image.Image | None = None) -> dict[str, Any]:
     """Return a message of a user in the chat format of transformers."""
-    shown = [] if image is None else [{"type": "image", "image": image}]
-    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+    return {"role": "user", "content": content([text] if image is None else [image, text])}
 
 
 @dataclass(frozen=True)

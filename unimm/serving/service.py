@@ -213,8 +213,10 @@ class Service:
         sampling = replace(own, **_given(body))
         if body.guidance_scale is not None:
             sampling = replace(sampling, guidance_scale=body.guidance_scale)
-        scale = float(per_prompt_scale(sampling.guidance_scale, 1)[0])
-        return replace(sampling, guidance_scale=scale)
+        scale, image_scale = sampling.guidance_scale, sampling.image_guidance_scale
+        if image_scale is not None:  # of the checkpoint, for edits
+            image_scale = float(per_prompt_scale(image_scale, 1, "image_guidance_scale")[0])
+        return replace(sampling, guidance_scale=float(per_prompt_scale(scale, 1)[0]), image_guidance_scale=image_scale)
 
 
 def _given(body: Sampling) -> dict[str, Any]:
