@@ -231,8 +231,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"{row['processor_seconds']:>8.2f}{row['bound']:>7.2f}"
             )
             found.append({"scale": scale, "batch": batch, "way": way, **row})
-    report.add(generation=found, model=name, prompt=PROMPT, bandwidth=rate, device=card, commit=git_commit())
-    report.write()
+        report.add(generation=found, model=name, prompt=PROMPT, bandwidth=rate, device=card, commit=git_commit())
+        report.write()  # a run that is killed leaves what it has
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Benchmark time and memory of the quantizer's nearest-code search at full size against other implementations.
 
     python eval/bench_quantizer.py --json quantizer.json
+    python eval/bench_quantizer.py --device cuda --repeats 20
 
 8192 latents against 16384 codes of width 1536: the matrix product alone (the lower bound of a float32 search),
 torch.cdist, vector-quantize-pytorch if installed, and `unimm.tokenizer.search` with a first pass in float32 and in
-bfloat16. Each runs in its own process, interleaved with the matrix product. Seconds are the best of `--repeats`, the
-rate is that of the product; memory is the growth of the process's peak.
+bfloat16. Each is interleaved with the matrix product. Seconds are the best of `--repeats`, the rate is that of the
+product; memory is the growth of the peak: of the process, each in its own, or of tensors on a GPU.
 """
 
 import argparse
@@ -36,20 +37,24 @@ class SearchPlan:
     width: int = 1536
     repeats: int = 5
     threads: int = 2
+    device: str = "cpu"
 
     def data(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        codebook = torch.randn(self.codes, self.width, generator=generator)
-        return torch.randn(self.latents, self.width, generator=generator), codebook * (3 * self.width) ** -0.5
+        codebook = torch.randn(self.codes, self.width, generator=generator) * (3 * self.width) ** -0.5
+        latents = torch.randn(self.latents, self.width, generator=generator)
+        return latents.to(self.device), codebook.to(self.device)
 
 
 def measure(method: str, plan: SearchPlan) -> dict[str, Any]:
-    """Measure one method in a new process.
+    """Measure one method, on a CPU in a new process.
 
     Returns:
         "seconds": the best time; "product_seconds": the best of the interleaved matrix product; "extra_gib": growth of
         the process's peak memory; "agreement": share of ids that equal those of a float64 search.
     """
+    if plan.device != "cpu":
+        return _measured(method, plan)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(method, plan, theirs))
@@ -63,26 +68,33 @@ def measure(method: str, plan: SearchPlan) -> dict[str, Any]:
 
 def _measure(method: str, plan: SearchPlan, answer: Any) -> None:
     torch.set_num_threads(plan.threads)
+    answer.send(_measured(method, plan))
+    answer.close()
+
+
+def _measured(method: str, plan: SearchPlan) -> dict[str, Any]:
     latents, codebook = plan.data()
     search, product = METHODS[method](codebook), _matmul(codebook)
     search(latents[:64])  # warm-up: loads and allocates what is needed once
     product(latents)
-    before, seconds, product_seconds = _peak_gib(), [], []
+    seconds, product_seconds = list[float](), list[float]()
+    before = _peak_gib(latents.device)
     for _ in range(plan.repeats):  # interleaved: the machine's speed changes from second to second
         product_seconds.append(_timed(product, latents)[0])
         took, ids = _timed(search, latents)
         seconds.append(took)
-    extra = _peak_gib() - before
+    extra = _peak_gib(latents.device) - before
     result = {"seconds": min(seconds), "product_seconds": min(product_seconds), "extra_gib": extra}
     if method != "matmul":
         result["agreement"] = float((ids == _float64(latents, codebook)).double().mean())
-    answer.send(result)
-    answer.close()
+    return result
 
 
 def _timed(call: Callable[[Tensor], Any], latents: Tensor) -> tuple[float, Any]:
     start = time.perf_counter()
     result = call(latents)
+    if latents.is_cuda:
+        torch.cuda.synchronize(latents.device)
     return time.perf_counter() - start, result
 
 
@@ -92,12 +104,14 @@ def _float64(latents: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat([(half_norms - rows.double() @ table.t()).argmin(dim=1) for rows in latents.split(512)])
 
 
-def _peak_gib() -> float:
+def _peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _matmul(codebook: Tensor) -> Callable[[Tensor], Any]:
-    out = torch.empty(1024, len(codebook))  # blocks of 64 MiB, as the search takes them
+    out = codebook.new_empty(1024, len(codebook))  # blocks of 64 MiB, as the search takes them
 
     def product(latents: Tensor) -> None:
         for rows in latents.split(1024):
@@ -129,11 +143,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("latents", 8192), ("codes", 16384), ("width", 1536), ("repeats", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default, help="default %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
+    parser.add_argument("--only", default="", help="the methods whose name holds this")
     parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     arguments = vars(parser.parse_args(argv))
-    report = Report(arguments.pop("json"))
+    report, only = Report(arguments.pop("json")), arguments.pop("only")
     plan, found = SearchPlan(**arguments), {}
-    for name in METHODS:
+    for name in (name for name in METHODS if only in name):
         if name == "vector-quantize-pytorch" and importlib.util.find_spec("vector_quantize_pytorch") is None:
             report.say(f"{name:<26} not installed")
             continue

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from unimm.training.language_model.trainer import HostTrainer
@@ -22,6 +24,16 @@ from unimm.training.tokenizer.trainer import TokenizerTrainer
 
 WARM = 3
 """Warm-up steps: compiled blocks recompile for a second sequence length, and data workers fill their queues."""
+
+PROFILED = 2
+"""Steps under torch's profiler."""
+
+SLOWEST = 15
+"""Operators that a profile names."""
+
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+"""What makes the host wait for the device: a tensor read as a number, a size that depends on values, and what CUDA
+itself reports."""
 
 
 class StepClock:
@@ -37,6 +49,10 @@ class StepClock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def stop(self) -> None:
+        """Time no part any more."""
+        self._closed = True
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -78,6 +94,7 @@ class Split:
     work: Work = field(default_factory=Work)
     data_seconds: float = 0.0
     peak_memory_gib: float = 0.0
+    profile: dict[str, Any] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:
@@ -97,8 +114,36 @@ class Split:
         return self.step_seconds / self.data_seconds
 
 
-def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
-    """Profile a tokenizer's trainer (GAN active if it has one): warm-up, steps without the clock, steps with it."""
+def torch_profiler(device: torch.device) -> profile:
+    """Return a profiler of the host, and of the GPU if that is the device."""
+    gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    return profile(activities=[ProfilerActivity.CPU, *gpu])
+
+
+def profile_of(profiler: profile, device: torch.device, steps: int) -> dict[str, Any]:
+    """Return the slowest operators, {"name", "ms", "calls", "share"} a step by the device's own time, and {name:
+    times a step} of what made the host wait."""
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = profiler.key_averages()
+    # On a GPU an operator's time is its kernels': count the kernels, which appear beside it, not twice.
+    timed = [e for e in events if device.type == "cpu" or e.device_type == DeviceType.CUDA]
+    total = sum(getattr(e, own) for e in timed) or 1
+    slowest = sorted(timed, key=lambda e: -getattr(e, own))[:SLOWEST]
+    operators = [
+        {
+            "name": e.key[:120],
+            "ms": getattr(e, own) / 1000 / steps,
+            "calls": e.count / steps,
+            "share": getattr(e, own) / total,
+        }
+        for e in slowest
+    ]
+    return {"slowest": operators, "waits": {e.key: e.count / steps for e in events if e.key in WAITS}}
+
+
+def split_tokenizer_step(trainer: TokenizerTrainer, steps: int, *, profile: bool = False) -> Split:
+    """Profile a tokenizer's trainer (GAN active if it has one): warm-up, steps without the clock, steps with it, and
+    with `profile` a few under torch's profiler."""
     config, tokenizer = trainer.config, trainer.tokenizer
     clock = StepClock(trainer.accelerator.device)
     if trainer.gan_trainer is not None:
@@ -108,6 +153,10 @@ def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
     for _ in range(WARM):
         trainer._optimizer_step(batches)
     split = Split(steps, step_seconds=_seconds(clock, steps, lambda: trainer._optimizer_step(batches)))
+    if profile:
+        with torch_profiler(clock.device) as profiler:
+            _seconds(clock, PROFILED, lambda: trainer._optimizer_step(batches))
+        split.profile = profile_of(profiler, clock.device, PROFILED)
     images = config.batch_size * config.gradient_accumulation_steps
     cost = TokenizerCost.of(tokenizer, config.stage).training(config.batch_size) * config.gradient_accumulation_steps
     tokenizer.train()
@@ -137,11 +186,13 @@ def split_tokenizer_step(trainer: TokenizerTrainer, steps: int) -> Split:
 
 
 class _Watch(TrainerCallback):
-    """A callback that profiles Trainer's loop: warm-up, `steps` steps without the clock, `steps` with it."""
+    """A callback that profiles Trainer's loop: warm-up, `steps` steps without the clock, `steps` with it, and, if the
+    run goes on, the rest under torch's profiler."""
 
     def __init__(self, trainer: HostTrainer, split: Split, clock: StepClock) -> None:
         self.trainer, self.split, self.clock = trainer, split, clock
         self.begun = 0.0
+        self.profiler = torch_profiler(clock.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         steps = self.split.steps
@@ -157,6 +208,13 @@ class _Watch(TrainerCallback):
             spent = (self.clock.now() - self.begun) / steps
             self.split.parts = {name: seconds / steps for name, seconds in self.clock.seconds.items()}
             self.split.parts["rest"] = spent - sum(self.split.parts.values())
+            self.clock.stop()
+            if self.trainer.args.max_steps > state.global_step:
+                self.profiler.start()
+        elif state.global_step == self.trainer.args.max_steps:
+            self.clock.now()
+            self.profiler.stop()
+            self.split.profile = profile_of(self.profiler, self.clock.device, PROFILED)
 
     def _watch_parts(self) -> None:
         trainer, model = self.trainer, self.trainer.model
@@ -173,8 +231,10 @@ class _Watch(TrainerCallback):
             self.clock.watch(owner, method, name)
 
 
-def split_host_step(trainer: HostTrainer, steps: int) -> Split:
-    """Profile a language model's trainer, whose `max_steps` must be WARM + 2 * steps."""
+def split_host_step(trainer: HostTrainer, steps: int, *, profile: bool = False) -> Split:
+    """Profile a language model's trainer, whose `max_steps` must be WARM + 2 * steps, and PROFILED more with
+    `profile`."""
+    assert trainer.args.max_steps == WARM + 2 * steps + (PROFILED if profile else 0)
     split, clock = Split(steps), StepClock(trainer.args.device)
     trainer.add_callback(_Watch(trainer, split, clock))
     trainer.train()

@@ -36,11 +36,14 @@ ALLOWED: dict[str, set[str]] = {
     "testing": MODELS,
     "chat": MODELS,
     "evaluation": MODELS | {"chat"},
+    "conversion": FOUNDATION | {"class_conditional"},
     "export": FOUNDATION | {"mllm"},
     "evaluation.metrics": RULES,
+    "atlas": FOUNDATION | {"evaluation"},
+    "rewards": MODELS | {"evaluation"},  # a recipe hands them to the trainer as functions
     "demo": MODELS | {"chat", "evaluation"},
-    "serving": MODELS | {"chat"},
-    "commands": MODELS | {"chat", "demo", "evaluation", "export", "serving", "training"},
+    "serving": MODELS | {"chat", "evaluation"},
+    "commands": MODELS | {"atlas", "chat", "conversion", "demo", "evaluation", "export", "serving", "training"},
     "cli": {"commands", "errors", "runs"},
     "registration": set(),  # names modules; imports none
     "__init__": {"registration", "tokenizer", "class_conditional", "mllm", "chat"},

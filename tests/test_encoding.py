@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.data.conftest import png, torn_png, write_folder, write_parquet
 from tests.tokenizer.conftest import tiny_vqrae
+from unimm.class_conditional.extraction import ClassIdsConfig, prepare_ids
+from unimm.class_conditional.ids import read_class_ids_folder
 from unimm.data.images import load_image
 from unimm.data.resizing import crop
 from unimm.data.sources.ids import MANIFEST, IdsFolder, holds_ids, read_ids
@@ -203,3 +206,97 @@ def test_the_fingerprint_is_the_meaning_of_the_ids():
     with torch.no_grad():
         other.quantizer.codebook[0, 0] += 1e-3
     assert other.fingerprint != one.fingerprint
+
+
+def ten_crops(image: Image.Image, size: int, scale: float) -> list[np.ndarray]:
+    """LlamaGen's extraction by hand: ADM's center crop at `scale` times the size, five places, each and its mirror."""
+    wide = int(size * scale)
+    while min(image.size) >= 2 * wide:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    factor = wide / min(image.size)
+    image = image.resize((round(image.size[0] * factor), round(image.size[1] * factor)), Image.Resampling.BICUBIC)
+    array = np.asarray(image)
+    y, x = (array.shape[0] - wide) // 2, (array.shape[1] - wide) // 2
+    array, rest = array[y : y + wide, x : x + wide], wide - size
+    middle = int(round(rest / 2))
+    corners = [(0, 0), (0, rest), (rest, 0), (rest, rest), (middle, middle)]
+    crops = [array[top : top + size, left : left + size] for top, left in corners]
+    return [each for crop in crops for each in (crop, crop[:, ::-1])]
+
+
+@pytest.fixture(scope="module")
+def class_folder(tmp_path_factory):
+    """ImageNet's layout: a subfolder for each class, sizes that ADM's crop halves or not, one file torn."""
+    folder, rng = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
+    for name, sizes in {"n02": [(150, 90), (40, 64)], "n01": [(33, 200)], "n10": [(70, 71), (300, 301)]}.items():
+        (folder / name).mkdir()
+        for k, (width, height) in enumerate(sizes):
+            image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            image.save(folder / name / f"{k}.png")
+    (folder / "n10" / "1.png").rename(folder / "n10" / "1.JPEG")  # ImageNet's ending; the content decides
+    (folder / "n02" / "2.png").write_bytes(torn_png())
+    return folder
+
+
+TEN_CROP = {"columns": ["class_label"], "crop_scales": [1.1], "flip": True, "rows_per_shard": 2, "max_bad_share": 0.5}
+
+
+def test_ten_crop_of_a_folder_of_classes(tokenizer, class_folder, tmp_path):
+    assert encoder(tokenizer, class_folder, tmp_path / "ids", **TEN_CROP).run() == 5
+    found = read_class_ids_folder(str(tmp_path / "ids"))
+    names = ["n01/0.png", "n02/0.png", "n02/1.png", "n10/0.png", "n10/1.JPEG"]
+    assert found.class_labels.tolist() == [label for label in (0, 1, 1, 2, 2) for _ in range(10)]
+    processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
+    crops = [c for name in names for c in ten_crops(Image.open(class_folder / name).convert("RGB"), 32, 1.1)]
+    pixel_values = processor(images=[Image.fromarray(np.ascontiguousarray(c)) for c in crops], return_tensors="pt")
+    assert np.array_equal(found.ids, tokenizer.encode(pixel_values.pixel_values).ids.numpy())
+    assert "five ADM crops at 1.1, mirror images too" in found.info.made_from
+    shards = json.loads((tmp_path / "ids" / MANIFEST).read_text())["shards"]
+    assert [shard["rows"] for shard in shards] == [20, 10, 20] and shards[1]["skipped"] == {"damaged image": 1}
+
+
+def test_ten_crop_goes_on_where_it_stopped(tokenizer, class_folder, tmp_path):
+    two = [
+        encoder(tokenizer, class_folder, tmp_path / "two", rank, 2, **TEN_CROP | {"batch_size": 1}) for rank in (0, 1)
+    ]
+    assert [each.run() for each in two] == [4, 1]
+    whole = files_of(tmp_path / "two")
+    (tmp_path / "two/ids-00001.parquet").unlink()
+    (tmp_path / "two" / MANIFEST).unlink()
+    assert encoder(tokenizer, class_folder, tmp_path / "two", **TEN_CROP).run() == 1
+    assert files_of(tmp_path / "two") == whole
+    with pytest.raises(UserError, match="five ADM crops at 1.1, mirror images too, and the run asks for"):
+        encoder(tokenizer, class_folder, tmp_path / "two", **TEN_CROP | {"crop_scales": [1.05]})
+
+
+def test_ten_crop_of_a_table_has_the_same_ids(tokenizer, class_folder, tmp_path):
+    """Hugging Face's ImageNet: parquet with columns image (bytes) and label."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ["n01/0.png", "n02/0.png", "n02/1.png", "n10/0.png", "n10/1.JPEG"]
+    images = [{"bytes": (class_folder / name).read_bytes(), "path": name} for name in names]
+    pq.write_table(pa.table({"image": images, "label": [0, 1, 1, 2, 2]}), tmp_path / "train.parquet")
+    assert encoder(tokenizer, tmp_path / "train.parquet", tmp_path / "table", **TEN_CROP).run() == 5
+    encoder(tokenizer, class_folder, tmp_path / "folder", **TEN_CROP).run()
+    table, folder = (read_class_ids_folder(str(tmp_path / name)) for name in ("table", "folder"))
+    assert np.array_equal(table.ids, folder.ids) and np.array_equal(table.class_labels, folder.class_labels)
+
+
+def test_a_class_conditional_run_takes_folders_of_ids(tokenizer, class_folder, images, tmp_path):
+    encoder(tokenizer, class_folder, tmp_path / "train", **TEN_CROP).run()
+    encoder(tokenizer, class_folder, tmp_path / "eval", columns=["class_label"], max_bad_share=0.5).run()
+    config = ClassIdsConfig(str(tmp_path / "train"), str(tmp_path / "eval"), str(tmp_path / "unused"))
+    config.require_sources()
+    processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
+    assert [len(prepare_ids(config, split, tokenizer, processor)) for split in ("train", "eval")] == [50, 5]
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(UserError, match="run names the tokenizer"):
+        prepare_ids(config, "train", tiny_vqrae(codebook_dim=32), processor)
+    with pytest.raises(UserError, match="holds ids, not images to hold out"):
+        ClassIdsConfig(str(tmp_path / "train"), folder="x")
+    encoder(tokenizer, images, tmp_path / "text").run()
+    with pytest.raises(UserError, match="holds ids without classes: encode them with data.columns"):
+        read_class_ids_folder(str(tmp_path / "text"))
+    with pytest.raises(UserError, match="is no folder of classes"):
+        encoder(tokenizer, images, tmp_path / "flat", columns=["class_label"])

@@ -1,5 +1,5 @@
 """The whole chain by its debug configurations: vision model, tokenizer stages, class-conditional drawing,
-conversations, drawings, publishing."""
+conversations, drawings, rewards, publishing."""
 
 import runpy
 import sys
@@ -16,12 +16,12 @@ from unimm.tokenizer.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAIN = ("vfm", "vfmtok", "ideal", "stage1", "stage2", "stage3", "encode", "c2i", "llamagen_l_256", "sft", "t2i")
-CHAIN += ("t2i_ids",)
+CHAIN += ("t2i_ids", "grpo", "grpo_own_answers", "grpo_qwen3_0.6b")
 STAGES = ("stage1", "stage2", "stage3", "vfmtok", "ideal")
 RECIPES = {name: "tokenizer" if name in STAGES else name for name in (*CHAIN, "publish")}
 RECIPES |= {"llava15_pretrain": "sft", "llava15_mix665k": "sft", "t2i_ids": "t2i"}
 RECIPES |= {"llava15_mix665k_lora": "sft", "llava15_mix665k_qlora": "sft", "t2i_qwen3_0.6b": "t2i"}
-RECIPES |= {"llamagen_l_256": "c2i"}
+RECIPES |= {"llamagen_l_256": "c2i", "grpo_own_answers": "grpo", "grpo_qwen3_0.6b": "grpo"}
 RECIPES |= {"tokenizer": "tokenizer", "questions": "t2i", "positions": "t2i", "language": "t2i"}  # later legs
 RECIPES |= {"stage3_more": "tokenizer", "stage3_conv": "tokenizer"}
 RECIPES |= {"projector": "sft", "lora": "t2i"}  # SmolLM2
@@ -75,13 +75,13 @@ def test_the_chain_in_small(tmp_path, monkeypatch):
     assert torch.equal(crisp.image_tokenizer.pixel_head.outlet.weight, trained_outlet("runs/debug/conv"))
 
 
-CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent.name != "accelerate")
+CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent.name not in ("accelerate", "protocols"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: "/".join(p.parts[-2:]))
 def test_every_configuration_is_read_by_its_recipe(path):
     folders = {"compare/shapes": "tokenizer", "compare/cifar10": "tokenizer", "tokenizer": "tokenizer"}
-    folders |= {"sft": "sft", "t2i": "t2i", "c2i": "c2i", "encode": "encode"}
+    folders |= {"sft": "sft", "t2i": "t2i", "c2i": "c2i", "encode": "encode", "grpo": "grpo"}
     name = next((r for f, r in folders.items() if path.parent.as_posix().endswith(f"/{f}")), RECIPES.get(path.stem))
     classes = {
         "vfm": "VFMConfig",
@@ -91,6 +91,7 @@ def test_every_configuration_is_read_by_its_recipe(path):
         "sft": "SFTRecipe",
         "t2i": "T2IRecipe",
         "publish": "PublishRecipe",
+        "grpo": "GRPORecipe",
     }
     recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
     load_config(recipe[classes[name]], path)
@@ -130,6 +131,7 @@ def test_the_papers_tokenizers_are_built_in_full_size(name):
         ("vfmtok", "model.encoder"),
         ("sft", "model.image_tokenizer"),
         ("t2i", "model.path"),
+        ("grpo", "model.path"),
     ],
 )
 def test_a_missing_folder_is_one_sentence(step, override, tmp_path, monkeypatch, capsys):
@@ -180,7 +182,7 @@ def test_a_wrong_kind_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     stage2 = ("--config", str(ROOT / "configs/debug/stage2.yaml"))
     assert run("tokenizer", *stage2, "model.kind=vqgan") == 2
-    assert "'vqgan'; model.kind is one of vqrae, vfmtok, ideal" in capsys.readouterr().err
+    assert "'vqgan'; model.kind is one of ideal, vfmtok, vqrae" in capsys.readouterr().err
     fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     VQRAEConfig(encoder_config={"model_type": "siglip_vision_model", **fields}).save_pretrained("other")
     assert run("tokenizer", *stage2, "model.kind=ideal", "model.init_from=other") == 2

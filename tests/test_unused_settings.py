@@ -45,6 +45,13 @@ SILENT = {"__post_init__", "__repr__", "__eq__", "_refuse_idle", "refuse_unused"
         ("sft", "data.flows.conversation.null_prompt_prob=0.5", "without kind: drawing"),
         ("sft", "data.flows.conversation.read.min_side=5", "without a source from outside"),
         ("sft", "data.flows.conversation.question=What?", "without kind: captioning"),
+        (
+            "grpo_qwen3_0.6b",
+            "policy.kl_weight=0",
+            "policy.kl_correction is False, and nothing reads it without policy.kl_weight",
+        ),
+        ("grpo", "data.flows.drawing.question_kinds=[color]", "without questions of the shapes data set"),
+        ("grpo", "rewards.first.path=some", "rewards.first.path is 'some', and nothing reads it without a kind of"),
         ("encode", "data.label_column=x", "without class_label in data.columns"),
     ],
 )
@@ -121,7 +128,7 @@ def test_every_field_is_read_or_refused(tmp_path: Path, monkeypatch: pytest.Monk
         return reads.watch(settings)
 
     monkeypatch.setattr(configuration, "load_config", watched)
-    for step in ("vfm", "ideal", "stage1", "stage2", "stage3", "encode", "c2i", "sft", "t2i"):
+    for step in ("vfm", "ideal", "stage1", "stage2", "stage3", "encode", "c2i", "sft", "t2i", "grpo"):
         reads.recipe = RECIPES[step]
         assert run(RECIPES[step], "--config", str(ROOT / f"configs/debug/{step}.yaml")) == 0
     wrong = []

@@ -1,7 +1,7 @@
-"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve; encoders, attach, detach, merge, export,
-doctor; eval.
+"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve, web; atlas, encoders, attach, detach,
+merge, convert, export, doctor; eval.
 
-The first five take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
+The first seven take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
 output), which receives one JSON object with the results and the seconds they took. A user error is one line on standard
 error and exit code 2, raised before the model is loaded and torch is imported if possible: commands import what they
 need after checking their arguments. No output is left half-written.
@@ -14,8 +14,10 @@ from typing import NoReturn, Protocol
 
 from unimm import __version__
 from unimm.commands import (
+    atlas,
     attach,
     chat,
+    convert,
     demo,
     detach,
     doctor,
@@ -27,6 +29,7 @@ from unimm.commands import (
     merge,
     reconstruct,
     serve,
+    web,
 )
 from unimm.errors import UserError, one_line, run_main
 from unimm.runs.report import Report
@@ -51,10 +54,13 @@ COMMANDS: dict[str, Command] = {
     "edit": edit,
     "reconstruct": reconstruct,
     "serve": serve,
+    "web": web,
+    "atlas": atlas,
     "encoders": encoders,
     "attach": attach,
     "detach": detach,
     "merge": merge,
+    "convert": convert,
     "export": export,
     "doctor": doctor,
     "eval": evaluate,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from unimm.config.schema import Count, Natural, Seed, Share, used_when
+from unimm.config.schema import Count, Natural, Range, Seed, Share, used_when
 from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, BadRow, Skipped, UsableRows, too_many
 from unimm.data.image_streams import WORLD
-from unimm.data.resizing import crop
+from unimm.data.resizing import views_of
 from unimm.data.shapes.datasets import ShapesImages
 from unimm.data.shuffling import Rows
+from unimm.data.sources.folders import FolderImages
 from unimm.data.sources.ids import (
     COLUMNS,
     MANIFEST,
@@ -52,7 +53,10 @@ class EncodeConfig:
         source, read: images as in `unimm.data.sources`, or "shapes" with a `count`; images are center-cropped.
         count: number of leading rows to encode; None encodes all.
         columns: columns kept besides ids and keys: text (a row without a caption counts as bad), class_label.
-        label_column: the source column that class_label is read from.
+        label_column: the source column that class_label is read from. A folder with one subfolder for each class, as
+            ImageNet's, has a column "label": the subfolder's number in alphabetical order.
+        crop_scales, flip: encode several views of every image (`unimm.data.resizing.views_of`), each a row of its own;
+            LlamaGen's ten-crop is [1.1] with flip. Without them, the center crop.
         rows_per_shard: source rows per shard; with `features` a shard has to fit in memory.
         batch_size, num_workers: per process.
         features: also save the tokenizer's features, as float16 in safetensors files beside the shards.
@@ -69,6 +73,8 @@ class EncodeConfig:
     label_column: str = field(
         default="label", metadata=used_when(lambda c: "class_label" in c.columns, "class_label in data.columns")
     )
+    crop_scales: list[Annotated[float, Range(least=1)]] = field(default_factory=list)
+    flip: bool = False
     rows_per_shard: Count = 4096
     batch_size: Count = 64
     num_workers: Natural = 0
@@ -83,6 +89,11 @@ class EncodeConfig:
         if min(self.rows_per_shard, self.batch_size, self.count or 1) < 1:
             raise UserError("data.rows_per_shard, data.batch_size and data.count must be at least 1.")
 
+    @property
+    def views(self) -> int:
+        """Return the number of views, rows of ids, of one image."""
+        return max(1, 5 * len(self.crop_scales)) * (2 if self.flip else 1)
+
     def rows(self) -> UsableRows:
         """Open the source. Raises UserError if it cannot be read or holds fewer than `count` rows."""
         if self.source != WORLD:
@@ -93,11 +104,15 @@ class EncodeConfig:
             rows = ShapesImages(self.count, self.seed)
         if self.count is not None and len(rows) < self.count:
             raise UserError(f"{self.source} holds {len(rows)} rows and data.count asks for {self.count}.")
+        if "class_label" in self.columns and isinstance(rows, FolderImages) and not rows.classes:
+            raise UserError(f"{self.source} is no folder of classes: put every image into the subfolder of its class.")
         return UsableRows(rows, self.source, captions="text" in self.columns, max_bad_share=self.max_bad_share)
 
     def made_from(self, total: int) -> str:
         """Describe the encoded data; a run does not resume in a folder with another description."""
         parts = [f"{total} rows of {self.source}", f"{self.rows_per_shard} a shard", f"with {', '.join(self.columns)}"]
+        parts += [f"five ADM crops at {', '.join(map(str, self.crop_scales))}"] if self.crop_scales else []
+        parts += ["mirror images too"] if self.flip else []
         parts += [self.read.filters] if self.read.filters else []
         parts += [f"seed {self.seed}"] if self.source == WORLD else []
         return ", ".join(parts)
@@ -145,8 +160,9 @@ class Encoder:
                     self._write(parts)
                     parts = []
                 parts.append(part)
-                done += len(part.rows)
-                bar.update(len(part.rows) + len(part.skipped))
+                good = len(part.rows) // self.config.views
+                done += good
+                bar.update(good + len(part.skipped))
             if parts:
                 self._write(parts)
         if all(self._path(k).is_file() for k in self.shards):
@@ -159,7 +175,7 @@ class Encoder:
         for k in self.shards:
             bad = self._skipped(k)
             skipped += [each for each in bad if not each.filtered]
-            rows = len(self._span(k)) - len(bad)
+            rows = (len(self._span(k)) - len(bad)) * self.config.views
             shards.append({"name": self._path(k).name, "rows": rows, "skipped": dict(Counter(b.reason for b in bad))})
         if len(skipped) > self.config.max_bad_share * self.total:
             raise too_many(self.config.source, skipped, self.total, self.config.max_bad_share, self.folder)
@@ -176,7 +192,7 @@ class Encoder:
     @torch.inference_mode()
     def _encoded(self) -> Iterator["_Part"]:
         """Yield the batches of the missing shards, in order."""
-        config, size = self.config, self.config.batch_size
+        config, size = self.config, max(1, self.config.batch_size // self.config.views)
         # No batch crosses a shard boundary, so a shard's bytes do not depend on which shards this process encodes.
         spans = [self._span(k) for k in self.missing]
         batches = [span[start : start + size] for span in spans for start in range(0, len(span), size)]
@@ -199,10 +215,12 @@ class Encoder:
         good = [row for row in rows if not isinstance(row, Skipped)]
         skipped = [row for row in rows if isinstance(row, Skipped)]
         first = skipped[0].row if isinstance(rows[0], Skipped) else good[0]["row"]
-        part = _Part(first // self.config.rows_per_shard, [{n: row[n] for n in self.columns} for row in good], skipped)
+        kept = [{name: row[name] for name in self.columns} for row in good for _ in row["views"]]
+        part = _Part(first // self.config.rows_per_shard, kept, skipped)
         if not good:
             return part, None
-        return part, self.image_processor(images=[row["image"] for row in good], return_tensors="pt").pixel_values
+        views = [view for row in good for view in row["views"]]
+        return part, self.image_processor(images=views, return_tensors="pt").pixel_values
 
     def _bar(self) -> tqdm:
         total = sum(len(self._span(k)) for k in self.missing)
@@ -277,7 +295,7 @@ class _Part:
 
 
 class _Images(Dataset):
-    """A dataset of the source's rows, center-cropped and with their columns, or `Skipped` for a bad row."""
+    """A dataset of the source's rows, as views and with their columns, or `Skipped` for a bad row."""
 
     def __init__(self, rows: UsableRows, config: EncodeConfig, image_size: int) -> None:
         self.rows, self.config, self.image_size = rows, config, image_size
@@ -286,13 +304,13 @@ class _Images(Dataset):
         row = self.rows.usable(index)
         if isinstance(row, Skipped):
             return row
-        kept = {"row": index, "image": crop(row["image"], self.image_size), "key": row["key"], "text": row["text"]}
-        if "class_label" in self.config.columns:
-            label = row.get(self.config.label_column)
+        config = self.config
+        views = views_of(row["image"], size=self.image_size, scales=config.crop_scales, flip=config.flip)
+        kept = {"row": index, "views": views, "key": row["key"], "text": row["text"]}
+        if "class_label" in config.columns:
+            label = row.get(config.label_column)
             if not isinstance(label, int):
-                why = BadRow(
-                    "no label", f"{self.config.label_column} of {row['key']} is {label!r:.40}, no whole number"
-                )
+                why = BadRow("no label", f"{config.label_column} of {row['key']} is {label!r:.40}, no whole number")
                 return self.rows.count.note(index, why)
             kept["class_label"] = label
         return kept

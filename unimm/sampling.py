@@ -67,7 +67,7 @@ class ImageSampling:
     guidance_scale: Annotated[GuidanceScale, Range(least=0)] = _option(
         None, "how closely to follow the prompt; 1 = off", type=number_from_zero, metavar="G"
     )
-    guidance_interval: tuple[int, int] | None = _option(
+    guidance_interval: tuple[Natural, Natural] | None = _option(
         None, "the image tokens that are guided", type=whole_number, nargs=2, metavar=("START", "STOP")
     )
     guidance_schedule: Literal["constant", "linear"] = _option(

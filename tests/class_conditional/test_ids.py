@@ -8,9 +8,9 @@ from PIL import Image
 
 from tests.class_conditional.tiny import random_ids
 from tests.tokenizer.conftest import tiny_vqrae
-from unimm.class_conditional.extraction import ClassIdsConfig, extract_ids, prepare_ids, views_of
+from unimm.class_conditional.extraction import ClassIdsConfig, extract_ids, prepare_ids
 from unimm.class_conditional.ids import IdStream, read_class_ids, write_class_ids
-from unimm.data.resizing import crop
+from unimm.data.resizing import crop, views_of
 from unimm.data.sources.ids import IdsInfo
 from unimm.data.sources.labelled import labelled_images
 from unimm.errors import UserError
@@ -112,7 +112,7 @@ def test_ten_crop_is_five_places_at_two_scales_and_their_mirror_images(tmp_path)
     processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
     config = ClassIdsConfig("shapes", "shapes", str(tmp_path), 3, 2, crop_scales=[1.1, 1.05], batch_size=2)
     train, held_out = (prepare_ids(config, split, tokenizer, processor) for split in ("train", "eval"))
-    assert (len(train), len(held_out)) == (60, 2) and "five crops at 1.1, 1.05" in train.info.made_from
+    assert (len(train), len(held_out)) == (60, 2) and "five ADM crops at 1.1, 1.05" in train.info.made_from
     labels = [row["label"] for row in labelled_images("shapes", 3, seed=0)]
     assert train.class_labels.tolist() == [label for label in labels for _ in range(20)]
     with pytest.raises(UserError, match=r"at least 1[;:] 0\.9"):

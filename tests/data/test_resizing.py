@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unimm.data import resizing
-from unimm.data.resizing import crop
+from unimm.data.resizing import adm_crop, crop
 from unimm.evaluation.geneval.color_votes import prepare_view
-from unimm.evaluation.runs.protocols import adm_crop, torchvision_crop
+from unimm.evaluation.runs.protocols import torchvision_crop
 from unimm.tokenizer import ImageTokenizerProcessor
 
 BICUBIC = Image.Resampling.BICUBIC

@@ -19,7 +19,7 @@ from unimm.mllm import attach, load
 from unimm.mllm.answering import answer_all, chat_inputs
 from unimm.mllm.chat_formats import CHAT_FORMATS
 from unimm.mllm.loading import default_model_path
-from unimm.testing.hosts import HOST_FAMILIES, tiny_host, tiny_tokenizer
+from unimm.testing.hosts import tiny_host, tiny_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
 PIECES = [
@@ -76,7 +76,7 @@ def host_answer(host: PreTrainedModel, texts: PreTrainedTokenizerBase, ids: list
     return str(texts.decode(written[0, len(ids) :], skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("family", HOST_FAMILIES)
+@pytest.mark.parametrize("family", published.OF_FAMILY)
 def test_text_only_conversations_have_the_hosts_ids_and_answers(family: str, tmp_path: Path) -> None:
     host, texts = tiny_host(family)
     texts.bos_token = texts.eos_token
@@ -142,7 +142,7 @@ def test_a_message_without_content_and_named_templates_are_the_hosts() -> None:
     assert our_ids(processor, shown, tools=TOOLS).count(processor.image_token_id) == 16
 
 
-@pytest.mark.parametrize("family", HOST_FAMILIES)
+@pytest.mark.parametrize("family", published.OF_FAMILY)
 def test_images_of_both_sides_are_rendered_by_the_hosts_template(family: str) -> None:
     host, texts = tiny_host(family)
     texts.bos_token = texts.eos_token

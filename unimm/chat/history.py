@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from unimm.chat.turns import content
 from unimm.errors import UserError
-from unimm.mllm.answering import Conversation, chat_inputs
+from unimm.mllm.answering import Conversation, chat_inputs, drop_oldest, system_and_turns
 
 logger = logging.get_logger(__name__)
 
@@ -60,13 +60,12 @@ class History:
     def _begin(self, question: dict[str, Any], room: int) -> tuple[Exchange, BatchFeature]:
         """Return the exchange that this question begins, and the model's inputs: it and as much of the history as fits
         the context beside an answer of `room` tokens, image tokens included."""
-        system, turns = _parts(self.messages)
-        kept, limit = turns, self._context - room
+        kept = self.messages
         if self.overflow == "drop":
-            while kept and self.processor.count_tokens([*system, *kept, question]) > limit:
-                kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
-        exchange = Exchange(question, turns[: len(turns) - len(kept)])
-        return exchange, self._inputs([*system, *kept, question])
+            kept = drop_oldest(self.processor, kept, question, self._context - room)
+        _, turns = system_and_turns(self.messages)
+        exchange = Exchange(question, turns[: len(self.messages) - len(kept)])
+        return exchange, self._inputs([*kept, question])
 
     @property
     def _context(self) -> int:
@@ -89,7 +88,7 @@ class History:
 
     def _remember(self, exchange: Exchange, answer: Sequence[str | Image.Image]) -> None:
         """Add an exchange to the history; forget what it has dropped, unless the history was replaced meanwhile."""
-        system, turns = _parts(self.messages)
+        system, turns = system_and_turns(self.messages)
         count = len(exchange.dropped)
         if len(turns) >= count and all(map(is_, turns, exchange.dropped)):
             turns = turns[count:]
@@ -103,9 +102,3 @@ class History:
                 f"The conversation is longer than the {self._context} tokens that the model reads: its {count} oldest "
                 "turns are forgotten, as further ones will be without a word."
             )
-
-
-def _parts(messages: Conversation) -> tuple[Conversation, Conversation]:
-    """Return the system turn, if there is one, and the other turns."""
-    start = 1 if messages and messages[0]["role"] == "system" else 0
-    return messages[:start], messages[start:]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from unimm.chat.session import ChatSession
 from unimm.chat.turns import ImageLike
-from unimm.data.images import load_image, save_numbered
+from unimm.data.image_files import save_numbered
+from unimm.data.images import load_image
 from unimm.errors import UserError, one_line
 
 HELP = (

@@ -12,14 +12,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from unimm.class_conditional.ids import ClassIds, read_class_ids, write_class_ids
+from unimm.class_conditional.ids import ClassIds, read_class_ids, read_class_ids_folder, write_class_ids
 from unimm.config.schema import Count, Range
 from unimm.data.held_out import DEFAULT_SHARE, check_share, refuse_overlaps
 from unimm.data.image_streams import WORLD
-from unimm.data.resizing import crop
+from unimm.data.resizing import views_of
 from unimm.data.shapes.prompts import Split
-from unimm.data.sources.ids import IdsInfo
+from unimm.data.sources.ids import IdsInfo, holds_ids
 from unimm.data.sources.labelled import LabelledImages, LabelledShapes, labelled_images
+from unimm.data.sources.storage import filled
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer
 
@@ -29,7 +30,8 @@ class ClassIdsConfig:
     """The labeled images of both splits, their augmentation, and the folder of ids.
 
     Args:
-        source, eval_source: labeled parquet files (columns image and label) or "shapes".
+        source, eval_source: labeled parquet files (columns image and label), "shapes", or folders of ids with labels
+            that `recipes/encode.py` made, to which none of the other settings of images apply.
         folder: the output folder of the ids.
         num_images, num_eval_images: rows to read; None reads all.
         flip: also encode the mirror image of every training image.
@@ -63,6 +65,8 @@ class ClassIdsConfig:
         check_share(self.eval_share)
         if WORLD in (self.source, self.eval_source):
             return
+        if holds_ids(self.source) and self.eval_source is None:
+            raise UserError(f"{self.source} holds ids, not images to hold out: give data.eval_source, ids or images.")
         if self.eval_source is not None:
             refuse_overlaps([(self.source, False)], [self.eval_source])
         elif self.eval_share == 0:
@@ -76,8 +80,14 @@ class ClassIdsConfig:
     def require_sources(self) -> None:
         """Raise UserError if images without a file of ids are missing; called before a model is built."""
         for name, split in (("train", "train"), ("eval", "test")):
-            if not (Path(self.folder) / f"{name}.parquet").is_file():
-                self.images_of("test" if split == "test" else "train")
+            part: Split = "test" if split == "test" else "train"
+            if self.ids_of(part) is None and not (Path(self.folder) / f"{name}.parquet").is_file():
+                self.images_of(part)
+
+    def ids_of(self, split: Split) -> str | None:
+        """Return the folder of ids of one split, None if its source is images."""
+        source = self._reads(split)[0]
+        return filled(source) if holds_ids(source) else None
 
     def made_from(self, split: Split) -> str:
         """Describe what a split's ids are made from; a file with another description is not reused."""
@@ -87,7 +97,7 @@ class ClassIdsConfig:
             words += f", {'of' if split == 'test' else 'without'} the held-out share {self.eval_share:g}"
         if split == "train":
             words += " and their mirror images" if self.flip else ""
-            words += f", five crops at {', '.join(map(str, self.crop_scales))}" if self.crop_scales else ""
+            words += f", five ADM crops at {', '.join(map(str, self.crop_scales))}" if self.crop_scales else ""
         return words + (f", seed {self._seed(split)}" if source == WORLD else "")
 
     def _reads(self, split: Split) -> tuple[str, int | None, tuple[float, Split] | None]:
@@ -112,6 +122,10 @@ def prepare_ids(
     """
     path = Path(config.folder) / f"{split}.parquet"
     part: Split = "test" if split == "eval" else "train"
+    if (folder := config.ids_of(part)) is not None:
+        found = read_class_ids_folder(folder)
+        found.info.require(tokenizer_fingerprint=tokenizer.fingerprint)
+        return found
     made_from = config.made_from(part)
     if not path.is_file():
         training = part == "train"
@@ -175,19 +189,3 @@ def _encoded(
             batch = image_processor(images=flat[begin : begin + batch_size], return_tensors="pt")
             ids.append(tokenizer.encode(batch.pixel_values.to(tokenizer.device)).ids.cpu().numpy())
         yield np.concatenate(ids), labels
-
-
-def views_of(image: Image.Image, *, size: int, scales: Sequence[float] = (), flip: bool = False) -> list[Image.Image]:
-    """Return the crops of an image, `size` pixels a side: the center, or five crops (corners and center) per scale.
-
-    With `flip` each crop is followed by its mirror image.
-    """
-    views = [] if scales else [crop(image, size)]
-    for scale in scales:
-        whole = crop(image, int(size * scale))
-        rest = whole.width - size
-        corners = [(0, 0), (rest, 0), (0, rest), (rest, rest), (round(rest / 2), round(rest / 2))]
-        views += [whole.crop((left, top, left + size, top + size)) for left, top in corners]
-    if not flip:
-        return views
-    return [each for view in views for each in (view, view.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from unimm.data.shuffling import EpochOrder
-from unimm.data.sources.ids import IdsInfo, read_ids, unigram_entropy, write_ids
+from unimm.data.sources.ids import IdsInfo, IdsManifest, read_ids, unigram_entropy, write_ids
 from unimm.errors import UserError
 
 LABEL = "class_label"
@@ -52,6 +52,22 @@ def read_class_ids(path: Path) -> ClassIds:
     if LABEL not in others:
         raise UserError(f"{path} holds ids without classes: extract them anew from labelled images.")
     return ClassIds(ids, others[LABEL].astype(np.int64), info)
+
+
+def read_class_ids_folder(folder: str) -> ClassIds:
+    """Read all shards of a folder of ids (`recipes/encode.py` with data.columns: [class_label]) into memory.
+
+    Raises:
+        UserError: encoding has not finished, the ids have no class labels, or a shard is missing or of another run.
+    """
+    manifest = IdsManifest.read(folder)
+    if LABEL not in manifest.columns:
+        raise UserError(f"{folder} holds ids without classes: encode them with data.columns: [{LABEL}].")
+    parts = [read_class_ids(Path(folder) / shard["name"]) for shard in manifest.shards if shard["rows"]]
+    if other := [part for part in parts if part.info != manifest.info]:
+        raise UserError(f"A shard of {folder} holds ids of {other[0].info.made_from}, not of its manifest's run.")
+    ids, labels = ([getattr(part, name) for part in parts] for name in ("ids", "class_labels"))
+    return ClassIds(np.concatenate(ids), np.concatenate(labels), manifest.info)
 
 
 class IdStream(Dataset):

@@ -17,6 +17,12 @@ _NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    add_server(parser)
+    parser.add_argument("--web", action="store_true", help="show the web page, too")
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that serves."""
     own, engine = ServingSettings(), EngineSettings()
     add_model(parser)
     add_json(parser)
@@ -61,9 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
     """Serve the model with OpenAI's endpoints: chat, images, responses."""
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+    needed, extra = ((*_NEEDED, "gradio"), "web") if arguments.web else (_NEEDED, "serve")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"Serving needs packages that are not installed ({', '.join(missing)}): pip install unimm[serve]."
+            f"Serving needs packages that are not installed ({', '.join(missing)}): pip install unimm[{extra}]."
         )
     keys = read_api_keys(arguments.api_key_file)
     local = arguments.host in LOOPBACK
@@ -90,6 +97,11 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     )
     from unimm.serving.run import run_server
 
+    extend = None
+    if arguments.web:
+        from unimm.serving.web import mount_page
+
+        extend = partial(mount_page, knows_shapes=arguments.model is None)
     run_server(
         partial(load_model, arguments.model, report),
         settings,
@@ -97,5 +109,6 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         host=arguments.host,
         port=arguments.port,
         shutdown_seconds=arguments.shutdown_seconds,
+        extend=extend,
     )
     report.add(host=arguments.host, port=arguments.port)

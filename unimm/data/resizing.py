@@ -106,3 +106,34 @@ def crop(image: Image.Image, size: int, offset: Sequence[float] = (0.5, 0.5)) ->
     width, height = (max(size, round(side * scale)) for side in image.size)
     corner = [round(o * (side - size)) for o, side in zip(offset, (width, height), strict=True)]
     return resized_crop(image, (width, height), corner, size, Image.Resampling.BICUBIC)
+
+
+def adm_crop(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    """Center-crop as the data loaders of ADM (arXiv 2105.05233) and LlamaGen do.
+
+    The image is halved with a box filter while its short side is at least 2 x `size`, then resized (short side to
+    `size`), then cropped.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    corner = (width - size) // 2, (height - size) // 2
+    return resized_crop(image, (width, height), corner, size, resample)
+
+
+def views_of(image: Image.Image, *, size: int, scales: Sequence[float] = (), flip: bool = False) -> list[Image.Image]:
+    """Return the crops of an image, `size` pixels a side: the center, or five crops (corners and center) per scale.
+
+    A scale is the side of ADM's center crop that the five are taken from, over `size`. With `flip` each crop is
+    followed by its mirror image. LlamaGen's ten-crop is one scale, 1.1, with `flip` (it trains on two, 1.1 and 1.05).
+    """
+    views = [] if scales else [crop(image, size)]
+    for scale in scales:
+        whole = adm_crop(image, int(size * scale))
+        rest = whole.width - size
+        corners = [(0, 0), (rest, 0), (0, rest), (rest, rest), (round(rest / 2), round(rest / 2))]
+        views += [whole.crop((left, top, left + size, top + size)) for left, top in corners]
+    if not flip:
+        return views
+    return [each for view in views for each in (view, view.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]

@@ -80,6 +80,21 @@ def answer_all(
     return [Answer(text.strip(), length, len(row)) for text, length, row in counted]
 
 
+def drop_oldest(processor: Any, history: Conversation, question: dict[str, Any], limit: int) -> Conversation:
+    """Return the history without its oldest questions and their answers, as many as it takes to fit `limit` tokens
+    together with the question. A system turn stays."""
+    system, kept = system_and_turns(history)
+    while kept and processor.count_tokens([*system, *kept, question]) > limit:
+        kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
+    return [*system, *kept]
+
+
+def system_and_turns(messages: Conversation) -> tuple[Conversation, Conversation]:
+    """Return the system turn, if there is one, and the other turns."""
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    return messages[:start], messages[start:]
+
+
 def end_tokens(model: Any) -> set[int]:
     """Return the tokens that end an answer; only padding follows them in a row."""
     ends = model.generation_config.eos_token_id

@@ -1,4 +1,4 @@
-"""A batch of conversations or of drawings on the model. The answer to a request does not depend on the rest of it.
+"""A batch of conversations, drawings or reconstructions on the model. An answer does not depend on the rest of it.
 
 Conversations: each row has its own sampling settings, noise, stop texts and length. Drawings: one row per image, with
 the noise of (seed, k). B rows, padded on the left, V text tokens, M image tokens.
@@ -14,12 +14,22 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from unimm.chat.turns import image_turn
+from unimm.evaluation.reconstruction.one_image import reconstruct_image
 from unimm.mllm.answering import chat_inputs, edit_inputs, end_tokens
 from unimm.mllm.conditions import image_token_ids, keep_outside
 from unimm.mllm.drawing import user_errors
 from unimm.mllm.previews import images_so_far
 from unimm.noise import Noise, image_seed
-from unimm.serving.jobs import DrawRequest, Finished, Job, Piece, Preview, TextRequest, Written
+from unimm.serving.jobs import (
+    DrawRequest,
+    Finished,
+    Job,
+    Piece,
+    Preview,
+    ReconstructRequest,
+    TextRequest,
+    Written,
+)
 
 
 class Abandoned(Exception):
@@ -162,9 +172,7 @@ def run_drawings(model: Any, processor: Any, jobs: Sequence[Job[DrawRequest]]) -
         "guidance_scale": [float(job.request.sampling.guidance_scale or 0) for job in owners]  # type: ignore[arg-type]
     }
     inputs: Mapping[str, Any] = chat_inputs(model, processor, [job.request.messages for job in owners])
-    if first.image is None:
-        settings["image_guidance_scale"] = None
-    elif first.sampling.image_guidance_scale is not None:
+    if first.sampling.image_guidance_scale is not None:  # then all of the batch are edits
         images = [[image_turn(job.request.image)] for job in owners if job.request.image is not None]
         inputs = edit_inputs(inputs, chat_inputs(model, processor, images))
     seeds = [job.request.seed for job in owners]
@@ -226,3 +234,12 @@ class _Watch(BaseStreamer):
 
     def end(self) -> None:
         """Do nothing: the batch is finished once its images are decoded."""
+
+
+# ---- reconstructions -------------------------------------------------------------------------------------------------
+
+
+def run_reconstructions(model: Any, processor: Any, jobs: Sequence[Job[ReconstructRequest]]) -> None:
+    """Reconstruct images one after the other: the last bit of a pixel may depend on the size of a batch."""
+    for job in jobs:
+        job.send(Finished([reconstruct_image(model.image_tokenizer, processor.image_processor, job.request.image)]))

@@ -18,12 +18,17 @@ import torch
 
 from unimm.errors import UserError
 from unimm.mllm.memory import cache_bytes_per_token
-from unimm.serving.batches import Abandoned, run_drawings, run_texts
-from unimm.serving.jobs import DrawRequest, Event, Failed, Finished, Job, Request
+from unimm.serving.batches import Abandoned, run_drawings, run_reconstructions, run_texts
+from unimm.serving.jobs import DrawRequest, Event, Failed, Finished, Job, ReconstructRequest, Request, TextRequest
 from unimm.serving.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
+_RUN: dict[type, Callable[[Any, Any, Any], None]] = {
+    TextRequest: run_texts,
+    DrawRequest: run_drawings,
+    ReconstructRequest: run_reconstructions,
+}
 _RECENT = 8  # batches that the estimate of the waiting time averages
 
 
@@ -48,7 +53,8 @@ class Engine:
     Args:
         model, processor: from `unimm.load`; nothing else may call the model while the engine is open.
         settings: sizes of queue and batches.
-        on_batch: called with the kind of a batch ("text" or "image"), its number of requests, and its seconds.
+        on_batch: called with the kind of a batch ("text", "image" or "reconstruction"), its number of requests, and
+            its seconds.
     """
 
     def __init__(
@@ -182,7 +188,7 @@ class Engine:
                 self._run(batch)
                 seconds = time.monotonic() - start
                 if self.on_batch is not None:
-                    self.on_batch(_kind(batch[0].request), len(batch), seconds)
+                    self.on_batch(batch[0].request.kind, len(batch), seconds)
                 with self._change:
                     self._running = []
                     self._recent.append(seconds / len(batch))
@@ -225,9 +231,8 @@ class Engine:
         live = [job for job in batch if job.live]
         if not live:
             return
-        run: Any = run_drawings if isinstance(live[0].request, DrawRequest) else run_texts
         try:
-            run(self.model, self.processor, live)
+            _RUN[type(live[0].request)](self.model, self.processor, live)
         except Abandoned:
             return
         except Exception as error:  # whatever it is, the other requests must not suffer
@@ -239,10 +244,6 @@ class Engine:
                     job.send(Failed(error))
                 else:
                     self._run([job])
-
-
-def _kind(request: Request) -> str:
-    return "image" if isinstance(request, DrawRequest) else "text"
 
 
 def _size(requests: list[Request]) -> int:

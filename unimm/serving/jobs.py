@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,8 @@ class TextRequest:
     n: int = 1
     stop: tuple[str, ...] = ()
     stream: bool = False
+
+    kind: ClassVar[str] = "text"
 
     @property
     def rows(self) -> int:
@@ -72,12 +74,14 @@ class DrawRequest:
         prompt: text.
         prompt_tokens: length of the prompt in tokens.
         image_tokens: tokens of an image.
-        sampling: temperature, top_k, top_p and a single guidance scale (0: none).
+        sampling: the settings, with a single guidance scale (0: none), and one for the image if the model reads one.
         seed: image k depends on (seed, k) only, not on the rest of the batch.
         n: number of images.
         negative_prompt: text to guide away from; None is the checkpoint's null prompt.
         partial_images: number of `Preview`s to deliver before the images.
         image: the image to edit.
+        reads_image: whether the model reads `image` with the prompt, which is an instruction then; else the prompt
+            alone says what to draw in the cells `redrawn`.
         redrawn: cells [h, w] of the token grid that are redrawn; the others keep the tokens of `image`. None: all.
     """
 
@@ -90,7 +94,10 @@ class DrawRequest:
     negative_prompt: str | None = None
     partial_images: int = 0
     image: Image.Image | None = None
+    reads_image: bool = True
     redrawn: np.ndarray | None = None
+
+    kind: ClassVar[str] = "image"
 
     @property
     def guided(self) -> bool:
@@ -100,7 +107,7 @@ class DrawRequest:
     @property
     def guided_by_image(self) -> bool:
         """Return whether the images are guided by the image to edit, too."""
-        return self.image is not None and _above_one(self.sampling.image_guidance_scale)
+        return _above_one(self.sampling.image_guidance_scale)
 
     @property
     def rows(self) -> int:
@@ -115,10 +122,7 @@ class DrawRequest:
     @property
     def batch_key(self) -> Hashable:
         """Return what requests of one batch have in common: all sampling settings but the guidance scale."""
-        sampling = self.sampling
-        masked = self.redrawn is not None
-        two_scales = self.image is not None and sampling.image_guidance_scale is not None
-        return "image", sampling.temperature, sampling.top_k, sampling.top_p, self.negative_prompt, masked, two_scales
+        return "image", replace(self.sampling, guidance_scale=None), self.negative_prompt, self.redrawn is not None
 
     @property
     def identity(self) -> Hashable:
@@ -132,8 +136,8 @@ class DrawRequest:
 
     @property
     def messages(self) -> Conversation:
-        """Return the prompt as a conversation, the image before the text."""
-        return [user_turn(self.prompt, self.image)]
+        """Return the prompt as a conversation, the image before the text if the model reads it."""
+        return [user_turn(self.prompt, self.image if self.reads_image else None)]
 
 
 def _above_one(scale: GuidanceScale) -> bool:
@@ -141,7 +145,35 @@ def _above_one(scale: GuidanceScale) -> bool:
     return scale is not None and float(scale) > 1  # type: ignore[arg-type]
 
 
-Request: TypeAlias = TextRequest | DrawRequest
+@dataclass(frozen=True)
+class ReconstructRequest:
+    """Ask for an image as its ids decode, and for the ids.
+
+    Args:
+        image: of any size.
+        image_tokens: tokens of an image.
+    """
+
+    image: Image.Image
+    image_tokens: int
+
+    kind: ClassVar[str] = "reconstruction"
+    rows: ClassVar[int] = 1
+    batch_key: ClassVar[Hashable] = "reconstruction"
+    identity: ClassVar[Hashable] = None
+
+    @property
+    def row_tokens(self) -> int:
+        """Return the number of image tokens."""
+        return self.image_tokens
+
+    @property
+    def pixels(self) -> int:
+        """Return the number of pixels of the image that this request keeps in memory."""
+        return self.image.width * self.image.height
+
+
+Request: TypeAlias = TextRequest | DrawRequest | ReconstructRequest
 AnyRequest = TypeVar("AnyRequest", bound=Request, covariant=True)
 
 
@@ -178,7 +210,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event: the answers of a `TextRequest` (`Written`), or the images of a drawing."""
+    """The last event: the answers of a `TextRequest` (`Written`), the images of a drawing, or a `Reconstruction`."""
 
     results: list[Any]
 

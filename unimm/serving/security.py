@@ -1,5 +1,7 @@
 """The door: who may ask, from where, and how many at once. It stands before bodies are read."""
 
+import base64
+import binascii
 import hmac
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -11,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from unimm.serving.errors import APIError
 from unimm.serving.settings import ServingSettings
 
+PAGE = "/web"
+"""Path of the web page, whose visitors may give the API key as the password that browsers ask for."""
 _OPEN_PATHS = ("/health",)
 _KEPT = "/images/"  # its names cannot be guessed, and browsers send no key
 
@@ -67,14 +71,15 @@ class Guard:
             return APIError(403, "Pages of other origins may not call this server: allow the origin to change that.")
         if scope["path"] in _OPEN_PATHS or scope["path"].startswith(_KEPT):
             return None
-        if settings.api_keys and not _is_key(headers.get("authorization", ""), settings.api_keys):
+        page = scope["path"] == "/" or scope["path"].startswith(PAGE)
+        if settings.api_keys and not _is_key(headers.get("authorization", ""), settings.api_keys, basic=page):
             if scope["method"] == "OPTIONS" and origin in settings.cors_origins:
                 return None  # browsers ask without the key whether they may send it
             return APIError(
                 401,
                 "The API key is missing or wrong: send the header Authorization: Bearer KEY.",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
+                headers={"WWW-Authenticate": 'Basic realm="unimm", charset="UTF-8"' if page else "Bearer"},
             )
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > settings.max_body:
@@ -105,9 +110,20 @@ def _without_port(host: str) -> str:
         return ""
 
 
-def _is_key(authorization: str, keys: Sequence[str]) -> bool:
-    """Compare the given key with all keys, in a time that does not depend on how much of it is right."""
+def _is_key(authorization: str, keys: Sequence[str], *, basic: bool) -> bool:
+    """Compare the given key with all keys, in a time that does not depend on how much of it is right.
+
+    Args:
+        basic: whether the key may come as the password of a user, of any name, too.
+    """
     scheme, _, given = authorization.partition(" ")
     digest = given.strip().encode("utf-8", "surrogateescape")
+    if basic and scheme.lower() == "basic":
+        try:
+            digest = base64.b64decode(digest, validate=True).partition(b":")[2]
+        except binascii.Error:
+            return False
+    elif scheme.lower() != "bearer":
+        return False
     matches = [hmac.compare_digest(digest, key.encode()) for key in keys]
-    return scheme.lower() == "bearer" and any(matches)
+    return any(matches)

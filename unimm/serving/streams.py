@@ -43,6 +43,17 @@ class Answers:
             raise event.error
         return event
 
+    async def events(self) -> AsyncIterator[jobs.Event]:
+        """Yield the events, `Finished` last; closing the iterator cancels the request."""
+        try:
+            while True:
+                event = await self.next()
+                yield event
+                if isinstance(event, jobs.Finished):
+                    return
+        finally:
+            self.cancel()
+
     async def results(self, request: Request) -> list[Any]:
         """Return the results; a client that hangs up cancels the request.
 

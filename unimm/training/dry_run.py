@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from unimm.data.images import save_image_atomically
+from unimm.data.image_files import save_image_atomically
 from unimm.runs.processes import processes
 from unimm.training.language_model.label_mask import in_terminal, rows_of, write_page
 from unimm.training.loop.arguments import StreamTrainingArguments, TokenizerTrainingConfig

@@ -5,10 +5,11 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
+from unimm.data.resizing import adm_crop
 from unimm.errors import UserError
 from unimm.evaluation.generation.class_samples import write_npz
 from unimm.evaluation.runs.image_sets import image_set, source_sha256
-from unimm.evaluation.runs.protocols import PROTOCOLS, adm_crop, torchvision_crop
+from unimm.evaluation.runs.protocols import PROTOCOLS, torchvision_crop
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -16,7 +16,8 @@ METADATA = "metadata.jsonl"
 
 class FolderImages(Rows):
     """A data set of all images below a folder, sorted by path; rows are `{"image", "text", "key"}`,
-    with the path of the edited image as `options.target_column` if metadata.jsonl names one.
+    with the path of the edited image as `options.target_column` if metadata.jsonl names one. In ImageNet's layout, one
+    subfolder for each class, `label` is the number of the subfolder in alphabetical order (`classes`).
 
     Raises:
         UserError: there is no image, or a metadata.jsonl cannot be read.
@@ -28,6 +29,8 @@ class FolderImages(Rows):
         self.paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         if not self.paths:
             raise UserError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        tops = [path.relative_to(folder).parts for path in self.paths]
+        self.classes = sorted({parts[0] for parts in tops}) if all(len(parts) > 1 for parts in tops) else []
         self.captions: dict[Path, Any] = {}
         self.targets: dict[Path, Path] = {}
         for path in files:
@@ -51,7 +54,10 @@ class FolderImages(Rows):
         image = self.options.image(path, str(path))
         name = printable(path.relative_to(self.folder).as_posix())
         target = {self.options.target_column: self.targets[path]} if path in self.targets else {}
-        return {"image": image, "text": self._caption(path), "key": name, **target}
+        return {"image": image, "text": self._caption(path), "key": name, **self._label(path), **target}
+
+    def _label(self, path: Path) -> dict[str, int]:
+        return {"label": self.classes.index(path.relative_to(self.folder).parts[0])} if self.classes else {}
 
     def _caption(self, path: Path) -> str:
         if path in self.captions:

@@ -10,27 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from unimm.data.resizing import crop, resized_crop
+from unimm.data.resizing import adm_crop, crop, resized_crop
 
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-def adm_crop(image: Image.Image, size: int, filter_name: str = "bicubic") -> Image.Image:
-    """Center-crop as the data loaders of ADM and LlamaGen do.
-
-    The image is halved with a box filter while its short side is at least 2 x `size`, then resized (short side to
-    `size`), then cropped.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    corner = (width - size) // 2, (height - size) // 2
-    return resized_crop(image, (width, height), corner, size, FILTERS[filter_name])
 
 
 def torchvision_crop(image: Image.Image, size: int, filter_name: str = "bilinear") -> Image.Image:
@@ -42,7 +28,7 @@ def torchvision_crop(image: Image.Image, size: int, filter_name: str = "bilinear
 
 
 CROPS: dict[str, Callable[[Image.Image, int, str], Image.Image]] = {
-    "adm": adm_crop,
+    "adm": lambda image, size, name: adm_crop(image, size, FILTERS[name]),
     "torchvision": torchvision_crop,
     "short_side": lambda image, size, _: crop(image, size),  # the crop of training
 }

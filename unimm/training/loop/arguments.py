@@ -109,6 +109,8 @@ class StreamTrainingArguments(TrainingArguments):
             raise UserError(
                 f"train.save_total_limit must be at least 1, or null to keep all; got {self.save_total_limit}."
             )
+        if self.accelerator_config is None and not _no_gpu():  # batches are copied while the device works
+            self.accelerator_config = {"non_blocking": True}
         automatic, device = self.bf16 == "auto", training_device(self.use_cpu)
         if automatic:
             self.bf16 = not self.fp16 and automatic_dtype(device) == torch.bfloat16
