@@ -89,15 +89,16 @@ def right_answers(expected: Sequence[str], answers: Sequence[str]) -> list[float
 def build_trainer(recipe: GRPORecipe, model: Any, processor: Any, adapter: Adapter | None = None) -> PolicyTrainer:
     """Build rewards, tasks and trainer around a model."""
     own = any(each and each.kind == "own_answers" for each in (*recipe.rewards.values(), recipe.judge))
-    reference = Reference(model, adapter) if own or recipe.policy.kl_weight else None
-    made = build_rewards(recipe.rewards, processor, reference and reference.model)
-    judge = None if recipe.judge is None else build_reward(recipe.judge, processor, reference and reference.model)
-    repeats = {"repeats": recipe.policy.iterations, "samples_per_step": recipe.train.samples_per_step}
+    compared = own or recipe.policy.kl_weight or recipe.data.num_eval_samples
+    reference = Reference(model, adapter) if compared else None
+    start = None if reference is None else reference.model
+    made = build_rewards(recipe.rewards, processor, start)
+    judge = None if recipe.judge is None else build_reward(recipe.judge, processor, start)
     return PolicyTrainer(
         model,
         recipe.train,
         processor=processor,
-        tasks=Tasks(recipe.data, **repeats),
+        tasks=Tasks(recipe.data, repeats=recipe.policy.iterations, samples_per_step=recipe.train.samples_per_step),
         held_out=Tasks(recipe.data, split="test") if recipe.data.num_eval_samples else None,
         policy=recipe.policy,
         watch=recipe.watch,
