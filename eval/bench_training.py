@@ -5,10 +5,10 @@
 
 Measured are stage 1 and stage 2 of VQRAE (stage 2 with its GAN; at size "paper" both with randomly initialized LPIPS
 and ConvNeXt-S) and text-to-image training of a language model, from images ("t2i") and from ids made before
-("t2i_ids", as `recipes/encode.py` makes them), each plain, with float32 products in TF32, with gradient
-checkpointing, and compiled. "paper" is
-VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of a 512 px image. MFU (model FLOPs utilization) is reported if
-the device's peak is known; `--profile` adds the slowest operators and how often the host waits for the device.
+("t2i_ids", as `recipes/encode.py` makes them), each plain, with float32 products in TF32, with gradient checkpointing,
+and compiled. "paper" is VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of a 512 px image. MFU (model FLOPs
+utilization) is reported if the device's peak is known; `--profile` adds the slowest operators and how often the host
+waits for the device.
 """
 
 import argparse
@@ -60,13 +60,13 @@ class Size:
         tokenizer: the tokenizer that stages 1 and 2 train.
         drawn: the tokenizer of text-to-image training.
         llm: configuration fields of the Qwen3.
-        judged: whether the perceptual loss uses the paper's networks (LPIPS, ConvNeXt-S).
+        pretrained: whether the perceptual loss uses the paper's networks (LPIPS, ConvNeXt-S).
     """
 
     tokenizer: VQRAEConfig
     drawn: VQRAEConfig
     llm: dict[str, Any]
-    judged: bool
+    pretrained: bool
 
 
 def small(side: int, patch: int, width: int, layers: int, codes: int) -> VQRAEConfig:
@@ -78,12 +78,12 @@ def small(side: int, patch: int, width: int, layers: int, codes: int) -> VQRAECo
 def size_of(name: str) -> Size:
     if name == "paper":
         first, second = (tokenizer_config(PUBLISHED[f"siglip2-so400m-p16-{side}"]) for side in (256, 512))
-        return Size(first, second, QWEN3_0_6B, judged=True)
+        return Size(first, second, QWEN3_0_6B, pretrained=True)
     width, layers = (32, 2) if name == "debug" else (256, 6)
     llm = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 3 * width, "num_attention_heads": 4}
     llm |= {"num_key_value_heads": 4, "head_dim": width // 4, "tie_word_embeddings": True}
     tokenizer = small(64, 16, 32, 2, 32) if name == "debug" else small(64, 8, 128, 6, 512)
-    return Size(tokenizer, tokenizer, llm, judged=False)
+    return Size(tokenizer, tokenizer, llm, pretrained=False)
 
 
 class Noise(Dataset):
@@ -119,9 +119,9 @@ def tokenizer_split(size: Size, stage: int, way: str, args: argparse.Namespace, 
     images = Noise(size.tokenizer.image_size, args.batch_size * (WARM + 3 * args.steps + PROFILED + 1))
     objective = ObjectiveConfig(perceptual=PerceptualConfig(kind="none"), gan=gan)
     trainer = TokenizerTrainer(tokenizer, images, config, objective)
-    if size.judged:
-        judges = {"lpips": (1.0, LPIPS()), "convnext_s": (0.1, ConvNeXt())}
-        trainer.objective.perceptual = PerceptualLoss(judges).requires_grad_(False).eval().to(tokenizer.device)
+    if size.pretrained:
+        networks = {"lpips": (1.0, LPIPS()), "convnext_s": (0.1, ConvNeXt())}
+        trainer.objective.perceptual = PerceptualLoss(networks).requires_grad_(False).eval().to(tokenizer.device)
     if way == "checkpointed":
         tokenizer.gradient_checkpointing_enable()
     if way == "compiled":

@@ -21,7 +21,7 @@ from unimm.class_conditional.extraction import ClassIdsConfig, prepare_ids
 from unimm.class_conditional.ids import ClassIds, IdRows, IdStream
 from unimm.config.loading import parse_training_args
 from unimm.config.schema import Count
-from unimm.data.images import save_image_atomically
+from unimm.data.image_files import save_image_atomically
 from unimm.data.sources.ids import entropy_line
 from unimm.errors import UserError, require_place, run_main
 from unimm.runs.provenance import write_atomically

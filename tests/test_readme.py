@@ -52,7 +52,7 @@ def test_commands_exist(words: list[str]) -> None:
 def test_every_command_is_shown() -> None:
     shown = {words[1] for words in commands() if words[0] == "unimm"}
     models = {"encoders", "attach", "doctor", "export", "detach", "merge"}
-    assert shown == {"demo", "chat", "generate", "reconstruct", "eval"} | models
+    assert shown == {"demo", "chat", "generate", "reconstruct", "web", "eval"} | models
 
 
 def test_files_that_the_text_names_exist() -> None:
@@ -60,12 +60,14 @@ def test_files_that_the_text_names_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_it_opens_with_an_image_of_the_demo() -> None:
+def test_it_opens_with_images_of_the_demo_and_the_web_page() -> None:
     opening, _, _ = README.partition("## Two commands")
-    (path,) = re.findall(r'<img src="([^"]+)"', opening)
-    assert (ROOT / path).stat().st_size < 200_000
-    with Image.open(ROOT / path) as image:
-        assert min(image.size) > 600
+    paths = re.findall(r'<img src="([^"]+)"', opening)
+    assert len(paths) == 2
+    for path in paths:
+        assert (ROOT / path).stat().st_size < 200_000
+        with Image.open(ROOT / path) as image:
+            assert min(image.size) > 600
 
 
 def test_the_jobs_stand_in_order() -> None:

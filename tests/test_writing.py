@@ -20,7 +20,7 @@ from tests.tokenizer.conftest import tiny_vqrae
 from tests.training.tokenizer.test_trainer import trainer
 from unimm.cli import main
 from unimm.config.loading import save_config
-from unimm.data.images import save_image_atomically
+from unimm.data.image_files import save_image_atomically
 from unimm.encoding import EncodeConfig, Encoder
 from unimm.errors import UserError, run_main
 from unimm.evaluation.generation.class_samples import write_npz

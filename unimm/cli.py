@@ -1,5 +1,5 @@
-"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve, web; encoders, attach, detach, merge, export,
-doctor; eval.
+"""The command line `unimm`: demo, chat, generate, edit, reconstruct, serve, web; atlas, encoders, attach, detach,
+merge, convert, export, doctor; eval.
 
 The first seven take `--model PATH` (default: the embedded model). All but `eval` take `--json FILE` (`-` = standard
 output), which receives one JSON object with the results and the seconds they took. A user error is one line on standard
@@ -14,8 +14,10 @@ from typing import NoReturn, Protocol
 
 from unimm import __version__
 from unimm.commands import (
+    atlas,
     attach,
     chat,
+    convert,
     demo,
     detach,
     doctor,
@@ -53,10 +55,12 @@ COMMANDS: dict[str, Command] = {
     "reconstruct": reconstruct,
     "serve": serve,
     "web": web,
+    "atlas": atlas,
     "encoders": encoders,
     "attach": attach,
     "detach": detach,
     "merge": merge,
+    "convert": convert,
     "export": export,
     "doctor": doctor,
     "eval": evaluate,

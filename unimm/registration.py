@@ -19,6 +19,8 @@ MODULES = {
     "vqrae": "unimm.tokenizer.vqrae",
     "vfmtok": "unimm.tokenizer.vfmtok",
     "ideal": "unimm.tokenizer.ideal",
+    "llamagen_vq": "unimm.tokenizer.llamagen_vq",
+    "llamagen_encoder": "unimm.tokenizer.llamagen_vq",
     "unimm_class_conditional": "unimm.class_conditional",
     "unimm_llava": "unimm.mllm.hosts.llava",
     "unimm_internvl": "unimm.mllm.hosts.internvl",

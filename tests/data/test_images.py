@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimm.data import images
-from unimm.data.images import load_image, save_image_atomically, save_images, save_numbered
+from unimm.data import image_files
+from unimm.data.image_files import save_image_atomically, save_images, save_numbered
+from unimm.data.images import load_image
 from unimm.errors import UserError
 
 
@@ -164,7 +165,7 @@ def test_impossible_outputs_are_told_before_the_work(tmp_path: Path, name: str, 
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "f").write_text("")
     with pytest.raises(UserError, match=message):
-        images.check_image_output(tmp_path / name)
+        image_files.check_image_output(tmp_path / name)
 
 
 def test_many_images_are_numbered(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_a_number_whose_image_is_not_written_stays_free(tmp_path: Path, monkeypa
     def fail(*_: object) -> None:
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(images, "save_image_atomically", fail)
+    monkeypatch.setattr(image_files, "save_image_atomically", fail)
     with pytest.raises(UserError, match="full"):
         save_numbered([Image.new("L", (1, 1))], tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []

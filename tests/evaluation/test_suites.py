@@ -255,13 +255,13 @@ def test_all_hands_each_suite_what_is_its_own(tmp_path: Path, images: Path, monk
     for suite in SUITES.values():
         monkeypatch.setattr(importlib.import_module(f"{suite.package}.arguments"), "parse", note)
         monkeypatch.setattr(importlib.import_module(f"{suite.package}.command"), "run", leave_runs)
-    given = ["--model=M", "--num-images=5", "--dpg-csv=D", "--judge=J", "--samples=S", "--reference=R", "--data=L"]
+    given = ["--model=M", "--num-images=5", "--dpg-csv=D", "--vqa-model=J", "--samples=S", "--reference=R", "--data=L"]
     assert main(["eval", "all", "--output", str(tmp_path), "--source", str(images), *given]) == 0
     assert [argv[:-2] for argv in ran if argv[-2] == "--output" and argv[0].startswith("--")] == [
         ["--model=M", f"--source={images}", "--num-images=5"],
         ["--model=M"],
         ["--model=M"],
-        ["--model=M", "--dpg-csv=D", "--judge=J"],
+        ["--model=M", "--dpg-csv=D", "--vqa-model=J"],
         ["--samples=S", "--reference=R"],
         ["--model=M", "--data=L"],
     ]

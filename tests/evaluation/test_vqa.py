@@ -1,4 +1,4 @@
-"""Judges against bare forwards of their own networks, one image and question at a time."""
+"""VQA models against bare forwards of their own networks, one image and question at a time."""
 
 import shutil
 import sys
@@ -65,42 +65,42 @@ def plain_chat(folder, image, question):
 
 @pytest.mark.parametrize("kind", ["blip", "vilt", "chat"])
 def test_answers_are_those_of_one_request_at_a_time(folders, images, kind):
-    judge = load_vqa_model(folders[kind], batch_size=2)
+    vqa_model = load_vqa_model(folders[kind], batch_size=2)
     plain = {"blip": plain_blip, "vilt": plain_vilt, "chat": plain_chat}[kind]
     expected = [plain(folders[kind], image, question) for image, question in zip(images, QUESTIONS, strict=True)]
-    found = judge.answer(images, QUESTIONS)
+    found = vqa_model.answer(images, QUESTIONS)
     assert found == expected
-    assert len(set(found)) > 1  # random judges that always say the same would show nothing
-    assert [yes_no.answer for yes_no in judge.answer_yes_no(images, QUESTIONS)] == expected or kind == "chat"
-    described = judge.describe()
+    assert len(set(found)) > 1  # random models that always say the same would show nothing
+    assert [yes_no.answer for yes_no in vqa_model.answer_yes_no(images, QUESTIONS)] == expected or kind == "chat"
+    described = vqa_model.describe()
     assert (described["name"], described["kind"]) == (folders[kind].name, kind)
     assert (described["dtype"], described["device"]) == ("float32", "cpu")
-    assert described["sha256"] == model_fingerprint(judge.model) and len(described["sha256"]) == 64
+    assert described["sha256"] == model_fingerprint(vqa_model.model) and len(described["sha256"]) == 64
 
 
 def test_requests_of_one_shape_share_a_forward(folders, images, monkeypatch):
-    judge, sizes = load_vqa_model(folders["vilt"], batch_size=2), []
-    run = judge._answer
-    monkeypatch.setattr(judge, "_answer", lambda inputs: (sizes.append(len(inputs["input_ids"])), run(inputs))[1])
-    judge.answer([images[0]] * 5, ["red?"] * 5)
+    vqa_model, sizes = load_vqa_model(folders["vilt"], batch_size=2), []
+    run = vqa_model._answer
+    monkeypatch.setattr(vqa_model, "_answer", lambda inputs: (sizes.append(len(inputs["input_ids"])), run(inputs))[1])
+    vqa_model.answer([images[0]] * 5, ["red?"] * 5)
     assert sizes == [2, 2, 1]
 
 
 def test_vilt_leaves_the_global_random_state_alone(folders, images):
-    judge = load_vqa_model(folders["vilt"])
+    vqa_model = load_vqa_model(folders["vilt"])
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = judge.answer(images[:1], QUESTIONS[:1])
+    first = vqa_model.answer(images[:1], QUESTIONS[:1])
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    assert judge.answer(images[:1], QUESTIONS[:1]) == first
+    assert vqa_model.answer(images[:1], QUESTIONS[:1]) == first
 
 
 def test_a_chat_model_gives_the_probability_of_yes(folders, images):
-    judge = load_vqa_model(folders["chat"])
-    model, processor = judge.model, judge.processor
+    vqa_model = load_vqa_model(folders["chat"])
+    model, processor = vqa_model.model, vqa_model.processor
     yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "No"])
-    for image, question, found in zip(images, QUESTIONS, judge.answer_yes_no(images, QUESTIONS), strict=True):
+    for image, question, found in zip(images, QUESTIONS, vqa_model.answer_yes_no(images, QUESTIONS), strict=True):
         text = f"<|im_start|>user\n<image>{question} Answer yes or no.<|im_end|>\n<|im_start|>assistant\n"
         with torch.no_grad():
             logits = model(**processor(images=image, text=text, return_tensors="pt")).logits[0, -1].double()
@@ -112,9 +112,9 @@ def test_a_chat_model_gives_the_probability_of_yes(folders, images):
 
 def test_a_yes_that_the_judge_would_not_have_written_is_a_guess(folders, images, monkeypatch):
     """The same logits with the scores of yes and no raised above all others, and lowered below them."""
-    judge = load_vqa_model(folders["chat"])
-    yes, no = judge.processor.tokenizer.convert_tokens_to_ids(["yes", "No"])
-    forward = type(judge.model).forward
+    vqa_model = load_vqa_model(folders["chat"])
+    yes, no = vqa_model.processor.tokenizer.convert_tokens_to_ids(["yes", "No"])
+    forward = type(vqa_model.model).forward
     for change, guessed in ((100.0, False), (-100.0, True)):
 
         def shifted(self, *args, change=change, **options):
@@ -122,27 +122,27 @@ def test_a_yes_that_the_judge_would_not_have_written_is_a_guess(folders, images,
             output.logits[..., [yes, no]] += change
             return output
 
-        monkeypatch.setattr(type(judge.model), "forward", shifted)
-        assert [found.guessed for found in judge.answer_yes_no(images, QUESTIONS)] == [guessed] * len(images)
+        monkeypatch.setattr(type(vqa_model.model), "forward", shifted)
+        assert [found.guessed for found in vqa_model.answer_yes_no(images, QUESTIONS)] == [guessed] * len(images)
 
     def broken(self, *args, **options):
         output = forward(self, *args, **options)
         output.logits.fill_(float("nan"))
         return output
 
-    monkeypatch.setattr(type(judge.model), "forward", broken)
+    monkeypatch.setattr(type(vqa_model.model), "forward", broken)
     with pytest.raises(UserError, match="scores that are not finite"):
-        judge.answer_yes_no(images, QUESTIONS)
+        vqa_model.answer_yes_no(images, QUESTIONS)
 
 
 def test_qwen_vl_judges_images_of_any_size(images, tmp_path):
     pytest.importorskip("torchvision", reason="Qwen-VL's processor needs torchvision")
-    judge = load_vqa_model(save_qwen_vl(tmp_path), batch_size=3)
-    alone = [judge.answer([image], [question])[0] for image, question in zip(images, QUESTIONS, strict=True)]
-    assert judge.answer(images, QUESTIONS) == alone and len(set(alone)) > 1
-    model, processor = judge.model, judge.processor
+    vqa_model = load_vqa_model(save_qwen_vl(tmp_path), batch_size=3)
+    alone = [vqa_model.answer([image], [question])[0] for image, question in zip(images, QUESTIONS, strict=True)]
+    assert vqa_model.answer(images, QUESTIONS) == alone and len(set(alone)) > 1
+    model, processor = vqa_model.model, vqa_model.processor
     yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "No"])
-    for image, question, found in zip(images, QUESTIONS, judge.answer_yes_no(images, QUESTIONS), strict=True):
+    for image, question, found in zip(images, QUESTIONS, vqa_model.answer_yes_no(images, QUESTIONS), strict=True):
         text = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question} Answer yes or no.<|im_end|>\n"
         inputs = processor(images=[image], text=[text + "<|im_start|>assistant\n"], return_tensors="pt")
         with torch.no_grad():
@@ -153,19 +153,19 @@ def test_qwen_vl_judges_images_of_any_size(images, tmp_path):
 def test_the_model_that_comes_with_the_library_can_judge():
     from unimm.mllm.loading import default_model_path
 
-    judge = load_vqa_model(default_model_path())
+    vqa_model = load_vqa_model(default_model_path())
     red = Image.new("RGB", (64, 64), "white")
     red.paste("red", (16, 16, 48, 48))
-    answers = judge.answer([red, red], ["Is there a red square?", "Is there a blue circle?"])
-    assert judge.kind == "chat" and len(answers) == 2
+    answers = vqa_model.answer([red, red], ["Is there a red square?", "Is there a blue circle?"])
+    assert vqa_model.kind == "chat" and len(answers) == 2
 
 
 def test_bad_judges(folders, images, tmp_path):
     with pytest.raises(UserError, match="there is no"):
         load_vqa_model(tmp_path / "absent")
-    with pytest.raises(UserError, match="No kind of judge 'blip2'; there are blip, vilt, chat, mplug"):
+    with pytest.raises(UserError, match="No kind of VQA model 'blip2'; there are blip, vilt, chat, mplug"):
         load_vqa_model(folders["blip"], kind="blip2")
-    with pytest.raises(UserError, match="a judge of the kind vilt, not blip"):
+    with pytest.raises(UserError, match="a VQA model of the kind vilt, not blip"):
         load_vqa_model(folders["vilt"], kind="blip")
     holes = shutil.copytree(folders["vilt"], tmp_path / "holes")
     weights = load_file(holes / "model.safetensors")
@@ -208,7 +208,7 @@ def test_mplug_asks_modelscopes_pipeline(monkeypatch, images):
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("importlib.metadata.version", lambda name: {"modelscope": "1.0"}.get(name, "0"))
-    judge = load_vqa_model("mplug", device="cpu")
+    vqa_model = load_vqa_model("mplug", device="cpu")
     assert asked == [("visual-question-answering", MPLUG_ID, "cpu")]
-    assert judge.answer(images[:2], ["red?", "blue?"]) == ["red? 16", "blue? 24"]
-    assert judge.describe()["kind"] == "mplug" and judge.describe()["version"] == "modelscope 1.0"
+    assert vqa_model.answer(images[:2], ["red?", "blue?"]) == ["red? 16", "blue? 24"]
+    assert vqa_model.describe()["kind"] == "mplug" and vqa_model.describe()["version"] == "modelscope 1.0"

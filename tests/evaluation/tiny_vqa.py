@@ -1,4 +1,4 @@
-"""Judges of a few thousand random weights from the real configurations, with the real processors, saved as folders."""
+"""VQA models of a few thousand random weights from real configurations, with real processors, saved as folders."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from unimm.data.shapes import render, sample_prompt
 from unimm.data.shapes.prompts import Prompt, scene_for
 from unimm.errors import UserError
 from unimm.evaluation.geneval.color_votes import prepare_view
-from unimm.evaluation.shapes.run import judge_drawing
+from unimm.evaluation.shapes.run import score_drawing
 from unimm.evaluation.vqa import YesNo
 from unimm.mllm import load
 from unimm.rewards import RewardConfig, build_reward
@@ -46,7 +46,7 @@ def test_shapes_are_rewarded_as_the_benchmark_judges_them() -> None:
     images += [speckled(image) for _, image in shown]  # the strict detector refuses them
     images += [image for _, image in shown]
     prompts = prompts * 3
-    rows = [judge_drawing(*each) for each in zip(prompts, images, strict=True)]
+    rows = [score_drawing(*each) for each in zip(prompts, images, strict=True)]
     texts, metadata = [prompt.prompt for prompt in prompts], [prompt.metadata() for prompt in prompts]
     first = build_reward(RewardConfig("shapes")).score(texts, metadata, images)
     strict = build_reward(RewardConfig("shapes_strict")).score(texts, metadata, images)

@@ -10,6 +10,8 @@ from tests.serving.clients import image_of
 from tests.serving.conftest import Served
 from unimm.chat import ChatSession
 from unimm.mllm.previews import DrawingStreamer
+from unimm.sampling import SAMPLING_NAMES
+from unimm.serving.schemas import Drawing
 
 PROMPT = "a yellow triangle"
 
@@ -24,10 +26,23 @@ def test_images_are_the_sessions(served: Served, parts: tuple[Any, Any]) -> None
 
 
 def test_our_own_settings_arrive(served: Served, parts: tuple[Any, Any]) -> None:
-    settings = {"guidance_scale": 1.0, "temperature": 1.5, "top_k": 20, "top_p": 0.9}
+    settings: dict[str, Any] = {"guidance_scale": 1.0, "temperature": 1.5, "top_k": 20, "top_p": 0.9}
     expected = ChatSession(*parts).draw(PROMPT, seed=1, **settings)[0]
     answer = served.client.images.generate(prompt=PROMPT, size="64x64", extra_body={"seed": 1, **settings})
     assert image_of(answer.data[0].b64_json).tobytes() == expected.tobytes()  # type: ignore
+
+
+def test_every_sampling_setting_of_a_drawing_arrives(served: Served, parts: tuple[Any, Any]) -> None:
+    plain = {"guidance_scale": 4.0, "temperature": 1.5}
+    drawn = []
+    for extra in ({}, {"min_p": 0.2}, {"guidance_interval": (2, 9)}, {"guidance_schedule": "linear"}):
+        settings = {**plain, **extra}
+        expected = ChatSession(*parts).draw(PROMPT, seed=1, **settings)[0]
+        answer = served.client.images.generate(prompt=PROMPT, extra_body={"seed": 1, **settings})
+        drawn.append(image_of(answer.data[0].b64_json).tobytes())  # type: ignore
+        assert drawn[-1] == expected.tobytes()
+    assert len(set(drawn)) == 4  # each setting changes the image
+    assert set(SAMPLING_NAMES) - set(Drawing.model_fields) == {"image_guidance_scale"}
 
 
 def test_a_negative_prompt_is_the_models(served: Served, parts: tuple[Any, Any]) -> None:

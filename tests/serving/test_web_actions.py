@@ -7,6 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 import unimm
 from tests.mllm import tiny
 from tests.serving.clients import file_of, scene
+from unimm.cli import main
 from unimm.serving.app import create_app
 from unimm.serving.engine import Engine
 from unimm.serving.run import serving
@@ -114,22 +116,21 @@ def _lower(image: Image.Image) -> Image.Image:
     return mask
 
 
-def test_chat_answers_as_the_session_does_and_remembers(
+def test_chat_draws_and_answers_as_the_session_does(
     tiny_parts: tuple[Any, Any], actions: Actions, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.png"
     scene().save(path)
-    (*_, (_, shown, talk)) = all_of(actions.chat({"text": "What is it?", "files": [str(path)]}, Talk()))
+    (*_, (_, _, talk)) = all_of(actions.chat({"text": "Draw a circle", "files": []}, Talk()))
+    assert [turn["role"] for turn in talk.messages] == ["user", "assistant"]
+    assert talk.messages[1]["content"][0]["image"].width == actions.service.image_size
     session = unimm.ChatSession(*tiny_parts)
-    answer = session.ask("What is it?", [scene()]).strip() or "(no answer)"
-    assert shown[-1] == {"role": "assistant", "content": [answer]} and [turn["role"] for turn in shown] == [
-        "user",
-        "assistant",
-    ]
-    (*_, (_, shown, talk)) = all_of(actions.chat({"text": "Draw a circle", "files": []}, talk))
-    assert [turn["role"] for turn in talk.messages] == ["user", "assistant"] * 2
-    assert talk.messages[-1]["content"][0]["image"].size == session.draw("a circle", seed=0)[0].size
-    assert len(shown) == 4
+    session.messages = list(talk.messages)
+    (*_, (_, shown, talk)) = all_of(actions.chat({"text": "What?", "files": [str(path)]}, talk))
+    answer = session.ask("What?", [scene()]).strip() or "(no answer)"
+    assert shown[-1] == {"role": "assistant", "content": [answer]}
+    assert [turn["role"] for turn in shown] == ["user", "assistant"] * 2
+    assert [turn["role"] for turn in talk.messages] == [turn["role"] for turn in session.messages]
 
 
 def test_a_reconstruction_is_the_tokenizers(tiny_parts: tuple[Any, Any], actions: Actions) -> None:
@@ -184,13 +185,11 @@ def test_a_mistake_is_one_sentence(actions: Actions, steps: Any, sentence: str) 
 
 def test_a_failed_message_comes_back_into_the_text_box(actions: Actions) -> None:
     async def last() -> Any:
-        step = None
-        try:
+        steps = []
+        with pytest.raises(gr.Error):
             async for step in actions.chat({"text": "Draw", "files": []}, Talk()):
-                pass
-        except gr.Error:
-            return step
-        raise AssertionError("nothing was raised")
+                steps.append(step)
+        return steps[-1]
 
     box, shown, talk = asyncio.run(last())
     assert box["value"] == {"text": "Draw", "files": []} and shown == [] and talk == Talk()
@@ -218,7 +217,7 @@ def address(engine: Engine) -> Iterator[str]:
 
 
 def ask(url: str, body: Any = None, **headers: str) -> tuple[int, str]:
-    data = None if body is None else json.dumps(body).encode()
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     key = base64.b64encode(b"anyone:sk-test").decode()
     headers = {"Authorization": f"Basic {key}", "Content-Type": "application/json", **headers}
     try:
@@ -259,6 +258,18 @@ def test_no_path_and_no_address_of_a_request_is_opened(address: str, tmp_path: P
         assert "event: error" in answer and "complete" not in answer, answer
     status, _ = ask(f"{address}/web/gradio_api/file={secret}")
     assert status == 403
+    uploaded = upload(address, file_of(scene()))
+    assert "event: complete" in called(address, "reconstruct", [image(uploaded)])  # what is uploaded is
+
+
+def upload(address: str, data: bytes) -> str:
+    """Upload a file as the page does; return its path."""
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    body = head + data + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    status, text = ask(f"{address}/web/gradio_api/upload", body, **headers)
+    assert status == 200, text
+    return str(json.loads(text)[0])
 
 
 def test_the_functions_of_the_page_have_names(address: str) -> None:
@@ -273,3 +284,10 @@ def test_nothing_of_the_page_is_elsewhere(address: str) -> None:
     assert "fonts.googleapis" not in page and "fonts.gstatic" not in page
     config = json.loads(ask(f"{address}/web/config")[1])
     assert config["analytics_enabled"] is False and config["show_error"] is False
+
+
+def test_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "gradio" else find_spec(name))
+    for words in (["web"], ["serve", "--web"]):
+        assert main(words) == 2
+        assert "(gradio): pip install unimm[web]." in capsys.readouterr().err

@@ -6,7 +6,8 @@ import secrets
 from unimm.commands.options import add_drawing, add_json, add_model
 from unimm.commands.shared import Progress, load_model, saved
 from unimm.config.argument_types import number_from_zero
-from unimm.data.images import check_image_output, load_image
+from unimm.data.image_files import check_image_output
+from unimm.data.images import load_image
 from unimm.errors import UserError
 from unimm.runs.report import Report
 from unimm.sampling import SAMPLING_NAMES, sampling_options

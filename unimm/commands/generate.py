@@ -5,7 +5,7 @@ import secrets
 
 from unimm.commands.options import add_drawing, add_json, add_model
 from unimm.commands.shared import Progress, load_model, saved
-from unimm.data.images import check_image_output
+from unimm.data.image_files import check_image_output
 from unimm.runs.report import Report
 from unimm.sampling import SAMPLING_NAMES, sampling_options
 

@@ -4,7 +4,8 @@ import argparse
 
 from unimm.commands.options import add_json, add_model
 from unimm.commands.shared import quiet_libraries, saved
-from unimm.data.images import check_image_output, load_image
+from unimm.data.image_files import check_image_output
+from unimm.data.images import load_image
 from unimm.runs.report import Report
 
 RECONSTRUCTION = "reconstruction.png"

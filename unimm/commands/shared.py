@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unimm.commands.terminal_images import TerminalImages
-from unimm.data.images import save_images, save_numbered
+from unimm.data.image_files import save_images, save_numbered
 from unimm.errors import UserError
 from unimm.runs.provenance import check_output
 from unimm.runs.report import Report

@@ -6,7 +6,7 @@ not only on average, because the flows are interleaved by largest deficit instea
 (`unimm.data.shuffling`).
 """
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -193,7 +193,6 @@ class Mixture(Dataset):
         *,
         split: Split = "train",
         samples_per_step: int | None = None,
-        reserved: Sequence[str] = (),
         log_folder: Path | None = None,
     ) -> None:
         """Open the sources of all flows.
@@ -201,7 +200,6 @@ class Mixture(Dataset):
         Args:
             split: "test" returns `num_eval_samples` samples of held-out rows, or of another seed, without null prompts.
             samples_per_step: samples of all processes together; needed by `group_by_modality`.
-            reserved: image placeholder strings of the model; external rows that contain one are skipped.
             log_folder: folder of the logs of skipped rows, see `unimm.data.sources.llava`.
         """
         config.refuse_overlaps()
@@ -209,8 +207,9 @@ class Mixture(Dataset):
         self.split = split
         self.samples_per_step = samples_per_step
         self.names = sorted(config.flows)
-        around = _Surroundings(tuple(reserved), log_folder)
-        self.sources: list[Any] = [_source(config, name, split, salt, around) for salt, name in enumerate(self.names)]
+        self.sources: list[Any] = [
+            _source(config, name, split, salt, log_folder) for salt, name in enumerate(self.names)
+        ]
         self.mixed = Interleaving([config.flows[name].ratio for name in self.names])
         self.orders = [self._order(k) for k in range(len(self.names))]
 
@@ -266,15 +265,7 @@ def held_out_lines(train: Mixture, test: Mixture | None) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
-class _Surroundings:
-    """Settings of the run that an external source needs."""
-
-    reserved: tuple[str, ...]
-    log_folder: Path | None
-
-
-def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _Surroundings) -> Flow:
+def _source(config: MixtureConfig, name: str, split: Split, salt: int, log_folder: Path | None) -> Flow:
     flow = config.flows[name]
     # One independent seed for each flow and split.
     seed = int(np.random.SeedSequence((config.seed, salt, split == "test")).generate_state(1)[0])
@@ -295,7 +286,7 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
         return ShapesDrawings(seed, split=split, null_prompt_prob=null, phrasing_share=flow.phrasing_share)
     own = split == "test" and flow.eval_source is not None
     place = str(flow.eval_source) if own else flow.source
-    log = around.log_folder / f"{name}{'.eval' * own}.skipped.jsonl" if around.log_folder else None
+    log = log_folder / f"{name}{'.eval' * own}.skipped.jsonl" if log_folder else None
     share = config.share(name)
     part: Split | None = None if flow.eval_source is not None else split
     if flow.image_folder is not None:
@@ -303,7 +294,6 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, around: _
             data_path(flow.image_folder),
             max_bad_share=flow.max_bad_share,
             drop_questions=flow.drop_questions,
-            reserved=around.reserved,
             log=log,
         )
         conversations = open_llava(data_path(place), options)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unimm.errors import UserError, one_line
+from unimm.evaluation.runs.arguments import accept_former_names
 from unimm.evaluation.runs.records import MANIFEST
 
 REPORT, ALL = "report", "all"
@@ -32,7 +33,7 @@ SUITES = {
     "tok": Suite("unimm.evaluation.reconstruction", ("model", "source", "num_images")),
     "shapes": Suite("unimm.evaluation.shapes", ("model",)),
     "gen": Suite("unimm.evaluation.geneval", ("model", "detector", "clip")),
-    "dpg": Suite("unimm.evaluation.dpg", ("model", "dpg_csv", "judge")),
+    "dpg": Suite("unimm.evaluation.dpg", ("model", "dpg_csv", "vqa_model")),
     "generation": Suite("unimm.evaluation.generation", ("samples", "reference", "inception", "encoder", "kernel_size")),
     "und": Suite("unimm.evaluation.understanding", ("model", "data", "tasks")),
     REPORT: Suite("unimm.evaluation.report"),
@@ -43,7 +44,9 @@ MEASURING = tuple(name for name in SUITES if name != REPORT)
 def parse_suite(name: str, argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of one suite, or those of `all`. Raise UserError for invalid ones."""
     if name == ALL:
-        return _parser().parse_args(argv)
+        parser = _parser()
+        accept_former_names(parser)
+        return parser.parse_args(argv)
     parsed: argparse.Namespace = importlib.import_module(f"{SUITES[name].package}.arguments").parse(list(argv))
     return parsed
 
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--detector", metavar="DIR", help="of gen: a Mask2Former for COCO's instances")
     parser.add_argument("--clip", metavar="DIR", help="of gen: a CLIP that names colours")
     parser.add_argument("--dpg-csv", metavar="FILE", help="of dpg: the question file")
-    parser.add_argument("--judge", metavar="PATH", help="of dpg: who answers the questions")
+    parser.add_argument("--vqa-model", metavar="PATH", help="of dpg: who answers the questions")
     parser.add_argument("--samples", metavar="SET", help="of generation: drawn images")
     parser.add_argument("--reference", metavar="SET", help="of generation: real ones")
     parser.add_argument("--inception", metavar="FILE", help="of generation: FID's Inception weights, or")

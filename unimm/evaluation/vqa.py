@@ -47,7 +47,7 @@ class YesNo(NamedTuple):
     guessed: bool = False
 
 
-class Judge:
+class VQAModel:
     """Base class of the VQA models.
 
     Args:
@@ -127,7 +127,7 @@ class Judge:
         return tensor.to(self.model.device, self.model.dtype if tensor.is_floating_point() else None)
 
 
-class BlipVQA(Judge):
+class BlipVQA(VQAModel):
     """BLIP fine-tuned on VQAv2, which generates its answer, greedily."""
 
     kind = "blip"
@@ -137,7 +137,7 @@ class BlipVQA(Judge):
         return [text.strip() for text in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
 
 
-class ViltVQA(Judge):
+class ViltVQA(VQAModel):
     """ViLT fine-tuned on VQAv2, a classifier over fixed answers (3129 in the published checkpoint)."""
 
     kind = "vilt"
@@ -151,7 +151,7 @@ class ViltVQA(Judge):
         return [self.model.config.id2label[int(index)].strip() for index in logits.argmax(dim=-1)]
 
 
-class ChatVQA(Judge):
+class ChatVQA(VQAModel):
     """A multimodal chat model (Qwen-VL and others that AutoModelForImageTextToText loads).
 
     It is prompted for a word or a phrase and decoded greedily. A yes-or-no question is answered by the larger of P(yes)
@@ -199,11 +199,11 @@ class ChatVQA(Judge):
         encoded = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in SPELLINGS[word]]
         tokens = sorted({ids[0] for ids in encoded if len(ids) == 1})
         if not tokens:
-            raise UserError(f"The text tokenizer of {self.name} has no single token for {word!r}: take another judge.")
+            raise UserError(f"The text tokenizer of {self.name} has no single token for {word!r}: take another model.")
         return tokens
 
 
-class MplugVQA(Judge):
+class MplugVQA(VQAModel):
     """mPLUG, the VQA model behind the published DPG-Bench figures, run by ModelScope's pipeline."""
 
     kind = "mplug"
@@ -215,7 +215,7 @@ class MplugVQA(Judge):
             tasks = importlib.import_module("modelscope.utils.constant").Tasks
         except ImportError as error:
             raise UserError(
-                f"The judge mPLUG needs the package modelscope, which cannot be imported: {error}."
+                f"The VQA model mPLUG needs the package modelscope, which cannot be imported: {error}."
             ) from error
         self.name, self.device = model_id, device
         self.pipeline = pipelines.pipeline(
@@ -234,7 +234,7 @@ class MplugVQA(Judge):
 
 
 # kind -> (class here, transformers class that loads the network)
-KINDS: dict[str, tuple[type[Judge], Any]] = {
+KINDS: dict[str, tuple[type[VQAModel], Any]] = {
     "blip": (BlipVQA, BlipForQuestionAnswering),
     "vilt": (ViltVQA, ViltForQuestionAnswering),
     "chat": (ChatVQA, AutoModelForImageTextToText),
@@ -248,7 +248,7 @@ def load_vqa_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch_size: int = 16,
-) -> Judge:
+) -> VQAModel:
     """Load a VQA model from a folder or a hub id; "mplug" is DPG-Bench's official one.
 
     Args:
@@ -263,17 +263,17 @@ def load_vqa_model(
     if "mplug" in (kind, str(path_or_id)):
         return MplugVQA(MPLUG_ID if str(path_or_id) == "mplug" else str(path_or_id), place.type)
     if kind is not None and kind not in KINDS:
-        raise UserError(f"No kind of judge {kind!r}; there are {', '.join([*KINDS, 'mplug'])}.")
+        raise UserError(f"No kind of VQA model {kind!r}; there are {', '.join([*KINDS, 'mplug'])}.")
     if (found := _kind_of(path_or_id)) != (kind or found):
-        raise UserError(f"{path_or_id} is a judge of the kind {found}, not {kind}.")
-    judge_class, loader = KINDS[found]
+        raise UserError(f"{path_or_id} is a VQA model of the kind {found}, not {kind}.")
+    model_class, loader = KINDS[found]
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-    with reading("The judge", path_or_id), no_load_report():
+    with reading("The VQA model", path_or_id), no_load_report():
         processor = _processor(path_or_id)
         model, info = loader.from_pretrained(path_or_id, dtype=dtype, output_loading_info=True)
         refuse_holes(model, info, path_or_id, refuse_unexpected=False)
     name = Path(path_or_id).name if Path(path_or_id).is_dir() else str(path_or_id)
-    return judge_class(model.to(place).eval(), processor, name, batch_size)
+    return model_class(model.to(place).eval(), processor, name, batch_size)
 
 
 def _processor(path_or_id: str | Path) -> Any:
@@ -284,13 +284,13 @@ def _processor(path_or_id: str | Path) -> Any:
 
 
 def _kind_of(path_or_id: str | Path) -> str:
-    with reading("The judge", path_or_id):
+    with reading("The VQA model", path_or_id):
         config = AutoConfig.from_pretrained(path_or_id)
     if config.model_type in ("blip", "vilt"):
         return str(config.model_type)
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return "chat"
     raise UserError(
-        f"{path_or_id} is a {config.model_type} model, which answers no questions about images; judges are BLIP-VQA, "
-        "ViLT-VQA, multimodal chat models, or mplug."
+        f"{path_or_id} is a {config.model_type} model, which answers no questions about images; VQA models here are "
+        "BLIP-VQA, ViLT-VQA, multimodal chat models, or mplug."
     )

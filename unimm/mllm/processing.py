@@ -96,11 +96,6 @@ class UnimmProcessor(ProcessorMixin):
         return height * width
 
     @property
-    def markers(self) -> tuple[str, str, str]:
-        """Return the marker strings of an image in text: begin, placeholder of one image token, end."""
-        return self.boi_token, self.image_token, self.eoi_token
-
-    @property
     def vocabulary(self) -> VisualVocabulary:
         """Return the range of image ids in the vocabulary."""
         return VisualVocabulary(self.image_vocab_start, self.codebook_size)

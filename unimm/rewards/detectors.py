@@ -33,4 +33,4 @@ class GenEvalReward:
         """Return 1.0 or 0.0 for each image. Raises UserError for metadata without rules."""
         require_rules(metadata, "geneval")
         found = self.scorer.detections([image.convert("RGB") for image in images], [dict(each) for each in metadata])
-        return [float(self.scorer.judge(rules, each).correct) for rules, each in zip(metadata, found, strict=True)]
+        return [float(self.scorer.verdict(rules, each).correct) for rules, each in zip(metadata, found, strict=True)]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from unimm.english import NUMBERS, plural, with_article
 from unimm.errors import UserError
-from unimm.evaluation.geneval.questions import Question, judge_answers, questions
+from unimm.evaluation.geneval.questions import Question, questions, score_answers
 from unimm.evaluation.metrics.answers import same_answer
 from unimm.evaluation.vqa import YesNo
 from unimm.mllm.answering import answer_all
@@ -51,7 +51,7 @@ class VQAReward:
         asked = [questions(each) for each in metadata]
         pairs = [(image, question.text) for image, each in zip(images, asked, strict=True) for question in each]
         answers = iter(self.model.answer([image for image, _ in pairs], [text for _, text in pairs]))
-        return [judge_answers(each, [next(answers) for _ in each]).score for each in asked]
+        return [score_answers(each, [next(answers) for _ in each]).score for each in asked]
 
 
 class OwnAnswersReward:
@@ -88,7 +88,7 @@ class OwnAnswersReward:
                 right = [same_answer(answer, question.expected) for answer, question in zip(own, each, strict=True)]
                 scores.append(sum(right) / len(right))
             else:
-                scores.append(judge_answers(each, own).score)
+                scores.append(score_answers(each, own).score)
         return scores
 
     def _answers(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -41,7 +42,21 @@ def run_server(
         server_header=False,
         timeout_graceful_shutdown=shutdown_seconds,
     )
-    uvicorn.Server(config).run()
+    _Server(config, getattr(app.state, "end_streams", None)).run()
+
+
+class _Server(uvicorn.Server):
+    """A server that first ends the streams of open pages, which would last as long as their visitors stay."""
+
+    def __init__(self, config: uvicorn.Config, end_streams: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self.end_streams = end_streams
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at a signal."""
+        if self.end_streams is not None:
+            self.end_streams()
+        super().handle_exit(sig, frame)
 
 
 @contextmanager

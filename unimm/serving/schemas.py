@@ -1,9 +1,11 @@
 """Bodies of the requests. Fields of OpenAI's that mean nothing here are accepted, ignored and logged."""
 
 import logging
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
+
+from unimm.sampling import SamplingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +43,22 @@ class Sampling(BaseModel):
     seed: Seed | None = None
 
 
-class Drawing(Sampling):
-    """Settings of drawing beside those of sampling."""
+if TYPE_CHECKING:
+    _ImageSampling = Sampling
+else:  # every setting of `ImageSampling`, but the scale of an edited image, which is the checkpoint's
+    _ImageSampling = create_model(
+        "_ImageSampling",
+        __base__=Sampling,
+        **{
+            name: (hint, None)
+            for name, hint in get_type_hints(SamplingOptions).items()
+            if name not in (*Sampling.model_fields, "image_guidance_scale")
+        },
+    )
+
+
+class Drawing(_ImageSampling):
+    """Settings of drawing: those of `ImageSampling`, of which some have narrower limits here, and a negative prompt."""
 
     guidance_scale: Number | None = None
     negative_prompt: str | None = None

@@ -14,7 +14,7 @@ from PIL import Image
 from unimm.errors import UserError, printable
 from unimm.mllm.answering import Conversation, drop_oldest
 from unimm.mllm.conditions import redrawn_cells
-from unimm.sampling import ImageSampling, per_prompt_scale
+from unimm.sampling import SAMPLING_NAMES, ImageSampling, per_prompt_scale
 from unimm.serving.engine import Engine
 from unimm.serving.errors import APIError
 from unimm.serving.images_out import ImageFormat, ImageStore, check_size
@@ -26,6 +26,8 @@ from unimm.serving.settings import ServingSettings
 from unimm.serving.streams import Answers
 
 logger = logging.getLogger(__name__)
+
+TEXT_SAMPLING = ("temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Service:
             tokens = max(tokens, negative)
         model, processor = self.engine.model, self.engine.processor
         redrawn = None if mask is None else await to_thread.run_sync(redrawn_cells, model, processor, mask)
-        sampling, count = self._image_sampling(body), self._count(n)
+        sampling, count = self._image_sampling(body, image is not None and reads_image), self._count(n)
         if count > 1 and sampling.greedy:
             raise UserError(f"{count} images with temperature 0 would be equal: ask for 1, or a temperature above 0.")
         return DrawRequest(
@@ -214,27 +216,29 @@ class Service:
     def _text_sampling(self, body: Sampling) -> ImageSampling:
         """Return the sampling of text: the checkpoint's own without a temperature, greedy with temperature 0."""
         own = self.engine.model.generation_config
-        given = _given(body)
+        given = _given(body, TEXT_SAMPLING)
         if body.temperature is None and not own.do_sample:
             return ImageSampling(do_sample=False)
-        stored = {name: getattr(own, name, None) for name in ("temperature", "top_k", "top_p")}
+        stored = {name: getattr(own, name, None) for name in TEXT_SAMPLING}
         return ImageSampling(**{name: value for name, value in {**stored, **given}.items() if value is not None})
 
-    def _image_sampling(self, body: Drawing) -> ImageSampling:
-        """Return the sampling of images: the checkpoint's own, overridden by what is given."""
+    def _image_sampling(self, body: Drawing, edits: bool) -> ImageSampling:
+        """Return the sampling of images: the checkpoint's own, overridden by what is given. Only edits are guided by
+        their image."""
         own = ImageSampling.of(self.engine.model.generation_config)
-        sampling = replace(own, **_given(body))
-        if body.guidance_scale is not None:
-            sampling = replace(sampling, guidance_scale=body.guidance_scale)
+        sampling = replace(own, **_given(body, SAMPLING_NAMES))
         scale = float(per_prompt_scale(sampling.guidance_scale, 1)[0])
-        return replace(sampling, guidance_scale=scale)
+        interval = sampling.guidance_interval and tuple(sampling.guidance_interval)  # a checkpoint's is a list
+        image_scale = sampling.image_guidance_scale if edits else None
+        if image_scale is not None:
+            image_scale = float(per_prompt_scale(image_scale, 1, "image_guidance_scale")[0])
+        return replace(sampling, guidance_scale=scale, guidance_interval=interval, image_guidance_scale=image_scale)
 
 
-def _given(body: Sampling) -> dict[str, Any]:
-    """Return the sampling settings of a body; top_k -1 is another way to say all."""
-    given = {"temperature": body.temperature, "top_p": body.top_p}
-    given["top_k"] = None if body.top_k is None else max(body.top_k, 0)
-    return {name: value for name, value in given.items() if value is not None}
+def _given(body: Sampling, names: Sequence[str]) -> dict[str, Any]:
+    """Return those of the settings `names` that a body has; top_k -1 is another way to say all."""
+    given = {name: value for name in names if (value := getattr(body, name, None)) is not None}
+    return given | {"top_k": max(given["top_k"], 0)} if "top_k" in given else given
 
 
 def _seed(seed: int | None) -> int:

@@ -13,12 +13,12 @@ from starlette.responses import RedirectResponse
 
 from unimm.serving.security import PAGE
 from unimm.serving.service import Service
-from unimm.serving.web_actions import DESCRIBE, INSTRUCT, READY, Actions, Talk
+from unimm.serving.web_actions import DESCRIBE, INSTRUCT, Actions, Talk, text_box
 from unimm.serving.web_files import as_bytes, as_painted, own_folder, without_urls, write_examples
 
 ABOUT = "Ask about an image, draw a new one, or change one."
 SHAPES_LIMITS = (
-    "This small model knows six shapes in eight colors on four plain backgrounds, at 64 × 64 pixels. "
+    "This small model knows six shapes in eight colors on four plain backgrounds, at 64\u00a0×\u00a064\u00a0pixels. "
     "It cannot do photos, faces, writing or anything else."
 )
 OTHER_LIMITS = "The model knows what it was trained on and can be wrong: check what matters."
@@ -26,10 +26,12 @@ _SMALL = 128  # pixels: images up to here are shown with sharp pixels
 _PROMPTS = ["two green squares", "a red circle on a black background", "a blue square left of a yellow ring"]
 _SYSTEM = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-_HEAD = """
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>
-<rect width='9' height='9' rx='2' fill='%236366f1'/><circle cx='11' cy='11' r='5' fill='%23f43f5e'/></svg>">
-"""
+_ICON = (
+    "%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
+    "%3Crect width='9' height='9' rx='2' fill='%236366f1'/%3E"
+    "%3Ccircle cx='11' cy='11' r='5' fill='%23f43f5e'/%3E%3C/svg%3E"
+)
+_HEAD = f'<link rel="icon" href="data:image/svg+xml,{_ICON}">'
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _EDIT_EXAMPLES = {
     DESCRIBE: "a blue square and a red ring on a white background",
@@ -66,6 +68,7 @@ def mount_page(app: FastAPI, *, knows_shapes: bool) -> None:
         css=resources.files("unimm.serving").joinpath("web.css").read_text(encoding="utf-8"),
         head=_HEAD,
     )
+    app.state.end_streams = app.routes[-1].app.stop_event.set  # type: ignore[attr-defined]
     blocks.has_launched = True  # else gradio opens any path that a request names, not only those of uploads
 
     @app.get("/", include_in_schema=False)
@@ -135,8 +138,8 @@ def _chat(actions: Actions, examples: dict[str, str]) -> None:
             yield step
 
     begun = shown.example_select(start, [talk], outputs, **_QUIET)
-    box.stop(lambda: READY, None, box, cancels=[asked, begun], api_visibility="private")
-    clear.click(lambda: (READY, [], Talk()), None, outputs, cancels=[asked, begun], api_visibility="private")
+    box.stop(lambda: text_box(None), None, box, cancels=[asked, begun], api_visibility="private")
+    clear.click(lambda: (text_box(None), [], Talk()), None, outputs, cancels=[asked, begun], api_visibility="private")
 
 
 def _draw(actions: Actions, prompts: list[str]) -> None:
@@ -225,24 +228,26 @@ def _reconstruct(actions: Actions, examples: dict[str, str]) -> None:
             if examples:
                 chosen = _images("Try one", examples)
         with gr.Column(min_width=300):
-            with gr.Row(elem_classes=["three"]):
-                results = [
-                    gr.Image(
-                        label=label,
-                        format="png",
-                        buttons=["download", "fullscreen"],
-                        interactive=False,
-                        min_width=90,
-                        elem_id=f"reconstruct-{number}",
-                    )
-                    for number, label in enumerate(("Original", "Reconstruction", "Code map"))
-                ]
-            line = gr.Markdown(elem_classes=["line"], elem_id="reconstruct-line")
-    outputs = [*results, line]
+            with gr.Row(elem_classes=["pair"]):
+                original = _captioned("Original", "reconstruct-0")
+                reconstruction = _captioned("Reconstruction", "reconstruct-1")
+            with gr.Row(elem_classes=["pair"]):
+                codes = _captioned("Code map", "reconstruct-2")
+                with gr.Column(min_width=130):
+                    line = gr.Markdown(elem_classes=["line"], elem_id="reconstruct-line")
+    outputs = [original, reconstruction, codes, line]
     go.click(actions.reconstruct, image, outputs, api_name="reconstruct", show_progress="hidden")
     if examples:
         run = chosen.click(lambda row: row[0], chosen, image, **_QUIET)
         run.then(actions.reconstruct, image, outputs, api_visibility="private", show_progress="hidden")
+
+
+def _captioned(caption: str, name: str) -> Any:
+    with gr.Column(min_width=130):
+        gr.HTML(f"<p class='caption'>{caption}</p>", padding=False)
+        return gr.Image(
+            label=caption, show_label=False, format="png", buttons=[], interactive=False, min_width=130, elem_id=name
+        )
 
 
 def _settings(actions: Actions) -> list[Any]:
@@ -314,4 +319,4 @@ def _theme() -> gr.themes.Base:
     """Return the theme: system fonts, quiet grays, one accent, in light and dark."""
     return gr.themes.Base(
         primary_hue="indigo", neutral_hue="zinc", radius_size="lg", text_size="md", font=_SYSTEM, font_mono=_MONO
-    )
+    ).set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")

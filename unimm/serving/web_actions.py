@@ -28,11 +28,8 @@ DRAW = ("draw", "/draw")
 """First words of a message that asks for an image."""
 DESCRIBE, INSTRUCT = "Describe the finished image", "Say what to change"
 """How the text of an edit is meant."""
-_EMPTY = {"text": "", "files": []}
-READY = gr.update(value=_EMPTY, submit_btn=True, stop_btn=False)
-"""The text box of the chat, ready for the next message."""
-_BUSY = gr.update(value=_EMPTY, submit_btn=False, stop_btn=True)
 _WAITING = "…"
+_KEPT_SIDE = 1024  # pixels
 
 Drawn: TypeAlias = tuple[list[Image.Image], str]
 """Images, as far as they are drawn, and the line below them."""
@@ -60,37 +57,40 @@ class Actions:
         """
         text, files = (message["text"] or "").strip(), message["files"]
         word, _, rest = text.partition(" ")
-        shown = [*talk.shown, {"role": "user", "content": [*map(_shown, files), text]}]
         answer: list[Any] = [_WAITING]
         try:
+            self.service.reader.check_count(len(files))
             images = [await self._image(Path(path).read_bytes()) for path in files]
+            for image in images:
+                image.thumbnail((_KEPT_SIDE, _KEPT_SIDE))  # they stay in memory as long as the conversation
             question = _question(text, images)
-            yield _BUSY, [*shown, _answer(answer)], talk
+            shown = [*talk.shown, {"role": "user", "content": [*map(_shown, files), text]}]
+            history = await self.service.recent(talk.messages, question)
+            yield text_box(None, busy=True), [*shown, _answer(answer)], talk
             if word.lower() in DRAW:
                 if images:
-                    raise UserError("Images that are drawn here begin with words alone: the tab Edit changes an image.")
+                    raise UserError(f"There are {len(images)} images beside what to draw: change one in the tab Edit.")
                 request = await self.service.draw_request(rest, Drawing(), partial_images=self._previews)
-                async for drawn, _ in self._draw(request):
-                    answer = [_shown(saved(drawn[0]))]
-                    yield gr.skip(), [*shown, _answer(answer)], talk
+                async with aclosing(self._draw(request)) as stream:
+                    async for drawn, _ in stream:
+                        answer = [_shown(saved(drawn[0]))]
+                        yield gr.skip(), [*shown, _answer(answer)], talk
                 reply: dict[str, Any] = {"type": "image", "image": drawn[0]}
-                history = talk.messages
             else:
-                history = await self.service.recent(talk.messages, question)
-                self.service.reader.check_count(len(images))
-                written = ""
-                async for written in self._write([*history, question]):
-                    yield gr.skip(), [*shown, _answer([written])], talk
-                answer, reply = [written], {"type": "text", "text": written}
+                async with aclosing(self._write([*history, question])) as pieces:
+                    async for written in pieces:
+                        answer = [written]
+                        yield gr.skip(), [*shown, _answer(answer)], talk
+                reply = {"type": "text", "text": written}
         except Exception as error:
-            yield READY | {"value": message}, talk.shown, talk
+            yield text_box(message), talk.shown, talk
             raise _sentence(error) from None
         messages = [*history, question, {"role": "assistant", "content": [reply]}]
         shown = [*shown, _answer(answer)]
-        yield READY, shown, Talk(messages, shown)
+        yield text_box(None), shown, Talk(messages, shown)
 
     async def draw(
-        self, prompt: str, number: str, seed: str, guidance: float, temperature: float
+        self, prompt: str, number: str, seed: str | None, guidance: float, temperature: float
     ) -> AsyncIterator[Drawn]:
         """Yield images of a prompt while they are drawn."""
         with told():
@@ -105,7 +105,7 @@ class Actions:
         painted: dict[str, Any],
         prompt: str,
         meaning: str,
-        seed: str,
+        seed: str | None,
         guidance: float,
         temperature: float,
     ) -> AsyncIterator[Drawn]:
@@ -194,6 +194,11 @@ class Actions:
                     yield event.results[0].text.strip() or "(no answer)"
 
 
+def text_box(message: dict[str, Any] | None, *, busy: bool = False) -> Any:
+    """Return the update of the chat's text box: what it holds, and whether it can send or stop."""
+    return gr.update(value=message or {"text": "", "files": []}, submit_btn=not busy, stop_btn=busy)
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """Raise what goes wrong as one sentence for the page."""
@@ -243,9 +248,9 @@ def _answer(content: list[Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
-def _drawing(seed: str, guidance: float, temperature: float) -> Drawing:
+def _drawing(seed: str | None, guidance: float, temperature: float) -> Drawing:
     return Drawing.model_validate(
-        {"seed": seed.strip() or None, "guidance_scale": guidance, "temperature": temperature}
+        {"seed": (seed or "").strip() or None, "guidance_scale": guidance, "temperature": temperature}
     )
 
 

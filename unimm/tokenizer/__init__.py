@@ -1,4 +1,4 @@
-"""Image tokenizers (VQRAE, VFMTok, IDEAL): image <-> features <-> ids <-> image.
+"""Image tokenizers (VQRAE, VFMTok, IDEAL, LlamaGen's VQ): image <-> features <-> ids <-> image.
 
 The package depends on no language model and no trainer; importing it registers the Auto classes.
 """

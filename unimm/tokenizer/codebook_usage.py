@@ -15,10 +15,11 @@ class CodebookUsage:
 
     Args:
         codebook_size: K, the number of codes.
+        device: of the counts; that of the ids, if `count` is used.
     """
 
-    def __init__(self, codebook_size: int) -> None:
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64)  # [K]
+    def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)  # [K]
 
     def update(self, ids: Tensor) -> None:
         """Count ids of any shape. Raises ValueError for an id outside 0..K-1."""
@@ -26,7 +27,12 @@ class CodebookUsage:
         size = len(self.counts)
         if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < size:
             raise ValueError(f"ids run from {int(flat.min())} to {int(flat.max())}, the codebook from 0 to {size - 1}")
-        self.counts += torch.bincount(flat, minlength=size)
+        self.counts += torch.bincount(flat, minlength=size).to(self.counts.device)
+
+    def count(self, ids: Tensor) -> None:
+        """Count ids of any shape that a quantizer has just chosen, on their own device: no range check, no wait."""
+        flat = ids.detach().flatten()
+        self.counts.scatter_add_(0, flat, torch.ones_like(flat))
 
     def merge(self, other: Self) -> None:
         """Add the counts of another part of the data. Raises ValueError for another codebook size."""

@@ -6,6 +6,9 @@ and block size, and ties go to the lowest index. Scores are computed in blocks, 
 memory at once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +18,7 @@ from unimm.bfloat16 import multiplies_bfloat16
 SEARCH_BYTES = 2**26  # largest block of scores, 64 MiB
 GROUP = 128  # neighboring codes that are first compared by their best score alone
 PAIR_BYTES = 2**20  # block size that stays in the CPU cache
+GPU_BYTES = 2**28  # of both on a GPU: every block costs launches, and the host waits for each block's candidates
 LOW_PRECISION_WIDTH = 256  # below this the matrix product takes too little of the time for bfloat16 to pay off
 _UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # largest relative error of one rounding
 
@@ -28,10 +32,21 @@ def nearest_codes(latents: Tensor, codebook: Tensor, *, low_precision: bool | No
     """
     if low_precision is None:
         low_precision = codebook.shape[1] >= LOW_PRECISION_WIDTH and multiplies_bfloat16(codebook.device)
-    with torch.autocast(latents.device.type, enabled=False):
+    with torch.autocast(latents.device.type, enabled=False), _sums_in_float32():
         flat, table = latents.detach().reshape(-1, latents.shape[-1]).float(), codebook.detach().float()
         search = _Search(table, torch.bfloat16 if low_precision else torch.float32, len(flat))
         return torch.cat([search(rows) for rows in flat.split(search.rows)]).reshape(latents.shape[:-1])
+
+
+@contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """Have a GPU add partial sums of bfloat16 products in float32 inside the context, as the error bound assumes."""
+    settings = torch.backends.cuda.matmul
+    before, settings.allow_bf16_reduced_precision_reduction = settings.allow_bf16_reduced_precision_reduction, False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
 
 
 class _Search:
@@ -40,7 +55,8 @@ class _Search:
     def __init__(self, table: Tensor, dtype: torch.dtype, latents: int) -> None:
         self.table, self.dtype = table, dtype
         self.rounded = table.to(dtype)
-        self.rows = max(1, min(latents, SEARCH_BYTES // (dtype.itemsize * len(table))))
+        block = SEARCH_BYTES if table.device.type == "cpu" else GPU_BYTES
+        self.rows = max(1, min(latents, block // (dtype.itemsize * len(table))))
         # Reused for every block of latents; the columns that pad K to whole groups stay infinite and never win.
         self.block = table.new_full((self.rows, -(-len(table) // GROUP) * GROUP), torch.inf, dtype=dtype)
         norms = torch.linalg.vector_norm(table, dim=1)
@@ -105,11 +121,16 @@ class _Search:
 
     def _scores(self, latents: Tensor, row: Tensor, code: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute |q|^2 / 2 - z.q of each candidate, [pairs]."""
-        size, found = max(1, PAIR_BYTES // (dtype.itemsize * latents.shape[1])), []
+        size, found = max(1, _pair_bytes(latents) // (dtype.itemsize * latents.shape[1])), []
         for rows, codes in zip(row.split(size), code.split(size), strict=True):
             q, z = F.embedding(codes, self.table).to(dtype), F.embedding(rows, latents).to(dtype)
             found.append(torch.einsum("pc,pc->p", q, q) / 2 - torch.einsum("pc,pc->p", q, z))
         return torch.cat(found)
+
+
+def _pair_bytes(values: Tensor) -> int:
+    """Return the size of a block of pairs on this device."""
+    return PAIR_BYTES if values.device.type == "cpu" else GPU_BYTES
 
 
 def _smallest(values: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -121,7 +142,7 @@ def _rounding_error(values: Tensor, rounded: Tensor, dim: int | None = None) -> 
     """Return the norm of each row's rounding error, or, with `dim` None, the largest of these norms."""
     if values.dtype == rounded.dtype:
         return values.new_zeros(len(values) if dim is not None else ())
-    rows = max(1, PAIR_BYTES // (4 * values.shape[1]))
+    rows = max(1, _pair_bytes(values) // (4 * values.shape[1]))
     blocks = zip(values.split(rows), rounded.split(rows), strict=True)
     lengths = torch.cat([torch.linalg.vector_norm(block - taken.float(), dim=1) for block, taken in blocks])
     return lengths if dim is not None else lengths.max()

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from unimm.data.images import save_image_atomically
+from unimm.data.image_files import save_image_atomically
 from unimm.runs.processes import processes
 from unimm.training.language_model.label_mask import in_terminal, rows_of, write_page
 from unimm.training.loop.arguments import StreamTrainingArguments, TokenizerTrainingConfig
@@ -218,6 +218,7 @@ def dry_run_tokenizer(trainer: TokenizerTrainer, real: TokenizerTrainingConfig, 
         else:
             with counting_activations(measured, [p for module in trainer.modules() for p in module.parameters()]):
                 trainer._optimizer_step(batches)
+        trainer.refuse_nan()  # waits for the device, too, so that the seconds are the step's
         measured.seconds.append(time.perf_counter() - start)
         measured.passes.append(measured.seconds[-1])
         if trainer.accelerator.num_processes == 1 and measured.enough:

@@ -136,5 +136,5 @@ def test_images_of_other_modes_and_bad_arrays() -> None:
     assert detect(render(scene).convert("RGBA")) == detect(render_array(scene))
     assert detect(Image.new("L", (64, 64), 246)) == []
     for wrong in (np.zeros((64, 64, 3)), np.zeros((3, 64, 64), np.uint8), np.zeros((64, 64), np.uint8)):
-        with pytest.raises(ValueError, match=r"a picture is uint8 \[H, W, 3\]"):
+        with pytest.raises(ValueError, match=r"an image is uint8 \[H, W, 3\]"):
             detect(wrong)

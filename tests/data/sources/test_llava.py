@@ -156,7 +156,6 @@ BAD: list[tuple[str, Any]] = [
     ("images do not match", {"image": ["red.png", "red.png"], "conversations": [human("<image>"), ANSWER]}),
     ("image outside a question", {"image": "red.png", "conversations": [human("a"), gpt("<image>")]}),
     ("wrong image field", {"image": 3, "conversations": [human("<image>"), ANSWER]}),
-    ("marker in the text", {"conversations": [human("what is <|pad|>?"), ANSWER]}),
     ("missing image", {"image": "absent.png", "conversations": [human("<image>"), ANSWER]}),
     ("unreadable image", {"image": "page.jpg", "conversations": [human("<image>"), ANSWER]}),
     ("unreadable image", {"image": "empty.jpg", "conversations": [human("<image>"), ANSWER]}),
@@ -170,7 +169,7 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, images: Path) ->
     lines = [json.dumps(record) for _, record in BAD]
     path, log = tmp_path / "a.jsonl", tmp_path / "run" / "talk.skipped.jsonl"
     path.write_text("\n".join([json.dumps(good), '{"conversations": [', *lines, json.dumps(good), ""]))
-    rows = LlavaConversations(path, LlavaOptions(images, max_bad_share=0.9, reserved=("<|pad|>",), log=log))
+    rows = LlavaConversations(path, LlavaOptions(images, max_bad_share=0.9, log=log))
     assert len(rows) == 2
     assert [shown(rows.messages(n))[0][0] for n in (0, 1)] == ["user", "user"]
     named = [json.loads(line) for line in log.read_text().splitlines()]
@@ -180,8 +179,8 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path: Path, images: Path) ->
     ]
     assert "web page" in next(line["detail"] for line in named if "page.jpg" in line["detail"])
     report = json.loads(log.with_suffix(".report.json").read_text())
-    assert (report["rows"], report["usable"], report["with images"]) == (19, 2, 2)
-    assert sum(report["skipped"].values()) == 17 and report["skipped"]["turns out of order"] == 2
+    assert (report["rows"], report["usable"], report["with images"]) == (18, 2, 2)
+    assert sum(report["skipped"].values()) == 16 and report["skipped"]["turns out of order"] == 2
 
 
 def test_too_many_bad_rows_stop_the_run_in_one_sentence(tmp_path: Path, images: Path) -> None:

@@ -17,7 +17,9 @@ from tests.evaluation.ranks import FORK, on_two_ranks
 from tests.evaluation.tiny_vqa import save_blip
 from unimm.errors import UserError
 from unimm.evaluation.dpg.command import main
-from unimm.evaluation.dpg.run import GridImages, read_prompts, read_question_file, summarize_records
+from unimm.evaluation.dpg.grids import GridImages
+from unimm.evaluation.dpg.prompts import read_prompts, read_question_file
+from unimm.evaluation.dpg.summary import summarize_records
 from unimm.evaluation.runs.records import Record, read_manifest, read_records
 from unimm.evaluation.runs.store import RunStore
 from unimm.evaluation.vqa import load_vqa_model
@@ -56,7 +58,7 @@ def question_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory) -> Path:
-    return save_blip(tmp_path_factory.mktemp("judge") / "blip")
+    return save_blip(tmp_path_factory.mktemp("scorer") / "blip")
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +70,9 @@ def drawn(question_file, blip, tmp_path_factory) -> Path:
 
 
 def command(question_file: Path, blip: Path) -> list[str]:
-    """The judge is random: no known image is asked about."""
+    """The VQA model is random: no known image is asked about."""
     sizes = ["--num-images", "2", "--seed", "3"]
-    return ["--dpg-csv", str(question_file), "--judge", str(blip), *sizes, "--no-canary"]
+    return ["--dpg-csv", str(question_file), "--vqa-model", str(blip), *sizes, "--no-sanity-check"]
 
 
 def result(folder: Path) -> dict[str, bytes]:
@@ -80,13 +82,13 @@ def result(folder: Path) -> dict[str, bytes]:
 
 
 def test_answers_are_the_judges_about_the_images_on_disk(drawn, blip):
-    judge, records = load_vqa_model(blip), read_records(drawn)
+    vqa_model, records = load_vqa_model(blip), read_records(drawn)
     assert [record.key for record in records] == [("0", 0), ("0", 1), ("first", 0), ("first", 1)]
     for record in records:
         image = Image.open(drawn / record.output_path)
-        answers = judge.answer([image] * 3, QUESTIONS)
+        answers = vqa_model.answer([image] * 3, QUESTIONS)
         assert record.raw_scores == {"answers": dict(zip("123", answers, strict=True))}
-        assert record.inputs["prompt"] == TEXTS[record.item] and record.judge == judge.describe()
+        assert record.inputs["prompt"] == TEXTS[record.item] and record.scorer == vqa_model.describe()
     grid = np.asarray(Image.open(drawn / "grids" / "first.png"))
     side = len(grid) // 2
     for sample, corner in enumerate([grid[:side, :side], grid[:side, side:]]):
@@ -138,7 +140,7 @@ def test_both_rules_stand_side_by_side():
     for (item, sample), given in answers.items():
         inputs = {"prompt": item, "rows": [row for row in rows if row["item_id"] == item]}
         scores = {"answers": {str(n): answer for n, answer in enumerate(given, start=1)}}
-        records.append(Record("dpg", item, sample, inputs=inputs, raw_scores=scores, judge={"name": "j"}))
+        records.append(Record("dpg", item, sample, inputs=inputs, raw_scores=scores, scorer={"name": "j"}))
     found = summarize_records(records)
     compat, fixed = found["official-compat"], found["fixed"]
     assert (compat["dpg"], compat["prompts"], compat["dropped"]) == (50, 1, ["a"])
@@ -152,19 +154,19 @@ def test_both_rules_stand_side_by_side():
     assert [guessed[name]["unparsed"] for name in ("official-compat", "fixed", "plain")] == [3, 1, 1]
     assert guessed["fixed"]["dpg"] == fixed["dpg"] == found["plain"]["dpg"]
     assert guessed["plain"]["dpg"] == pytest.approx(fixed["dpg"] - 25)  # one of two images of one of two prompts
-    other = Record("dpg", "c", 0, inputs=records[0].inputs, raw_scores=records[0].raw_scores, judge={"name": "k"})
-    with pytest.raises(UserError, match="from 2 judges"):
+    other = Record("dpg", "c", 0, inputs=records[0].inputs, raw_scores=records[0].raw_scores, scorer={"name": "k"})
+    with pytest.raises(UserError, match="from 2 scorers"):
         summarize_records([*records, other])
 
 
 @pytest.mark.parametrize(("says", "score"), [("yes", 100), ("no", 0)])
 def test_planted_answers_come_out(says, score, drawn, question_file, tmp_path):
-    judge, folder = save_blip(tmp_path / "judge", says), tmp_path / "run"
+    vqa_model, folder = save_blip(tmp_path / "scorer", says), tmp_path / "run"
     side = Image.open(drawn / "grids" / "first.png").width // 2
     given = ["--images", str(drawn / "grids"), "--resolution", str(side), "--output", str(folder)]
-    with pytest.raises(UserError, match=f"judge fails on an image that is known: .* with '{says}', expected"):
-        main([*command(question_file, judge)[:-1], *given])
-    main([*command(question_file, judge), *given])
+    with pytest.raises(UserError, match=f"scorer fails on an image that is known: .* with '{says}', expected"):
+        main([*command(question_file, vqa_model)[:-1], *given])
+    main([*command(question_file, vqa_model), *given])
     assert {record.raw_scores["answers"][n] for record in read_records(folder) for n in "123"} == {says}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["fixed"]["dpg"] == summary["official-compat"]["dpg"] == score
@@ -177,24 +179,24 @@ def test_a_judge_that_fails_on_a_known_image_judges_nothing(question_file, blip,
     known.mkdir()
     Image.new("RGB", (16, 16), "white").save(known / "white.png")
     said = load_vqa_model(blip).answer([Image.new("RGB", (16, 16), "white")], ["is there a circle?"])[0]
-    base = ["--dpg-csv", str(question_file), "--judge", str(blip), "--num-images", "1", "--limit", "1"]
+    base = ["--dpg-csv", str(question_file), "--vqa-model", str(blip), "--num-images", "1", "--limit", "1"]
 
     def expect(answer: str) -> None:
         row = {"image": "white.png", "question": "is there a circle?", "answer": answer}
-        (known / "canaries.jsonl").write_text(json.dumps(row) + "\n")
+        (known / "sanity_images.jsonl").write_text(json.dumps(row) + "\n")
 
     with pytest.raises(UserError, match="blip fails on an image that is known: of the photograph of a cat"):
         main([*base, "--output", str(folder)])
     expect("surely")
     with pytest.raises(UserError, match="of white.png it answers 'is there a circle.' with .*, expected 'surely'"):
-        main([*base, "--output", str(folder), "--canary", str(known)])
+        main([*base, "--output", str(folder), "--sanity-images", str(known)])
     assert not folder.exists()
     expect(said)
-    main([*base, "--output", str(folder), "--canary", str(known), "--json", str(tmp_path / "report.json")])
-    assert json.loads((tmp_path / "report.json").read_text())["canaries"] == 1
-    assert len(read_manifest(folder).settings["canary"]) == 64
-    with pytest.raises(UserError, match=r'differs in settings.canary \("[0-9a-f]{64}", now "not asked"\)'):
-        main([*base, "--output", str(folder), "--no-canary"])
+    main([*base, "--output", str(folder), "--sanity-images", str(known), "--json", str(tmp_path / "report.json")])
+    assert json.loads((tmp_path / "report.json").read_text())["sanity_images"] == 1
+    assert len(read_manifest(folder).settings["sanity_images"]) == 64
+    with pytest.raises(UserError, match=r'differs in settings.sanity_images \("[0-9a-f]{64}", now "not asked"\)'):
+        main([*base, "--output", str(folder), "--no-sanity-check"])
 
 
 def test_the_question_file_is_known_by_gits_name(question_file):
@@ -213,10 +215,10 @@ def test_the_staged_prompts_can_be_drawn(unimm_data):
 def test_what_a_person_gets_wrong(drawn, question_file, blip, tmp_path):
     base = command(question_file, blip)
     with pytest.raises(UserError, match="get dpg_bench.csv .* 98457fc9901943f51ff9a30367250fc292533bed"):
-        main(["--dpg-csv", str(tmp_path / "absent.csv"), "--judge", str(blip), "--output", str(tmp_path / "x")])
+        main(["--dpg-csv", str(tmp_path / "absent.csv"), "--vqa-model", str(blip), "--output", str(tmp_path / "x")])
     with pytest.raises(UserError, match="--output DIR is not given"):
         main(base)
-    with pytest.raises(UserError, match="give --dpg-csv and --judge together"):
+    with pytest.raises(UserError, match="give --dpg-csv and --vqa-model together"):
         main([*base[:2], "--output", str(tmp_path / "x")])
     side = Image.open(drawn / "grids" / "first.png").width // 2
     given = [*base, "--images", str(drawn / "grids"), "--output", str(tmp_path / "x"), "--resolution"]
@@ -235,14 +237,14 @@ def test_what_a_person_gets_wrong(drawn, question_file, blip, tmp_path):
 
 
 def test_the_model_is_refused_as_its_own_judge(question_file, tmp_path):
-    arguments = ["--dpg-csv", str(question_file), "--judge", str(default_model_path()), "--num-images", "1"]
+    arguments = ["--dpg-csv", str(question_file), "--vqa-model", str(default_model_path()), "--num-images", "1"]
     arguments += ["--limit", "1", "--output", str(tmp_path / "own"), "--json", str(tmp_path / "own.json")]
-    arguments += ["--no-canary"]  # it was never shown a photograph
-    with pytest.raises(UserError, match="is its own judge"):
+    arguments += ["--no-sanity-check"]  # it was never shown a photograph
+    with pytest.raises(UserError, match="is its own scorer"):
         main(arguments)
-    main([*arguments, "--allow-self-judge"])
+    main([*arguments, "--allow-self-scoring"])
     report = json.loads((tmp_path / "own.json").read_text())
-    assert report["judge"]["kind"] == "chat" and 0 <= report["fixed"]["dpg"] <= 100
+    assert report["scorer"]["kind"] == "chat" and 0 <= report["fixed"]["dpg"] <= 100
     # The only prompt is the one whose first question the published script skips.
     assert report["official-compat"]["dpg"] is None and report["official-compat"]["dropped"] == ["first"]
     probabilities = read_records(tmp_path / "own")[0].raw_scores["probabilities"]

@@ -8,8 +8,9 @@ import pytest
 
 from tests.class_conditional.tiny import tiny_drawer
 from tests.conftest import ROOT
+from unimm.config.loading import load_config
 from unimm.errors import UserError
-from unimm.evaluation.generation.class_samples import SamplesPlan, write_npz, write_samples
+from unimm.evaluation.generation.class_samples import SamplesPlan, SamplesProtocol, write_npz, write_samples
 from unimm.sampling import ImageSampling
 
 
@@ -62,3 +63,26 @@ def test_nothing_is_left_of_a_file_that_fails(tmp_path):
     with pytest.raises(UserError, match="at least 1"):
         write_samples(tiny_drawer(), tmp_path / "x.npz", SamplesPlan(num_images=0), ImageSampling())
     assert list(tmp_path.iterdir()) == []
+
+
+PROTOCOLS = {"llamagen_256": 2.0, "llamagen_384": 1.75, "vfmtok": 1.0, "ideal": 1.5}
+
+
+def test_the_papers_protocols(tmp_path):
+    """50 000 images of 256 pixels, all ids at temperature 1; the scales are those of the papers' tables and code."""
+    folder = ROOT / "configs" / "c2i" / "protocols"
+    found = {path.stem: load_config(SamplesProtocol, path) for path in folder.iterdir()}
+    assert {name: each.sampling.guidance_scale for name, each in found.items()} == PROTOCOLS
+    for each in found.values():
+        assert (each.plan.num_images, each.plan.image_size) == (50_000, 256)
+        assert (each.sampling.temperature, each.sampling.top_k, each.sampling.top_p) == (1.0, 0, 1.0)
+    tiny_drawer().save(tmp_path / "model")
+    main = runpy.run_path(str(ROOT / "eval" / "c2i_samples.py"))["main"]
+    arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "x.npz")]
+    arguments += ["--json", str(tmp_path / "x.json"), "--config", str(folder / "vfmtok.yaml"), "--num-images", "2"]
+    main(arguments)
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["shape"] == [2, 256, 256, 3] and report["sampling"]["guidance_scale"] == 1.0
+    main([*arguments, "--guidance-scale", "1.5", "--image-size", "16"])
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["shape"] == [2, 16, 16, 3] and report["sampling"]["guidance_scale"] == 1.5

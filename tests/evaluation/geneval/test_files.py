@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from unimm.errors import UserError
-from unimm.evaluation.geneval.files import canaries_of, official_results, read_folder, write_folder
+from unimm.evaluation.geneval.files import official_results, read_folder, read_sanity_images, write_folder
 from unimm.evaluation.geneval.prompts import official_prompts
 from unimm.evaluation.geneval.scorers import ShapesScorer
 from unimm.evaluation.runs.records import Record
@@ -72,7 +72,7 @@ def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
 def test_known_images_say_what_is_expected(tmp_path: Path) -> None:
     make(tmp_path, "00000", BENCH | {"expected": True}, ("0.png",))
     make(tmp_path, "00001", CLOCKS | {"expected": False}, ("0.png", "1.png"))
-    known = canaries_of(tmp_path)
+    known = read_sanity_images(tmp_path)
     assert [(each.name, each.expected) for each in known] == [
         ("00000/0", True),
         ("00001/0", False),
@@ -81,7 +81,7 @@ def test_known_images_say_what_is_expected(tmp_path: Path) -> None:
     assert known[0].image.getpixel((0, 0)) == (255, 0, 0)
     make(tmp_path, "00002", CLOCKS, ("0.png",))
     with pytest.raises(UserError, match='00002: its metadata.jsonl needs "expected": true or false'):
-        canaries_of(tmp_path)
+        read_sanity_images(tmp_path)
 
 
 def test_the_official_lines() -> None:

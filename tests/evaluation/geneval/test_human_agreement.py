@@ -145,7 +145,7 @@ def test_kappa_of_a_known_table() -> None:
 
 
 def test_images_that_nobody_annotated() -> None:
-    with pytest.raises(UserError, match="None of the 1 judged images is among the 2 annotated ones"):
+    with pytest.raises(UserError, match="None of the 1 scored images is among the 2 annotated ones"):
         compare({(7, 0): True}, {(1, 0): True, (2, 0): False})
 
 

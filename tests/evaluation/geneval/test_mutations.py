@@ -59,8 +59,8 @@ def first_difference(rules: ModuleType, cases: list[dict[str, Any]], pairs: list
         if sorted(rules.relative_position(pair["a"], pair["b"])) != pair["relations"]:
             return f"boxes {pair}"
     for case in cases:
-        judged = rules.verdict(case["prompt"], case["detections"])
-        found = (judged.correct, sorted(judged.reasons), judged.counts)
+        scored = rules.verdict(case["prompt"], case["detections"])
+        found = (scored.correct, sorted(scored.reasons), scored.counts)
         if found != (case["expected_correct"], sorted(case["expected_reason"]), case["expected_counts"]):
             return f"image {case['meta_index']}"
     return None

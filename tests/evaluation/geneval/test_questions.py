@@ -6,10 +6,10 @@ from unimm.evaluation.geneval.prompts import official_prompts
 from unimm.evaluation.geneval.questions import (
     Question,
     agreement,
-    judge_answers,
     mean_score,
     questions,
     read_answer,
+    score_answers,
 )
 
 BY_PROMPT = {prompt["prompt"]: prompt for prompt in official_prompts()}
@@ -46,7 +46,7 @@ def test_every_prompt_has_its_questions() -> None:
     for prompt in official_prompts():
         asked = questions(prompt)
         assert len(asked) == counts[prompt["tag"]]
-        assert judge_answers(asked, [question.expected for question in asked]).correct
+        assert score_answers(asked, [question.expected for question in asked]).correct
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_answers_are_read_or_refused(kind: str, answer: str, read: str | None) -
 
 def test_one_wrong_answer_is_a_wrong_image() -> None:
     asked = questions(BY_PROMPT["a photo of a blue elephant"])
-    assert judge_answers(asked, ["Yes", "blue"]) == (True, 1.0, [], ["yes", "blue"])
-    judged = judge_answers(asked, ["Yes", "red"])
-    assert (judged.correct, judged.score) == (False, 0.5)
-    assert judged.reasons == ["What color is the elephant? expected blue, answered red"]
-    judged = judge_answers(asked, ["maybe", "blue"])
-    assert judged.reasons == ["unparsed answer to 'Is there an elephant in the picture?': 'maybe'"]
+    assert score_answers(asked, ["Yes", "blue"]) == (True, 1.0, [], ["yes", "blue"])
+    scored = score_answers(asked, ["Yes", "red"])
+    assert (scored.correct, scored.score) == (False, 0.5)
+    assert scored.reasons == ["What color is the elephant? expected blue, answered red"]
+    scored = score_answers(asked, ["maybe", "blue"])
+    assert scored.reasons == ["unparsed answer to 'Is there an elephant in the picture?': 'maybe'"]
     with pytest.raises(ValueError, match="shorter"):
-        judge_answers([Question("existence", "Is it?", "yes")], [])
+        score_answers([Question("existence", "Is it?", "yes")], [])
 
 
 def test_two_judges_are_compared_image_by_image() -> None:

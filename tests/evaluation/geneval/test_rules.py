@@ -100,9 +100,9 @@ def test_threshold_is_exceeded_in_float32(score: float, counts: dict[str, int]) 
 
 @pytest.mark.parametrize(("score", "found"), [(0.6, 0), (0.9, 0), (0.91, 3)])
 def test_counting_has_its_own_threshold(score: float, found: int) -> None:
-    judged = verdict(THREE_DOGS, [seen(16, score)] * 3)
-    assert judged.counts.get("dog", 0) == found
-    assert judged.correct == (found == 3)
+    scored = verdict(THREE_DOGS, [seen(16, score)] * 3)
+    assert scored.counts.get("dog", 0) == found
+    assert scored.correct == (found == 3)
 
 
 def test_thresholds_are_options() -> None:
@@ -140,23 +140,23 @@ def test_labels_are_indices_or_names() -> None:
 
 
 def test_too_few() -> None:
-    judged = verdict(wanted({"class": "dog", "count": 2}), [seen(16)])
-    assert judged == (False, ["expected dog>=2, found 1"], {"dog": 1})
+    scored = verdict(wanted({"class": "dog", "count": 2}), [seen(16)])
+    assert scored == (False, ["expected dog>=2, found 1"], {"dog": 1})
 
 
 def test_extra_objects_matter_only_where_excluded() -> None:
     assert verdict(wanted(DOG), [seen(16)] * 5).correct
     assert verdict(THREE_DOGS, [seen(16)] * 3).correct
-    judged = verdict(THREE_DOGS, [seen(16)] * 4)  # 4 is as many as excluded
-    assert (judged.correct, judged.reasons) == (False, ["expected dog<4, found 4"])
+    scored = verdict(THREE_DOGS, [seen(16)] * 4)  # 4 is as many as excluded
+    assert (scored.correct, scored.reasons) == (False, ["expected dog<4, found 4"])
     assert verdict(THREE_DOGS, [*[seen(16)] * 3, seen(17), seen(16, 0.89)]).correct
 
 
 def test_colour_is_judged_on_the_most_confident_object() -> None:
     metadata = wanted(DOG | {"color": "green"}, tag="colors")
     assert verdict(metadata, [seen(16, 0.5, color="red"), seen(16, 0.6, color="green")]).correct
-    judged = verdict(metadata, [seen(16, 0.5, color="green"), seen(16, 0.6, color="red")])
-    assert judged.reasons == ["expected green dog>=1, found 0 green; and 1 red"]
+    scored = verdict(metadata, [seen(16, 0.5, color="green"), seen(16, 0.6, color="red")])
+    assert scored.reasons == ["expected green dog>=1, found 0 green; and 1 red"]
 
 
 def test_every_counted_object_needs_the_colour() -> None:
@@ -174,12 +174,12 @@ HIGH, LOW, RIGHT = (0, 0, 10, 10), (0, 50, 10, 60), (50, 0, 60, 10)
 
 def test_position_is_that_of_the_later_object_to_the_earlier() -> None:
     assert verdict(CAT_ABOVE_DOG, [seen("dog", box=LOW), seen("cat", box=HIGH)]).correct
-    judged = verdict(CAT_ABOVE_DOG, [seen("dog", box=HIGH), seen("cat", box=LOW)])
-    assert judged.reasons == ["expected cat above target, found below target"]
-    judged = verdict(CAT_ABOVE_DOG, [seen("dog", box=HIGH), seen("cat", box=HIGH)])
-    assert judged.reasons == ["expected cat above target, found  target"]
-    judged = verdict(CAT_ABOVE_DOG, [seen("dog", box=HIGH), seen("cat", box=(50, 50, 60, 60))])
-    assert judged.reasons == ["expected cat above target, found below and right of target"]
+    scored = verdict(CAT_ABOVE_DOG, [seen("dog", box=HIGH), seen("cat", box=LOW)])
+    assert scored.reasons == ["expected cat above target, found below target"]
+    scored = verdict(CAT_ABOVE_DOG, [seen("dog", box=HIGH), seen("cat", box=HIGH)])
+    assert scored.reasons == ["expected cat above target, found  target"]
+    scored = verdict(CAT_ABOVE_DOG, [seen("dog", box=HIGH), seen("cat", box=(50, 50, 60, 60))])
+    assert scored.reasons == ["expected cat above target, found below and right of target"]
 
 
 def test_position_without_a_target() -> None:
@@ -197,11 +197,11 @@ def test_position_holds_between_every_two_objects() -> None:
     metadata = wanted({"class": "dog", "count": 2}, CAT_ABOVE_DOG["include"][1], tag="position")
     cat = seen("cat", box=HIGH)
     assert verdict(metadata, [cat, seen("dog", box=LOW), seen("dog", box=(0, 90, 10, 100))]).correct
-    judged = verdict(metadata, [cat, seen("dog", box=LOW), seen("dog", box=RIGHT)])
-    assert judged.reasons == ["expected cat above target, found left of target"]
+    scored = verdict(metadata, [cat, seen("dog", box=LOW), seen("dog", box=RIGHT)])
+    assert scored.reasons == ["expected cat above target, found left of target"]
     metadata = wanted(DOG, {"class": "cat", "count": 2, "position": ["above", 0]}, tag="position")
-    judged = verdict(metadata, [cat, seen("dog", box=LOW), seen("cat", 0.9, box=(0, 90, 10, 100))])
-    assert judged.reasons == ["expected cat above target, found below target"]
+    scored = verdict(metadata, [cat, seen("dog", box=LOW), seen("cat", 0.9, box=(0, 90, 10, 100))])
+    assert scored.reasons == ["expected cat above target, found below target"]
 
 
 # ---- summary -----------------------------------------------------------------------------------------------------

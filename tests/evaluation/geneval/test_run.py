@@ -1,4 +1,4 @@
-"""GenEval from end to end: the same bytes after kills and in two processes, folders of others, the second judge."""
+"""GenEval from end to end: the same bytes after kills and in two processes, folders of others, the second scorer."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_a_run_leaves_images_records_and_the_official_lines(preserve_rng_state: 
         image = Image.open(preserve_rng_state / str(record.output_path)).convert("RGB")
         (found,) = ShapesScorer().detections([image], [record.inputs])
         assert record.raw_scores["detections"] == found
-        assert record.verdict == ShapesScorer().judge(record.inputs, found).correct
+        assert record.verdict == ShapesScorer().verdict(record.inputs, found).correct
     summary = json.loads((preserve_rng_state / "summary.json").read_text())
     right = {record.inputs["tag"]: [] for record in records}
     for record in records:
@@ -118,7 +118,7 @@ def killed_at_the_third_record(arguments: list[str]) -> None:
     def dying(store: RunStore, record: Record, **seconds: float) -> None:
         append(store, record, **seconds)
         written.append(record)
-        if len(written) == 3:  # the first of two images that were judged together
+        if len(written) == 3:  # the first of two images that were scored together
             os.kill(os.getpid(), signal.SIGKILL)
 
     RunStore.append = dying  # type: ignore[method-assign]
@@ -207,7 +207,7 @@ def given(tmp_path: Path) -> Path:
     return place.parent
 
 
-class ScriptedJudge:
+class ScriptedVQAModel:
     """Answers every question about colors with red, and every other with yes."""
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
@@ -221,30 +221,44 @@ class ScriptedJudge:
 def test_a_folder_is_judged_by_two_judges(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(command, "load_vqa_model", lambda path, device: ScriptedJudge())
+    monkeypatch.setattr(command, "load_vqa_model", lambda path, device: ScriptedVQAModel())
     folder, report = tmp_path / "run", tmp_path / "report.json"
-    arguments = ["--shapes", "--images", str(given), "--output", str(folder), "--json", str(report), "--vqa", "any"]
+    arguments = [
+        "--shapes",
+        "--images",
+        str(given),
+        "--output",
+        str(folder),
+        "--json",
+        str(report),
+        "--vqa-model",
+        "any",
+    ]
     main(arguments)
     written = json.loads(report.read_text())
-    assert (written["track"], written["scorer"], written["canaries"]) == ("geneval-own-prompts", "shapes", 13)
+    assert (written["track"], written["scorer"]["name"], written["sanity_images"]) == (
+        "geneval-own-prompts",
+        "shapes",
+        13,
+    )
     assert written["scores"] == {"colors": 0.5}
     assert written["failed"] == {"color": 1}
     assert written["questions"]["scores"] == {"colors": 1.0}
     assert written["questions"]["mean_answers"] == {"colors": 1.0}
-    assert written["judges_agree"] == 0.5
-    assert set(written["seconds"]) == {"load", "canary", "score", "load_vqa", "questions"}
+    assert written["scorers_agree"] == 0.5
+    assert set(written["seconds"]) == {"load", "sanity_check", "score", "load_vqa", "questions"}
     (parted,) = [json.loads(line) for line in (folder / "disagreements.jsonl").read_text().splitlines()]
     assert (parted["item"], parted["sample"], parted["detector"], parted["questions"]) == ("00001", 1, False, True)
     assert parted["detector_reason"] == "expected red ring>=1, found 0 red; and 1 blue"
     (first, _) = read_records(folder / "questions")
     assert [row["read"] for row in first.raw_scores["answers"]] == ["yes", "red"]
-    assert first.judge == {"name": "scripted", "sha256": "scripted's"}
+    assert first.scorer == {"name": "scripted", "sha256": "scripted's"}
     main(["--from", str(folder), "--output", str(tmp_path / "again")])  # the same run, from its manifest alone
     for name in ("records.jsonl", "summary.json", "disagreements.jsonl", "questions/records.jsonl"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     shown = capsys.readouterr().out
-    assert "judged by shapes (13 known images judged rightly)" in shown
-    assert "the two judges agree on 50.0% of the images; 1 to look at in disagreements.jsonl" in shown
+    assert "scored by shapes (13 known images scored correctly)" in shown
+    assert "the two scorers agree on 50.0% of the images; 1 to look at in disagreements.jsonl" in shown
 
 
 @pytest.fixture
@@ -273,15 +287,15 @@ def test_geneval_hf_scores_after_a_known_image_only(tmp_path: Path, small_detect
     wrong = fill(tmp_path / "wrong", [PLAIN | {"expected": False}])
     arguments = ["--images", str(given), "--output", str(tmp_path / "run"), *small_detector]
     with pytest.raises(UserError, match="geneval-hf fails on an image that is known: of 00000/0 .*: right"):
-        main([*arguments, "--canary", str(wrong)])
+        main([*arguments, "--sanity-images", str(wrong)])
     assert not (tmp_path / "run").exists()
-    main([*arguments, "--canary", str(known), "--counting-threshold=0.8"])
+    main([*arguments, "--sanity-images", str(known), "--counting-threshold=0.8"])
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["settings"]["track"] == "geneval"
     assert set(manifest["weights"]) == {"detector", "clip", "images"}
     first, second = read_records(tmp_path / "run")
-    assert (first.verdict, first.judge["name"]) == (True, "geneval-hf")
-    assert first.judge["thresholds"]["counting_threshold"] == 0.8
+    assert (first.verdict, first.scorer["name"]) == (True, "geneval-hf")
+    assert first.scorer["thresholds"]["counting_threshold"] == 0.8
     assert first.raw_scores["counts"].keys() == {NAMED}
     assert {row["label"] for row in second.raw_scores["detections"]} == {NAMED}
     best = second.raw_scores["detections"][0]
@@ -291,7 +305,7 @@ def test_geneval_hf_scores_after_a_known_image_only(tmp_path: Path, small_detect
 
 def test_geneval_hf_goes_on_after_a_kill(tmp_path: Path, small_detector: list[str]) -> None:
     given, known = fill(tmp_path / "given", [PLAIN, COLORED], 3), fill(tmp_path / "known", [PLAIN | {"expected": True}])
-    arguments = ["--images", str(given), "--canary", str(known), "--batch-size=2", *small_detector]
+    arguments = ["--images", str(given), "--sanity-images", str(known), "--batch-size=2", *small_detector]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main([*arguments, "--output", str(whole)])
     assert run_and_wait(killed_at_the_third_record, [*arguments, "--output", str(broken)]) == -signal.SIGKILL

@@ -14,7 +14,7 @@ from unimm.evaluation.geneval.color_votes import Vote
 from unimm.evaluation.geneval.detector import Segment
 from unimm.evaluation.geneval.prompts import official_prompts
 from unimm.evaluation.geneval.rules import COCO_CLASSES, Thresholds
-from unimm.evaluation.geneval.scorers import Canary, DetectorScorer, ShapesScorer
+from unimm.evaluation.geneval.scorers import DetectorScorer, SanityImage, ShapesScorer
 
 DOG, CAT, PERSON, CUP = (COCO_CLASSES.index(name) for name in ("dog", "cat", "person", "cup"))
 RED_DOG = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}
@@ -72,43 +72,43 @@ def scorer(
 
 
 def test_the_shapes_scorer_knows_its_own_images() -> None:
-    judge = ShapesScorer()
-    known = judge.canaries()
-    assert judge.check(known) == 13
+    tested = ShapesScorer()
+    known = tested.sanity_images()
+    assert tested.check(known) == 13
     assert {each.metadata["tag"] for each in known} == set(geneval_scorers.TAGS)
     assert sum(each.expected for each in known) == 6
 
 
 def test_a_scorer_that_sees_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = ShapesScorer()
+    tested = ShapesScorer()
     monkeypatch.setattr(geneval_scorers, "detect", lambda image: [])
     with pytest.raises(UserError, match="shapes fails on an image that is known: of a scene of .* found 0"):
-        judge.check(judge.canaries())
+        tested.check(tested.sanity_images())
 
 
 def test_a_scorer_that_sees_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = ShapesScorer()
-    first = judge.canaries()[0]
+    tested = ShapesScorer()
+    first = tested.sanity_images()[0]
     seen = geneval_scorers.detect(first.image)
     monkeypatch.setattr(geneval_scorers, "detect", lambda image: seen)
     with pytest.raises(UserError, match="of an empty image it says of .*: right"):
-        judge.check(judge.canaries()[:2])
+        tested.check(tested.sanity_images()[:2])
 
 
 def test_scores_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = ShapesScorer()
-    seen = [replace(each, score=float("nan")) for each in geneval_scorers.detect(judge.canaries()[0].image)]
+    tested = ShapesScorer()
+    seen = [replace(each, score=float("nan")) for each in geneval_scorers.detect(tested.sanity_images()[0].image)]
     monkeypatch.setattr(geneval_scorers, "detect", lambda image: seen)
     with pytest.raises(UserError, match="gives scores that are not finite for a scene of"):
-        judge.check(judge.canaries())
+        tested.check(tested.sanity_images())
 
 
 # ---- geneval-hf ----------------------------------------------------------------------------------------------------
 
 
 def test_colours_are_asked_for_where_the_prompt_names_one() -> None:
-    judge, voter = scorer([(DOG, 0.9), (CAT, 0.8), (DOG, 0.31), (DOG, 0.3), (DOG, 0.1)], colors=("red", "blue"))
-    (found,) = judge.detections([IMAGE], [RED_DOG])
+    tested, voter = scorer([(DOG, 0.9), (CAT, 0.8), (DOG, 0.31), (DOG, 0.3), (DOG, 0.1)], colors=("red", "blue"))
+    (found,) = tested.detections([IMAGE], [RED_DOG])
     assert voter.asked == [("dog", 2)]  # 0.3 does not exceed the threshold
     assert [each.get("color") for each in found] == ["red", None, "blue", None, None]
     assert [each.get("color_votes") for each in found] == [{"red": 0.9}, None, {"blue": 0.9}, None, None]
@@ -116,26 +116,26 @@ def test_colours_are_asked_for_where_the_prompt_names_one() -> None:
         (outline,) = each["outline"]
         assert (min(outline), max(outline[::2]), max(outline[1::2])) == (0, 20, 10)
     assert not any("outline" in each for each in found[3:])  # what does not count is not drawn
-    assert judge.judge(RED_DOG, found).correct
-    judge, voter = scorer([(DOG, 0.9), (CAT, 0.8)])
-    (found,) = judge.detections([IMAGE], [official_prompts()[0]])
+    assert tested.verdict(RED_DOG, found).correct
+    tested, voter = scorer([(DOG, 0.9), (CAT, 0.8)])
+    (found,) = tested.detections([IMAGE], [official_prompts()[0]])
     assert voter.asked == []
     assert [each["label"] for each in found] == ["dog", "cat"]
 
 
 def test_at_most_as_many_colours_as_objects_count() -> None:
-    judge, voter = scorer([(DOG, 0.9)] * 20, max_objects=5)
-    (found,) = judge.detections([IMAGE], [RED_DOG])
+    tested, voter = scorer([(DOG, 0.9)] * 20, max_objects=5)
+    (found,) = tested.detections([IMAGE], [RED_DOG])
     assert voter.asked == [("dog", 5)]
-    assert judge.judge(RED_DOG, found).counts == {"dog": 5}
+    assert tested.verdict(RED_DOG, found).counts == {"dog": 5}
 
 
 def test_thresholds_are_options_and_stand_beside_the_number() -> None:
-    judge, _ = scorer([(DOG, 0.4)], threshold=0.5)
-    assert not judge.judge(RED_DOG, judge.detections([IMAGE], [RED_DOG])[0]).correct
-    described = judge.describe()
+    tested, _ = scorer([(DOG, 0.4)], threshold=0.5)
+    assert not tested.verdict(RED_DOG, tested.detections([IMAGE], [RED_DOG])[0]).correct
+    described = tested.describe()
     assert (described["name"], described["thresholds"]["threshold"]) == ("geneval-hf", 0.5)
-    assert judge.weights() == {"detector": "detector's", "clip": "voter's"}
+    assert tested.weights() == {"detector": "detector's", "clip": "voter's"}
     with pytest.raises(UserError, match="thresholds are at least 0"):
         Thresholds(threshold=-0.1)
     with pytest.raises(UserError, match="max_objects is at least 1"):
@@ -154,45 +154,45 @@ def photographs(**found: int) -> DetectorScorer:
 
 
 def test_known_photographs() -> None:
-    judge = photographs(chelsea=CAT, astronaut=PERSON, coffee=CUP)
-    assert judge.check(judge.canaries()) == 6
-    judge = photographs(chelsea=DOG, astronaut=PERSON, coffee=CUP)
+    tested = photographs(chelsea=CAT, astronaut=PERSON, coffee=CUP)
+    assert tested.check(tested.sanity_images()) == 6
+    tested = photographs(chelsea=DOG, astronaut=PERSON, coffee=CUP)
     with pytest.raises(UserError, match="geneval-hf fails on .* photograph of a cat .* expected cat>=1, found 0"):
-        judge.check(judge.canaries())
+        tested.check(tested.sanity_images())
     zebra = COCO_CLASSES.index("zebra")
-    judge = photographs(chelsea=zebra, astronaut=zebra, coffee=zebra)
+    tested = photographs(chelsea=zebra, astronaut=zebra, coffee=zebra)
     with pytest.raises(UserError, match="geneval-hf fails on an image that is known"):
-        judge.check(judge.canaries()[1:])
+        tested.check(tested.sanity_images()[1:])
 
 
 def test_plain_colours() -> None:
-    judge = DetectorScorer(ScriptedDetector({}), ScriptedVoter(("red",)))  # type: ignore[arg-type]
+    tested = DetectorScorer(ScriptedDetector({}), ScriptedVoter(("red",)))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="scripted calls an image of plain green red: no color is named with it"):
-        judge.canaries()
+        tested.sanity_images()
 
 
 def test_no_known_image_is_no_licence() -> None:
-    with pytest.raises(UserError, match="has no known image to judge first: give --canary"):
+    with pytest.raises(UserError, match="has no known image to score first: give --sanity-images"):
         scorer([])[0].check([])
-    judge, _ = scorer([(DOG, 0.9)])
-    assert judge.check([Canary("mine", IMAGE, RED_DOG, True)]) == 1
+    tested, _ = scorer([(DOG, 0.9)])
+    assert tested.check([SanityImage("mine", IMAGE, RED_DOG, True)]) == 1
 
 
 @pytest.mark.parametrize(("share", "plain"), [(0.9, True), (0.51, True), (0.5, False), (0.2, False)])
 def test_a_color_without_a_majority_is_a_guess(share: float, plain: bool) -> None:
     """The official verdict takes the best of ten colors, however close they are; the plain one does not."""
-    judge, _ = scorer([(DOG, 0.9), (DOG, 0.8)])
-    (found,) = judge.detections([IMAGE], [RED_DOG])
+    tested, _ = scorer([(DOG, 0.9), (DOG, 0.8)])
+    (found,) = tested.detections([IMAGE], [RED_DOG])
     for each in found:
         each["color_votes"] = {"red": share, "brown": 1 - share}
-    assert judge.judge(RED_DOG, found).correct
-    assert judge.plain(RED_DOG, found) == (plain, 0 if plain else 1)  # one dog is asked for, and one is looked at
+    assert tested.verdict(RED_DOG, found).correct
+    assert tested.plain(RED_DOG, found) == (plain, 0 if plain else 1)  # one dog is asked for, and one is looked at
     single = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
-    assert judge.plain(single, found) == (True, 0)  # no color is asked for
+    assert tested.plain(single, found) == (True, 0)  # no color is asked for
 
 
 def test_a_color_that_is_measured_is_no_guess() -> None:
-    judge = ShapesScorer()
-    for known in judge.canaries():
-        (found,) = judge.detections([known.image], [known.metadata])
-        assert judge.plain(known.metadata, found) == (known.expected, 0)
+    tested = ShapesScorer()
+    for known in tested.sanity_images():
+        (found,) = tested.detections([known.image], [known.metadata])
+        assert tested.plain(known.metadata, found) == (known.expected, 0)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from unimm.evaluation.geneval.questions import judge_answers, questions
+from unimm.evaluation.geneval.questions import questions, score_answers
 from unimm.evaluation.geneval.rules import TAGS, verdict
 from unimm.evaluation.geneval.summary import failed_rules, summarize_records, table
 from unimm.evaluation.runs.records import Record
@@ -89,7 +89,7 @@ def test_every_reason_of_the_rules_has_its_kind() -> None:
     reasons = verdict({"tag": "position", "include": [dog, above]}, [seen | {"label": "cat"}]).reasons
     assert failed_rules("\n".join(reasons)) == ["too few", "no target"]
     asked = questions({"tag": "colors", "include": [dog | {"color": "blue"}]})
-    assert failed_rules("\n".join(judge_answers(asked, ["no", "striped"]).reasons)) == ["answer", "unparsed"]
+    assert failed_rules("\n".join(score_answers(asked, ["no", "striped"]).reasons)) == ["answer", "unparsed"]
     assert failed_rules("") == []
     with pytest.raises(ValueError, match="no rule gives the reason 'it is ugly'"):
         failed_rules("it is ugly")

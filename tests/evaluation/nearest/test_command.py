@@ -40,7 +40,7 @@ def planted(shift: int):
 def test_right_drawings_are_found_and_wrong_ones_are_not(model_folder, source, tmp_path, monkeypatch):
     monkeypatch.setitem(nearest._DRAW, "drawing", planted(0))
     right = run(model_folder, source, tmp_path / "right", "--page", str(tmp_path / "page.html"))
-    assert right["drawing"] == {"matches": 6, "pictures": 6, "share": 1.0, "mean_rank": 1.0}
+    assert right["drawing"] == {"matches": 6, "images": 6, "share": 1.0, "mean_rank": 1.0}
     assert "thing 2" in (tmp_path / "page.html").read_text()
     monkeypatch.setitem(nearest._DRAW, "drawing", planted(1))
     wrong = run(model_folder, source, tmp_path / "wrong")

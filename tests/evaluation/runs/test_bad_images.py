@@ -22,7 +22,7 @@ from unimm.data.shapes import Scene
 from unimm.errors import UserError, run_main
 from unimm.evaluation.generation.run import PairedSets, collect
 from unimm.evaluation.metrics.image_metrics import HIGHEST_PSNR
-from unimm.evaluation.runs.bad_images import judged_or_error
+from unimm.evaluation.runs.bad_images import scored_or_error
 from unimm.evaluation.runs.image_sets import image_set
 from unimm.evaluation.runs.records import read_manifest, read_records, read_summary
 from unimm.evaluation.shapes.arguments import ShapesPlan
@@ -207,8 +207,8 @@ def test_a_judge_that_fails_on_every_image_stops_the_run() -> None:
         raise UserError("no memory left")
 
     with pytest.raises(UserError, match="no memory left"):
-        judged_or_error(["a", "b"], fails)
-    found = judged_or_error(
+        scored_or_error(["a", "b"], fails)
+    found = scored_or_error(
         ["a", UserError("cut off"), "b"], lambda items: [f"{items}"] if items == ["a"] else fails(items)
     )
     assert [str(each) for each in found] == ["['a']", "cut off", "no memory left"]
@@ -227,9 +227,16 @@ def test_dpg_grids(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 (grids / f"i{index}.png").write_bytes(content.read_bytes())
             else:
                 Image.open(content).resize((32, 32)).save(grids / f"i{index}.png")
-    judge = save_blip(tmp_path / "judge", "yes")
+    scorer = save_blip(tmp_path / "scorer", "yes")
     command = importlib.import_module("unimm.evaluation.dpg.command").main
-    arguments = ["--dpg-csv", str(tmp_path / "dpg.csv"), "--judge", str(judge), "--no-canary", "--num-images=2"]
+    arguments = [
+        "--dpg-csv",
+        str(tmp_path / "dpg.csv"),
+        "--vqa-model",
+        str(scorer),
+        "--no-sanity-check",
+        "--num-images=2",
+    ]
     command([*arguments, "--images", str(grids), "--resolution=16", "--output", str(run), "--json", str(report)])
     written = read_json(report)
     assert finite(written)
@@ -256,7 +263,7 @@ def test_nearest(folder: Path, model_folder: Path, tmp_path: Path, capsys: Any) 
     written = read_json(report)
     assert finite(written)
     assert written["unreadable"] == ["unreadable 3"]
-    assert (written["drawing"]["pictures"], written["reconstruction"]["pictures"]) == (11, 11)
+    assert (written["drawing"]["images"], written["reconstruction"]["images"]) == (11, 11)
     assert "left out, because they cannot be read: unreadable 3" in capsys.readouterr().out
     command([*arguments, "--json", str(report)])  # goes on: nothing is left to do
     assert read_json(report)["unreadable"] == ["unreadable 3"]

@@ -57,7 +57,7 @@ def drawings(folder: Path, wrong: int, bench: str = "toy") -> Path:
                 raw_scores={"detections": boxes, "psnr": 20.0 + number},
                 verdict=number >= wrong,
                 reason=reason,
-                judge={"name": "detector", "sha256": "c" * 64},
+                scorer={"name": "detector", "sha256": "c" * 64},
             )
         )
     return run_folder(folder, records, bench)

@@ -11,17 +11,17 @@ from unimm.evaluation.metrics.bootstrap import bootstrap_mean, paired_bootstrap
 from unimm.evaluation.runs.measures import compare, described, measures
 from unimm.evaluation.runs.records import Record
 
-JUDGE = {"name": "detector", "version": "2", "sha256": "ab" * 32, "precision": "float32"}
+SCORER = {"name": "detector", "version": "2", "sha256": "ab" * 32, "precision": "float32"}
 
 
-def drawn(right: Callable[[int], bool], judge: dict | None = None) -> list[Record]:
+def drawn(right: Callable[[int], bool], scorer: dict | None = None) -> list[Record]:
     """Two tags of 5 and 10 prompts, 4 images each; and one part without verdicts."""
     rows = []
     for number in range(15):
         inputs = {"part": "drawing", "tag": "counting" if number < 5 else "colors"}
         for k in range(4):
             verdict = right(4 * number + k)
-            rows.append(Record("toy", f"d{number:02}", k, inputs=inputs, verdict=verdict, judge=judge or JUDGE))
+            rows.append(Record("toy", f"d{number:02}", k, inputs=inputs, verdict=verdict, scorer=scorer or SCORER))
     return rows + [Record("toy", f"p{n}", inputs={"part": "copies"}, raw_scores={"psnr": 20.0 + n}) for n in range(9)]
 
 
@@ -40,8 +40,8 @@ def test_scores_are_clustered_by_item_within_tags() -> None:
     assert verdicts.interval.value == pytest.approx((np.mean(values[:20]) + np.mean(values[20:])) / 2)
     assert verdicts.interval.clusters == 15
     assert verdicts.by_tag["counting"] == bootstrap_mean(values[:20], items[:20])
-    assert verdicts.judge == "detector, 2, precision float32, sha256 abababababab"
-    assert (psnr.part, psnr.name, psnr.interval.value, psnr.judge) == ("copies", "psnr", 24.0, "")
+    assert verdicts.scorer == "detector, 2, precision float32, sha256 abababababab"
+    assert (psnr.part, psnr.name, psnr.interval.value, psnr.scorer) == ("copies", "psnr", 24.0, "")
 
 
 @pytest.mark.parametrize("name", ["plain", "strict"])
@@ -83,8 +83,8 @@ def test_a_judge_of_several_parts_in_a_few_words() -> None:
 
 
 def test_verdicts_of_two_judges_are_not_compared() -> None:
-    verdicts, psnr = compare(drawn(by_coin(0)), drawn(by_coin(0), judge={"name": "another"}))
-    assert verdicts.difference is None and verdicts.judges[1] == "another"
+    verdicts, psnr = compare(drawn(by_coin(0)), drawn(by_coin(0), scorer={"name": "another"}))
+    assert verdicts.difference is None and verdicts.scorers[1] == "another"
     assert psnr.difference is not None
 
 

@@ -1,4 +1,4 @@
-"""Judges are asked about known images first: right answers in any form pass, every wrong one is told."""
+"""VQA models are asked about known images first: right answers in any form pass, every wrong one is told."""
 
 import json
 import math
@@ -27,7 +27,7 @@ class Scripted:
         return [YesNo("Yes." if each else "no", self.probability) for each in said]
 
 
-def judge(probability: float | None = None, **seen: str) -> Any:
+def vqa_model(probability: float | None = None, **seen: str) -> Any:
     sizes = {name: image.size for name, image in photographs().items()}
     return Scripted({size: seen.get(name, name) for name, size in sizes.items()}, probability)
 
@@ -42,7 +42,7 @@ def test_photographs_of_a_cat_a_person_and_a_cup() -> None:
         ("Is there a cup?", "yes"),
         ("Is there a zebra?", "no"),
     ]
-    assert check_vqa_model(judge(), known) == 6
+    assert check_vqa_model(vqa_model(), known) == 6
 
 
 @pytest.mark.parametrize(
@@ -53,29 +53,29 @@ def test_photographs_of_a_cat_a_person_and_a_cup() -> None:
     ],
 )
 def test_a_wrong_answer_is_told(seen: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=f"scripted fails on an image that is known: {message}. It judges nothing"):
-        check_vqa_model(judge(**seen), known_answers())
+    with pytest.raises(UserError, match=f"scripted fails on an image that is known: {message}. Nothing is scored"):
+        check_vqa_model(vqa_model(**seen), known_answers())
 
 
 def test_a_score_that_is_not_finite_is_told() -> None:
     with pytest.raises(UserError, match="scripted gives scores that are not finite for the photograph of a cat"):
-        check_vqa_model(judge(math.nan), known_answers())
-    assert check_vqa_model(judge(0.9), known_answers()) == 6
+        check_vqa_model(vqa_model(math.nan), known_answers())
+    assert check_vqa_model(vqa_model(0.9), known_answers()) == 6
 
 
 def test_a_persons_own_images(tmp_path: Path) -> None:
     Image.new("RGB", (7, 5), "blue").save(tmp_path / "sea.png")
     row = {"image": "sea.png", "question": "Is it blue?", "answer": "yes"}
-    (tmp_path / "canaries.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "sanity_images.jsonl").write_text(json.dumps(row) + "\n")
     (found,) = known_answers(tmp_path)
     assert found[:1] + found[2:] == ("sea.png", "Is it blue?", "yes") and found.image.size == (7, 5)
-    (tmp_path / "canaries.jsonl").write_text('{"image": "sea.png"}\n')
+    (tmp_path / "sanity_images.jsonl").write_text('{"image": "sea.png"}\n')
     with pytest.raises(UserError, match="cannot be read as lines of image, question and answer: KeyError"):
         known_answers(tmp_path)
-    (tmp_path / "canaries.jsonl").write_text("")
+    (tmp_path / "sanity_images.jsonl").write_text("")
     with pytest.raises(UserError, match="no known image to be asked about first"):
-        check_vqa_model(judge(), known_answers(tmp_path))
-    with pytest.raises(UserError, match="absent/canaries.jsonl cannot be read"):
+        check_vqa_model(vqa_model(), known_answers(tmp_path))
+    with pytest.raises(UserError, match="absent/sanity_images.jsonl cannot be read"):
         known_answers(tmp_path / "absent")
 
 

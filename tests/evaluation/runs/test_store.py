@@ -240,7 +240,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: P
             "settings.sampler.scale (3.0, now 5.0)",
         ),
         (replace(MANIFEST, weights={"m": "2"}), 'weights.m ("1", now "2")'),
-        (replace(MANIFEST, weights={"m": "1", "judge": "3"}), 'weights.judge (null, now "3")'),
+        (replace(MANIFEST, weights={"m": "1", "scorer": "3"}), 'weights.scorer (null, now "3")'),
         (replace(MANIFEST, commit="another", seed=8), "seed (7, now 8), commit ("),
         (replace(MANIFEST, bench="other"), 'bench ("toy", now "other")'),
         (replace(MANIFEST, prompts_sha256=content_sha256(["another"])), "prompts_sha256 ("),

@@ -118,7 +118,7 @@ def test_a_drawing_that_shows_more_than_its_prompt_is_strictly_wrong() -> None:
     asked = SceneObject(rule["class"], rule["color"], 16, 16, 10)
     other = SceneObject("square", "purple", 46, 46, 9)
     for objects, strict in (((asked,), True), ((asked, other), False)):
-        row = shapes.judge_drawing(prompt, render(Scene(objects, "white")))
+        row = shapes.score_drawing(prompt, render(Scene(objects, "white")))
         assert row["correct"]
         assert row["strict"] == strict == (not row["refusals"])
 
@@ -227,15 +227,15 @@ def test_plan_is_a_function_of_its_seed() -> None:
 def test_drawings_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = unified()
     images: dict[int, list[bytes]] = {}
-    judge = shapes.judge_drawing
+    scorer = shapes.score_drawing
     for size in (2, 6):
         seen = images.setdefault(size, [])
 
         def remember(prompt: Any, image: Image.Image, seen: list[bytes] = seen) -> dict[str, Any]:
             seen.append(image.tobytes())
-            return judge(prompt, image)
+            return scorer(prompt, image)
 
-        monkeypatch.setattr(shapes, "judge_drawing", remember)
+        monkeypatch.setattr(shapes, "score_drawing", remember)
         evaluate_generation(model, processor, ShapesPlan(prompts=1, images_per_prompt=2, batch_size=size))
     assert images[2] == images[6]
     assert len(set(images[2])) == len(images[2]) == 14
@@ -275,9 +275,9 @@ def test_a_kept_run_has_both_detectors_in_its_summary_its_records_and_its_page(
     main([*arguments, "--output", str(run)])
     summary, records = read_summary(run), read_records(run)
     assert summary["strict"] == json.loads(report.read_text())["strict"]
-    judged = [record for record in records if record.verdict is not None and not record.item.startswith("chat")]
-    assert len(judged) == 10
-    assert all(isinstance(record.raw_scores["strict"], bool) for record in judged)
+    scored = [record for record in records if record.verdict is not None and not record.item.startswith("chat")]
+    assert len(scored) == 10
+    assert all(isinstance(record.raw_scores["strict"], bool) for record in scored)
     scores = {(each.part, each.name): each.interval.value for each in write_report(run, tmp_path / "page.html")}
     assert scores["generation", "strict"] == summary["strict"]["generation"]["overall"]
     assert scores["reconstruction", "strict"] == summary["strict"]["reconstruction"]["agreement"]

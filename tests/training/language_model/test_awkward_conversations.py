@@ -153,7 +153,7 @@ def test_every_answers_tokens_are_learned_and_no_other(
     texts = train_text_tokenizer(shapes_corpus(50, 0), 400, CHAT_TOKENS)
     model, processor = attach(new_language_model(LLM, texts), tiny_image_tokenizer(), texts, chat_template=name)
     flow = FlowConfig("conversation", source=str(folder / "talk.jsonl"), image_folder=str(folder), max_bad_share=0.0)
-    train, test = training_streams(MixtureConfig({"talk": flow}, num_eval_samples=0), reserved=processor.markers)
+    train, test = training_streams(MixtureConfig({"talk": flow}, num_eval_samples=0))
     assert len(train.sources[0]) == COUNT  # nothing was skipped
     special = {token.content for token in processor.tokenizer.added_tokens_decoder.values()}
     collate, learned = FlowCollator(processor), 0

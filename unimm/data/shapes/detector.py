@@ -165,7 +165,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 def _as_float(image: Image.Image | np.ndarray) -> np.ndarray:
     array = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-        raise ValueError(f"a picture is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
+        raise ValueError(f"an image is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
     return array.astype(np.float32)
 
 

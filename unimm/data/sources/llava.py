@@ -69,14 +69,12 @@ class LlavaOptions:
         image_folder: folder that the image names are relative to.
         max_bad_share: share of the rows that may be skipped before the run stops.
         drop_questions: keep only the images of the user's turns, as in LLaVA's pretraining.
-        reserved: image placeholder strings of the model; a row that contains one is a bad row.
         log: JSON Lines file of the skipped rows; the counts go to the same name with .report.json. None writes nothing.
     """
 
     image_folder: Path
     max_bad_share: float = DEFAULT_MAX_BAD_SHARE
     drop_questions: bool = False
-    reserved: tuple[str, ...] = ()
     log: Path | None = None
 
 
@@ -94,7 +92,7 @@ class LlavaConversations:
         self.path, self.options = path, options
         records = list(_records(path))
         self.total = len(records)
-        parsed = list(_parsed(records, options.reserved))
+        parsed = list(_parsed(records))
         rows = [(n, row) for n, row in enumerate(parsed) if isinstance(row, Row)]
         missing = _unreadable({name for _, row in rows for name in row.images}, options.image_folder)
         bad = {n: row for n, row in enumerate(parsed) if isinstance(row, BadRow)}
@@ -206,7 +204,7 @@ def _opened(path: Path, options: LlavaOptions, changed: int) -> LlavaConversatio
     return LlavaConversations(path, options)
 
 
-def parse_row(record: Any, reserved: Sequence[str] = ()) -> Row:
+def parse_row(record: Any) -> Row:
     """Parse and check a record: alternating turns, an answer, as many placeholders as images.
 
     Raises:
@@ -220,9 +218,6 @@ def parse_row(record: Any, reserved: Sequence[str] = ()) -> Row:
     for role, text in turns:
         if role != "user" and PLACEHOLDER in text:
             raise BadRow("image outside a question", f"the {role}'s turn {text!r:.80} holds {PLACEHOLDER}")
-        for marker in reserved:
-            if marker in text:
-                raise BadRow("marker in the text", f"the {role}'s turn {text!r:.80} holds {marker}")
     placeholders = sum(text.count(PLACEHOLDER) for _, text in turns)
     if images and not placeholders:  # some files omit the placeholder: put the images first
         first = next(n for n, (role, _) in enumerate(turns) if role == "user")
@@ -309,10 +304,10 @@ def _json_line(line: str) -> Any:
         return BadRow("not JSON", f"{one_line(error)}: {line[:60]!r}")
 
 
-def _parsed(records: Iterable[Any], reserved: Sequence[str]) -> Iterator[Row | BadRow]:
+def _parsed(records: Iterable[Any]) -> Iterator[Row | BadRow]:
     for record in records:
         try:
-            yield record if isinstance(record, BadRow) else parse_row(record, reserved)
+            yield record if isinstance(record, BadRow) else parse_row(record)
         except BadRow as bad:
             yield bad
 

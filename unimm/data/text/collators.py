@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.utils import logging
 
 from unimm.data.text.label_spans import check_every_turn_has_tokens, parts_of, rendered, turn_tokens
@@ -67,6 +68,7 @@ class FlowCollator:
         labels [B, L]: for conversations and interleaved answers the assistant's tokens, markers and closing token
             included; for drawings and edits only the placeholders of the drawn image tokens (later replaced by their
             ids); -100 elsewhere;
+        labels_at [n]: the positions, in a flattened [B, L], whose next token has a label;
         drawn [B, L] bool: the placeholders of drawn image tokens;
         pixel_values [I, 3, H, W]: images in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
             absent if there are none;
@@ -109,7 +111,9 @@ class FlowCollator:
             "drawn": rows.drawn[:, :length],
         }
         batch |= _split_images(rows.inputs.get("pixel_values"), rows.drawings) | _ids(rows.samples)
-        return batch if self.pack_length is None else self._packed(rows.samples, batch, self.pack_length)
+        if self.pack_length is not None:
+            batch = self._packed(rows.samples, batch, self.pack_length)
+        return batch | {"labels_at": _labels_at(batch["labels"])}
 
     def _packed(self, samples: list[dict[str, Any]], batch: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
         flow = samples[0]["flow"]
@@ -213,6 +217,13 @@ class FlowCollator:
         from_the_end = image_tokens.flip(1).cumsum(1).flip(1)  # an input image may come before the drawing
         drawn = image_tokens & (from_the_end <= processor.num_image_tokens)
         return _Rows(samples, inputs, _drawings(samples), drawn, drawn)
+
+
+def _labels_at(labels: Tensor) -> Tensor:
+    """Return the positions in a flattened [B, L] that predict a label, [n]; found here, on the CPU, because a device
+    that searches for them makes the host wait for the number n."""
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return (following != IGNORED).flatten().nonzero()[:, 0]
 
 
 def _image_parts(sample: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from unimm.errors import UserError
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
+from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, suite_parser
 from unimm.sampling import SAMPLING_HELP, add_sampling_arguments, sampling_options
 
 BENCH = "dpg"
@@ -20,32 +20,27 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    """Build the argument parser; without a `description` this module's docstring is shown."""
-    made = argparse.ArgumentParser(
-        prog=None if description else "unimm eval dpg",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = suite_parser("dpg", description, __doc__)
     asked = made.add_argument_group("what is drawn and asked")
     asked.add_argument("--dpg-csv", metavar="FILE", help="the benchmark's question file, dpg_bench.csv")
     asked.add_argument("--prompts", metavar="FILE", help="lines of item_id and prompt: draw only, ask nothing")
     asked.add_argument("--limit", type=int, help="the first prompts only")
     images = made.add_argument_group("images")
     images.add_argument("--model", help="a unified model that draws; the default comes with the library")
-    images.add_argument("--images", metavar="DIR", help="judge these grids, ITEM.png, instead of drawing")
+    images.add_argument("--images", metavar="DIR", help="score these grids, ITEM.png, instead of drawing")
     images.add_argument("--resolution", type=int, help="with --images: the side of one image of a grid")
     images.add_argument("--allow-missing", action="store_true", help="with --images: count missing grids, go on")
     images.add_argument("--num-images", type=int, default=4, help="images of a prompt; the benchmark draws 4")
     images.add_argument("--seed", type=int, default=0)
     add_sampling_arguments(made.add_argument_group("sampling", SAMPLING_HELP))
-    judging = made.add_argument_group("judge")
-    judging.add_argument("--judge", metavar="PATH", help="BLIP-VQA, ViLT, a chat model, or mplug (the official one)")
-    judging.add_argument("--judge-kind", help="blip, vilt, chat or mplug; read from its configuration unless given")
-    judging.add_argument("--judge-batch-size", type=int, default=16)
-    judging.add_argument("--allow-self-judge", action="store_true", help="let the model judge its own images")
-    known = judging.add_mutually_exclusive_group()
-    known.add_argument("--canary", metavar="DIR", help="known images: canaries.jsonl of image, question and answer")
-    known.add_argument("--no-canary", action="store_true", help="let the judge judge without known images")
+    scoring = made.add_argument_group("scorer")
+    scoring.add_argument("--vqa-model", metavar="PATH", help="BLIP-VQA, ViLT, a chat model, or mplug (the official)")
+    scoring.add_argument("--vqa-kind", help="blip, vilt, chat or mplug; read from its configuration unless given")
+    scoring.add_argument("--vqa-batch-size", type=int, default=16)
+    scoring.add_argument("--allow-self-scoring", action="store_true", help="let the model score its own images")
+    known = scoring.add_mutually_exclusive_group()
+    known.add_argument("--sanity-images", metavar="DIR", help="with sanity_images.jsonl: image, question, answer")
+    known.add_argument("--no-sanity-check", action="store_true", help="score without known images")
     made.add_argument("--device", help="cpu, cuda, ...; a GPU where there is one")
     made.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     add_run_arguments(made)
@@ -57,10 +52,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--output DIR is not given: images, answers and scores are kept there.")
     if (arguments.dpg_csv is None) == (arguments.prompts is None):
         raise UserError(f"Give either --dpg-csv FILE ({GET_CSV}), to draw and ask, or --prompts FILE, to draw only.")
-    if (arguments.dpg_csv is None) != (arguments.judge is None):
-        raise UserError("A judge needs questions and questions a judge: give --dpg-csv and --judge together.")
+    if (arguments.dpg_csv is None) != (arguments.vqa_model is None):
+        raise UserError("A VQA model and questions need each other: give --dpg-csv and --vqa-model together.")
     if arguments.images is not None and (arguments.resolution is None or arguments.dpg_csv is None):
         raise UserError("--images needs --resolution, the side of one image of a grid, and --dpg-csv.")
-    for name in ("num_images", "limit", "resolution", "judge_batch_size"):
+    for name in ("num_images", "limit", "resolution", "vqa_batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")

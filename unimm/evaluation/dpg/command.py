@@ -7,23 +7,16 @@ from typing import Any
 
 from unimm.errors import UserError
 from unimm.evaluation.dpg.arguments import BENCH, parse
-from unimm.evaluation.dpg.run import (
-    OFFICIAL_CSV,
-    GridImages,
-    Images,
-    Prompts,
-    judge_images,
-    read_prompts,
-    read_question_file,
-    table,
-    write_grids,
-)
+from unimm.evaluation.dpg.grids import GridImages, write_grids
+from unimm.evaluation.dpg.prompts import OFFICIAL_CSV, Prompts, read_prompts, read_question_file
+from unimm.evaluation.dpg.run import Images, score_images
+from unimm.evaluation.dpg.summary import table
 from unimm.evaluation.runs.arguments import recorded_arguments
 from unimm.evaluation.runs.drawn_images import DrawnImages
 from unimm.evaluation.runs.evaluated_model import EvaluatedModel, load_evaluated_model
 from unimm.evaluation.runs.sanity_checks import KnownAnswer, check_vqa_model, known_answers
 from unimm.evaluation.runs.store import Manifest, RunStore, content_sha256, processes
-from unimm.evaluation.vqa import Judge, load_vqa_model
+from unimm.evaluation.vqa import VQAModel, load_vqa_model
 from unimm.runs.provenance import model_fingerprint
 from unimm.runs.report import Report
 from unimm.sampling import sampling_options
@@ -41,32 +34,32 @@ def run(arguments: argparse.Namespace) -> None:
     if prompts.blob not in (None, OFFICIAL_CSV) and processes().is_main_process:
         report.say(f"{arguments.dpg_csv} is not the published question file: its git name is {prompts.blob}.")
     prompts = prompts.limited(arguments.limit)
-    grids, evaluated, judge = None, None, None
+    grids, evaluated, vqa_model = None, None, None
     with report.timed("load"):
         if arguments.images is not None:
             options = {"num_images": arguments.num_images, "allow_missing": arguments.allow_missing}
             grids = GridImages(arguments.images, prompts, arguments.resolution, **options)
         else:
             evaluated = load_evaluated_model(arguments.model, arguments.device)
-        if arguments.judge is not None:
-            options = {"device": arguments.device, "batch_size": arguments.judge_batch_size}
-            judge = load_vqa_model(arguments.judge, arguments.judge_kind, **options)
-    known = [] if judge is None or arguments.no_canary else known_answers(arguments.canary)
-    manifest = _manifest(arguments, prompts, grids, evaluated, judge, known)
-    if judge is not None and not arguments.no_canary:
-        with report.timed("canary"):
-            report.add(canaries=check_vqa_model(judge, known))
+        if arguments.vqa_model is not None:
+            options = {"device": arguments.device, "batch_size": arguments.vqa_batch_size}
+            vqa_model = load_vqa_model(arguments.vqa_model, arguments.vqa_kind, **options)
+    known = [] if vqa_model is None or arguments.no_sanity_check else known_answers(arguments.sanity_images)
+    manifest = _manifest(arguments, prompts, grids, evaluated, vqa_model, known)
+    if vqa_model is not None and not arguments.no_sanity_check:
+        with report.timed("sanity_check"):
+            report.add(sanity_images=check_vqa_model(vqa_model, known))
     with report.timed("score"), RunStore.open(arguments.output, manifest) as store:
         images: Images | None = grids
         if images is None:
             assert evaluated is not None
             count, sampling = arguments.num_images, sampling_options(arguments)
             images = DrawnImages(evaluated.model, evaluated.processor, prompts.texts, count, store, sampling)
-        summary = judge_images(store, images, prompts, judge)
+        summary = score_images(store, images, prompts, vqa_model)
     missing = grids.missing if grids is not None else []
     if processes().is_main_process:
         report.say(table(summary))
-        if judge is not None:
+        if vqa_model is not None:
             report.say("no known image was asked about" if not known else f"{len(known)} known answers were right")
         if missing:
             report.say(f"{len(missing)} of {len(prompts.texts)} prompts have no grid and no score.")
@@ -81,7 +74,7 @@ def _manifest(
     prompts: Prompts,
     grids: GridImages | None,
     evaluated: EvaluatedModel | None,
-    judge: Judge | None,
+    vqa_model: VQAModel | None,
     known: Sequence[KnownAnswer],
 ) -> Manifest:
     """Build the run's manifest. Raise UserError if the model cannot draw, or would score its own images."""
@@ -95,18 +88,20 @@ def _manifest(
     if grids is not None:
         weights["images"] = content_sha256(grids.content())
         settings |= {"resolution": arguments.resolution, "missing": len(grids.missing)}
-    if judge is not None:
-        weights["judge"] = judge.fingerprint
-        settings |= {"judge": judge.describe(), "judge_batch_size": arguments.judge_batch_size}
+    if vqa_model is not None:
+        weights["scorer"] = vqa_model.fingerprint
+        settings |= {"scorer": vqa_model.describe(), "vqa_batch_size": arguments.vqa_batch_size}
         asked = [(each.name, each.question, each.expected) for each in known]
-        settings["canary"] = "not asked" if arguments.no_canary else content_sha256(asked)
-        own = weights.get("model") == judge.fingerprint
-        if (own or _same_folder(arguments)) and not arguments.allow_self_judge:
-            raise UserError("The model under test is its own judge: name another --judge, or add --allow-self-judge.")
+        settings["sanity_images"] = "not asked" if arguments.no_sanity_check else content_sha256(asked)
+        own = weights.get("model") == vqa_model.fingerprint
+        if (own or _same_folder(arguments)) and not arguments.allow_self_scoring:
+            raise UserError(
+                "The model under test is its own scorer: name another --vqa-model, or add --allow-self-scoring."
+            )
     questions = content_sha256([prompts.texts, prompts.rows])
     return Manifest(BENCH, questions, arguments.seed, settings, weights, arguments=recorded_arguments(arguments))
 
 
 def _same_folder(arguments: argparse.Namespace) -> bool:
-    """Return whether --model and --judge are one folder; with --images, --model only names who drew them."""
-    return arguments.model is not None and Path(arguments.model).resolve() == Path(arguments.judge).resolve()
+    """Return whether --model and --vqa-model are one folder; with --images, --model only names who drew them."""
+    return arguments.model is not None and Path(arguments.model).resolve() == Path(arguments.vqa_model).resolve()

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from unimm.errors import UserError
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
+from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, suite_parser
 
 BENCH = "generation"
 
@@ -17,11 +17,7 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog=None if description else "unimm eval generation",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = suite_parser("generation", description, __doc__)
     made.add_argument("--samples", metavar="SET", help="the drawn images: a folder, a parquet file or an npz")
     made.add_argument("--reference", metavar="SET", help="the real ones, or their statistics")
     made.add_argument("--inception", metavar="FILE", help="FID's Inception weights")

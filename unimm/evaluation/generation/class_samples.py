@@ -7,7 +7,7 @@ all. Image k is of class k modulo the number of classes and depends on (seed, k)
 
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,14 @@ class SamplesPlan:
     batch_size: int = 50
     seed: int = 0
     image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class SamplesProtocol:
+    """A paper's sampling run, a file of `configs/c2i/protocols`."""
+
+    plan: SamplesPlan = field(default_factory=SamplesPlan)
+    sampling: ImageSampling = field(default_factory=ImageSampling)
 
 
 def write_samples(drawer: ClassDrawer, path: str | Path, plan: SamplesPlan, sampling: ImageSampling) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
-"""Feature spaces for comparing sets of images: Inception (from a local file), any vision encoder, or an image
-tokenizer's own encoder.
+"""Feature spaces for comparing sets of images: Inception or EfficientNet-Lite0 (from a local file), any vision encoder,
+or an image tokenizer's own encoder.
 
 Distances carry the name of their space (`fid` is reserved for Inception, `fd_dinov2_cls_224` is on another scale). A
 space's description holds the sha256 of the weights, the layer and the preprocessing. All spaces take the same 8-bit
@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unimm.networks import efficientnet_lite
+from unimm.networks.efficientnet_lite import EfficientNetLite0, load_efficientnet_lite0
 from unimm.networks.inception import FidInception, load_inception
 from unimm.runs.provenance import file_sha256, model_fingerprint
 from unimm.tokenizer import ImageTokenizer
@@ -81,6 +83,26 @@ class EncoderSpace:
         return described | {"resize": f"bicubic to {self.side}"}
 
 
+class EfficientNetSpace:
+    """The pooled features of EfficientNet-Lite0, trained on ImageNet alone: no tokenizer here learned from it."""
+
+    name = "efficientnet_lite0"
+
+    def __init__(self, network: EfficientNetLite0, sha256: str) -> None:
+        self.network, self.sha256 = network, sha256
+
+    @torch.inference_mode()
+    def features(self, images: np.ndarray) -> dict[str, Tensor]:
+        pixels = torch.from_numpy(_resized(images, efficientnet_lite.SIDE)).permute(0, 3, 1, 2)
+        device = next(self.network.parameters()).device
+        pixel_values = (pixels.to(device).float() - efficientnet_lite.MEAN) / efficientnet_lite.SCALE
+        return {POOL: self.network.features(pixel_values).cpu()}
+
+    def describe(self) -> dict[str, Any]:
+        resize = f"bicubic to {efficientnet_lite.SIDE}"
+        return {"name": self.name, "sha256": self.sha256, "layer": "pooled", "resize": resize}
+
+
 class TokenizerSpace:
     """The mean patch feature of an image tokenizer's encoder.
 
@@ -106,9 +128,13 @@ class TokenizerSpace:
 
 
 def load_space(
-    inception: str | Path | None, encoder: str | Path | None, device: str | torch.device | None = None
+    inception: str | Path | None,
+    encoder: str | Path | None,
+    device: str | torch.device | None = None,
+    *,
+    efficientnet: str | Path | None = None,
 ) -> FeatureSpace | None:
-    """Load the space of an Inception file or of an encoder's folder; None if neither is given.
+    """Load the space of an Inception or EfficientNet-Lite0 file or of an encoder's folder; None if none is given.
 
     Raises:
         UserError: the file or folder cannot be read, or holds another network.
@@ -116,6 +142,8 @@ def load_space(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if inception is not None:
         return InceptionSpace(load_inception(inception).to(place), file_sha256(inception))
+    if efficientnet is not None:
+        return EfficientNetSpace(load_efficientnet_lite0(efficientnet).to(place), file_sha256(efficientnet))
     return None if encoder is None else EncoderSpace(encoder, place)
 
 

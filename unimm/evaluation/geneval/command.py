@@ -18,7 +18,7 @@ from unimm.evaluation.geneval.arguments import BENCH, parse
 from unimm.evaluation.geneval.color_votes import load_color_voter
 from unimm.evaluation.geneval.contamination import overlap, read_captions
 from unimm.evaluation.geneval.detector import load_detector
-from unimm.evaluation.geneval.files import ImageFolder, canaries_of, official_results, read_folder, write_folder
+from unimm.evaluation.geneval.files import ImageFolder, official_results, read_folder, read_sanity_images, write_folder
 from unimm.evaluation.geneval.human_agreement import (
     PAPER_AGREEMENT,
     agreement_table,
@@ -36,7 +36,7 @@ from unimm.evaluation.geneval.prompts import (
     track_of,
 )
 from unimm.evaluation.geneval.question_scorer import BENCH as QUESTIONS_BENCH
-from unimm.evaluation.geneval.question_scorer import DISAGREEMENTS, compare_judges, question_images
+from unimm.evaluation.geneval.question_scorer import DISAGREEMENTS, compare_scorers, question_images
 from unimm.evaluation.geneval.rules import Thresholds
 from unimm.evaluation.geneval.run import (
     SHAPES_TRACK,
@@ -97,10 +97,12 @@ def _score(arguments: argparse.Namespace, report: Report) -> None:
         scorer = _scorer(arguments)
         _check_classes(prompts, scorer)
         evaluated = _evaluated(arguments) if given is None else None
-    with report.timed("canary"):
-        known = scorer.check(scorer.canaries() if arguments.canary is None else canaries_of(arguments.canary))
+    with report.timed("sanity_check"):
+        known = scorer.check(
+            scorer.sanity_images() if arguments.sanity_images is None else read_sanity_images(arguments.sanity_images)
+        )
     weights = scorer.weights()
-    settings: dict[str, Any] = {"track": track.name, "batch_size": plan.batch_size, "judge": scorer.describe()}
+    settings: dict[str, Any] = {"track": track.name, "batch_size": plan.batch_size, "scorer": scorer.describe()}
     if given is not None:
         weights["images"] = content_sha256(given.content())
     if evaluated is not None:
@@ -119,14 +121,14 @@ def _score(arguments: argparse.Namespace, report: Report) -> None:
         summary = score_images(store, images, scorer, plan.batch_size)
     paths = dict(zip(images.keys, images.paths(images.keys), strict=True))
     if processes().is_main_process:
-        report.say(f"{track.name}, judged by {scorer.name} ({known} known images judged rightly)\n{table(summary)}")
-        report.add(track=track.name, scorer=scorer.name, canaries=known, **summary)
+        report.say(f"{track.name}, scored by {scorer.name} ({known} known images scored correctly)\n{table(summary)}")
+        report.add(track=track.name, sanity_images=known, **summary)
         folder = Path(arguments.output)
         write_atomically(folder / RESULTS, official_results(read_records(folder), scorer))
         if arguments.export is not None:
             write_folder(arguments.export, prompts, paths)
-    if arguments.vqa is not None:
-        _second_judge(arguments, report, paths, prompts, manifest)
+    if arguments.vqa_model is not None:
+        _second_scorer(arguments, report, paths, prompts, manifest)
 
 
 def _given(arguments: argparse.Namespace) -> ImageFolder | None:
@@ -154,7 +156,7 @@ def _check_classes(prompts: Mapping[str, Metadata], scorer: Scorer) -> None:
                 )
 
 
-def _second_judge(
+def _second_scorer(
     arguments: argparse.Namespace,
     report: Report,
     images: Mapping[Key, Path],
@@ -163,20 +165,20 @@ def _second_judge(
 ) -> None:
     """Score the same images with a VQA model and report where it disagrees with the detector."""
     with report.timed("load_vqa"):
-        judge = load_vqa_model(arguments.vqa, device=arguments.device)
-    folder, described = Path(arguments.output), judge.describe()
-    settings = manifest.settings | {"judge": described}
+        scorer = load_vqa_model(arguments.vqa_model, device=arguments.device)
+    folder, described = Path(arguments.output), scorer.describe()
+    settings = manifest.settings | {"scorer": described}
     weights = manifest.weights | {"vqa": described["sha256"]}
     asked = replace(manifest, bench=QUESTIONS_BENCH, settings=settings, weights=weights)
     with report.timed("questions"), RunStore.open(folder / QUESTIONS, asked) as store:
-        summary = question_images(store, images, prompts, judge, arguments.batch_size)
+        summary = question_images(store, images, prompts, scorer, arguments.batch_size)
     if not processes().is_main_process:
         return
-    found = compare_judges(read_records(folder), read_records(folder / QUESTIONS), folder)
-    report.say(f"{settings['track']}, judged by the answers of {described['name']}\n{table(summary)}")
+    found = compare_scorers(read_records(folder), read_records(folder / QUESTIONS), folder)
+    report.say(f"{settings['track']}, scored by the answers of {described['name']}\n{table(summary)}")
     parted = len(found.only_first) + len(found.only_second)
-    report.say(f"  the two judges agree on {found.rate:.1%} of the images; {parted} to look at in {DISAGREEMENTS}")
-    report.add(questions=summary, judges_agree=found.rate)
+    report.say(f"  the two scorers agree on {found.rate:.1%} of the images; {parted} to look at in {DISAGREEMENTS}")
+    report.add(questions=summary, scorers_agree=found.rate)
 
 
 def _plan(arguments: argparse.Namespace) -> GenevalPlan:
@@ -229,7 +231,7 @@ def _calibrate(arguments: argparse.Namespace, report: Report) -> None:
         people = human_verdicts(read_annotations(path), prompts)
         found = {}
         for question in ("rules", "caption"):
-            majority = {key: getattr(judged, question) for key, judged in people.items()}
+            majority = {key: getattr(scored, question) for key, scored in people.items()}
             rows = compare_by_tag(verdicts, majority, prompts)
             report.say(f"{path}: {question}, as most raters have it (the paper's detector: {PAPER_AGREEMENT:.0%})")
             report.say(agreement_table(rows))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from unimm.data.images import load_image
 from unimm.errors import UserError
 from unimm.evaluation.geneval.prompts import Metadata, check_prompt
-from unimm.evaluation.geneval.scorers import Canary, Scorer
+from unimm.evaluation.geneval.scorers import SanityImage, Scorer
 from unimm.evaluation.runs.records import Key, Record
 from unimm.runs.provenance import write_atomically
 
@@ -119,7 +119,7 @@ def official_results(records: Iterable[Record], scorer: Scorer) -> str:
     return "".join(lines)
 
 
-def canaries_of(folder: str | Path) -> list[Canary]:
+def read_sanity_images(folder: str | Path) -> list[SanityImage]:
     """Read a user's known images: the official layout, with `"expected": true` or false in each metadata.jsonl.
 
     Raises:
@@ -131,7 +131,7 @@ def canaries_of(folder: str | Path) -> list[Canary]:
         metadata = images.prompts[item]
         if not isinstance(metadata.get("expected"), bool):
             raise UserError(f'{folder}/{item}: its metadata.jsonl needs "expected": true or false, the right verdict.')
-        known.append(Canary(f"{item}/{sample}", load_image(path), metadata, metadata["expected"]))
+        known.append(SanityImage(f"{item}/{sample}", load_image(path), metadata, metadata["expected"]))
     return known
 
 

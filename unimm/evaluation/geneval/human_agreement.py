@@ -117,7 +117,7 @@ def compare(verdicts: Mapping[Key, bool], people: Mapping[Key, bool]) -> Compari
     shared = sorted(verdicts.keys() & people.keys())
     if not shared:
         raise UserError(
-            f"None of the {len(verdicts)} judged images is among the {len(people)} annotated ones: score the "
+            f"None of the {len(verdicts)} scored images is among the {len(people)} annotated ones: score the "
             "annotated images (djghosh/aigen-images on the Hub) under their official numbers."
         )
     scorer = np.array([verdicts[key] for key in shared])

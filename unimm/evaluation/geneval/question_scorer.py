@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from unimm.data.images import load_image
 from unimm.errors import UserError
 from unimm.evaluation.geneval.prompts import Metadata
-from unimm.evaluation.geneval.questions import Agreement, Question, agreement, judge_answers, mean_score, questions
+from unimm.evaluation.geneval.questions import Agreement, Question, agreement, mean_score, questions, score_answers
 from unimm.evaluation.geneval.summary import summarize_records
-from unimm.evaluation.runs.bad_images import each_or_error, judged_or_error
+from unimm.evaluation.runs.bad_images import each_or_error, scored_or_error
 from unimm.evaluation.runs.records import unreadable
 from unimm.evaluation.runs.store import Key, Record, RunStore
 from unimm.runs.provenance import write_atomically
@@ -39,11 +39,11 @@ def question_images(
     store: RunStore,
     raw_images: Mapping[Key, Path],
     prompts: Mapping[str, Metadata],
-    judge: AnswersQuestions,
+    vqa_model: AnswersQuestions,
     batch_size: int,
 ) -> dict[str, Any]:
     """Ask the questions about every image without a record, finish the run and return its summary."""
-    described = judge.describe()
+    described = vqa_model.describe()
     blocks = store.split_blocks(sorted(raw_images), batch_size)
     for block in tqdm(blocks, desc="questions", unit="batch", disable=not blocks):
         start = time.perf_counter()
@@ -51,7 +51,7 @@ def question_images(
         images = each_or_error([raw_images[key] for key in block], load_image)
         pairs = zip(images, asked, strict=True)
         shown = [image if isinstance(image, UserError) else (image, each) for image, each in pairs]
-        given = judged_or_error(shown, functools.partial(_answers, judge))
+        given = scored_or_error(shown, functools.partial(_answers, vqa_model))
         seconds = (time.perf_counter() - start) / len(block)
         for key, each, answers in zip(block, asked, given, strict=True):
             if key in store.done:
@@ -61,26 +61,26 @@ def question_images(
                 *key,
                 inputs=dict(prompts[key[0]]),
                 output_path=str(raw_images[key]),
-                judge=described,
-                **_judged(each, answers),
+                scorer=described,
+                **_scored(each, answers),
             )
             store.append(record, seconds=seconds)
-    return store.finish(lambda records: _summary(records) | {"judge": described})
+    return store.finish(lambda records: _summary(records) | {"scorer": described})
 
 
-def _answers(judge: AnswersQuestions, pairs: Sequence[tuple[Image.Image, list[Question]]]) -> list[list[str]]:
+def _answers(vqa_model: AnswersQuestions, pairs: Sequence[tuple[Image.Image, list[Question]]]) -> list[list[str]]:
     """Return the answers to the questions about each image; all images share one call."""
     images = [image for image, asked in pairs for _ in asked]
-    answers = iter(judge.answer(images, [question.text for _, asked in pairs for question in asked]))
+    answers = iter(vqa_model.answer(images, [question.text for _, asked in pairs for question in asked]))
     return [[next(answers) for _ in asked] for _, asked in pairs]
 
 
-def _judged(asked: Sequence[Question], answers: list[str] | UserError) -> dict[str, Any]:
+def _scored(asked: Sequence[Question], answers: list[str] | UserError) -> dict[str, Any]:
     """Return the record fields that the answers fill; an image that cannot be read counts as wrong."""
     if isinstance(answers, UserError):
         reason = unreadable(answers)
         return {"raw_scores": {"score": 0.0, "unparsed": 0}, "verdict": False, "reason": reason}
-    found = judge_answers(asked, answers)
+    found = score_answers(asked, answers)
     rows = [
         question._asdict() | {"answer": answer, "read": read}
         for question, answer, read in zip(asked, answers, found.read, strict=True)
@@ -89,7 +89,7 @@ def _judged(asked: Sequence[Question], answers: list[str] | UserError) -> dict[s
     return {"raw_scores": scores, "verdict": found.correct, "reason": "\n".join(found.reasons)}
 
 
-def compare_judges(first: Sequence[Record], second: Sequence[Record], folder: Path) -> Agreement:
+def compare_scorers(first: Sequence[Record], second: Sequence[Record], folder: Path) -> Agreement:
     """Compare the detector's and the VQA model's verdicts; write the images they disagree on as JSON lines.
 
     Raises:

@@ -82,7 +82,7 @@ def read_answer(kind: str, answer: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def judge_answers(asked: Sequence[Question], answers: Sequence[str]) -> Answered:
+def score_answers(asked: Sequence[Question], answers: Sequence[str]) -> Answered:
     """Score the answers about one image. Raise ValueError if the numbers of answers and questions differ."""
     reasons, read = [], []
     for question, answer in zip(asked, answers, strict=True):
@@ -102,7 +102,7 @@ def agreement(first: Mapping[Any, bool], second: Mapping[Any, bool]) -> Agreemen
         ValueError: they did not score the same images.
     """
     if first.keys() != second.keys():
-        raise ValueError(f"the judges saw {len(first)} and {len(second)} images, not the same ones")
+        raise ValueError(f"the scorers saw {len(first)} and {len(second)} images, not the same ones")
     parted: dict[bool, list[tuple[Any, Any]]] = {True: [], False: []}
     same = {True: 0, False: 0}
     for key in sorted(first):

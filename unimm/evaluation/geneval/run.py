@@ -21,7 +21,7 @@ from unimm.evaluation.geneval.files import ImageFolder, item_name
 from unimm.evaluation.geneval.prompts import Metadata, PromptTrack
 from unimm.evaluation.geneval.scorers import Detection, Scorer
 from unimm.evaluation.geneval.summary import summarize_records
-from unimm.evaluation.runs.bad_images import each_or_error, judged_or_error
+from unimm.evaluation.runs.bad_images import each_or_error, scored_or_error
 from unimm.evaluation.runs.drawn_images import DrawnImages
 from unimm.evaluation.runs.records import unreadable
 from unimm.evaluation.runs.store import Key, Record, RunStore
@@ -107,7 +107,7 @@ class GivenImages:
 
 def score_images(store: RunStore, raw_images: Images, scorer: Scorer, batch_size: int) -> dict[str, Any]:
     """Score every image without a record, finish the run and return its summary."""
-    judge = scorer.describe()
+    described = scorer.describe()
     blocks = store.split_blocks(raw_images.keys, batch_size)
     for block in tqdm(blocks, desc="GenEval", unit="batch", disable=not blocks):
         start = time.perf_counter()
@@ -115,33 +115,33 @@ def score_images(store: RunStore, raw_images: Images, scorer: Scorer, batch_size
         images = each_or_error(paths, load_image)
         pairs = zip(images, prompts, strict=True)
         shown = [image if isinstance(image, UserError) else (image, prompt) for image, prompt in pairs]
-        found = judged_or_error(shown, lambda pairs: scorer.detections(*map(list, zip(*pairs, strict=True))))
+        found = scored_or_error(shown, lambda pairs: scorer.detections(*map(list, zip(*pairs, strict=True))))
         seconds = (time.perf_counter() - start) / len(block)
         for key, path, prompt, detections in zip(block, paths, prompts, found, strict=True):
             if key in store.done:
                 continue
-            judged = _judged(scorer, prompt, detections)
+            scored = _scored(scorer, prompt, detections)
             record = Record(
                 BENCH,
                 *key,
                 seed=raw_images.seed(key),
                 inputs=dict(prompt),
                 output_path=str(path),
-                judge=judge,
-                **judged,
+                scorer=described,
+                **scored,
             )
             store.append(record, seconds=seconds)
-    return store.finish(lambda records: summarize_records(records) | {"judge": judge})
+    return store.finish(lambda records: summarize_records(records) | {"scorer": described})
 
 
-def _judged(scorer: Scorer, prompt: Metadata, detections: list[Detection] | UserError) -> dict[str, Any]:
+def _scored(scorer: Scorer, prompt: Metadata, detections: list[Detection] | UserError) -> dict[str, Any]:
     """Return the record fields that the rules fill; an image that could not be read or scored counts as wrong."""
     if isinstance(detections, UserError):
         reason = unreadable(detections)
         return {"raw_scores": {"plain": False, "unparsed": 0}, "verdict": False, "reason": reason}
-    judged, plain = scorer.judge(prompt, detections), scorer.plain(prompt, detections)
-    scores = {"detections": detections, "counts": judged.counts, "plain": plain.correct, "unparsed": plain.guessed}
-    return {"raw_scores": scores, "verdict": judged.correct, "reason": "\n".join(judged.reasons)}
+    scored, plain = scorer.verdict(prompt, detections), scorer.plain(prompt, detections)
+    scores = {"detections": detections, "counts": scored.counts, "plain": plain.correct, "unparsed": plain.guessed}
+    return {"raw_scores": scores, "verdict": scored.correct, "reason": "\n".join(scored.reasons)}
 
 
 def shapes_track(seed: int, prompts_per_tag: int) -> PromptTrack:

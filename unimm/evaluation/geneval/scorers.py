@@ -26,11 +26,11 @@ from unimm.evaluation.runs.sanity_checks import ABSENT, photographs
 Detection = dict[str, Any]
 
 PLAIN_COLORS = {"red": (230, 20, 20), "green": (20, 160, 40), "blue": (25, 50, 220)}
-CANARY_SIZE = 224
+SANITY_SIZE = 224
 MAJORITY = 0.5  # a color with a larger share of the vote is not a guess
 
 
-class Canary(NamedTuple):
+class SanityImage(NamedTuple):
     """A known image for the sanity check: name, metadata to check it against, and the expected verdict."""
 
     name: str
@@ -72,11 +72,11 @@ class Scorer:
         """Return the fingerprints of the models by role."""
         return {}
 
-    def canaries(self) -> list[Canary]:
+    def sanity_images(self) -> list[SanityImage]:
         """Return the scorer's built-in known images."""
         raise NotImplementedError
 
-    def judge(self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> Verdict:
+    def verdict(self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> Verdict:
         """Apply the official rules."""
         return verdict(metadata, detections, class_names=self.class_names, **asdict(self.thresholds))
 
@@ -86,8 +86,8 @@ class Scorer:
         known = [each if color_is_known(each) else {**each, "color": None} for each in detections]
         found = self.objects(metadata, known)
         colored = [rule for rule in metadata["include"] if rule.get("color")]
-        judged = [each for rule in colored for each in found.get(rule["class"], [])[: rule["count"]]]
-        return PlainVerdict(self.judge(metadata, known).correct, sum(each.color is None for each in judged))
+        scored = [each for rule in colored for each in found.get(rule["class"], [])[: rule["count"]]]
+        return PlainVerdict(self.verdict(metadata, known).correct, sum(each.color is None for each in scored))
 
     def objects(
         self, metadata: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]
@@ -98,26 +98,26 @@ class Scorer:
             detections, self.class_names, limit=limit, max_objects=options.max_objects, max_overlap=options.max_overlap
         )
 
-    def check(self, canaries: Sequence[Canary]) -> int:
+    def check(self, sanity_images: Sequence[SanityImage]) -> int:
         """Score known images and return their number.
 
         Raises:
             UserError: there are none, a score is not finite, or a verdict is wrong.
         """
-        if not canaries:
-            raise UserError(f"{self.name} has no known image to judge first: give --canary FOLDER.")
-        found = self.detections([each.image for each in canaries], [each.metadata for each in canaries])
-        for canary, detections in zip(canaries, found, strict=True):
+        if not sanity_images:
+            raise UserError(f"{self.name} has no known image to score first: give --sanity-images FOLDER.")
+        found = self.detections([each.image for each in sanity_images], [each.metadata for each in sanity_images])
+        for known, detections in zip(sanity_images, found, strict=True):
             if not all(np.isfinite([each["score"], *each["box"]]).all() for each in detections):
-                raise UserError(f"{self.name} gives scores that are not finite for {canary.name}: nothing is scored.")
-            judged = self.judge(canary.metadata, detections)
-            if judged.correct != canary.expected:
-                said = "; ".join(judged.reasons) or "right"
+                raise UserError(f"{self.name} gives scores that are not finite for {known.name}: nothing is scored.")
+            scored = self.verdict(known.metadata, detections)
+            if scored.correct != known.expected:
+                said = "; ".join(scored.reasons) or "right"
                 raise UserError(
-                    f"{self.name} fails on an image that is known: of {canary.name} it says of "
-                    f"{canary.metadata['prompt']!r}: {said}. Nothing is scored with it; check its weights and --device."
+                    f"{self.name} fails on an image that is known: of {known.name} it says of "
+                    f"{known.metadata['prompt']!r}: {said}. Nothing is scored with it; check its weights and --device."
                 )
-        return len(canaries)
+        return len(sanity_images)
 
 
 class ShapesScorer(Scorer):
@@ -136,19 +136,19 @@ class ShapesScorer(Scorer):
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "thresholds": asdict(self.thresholds)}
 
-    def canaries(self) -> list[Canary]:
+    def sanity_images(self) -> list[SanityImage]:
         """Return, for every tag, a correct image and an empty one; for positions also the correct one rotated by 180
         degrees."""
-        rng, known = np.random.default_rng(0), list[Canary]()
+        rng, known = np.random.default_rng(0), list[SanityImage]()
         for tag in TAGS:
             prompt = sample_prompt(rng, tag, split="test")
             scene = scene_for(rng, prompt)
             image, rules = render(scene), prompt.metadata()
-            known.append(Canary(f"a scene of {tag}", image, rules, True))
+            known.append(SanityImage(f"a scene of {tag}", image, rules, True))
             empty = render(Scene(background=scene.background, objects=()))
-            known.append(Canary("an empty image", empty, rules, False))
+            known.append(SanityImage("an empty image", empty, rules, False))
             if tag == "position":
-                known.append(Canary("a scene turned round", ImageOps.flip(ImageOps.mirror(image)), rules, False))
+                known.append(SanityImage("a scene turned round", ImageOps.flip(ImageOps.mirror(image)), rules, False))
         return known
 
 
@@ -176,7 +176,7 @@ class DetectorScorer(Scorer):
     def weights(self) -> dict[str, str]:
         return {"detector": self.detector.fingerprint, "clip": self.voter.fingerprint}
 
-    def canaries(self) -> list[Canary]:
+    def sanity_images(self) -> list[SanityImage]:
         """Return three photographs from scikit-image (a cat, a person, a cup), each also with a class that it lacks.
 
         Raises:
@@ -192,14 +192,14 @@ class DetectorScorer(Scorer):
                     "include": [{"class": asked, "count": 1}],
                     "prompt": f"a photo of {with_article(asked)}",
                 }
-                known.append(Canary(f"the photograph of a {name}", image, rules, asked == name))
+                known.append(SanityImage(f"the photograph of a {name}", image, rules, asked == name))
         return known
 
     def _check_plain_colors(self) -> None:
         """Raise UserError unless plain red, green and blue images are classified as such."""
-        whole = Segment(0, (0.0, 0.0, CANARY_SIZE, CANARY_SIZE), 1.0, np.ones((CANARY_SIZE, CANARY_SIZE), bool))
+        whole = Segment(0, (0.0, 0.0, SANITY_SIZE, SANITY_SIZE), 1.0, np.ones((SANITY_SIZE, SANITY_SIZE), bool))
         for color, value in PLAIN_COLORS.items():
-            (vote,) = self.voter.vote(Image.new("RGB", (CANARY_SIZE, CANARY_SIZE), value), [whole], "apple")
+            (vote,) = self.voter.vote(Image.new("RGB", (SANITY_SIZE, SANITY_SIZE), value), [whole], "apple")
             if vote.color != color:
                 raise UserError(
                     f"{self.voter.name} calls an image of plain {color} {vote.color}: no color is named with it."

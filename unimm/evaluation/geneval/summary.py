@@ -94,8 +94,8 @@ def _scores(rows: Sequence[dict[str, Any]], tags: Sequence[str]) -> dict[str, fl
 
 
 def _mean(rows: Sequence[dict[str, Any]], tag: str) -> float:
-    judged = [bool(row["correct"]) for row in rows if row["tag"] == tag]
-    return sum(judged) / len(judged)
+    scored = [bool(row["correct"]) for row in rows if row["tag"] == tag]
+    return sum(scored) / len(scored)
 
 
 def _intervals(rows: Sequence[dict[str, Any]], tags: Sequence[str], *, with_overall: bool) -> dict[str, Any]:

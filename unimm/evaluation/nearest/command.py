@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from unimm.data.image_files import save_image_atomically
 from unimm.data.image_streams import to_array
-from unimm.data.images import save_image_atomically
 from unimm.data.resizing import crop
 from unimm.data.sources.registry import open_images
 from unimm.data.sources.storage import data_path
@@ -35,7 +35,7 @@ from unimm.runs.report import Report
 from unimm.sampling import sampling_options
 
 PARTS = ("drawing", "reconstruction")
-JUDGE = {"name": "nearest image of the set", "rule": "no other image has a smaller mean squared difference"}
+SCORER = {"name": "nearest image of the set", "rule": "no other image has a smaller mean squared difference"}
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None) -> None:
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     for part in PARTS:
         found = summary[part]
         report.say(
-            f"{part:<15} {found['matches']} of {found['pictures']} are nearest to their own image "
+            f"{part:<15} {found['matches']} of {found['images']} are nearest to their own image "
             f"({found['share']:.1%}; by chance {1 / len(names):.2%}), mean rank {found['mean_rank']:.1f}"
         )
     if lost := summary["unreadable"]:
@@ -130,7 +130,7 @@ def _record(
                     raw_scores={"rank": int(rank)},
                     verdict=bool(rank == 1),
                     reason="" if rank == 1 else f"nearer to another: {names[found]}",
-                    judge=JUDGE,
+                    scorer=SCORER,
                 )
             )
 
@@ -164,7 +164,7 @@ def _summary(records: list[Record]) -> dict[str, Any]:
         ranks = [record.raw_scores["rank"] for record in own]
         found[part] = {
             "matches": matches,
-            "pictures": len(own),
+            "images": len(own),
             "share": matches / len(own),
             "mean_rank": sum(ranks) / len(ranks),
         }

@@ -4,7 +4,7 @@ eval/reconstruction.py)."""
 import argparse
 from collections.abc import Sequence
 
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
+from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, suite_parser
 from unimm.evaluation.runs.protocols import PROTOCOLS
 
 BENCH = "reconstruction"
@@ -16,17 +16,15 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=None if description else "unimm eval tok",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = suite_parser("tok", description, __doc__)
     parser.add_argument("--model", help="an image tokenizer or a unified model; the default comes with the library")
     parser.add_argument("--source", required=True, help="a parquet file or a folder of images")
     parser.add_argument("--kmeans-source", help="images that the k-means baseline learns from")
     parser.add_argument("--reference", help="a tokenizer with the original encoder")
-    parser.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
-    parser.add_argument("--fd-encoder", metavar="PATH", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
+    space = parser.add_mutually_exclusive_group()
+    space.add_argument("--inception", metavar="FILE", help="FID's Inception weights")
+    space.add_argument("--efficientnet", metavar="FILE", help="EfficientNet-Lite0's weights")
+    space.add_argument("--fd-encoder", metavar="PATH", help="a vision encoder: SigLIP, CLIP, DINOv2, ...")
     parser.add_argument("--lpips-trunk", metavar="FILE", help="torchvision's vgg16 weights: LPIPS is measured too")
     parser.add_argument("--lpips-heads", metavar="FILE", help="LPIPS v0.1 for VGG; those of an installed lpips")
     parser.add_argument("--num-images", type=int, default=1000, help="0: all, in the order of their names")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from unimm.data.image_files import save_image_atomically
 from unimm.data.image_streams import to_array
-from unimm.data.images import load_image, save_image_atomically
+from unimm.data.images import load_image
 from unimm.errors import UserError
 from unimm.evaluation.generation.feature_spaces import (
     FeatureSpace,
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         evaluated = load_evaluated_model(arguments.model)
         reference = load_evaluated_model(arguments.reference).tokenizer if arguments.reference else None
         lpips = load_lpips(arguments.lpips_trunk, arguments.lpips_heads) if arguments.lpips_trunk else None
-        named = load_space(arguments.inception, arguments.fd_encoder)
+        named = load_space(arguments.inception, arguments.fd_encoder, efficientnet=arguments.efficientnet)
     space = named or TokenizerSpace(reference or evaluated.tokenizer, original=reference is not None)
     compared = _may_compare(len(plan.images()), space, asked_for=named is not None)
     with report.timed("reconstruction"):
@@ -176,7 +177,7 @@ def _keep(store: RunStore, batch: Compared, todo: set[Key], seed: int, codebook_
                 seed=seed,
                 inputs={"original_path": store.inside(original)},
                 output_path=str(drawn),
-                raw_scores=row | {"entropy_of_picture": own.entropy, "ids": batch.ids[index].tolist()},
+                raw_scores=row | {"entropy_of_image": own.entropy, "ids": batch.ids[index].tolist()},
             )
         )
 
@@ -222,7 +223,7 @@ def _reconstructions(records: list[Record], codebook_size: int) -> Reconstructio
     return summarized(rows, usage, lost)
 
 
-_OWN = ("ids", "entropy_of_picture")  # fields of one image that are not averaged over the set
+_OWN = ("ids", "entropy_of_image")  # fields of one image that are not averaged over the set
 
 
 def _summary(records: list[Record], codebook_size: int) -> dict[str, Any]:
@@ -242,7 +243,8 @@ def _manifest(
     weights = {"tokenizer": model_fingerprint(tokenizer)}
     if named is not None:
         space = named.describe()
-        weights["inception" if arguments.inception else "fd_encoder"] = space["sha256"]
+        given = next(each for each in ("inception", "efficientnet", "fd_encoder") if getattr(arguments, each))
+        weights[given] = space["sha256"]
     if plan.kmeans_source:
         weights["kmeans_source"] = plan.kmeans_sha256()
     for name in ("lpips_trunk", "lpips_heads"):

@@ -9,10 +9,19 @@ from typing import Any
 
 from unimm.config.schema import plain
 from unimm.errors import UserError
-from unimm.evaluation.runs.records import read_manifest
+from unimm.evaluation.runs.records import FORMER_ARGUMENTS, read_manifest
 
 ABOUT_THE_PLACE = frozenset({"output", "repeated", "json", "rows", "page"})
 """Arguments that say where results go, not what is computed: a manifest omits them, so a repeated run sets its own."""
+
+
+def suite_parser(suite: str, description: str | None, doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser for a script with its own `description`, or for `unimm eval SUITE`, which shows `doc`."""
+    return argparse.ArgumentParser(
+        prog=None if description else f"unimm eval {suite}",
+        description=description or doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +33,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MANIFEST",
         help="repeat the run of this manifest.json; what else is given replaces its arguments",
     )
+
+
+def accept_former_names(parser: argparse.ArgumentParser) -> None:
+    """Let the parser take options by their former names too; its help does not show them."""
+    options = parser._option_string_actions
+    for former, name in FORMER_ARGUMENTS.items():
+        if (option := _option(name)) in options:
+            options.setdefault(_option(former), options[option])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def parse_run(
@@ -38,6 +59,7 @@ def parse_run(
     Raises:
         UserError: the manifest cannot be read, is of another benchmark, or names arguments that this command lacks.
     """
+    accept_former_names(parser)
     # read --from before the full parse: the manifest's arguments become its defaults
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--from", dest="repeated")

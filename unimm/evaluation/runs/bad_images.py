@@ -24,8 +24,8 @@ def each_or_error(items: Sequence[Item], load: Callable[[Item], Result]) -> list
     return found
 
 
-def judged_or_error(
-    items: Sequence[Item | UserError], judge: Callable[[Sequence[Item]], Sequence[Result]]
+def scored_or_error(
+    items: Sequence[Item | UserError], scorer: Callable[[Sequence[Item]], Sequence[Result]]
 ) -> list[Result | UserError]:
     """Return the scorer's result for each item of a batch; errors among the items are passed through.
 
@@ -34,9 +34,9 @@ def judged_or_error(
     """
     good = [item for item in items if not isinstance(item, UserError)]
     try:
-        results: list[Result | UserError] = list(judge(good)) if good else []
+        results: list[Result | UserError] = list(scorer(good)) if good else []
     except UserError as error:
-        results = each_or_error(good, lambda item: judge([item])[0])
+        results = each_or_error(good, lambda item: scorer([item])[0])
         if len(good) > 1 and all(isinstance(result, UserError) for result in results):
             raise error from None
     answered = iter(results)

@@ -6,7 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from unimm.data.images import load_image, save_image_atomically
+from unimm.data.image_files import save_image_atomically
+from unimm.data.images import load_image
 from unimm.errors import UserError
 from unimm.evaluation.runs.bad_images import each_or_error
 from unimm.evaluation.runs.store import Key, RunStore, sample_seed

@@ -76,7 +76,7 @@ class Run:
     def protocol(self) -> str:
         """Return the protocol of the scores in a few words; without one, all settings but the scorer's (shown in a
         column of its own)."""
-        settings = {name: value for name, value in self.manifest.settings.items() if name != "judge"}
+        settings = {name: value for name, value in self.manifest.settings.items() if name != "scorer"}
         named = settings.get("protocol", settings)
         if isinstance(named, str):
             return named
@@ -228,7 +228,7 @@ def _card(run: Run, record: Record, other: Run | None, theirs: Record | None) ->
         "reasons": record.reason.splitlines(),
         "rules": rules_of(record),
         "seed": record.seed,
-        "judge": record.judge.get("name"),
+        "scorer": record.scorer.get("name"),
     }
 
 

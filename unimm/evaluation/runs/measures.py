@@ -24,7 +24,7 @@ class Measure:
 
     Args:
         samples: number of records that it is a mean of.
-        judge: the scorer that gave the verdicts; empty for measurements without a verdict.
+        scorer: the scorer that gave the verdicts; empty for measurements without a verdict.
         by_tag: the score of each tag, if there are several.
     """
 
@@ -32,7 +32,7 @@ class Measure:
     name: str
     interval: Interval
     samples: int
-    judge: str = ""
+    scorer: str = ""
     by_tag: dict[str, Interval] = field(default_factory=dict)
 
 
@@ -45,7 +45,7 @@ class Comparison:
     first: float
     second: float
     samples: int
-    judges: tuple[str, str]
+    scorers: tuple[str, str]
     difference: Difference | None
 
 
@@ -57,13 +57,13 @@ def tag_of(record: Record) -> str:
     return str(record.inputs.get("tag", ""))
 
 
-def described(judge: Mapping[str, Any]) -> str:
+def described(scorer: Mapping[str, Any]) -> str:
     """Describe a scorer in a few words, with its components in parentheses and its hash shortened."""
-    words = [str(judge[name]) for name in ("name", "version") if judge.get(name)]
-    for name, value in judge.items():
+    words = [str(scorer[name]) for name in ("name", "version") if scorer.get(name)]
+    for name, value in scorer.items():
         if name not in ("name", "version", "sha256"):
             words.append(f"{name} ({described(value)})" if isinstance(value, Mapping) else f"{name} {value}")
-    return ", ".join([*words, *([f"sha256 {judge['sha256'][:12]}"] if judge.get("sha256") else [])])
+    return ", ".join([*words, *([f"sha256 {scorer['sha256'][:12]}"] if scorer.get("sha256") else [])])
 
 
 def measures(records: Sequence[Record]) -> list[Measure]:
@@ -104,8 +104,8 @@ def _scores_of(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
         for name, value in record.raw_scores.items()
         if _is_number(name, value) and name != VERDICT
     )
-    judged = [record for record in records if record.verdict is not None]
-    found = [(VERDICT, judged)] if judged else []
+    scored = [record for record in records if record.verdict is not None]
+    found = [(VERDICT, scored)] if scored else []
     return found + [(name, [r for r in records if _is_number(name, r.raw_scores.get(name))]) for name in names]
 
 
@@ -122,7 +122,7 @@ def _measure(part: str, name: str, records: list[Record]) -> Measure:
         rows = [record for record in records if tag_of(record) == tag]
         by_tag[tag] = bootstrap_mean([value_of(record, name) for record in rows], _clusters(rows))
     overall = bootstrap_mean(values, clusters, strata)
-    return Measure(part, name, overall, len(records), _judge(name, records), by_tag)
+    return Measure(part, name, overall, len(records), _scorer(name, records), by_tag)
 
 
 def _compared(part: str, name: str, first: list[Record], second: list[Record]) -> Comparison | None:
@@ -131,13 +131,13 @@ def _compared(part: str, name: str, first: list[Record], second: list[Record]) -
     if not ours:
         return None
     others = [theirs[record.key] for record in ours]
-    judges = (_judge(name, ours), _judge(name, others))
+    scorers = (_scorer(name, ours), _scorer(name, others))
     difference = None
-    if judges[0] == judges[1]:
+    if scorers[0] == scorers[1]:
         values = [[value_of(record, name) for record in rows] for rows in (ours, others)]
         difference = paired_bootstrap(values[0], values[1], _clusters(ours), _strata(name, ours))
     means = [_measure(part, name, rows).interval.value for rows in (ours, others)]
-    return Comparison(part, name, means[0], means[1], len(ours), judges, difference)
+    return Comparison(part, name, means[0], means[1], len(ours), scorers, difference)
 
 
 def _clusters(records: Iterable[Record]) -> list[str]:
@@ -153,8 +153,8 @@ def _strata(name: str, records: Sequence[Record]) -> list[str] | None:
     return tags if name in SHARES and len(set(tags)) > 1 else None
 
 
-def _judge(name: str, records: Iterable[Record]) -> str:
+def _scorer(name: str, records: Iterable[Record]) -> str:
     """Return the scorer of the verdicts; all of them if several were mixed."""
     if name != VERDICT:
         return ""
-    return " and ".join(dict.fromkeys(described(record.judge) for record in records if record.judge))
+    return " and ".join(dict.fromkeys(described(record.scorer) for record in records if record.scorer))

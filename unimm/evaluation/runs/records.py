@@ -11,13 +11,31 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from unimm.config.schema import build, plain
 from unimm.errors import UserError, one_line
 from unimm.runs.provenance import git_commit, hardware, package_versions
 
 Key = tuple[str, int]
+
+FORMER_ARGUMENTS = {
+    "judge": "vqa_model",
+    "judge_kind": "vqa_kind",
+    "judge_batch_size": "vqa_batch_size",
+    "allow_self_judge": "allow_self_scoring",
+    "vqa": "vqa_model",
+    "canary": "sanity_images",
+    "no_canary": "no_sanity_check",
+}
+"""Former name -> name of a command's argument; manifests and command lines may have either."""
+_FORMER_KEYS = {
+    "judge": "scorer",
+    "judge_batch_size": "vqa_batch_size",
+    "canary": "sanity_images",
+    "entropy_of_picture": "entropy_of_image",
+}
+"""Former key -> key of a manifest's settings and weights, and of a record's raw scores."""
 
 MANIFEST, RECORDS, SUMMARY = "manifest.json", "records.jsonl", "summary.json"
 UNREADABLE = "unreadable"
@@ -38,8 +56,10 @@ class Record:
             `score`, and if known `outline` (polygons of the mask), `color` and `color_votes` (shares).
         verdict: result of the scoring rule, None without one.
         reason: why the sample failed, one line per failed rule.
-        judge: `name`, `version`, `sha256` of the scorer; empty for a rule that needs no model.
+        scorer: `name`, `version`, `sha256` of the scorer; empty for a rule that needs no model.
     """
+
+    FORMER: ClassVar[dict[str, str]] = {"judge": "scorer"}
 
     bench: str
     item: str
@@ -50,7 +70,7 @@ class Record:
     raw_scores: dict[str, Any] = field(default_factory=dict)
     verdict: bool | float | None = None
     reason: str = ""
-    judge: dict[str, Any] = field(default_factory=dict)
+    scorer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -96,6 +116,13 @@ class Manifest:
         ]
 
 
+def _present(tree: dict[str, Any], section: str, former: Mapping[str, str]) -> dict[str, Any]:
+    """Return the tree of a file with the present names of the section's former keys."""
+    if not isinstance(here := tree.get(section), dict):
+        return tree
+    return tree | {section: {former.get(name, name): value for name, value in here.items()}}
+
+
 def unreadable(error: BaseException) -> str:
     """Return the reason of a record whose image could not be read."""
     return f"{UNREADABLE}: {one_line(error)}"
@@ -136,6 +163,7 @@ def parse_lines(path: Path) -> Iterator[Record]:
             raise UserError(f"Line {number} of {path} is no record ({error}): the file is damaged.") from None
         if not isinstance(tree, dict):
             raise UserError(f"Line {number} of {path} is no record: it is {line[:40]!r}.")
+        tree = _present(tree, "raw_scores", _FORMER_KEYS)
         yield build(Record, tree, key="", source=f"line {number} of {path}")
 
 
@@ -153,6 +181,8 @@ def read_manifest(path: str | Path) -> Manifest:
         raise UserError(f"{path} is no manifest: it is a {type(tree).__name__}, expected an object.")
     # An older manifest lacks these fields: leave them empty, since the defaults would describe this machine.
     tree = {"versions": {}, "hardware": {}, "commit": None} | tree
+    for section, former in (("settings", _FORMER_KEYS), ("weights", _FORMER_KEYS), ("arguments", FORMER_ARGUMENTS)):
+        tree = _present(tree, section, former)
     return build(Manifest, tree, key="", source=str(path))
 
 

@@ -16,11 +16,11 @@ from unimm.data.images import load_image
 from unimm.english import with_article
 from unimm.errors import UserError
 from unimm.evaluation.metrics.answers import same_answer
-from unimm.evaluation.vqa import Judge
+from unimm.evaluation.vqa import VQAModel
 
 ABSENT = "zebra"
 """An object that none of the photographs shows."""
-CANARIES = "canaries.jsonl"
+SANITY_IMAGES, FORMER_NAME = "sanity_images.jsonl", "canaries.jsonl"
 
 
 class KnownAnswer(NamedTuple):
@@ -43,7 +43,7 @@ def photographs() -> dict[str, Image.Image]:
     except ImportError:
         raise UserError(
             "The known images come with scikit-image, which is not installed: install unimm[eval], or give images "
-            "of your own with --canary FOLDER."
+            "of your own with --sanity-images FOLDER."
         ) from None
     shown = {"cat": data.chelsea, "person": data.astronaut, "cup": data.coffee}
     return {name: Image.fromarray(pixels()) for name, pixels in shown.items()}
@@ -53,8 +53,8 @@ def known_answers(folder: str | Path | None = None) -> list[KnownAnswer]:
     """Return questions about the photographs: whether they show their subject, and whether they show a zebra.
 
     Args:
-        folder: use the user's own questions instead: images, and canaries.jsonl with a line {"image": a file of the
-            folder, "question": ..., "answer": ...} for each question.
+        folder: use the user's own questions instead: images, and sanity_images.jsonl with a line {"image": a file of
+            the folder, "question": ..., "answer": ...} for each question.
 
     Raises:
         UserError: the folder cannot be read as such, or there is neither a folder nor scikit-image.
@@ -68,29 +68,31 @@ def known_answers(folder: str | Path | None = None) -> list[KnownAnswer]:
     ]
 
 
-def check_vqa_model(judge: Judge, known: Sequence[KnownAnswer]) -> int:
+def check_vqa_model(vqa_model: VQAModel, known: Sequence[KnownAnswer]) -> int:
     """Check a VQA model on questions with known answers; return the number of questions.
 
     Raises:
         UserError: there are no questions, a score is not finite, or an answer is wrong.
     """
     if not known:
-        raise UserError(f"{judge.name} has no known image to be asked about first: give --canary FOLDER.")
-    said = judge.answer_yes_no([each.image for each in known], [each.question for each in known])
+        raise UserError(f"{vqa_model.name} has no known image to be asked about first: give --sanity-images FOLDER.")
+    said = vqa_model.answer_yes_no([each.image for each in known], [each.question for each in known])
     for each, given in zip(known, said, strict=True):
         if given.probability is not None and not math.isfinite(given.probability):
-            raise UserError(f"{judge.name} gives scores that are not finite for {each.name}: it judges nothing.")
+            raise UserError(f"{vqa_model.name} gives scores that are not finite for {each.name}: it scores nothing.")
         if not same_answer(given.answer, each.expected):
             raise UserError(
-                f"{judge.name} fails on an image that is known: of {each.name} it answers {each.question!r} with "
-                f"{given.answer!r}, expected {each.expected!r}. It judges nothing; check its weights and --device, or "
-                "go on with --no-canary, which the result will say."
+                f"{vqa_model.name} fails on an image that is known: of {each.name} it answers {each.question!r} with "
+                f"{given.answer!r}, expected {each.expected!r}. Nothing is scored with it; check its weights and "
+                "--device, or go on with --no-sanity-check, which the result will say."
             )
     return len(known)
 
 
 def _own(folder: Path) -> list[KnownAnswer]:
-    path = folder / CANARIES
+    path = folder / SANITY_IMAGES
+    if not path.exists() and (folder / FORMER_NAME).exists():
+        path = folder / FORMER_NAME
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         asked = [(str(row["image"]), str(row["question"]), str(row["answer"])) for row in rows]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from unimm.errors import UserError
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
+from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, suite_parser
 from unimm.runs.provenance import check_output
 from unimm.sampling import SAMPLING_HELP, add_sampling_arguments, sampling_options
 
@@ -66,11 +66,7 @@ class ShapesPlan:
 
 
 def parse(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=None if description else "unimm eval shapes",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = suite_parser("shapes", description, __doc__)
     parser.add_argument("--model", help="a unified model or an image tokenizer; the default comes with the library")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {','.join(ALL_PARTS)}")
     parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")

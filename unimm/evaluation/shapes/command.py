@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from unimm.data.images import save_image_atomically
+from unimm.data.image_files import save_image_atomically
 from unimm.data.shapes import TAGS
 from unimm.errors import UserError
 from unimm.evaluation.runs.arguments import recorded_arguments
@@ -44,7 +44,7 @@ from unimm.runs.provenance import git_commit, model_fingerprint, write_atomicall
 from unimm.runs.report import Report
 from unimm.sampling import sampling_options
 
-JUDGES = {
+SCORERS = {
     "reconstruction": {"name": "the world's analytic detector", "rule": "same colours and shapes on both sides"},
     "chat": {"name": "the one right answer", "rule": "equal after normalisation"},
     "generation": {"name": "the world's analytic detector", "rule": "GenEval's, every detection counts"},
@@ -138,15 +138,15 @@ def _measured(
     scores, strict, rows = Scores(), Scores(), list[Row]()
     for part in parts:
         with report.timed(part):
-            scores[part], judged = MEASURES[part].evaluate(evaluated, plan)
-        strict[part] = _strict(part, judged)
-        rows += [{"part": part, **row} for row in judged]
+            scores[part], scored = MEASURES[part].evaluate(evaluated, plan)
+        strict[part] = _strict(part, scored)
+        rows += [{"part": part, **row} for row in scored]
         report.say(_table({part: scores[part], STRICT: strict}))
     return scores | {STRICT: _present(strict)}, rows
 
 
 def _strict(part: str, rows: list[Row]) -> dict[str, float]:
-    """Return the scores of a part by the strict detector; empty if it judges nothing of it."""
+    """Return the scores of a part by the strict detector; empty if it scores none of it."""
     if part not in KEYS:
         return strict_scores(part, rows)
     renamed = {"correct": "strict", "kept": "strict_kept", "drawn": "strict_drawn"}
@@ -229,7 +229,7 @@ def _record_of(store: RunStore, plan: ShapesPlan, part: str, row: Row, images: M
         raw_scores=row,
         verdict=verdict,
         reason="\n".join(reasons),
-        judge={} if verdict is None else JUDGES[part],
+        scorer={} if verdict is None else SCORERS[part],
     )
 
 

@@ -27,12 +27,12 @@ from unimm.evaluation.shapes.run import (
     Row,
     Shown,
     Wanted,
-    judge_drawing,
     keyed_row,
     mean,
     names,
     progress,
     read_objects,
+    score_drawing,
 )
 from unimm.mllm.answering import chat_inputs
 from unimm.mllm.draw_prompts import draw_conversations
@@ -65,12 +65,12 @@ def edits(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -
         drawn = draw_conversations(model, processor, asked, seeds, **plan.sampling)
         shown: list[Shown] = []
         for (key, edit), seed, source, image in zip(batch, seeds, sources, drawn, strict=True):
-            row = keyed_row(key, seed=seed, kind=edit.kind, prompt=edit.instruction) | judge_edit(edit, image)
+            row = keyed_row(key, seed=seed, kind=edit.kind, prompt=edit.instruction) | score_edit(edit, image)
             shown.append((row, {"original": source, "drawn": image}))
         yield shown
 
 
-def judge_edit(edit: Edit, image: Image.Image) -> Row:
+def score_edit(edit: Edit, image: Image.Image) -> Row:
     """Return `correct` and `strict`, and which of the kept objects are found again (`kept`, `strict_kept`)."""
     tone, found, strictly = background_of(image), detect(image), read_strictly(image)
     kept, strict_kept = edit.unchanged(found), edit.unchanged(strictly.objects)
@@ -108,7 +108,7 @@ def interleaved(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = b
         shown: list[Shown] = []
         drawn = draw_and_say(model, processor, requests, seeds, **plan.sampling)
         for (key, request, prompt), seed, (image, text) in zip(batch, seeds, drawn, strict=True):
-            row = keyed_row(key, seed=seed, prompt=request, answer=text) | judge_answer(prompt, image, text)
+            row = keyed_row(key, seed=seed, prompt=request, answer=text) | score_answer(prompt, image, text)
             shown.append((row, {} if image is None else {"drawn": image}))
         yield shown
 
@@ -135,16 +135,16 @@ def draw_and_say(
     return answers
 
 
-def judge_answer(prompt: Prompt, image: Image.Image | None, text: str) -> Row:
+def score_answer(prompt: Prompt, image: Image.Image | None, text: str) -> Row:
     """Return whether a text names exactly the objects of its image (`correct`), and whether the image shows the prompt
     (`drawn`), by both detectors."""
     if image is None:
         reasons = ["no image"]
         return {"correct": False, "reasons": reasons, "drawn": False, "strict": False, "strict_drawn": False}
-    judged, named, strictly = judge_drawing(prompt, image), named_objects(text), read_strictly(image)
+    scored, named, strictly = score_drawing(prompt, image), named_objects(text), read_strictly(image)
     correct = named == read_objects(image)
     row = {"correct": correct, "reasons": [] if correct else [f"named {', '.join(names(named)) or 'nothing'}"]}
-    row |= {"found": judged["found"], "drawn": judged["correct"], "strict_drawn": judged["strict"]}
+    row |= {"found": scored["found"], "drawn": scored["correct"], "strict_drawn": scored["strict"]}
     return row | {"strict": strictly.shows(named), "refusals": list(strictly.refusals)}
 
 

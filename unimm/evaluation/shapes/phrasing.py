@@ -32,10 +32,10 @@ from unimm.evaluation.shapes.run import (
     Row,
     Shown,
     Wanted,
-    judge_drawing,
     keyed_row,
     mean,
     progress,
+    score_drawing,
 )
 from unimm.mllm.answering import answer_all
 from unimm.mllm.draw_prompts import draw_prompts
@@ -81,7 +81,7 @@ def _drawings(model: Any, processor: Any, plan: ShapesPlan, keys: list[Key], wan
         images = draw_prompts(model, processor, [prompt.prompt for _, prompt in batch], seeds, **plan.sampling)
         shown: list[Shown] = []
         for (key, prompt), seed, image in zip(batch, seeds, images, strict=True):
-            row = keyed_row(key, seed=seed, group=f"{DRAWN}/{_kind(key)}") | judge_drawing(prompt, image)
+            row = keyed_row(key, seed=seed, group=f"{DRAWN}/{_kind(key)}") | score_drawing(prompt, image)
             shown.append((row, {"drawn": image}))
         yield shown
 

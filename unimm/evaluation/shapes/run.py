@@ -149,7 +149,7 @@ def drawings(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool
         shown: list[Shown] = []
         for index, (key, image) in enumerate(zip(keys, images, strict=True)):
             group, _, prompt, seed = batch[index // plan.images_per_prompt]
-            shown.append((keyed_row(key, seed=seed, group=group) | judge_drawing(prompt, image), {"drawn": image}))
+            shown.append((keyed_row(key, seed=seed, group=group) | score_drawing(prompt, image), {"drawn": image}))
         yield shown
 
 
@@ -228,13 +228,13 @@ def answer_questions(model: Any, processor: Any, questions: Sequence[tuple[Image
     return [each.text for each in answer_all(model, processor, messages, max_new_tokens=MAX_ANSWER_TOKENS)]
 
 
-def judge_drawing(prompt: Prompt, image: Image.Image) -> Row:
+def score_drawing(prompt: Prompt, image: Image.Image) -> Row:
     """Apply GenEval's rules and the strict reading to one drawn image."""
     detections = [item.as_rule_input() for item in detect(image)]
-    judged = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
+    scored = verdict(prompt.metadata(), detections, class_names=SHAPES, threshold=0, counting_threshold=0)
     found = names(Counter((item["color"], item["label"]) for item in detections))
-    row = {"tag": prompt.tag, "prompt": prompt.prompt, "correct": judged.correct}
-    row |= {"reasons": judged.reasons, "found": found, "detections": plain(detections)}
+    row = {"tag": prompt.tag, "prompt": prompt.prompt, "correct": scored.correct}
+    row |= {"reasons": scored.reasons, "found": found, "detections": plain(detections)}
     refused = refusals(prompt.metadata(), image)
     return row | {"strict": not refused, "refusals": refused}
 
@@ -243,9 +243,9 @@ def refusals(metadata: Mapping[str, Any], image: Image.Image) -> list[str]:
     """Return why, by the strict detector, an image does not show exactly the prompt with this metadata."""
     read, asked = read_strictly(image), sum(rule["count"] for rule in metadata["include"])
     detections = [item.as_rule_input() for item in read.objects]
-    judged = verdict(metadata, detections, class_names=SHAPES, threshold=0, counting_threshold=0)
+    scored = verdict(metadata, detections, class_names=SHAPES, threshold=0, counting_threshold=0)
     surplus = [f"{len(detections)} objects, {asked} were asked for"] if len(detections) > asked else []
-    return [*read.refusals, *judged.reasons, *surplus]
+    return [*read.refusals, *scored.reasons, *surplus]
 
 
 def _arrays(images: torch.Tensor) -> np.ndarray:

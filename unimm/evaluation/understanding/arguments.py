@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unimm.errors import UserError
-from unimm.evaluation.runs.arguments import add_run_arguments, parse_run
+from unimm.evaluation.runs.arguments import add_run_arguments, parse_run, suite_parser
 
 HUB_TASKS = ("mme", "pope", "gqa", "textvqa", "textvqa_ocr", "mmbench", "seed", "mmmu", "ai2d")
 SHAPES_TASKS = ("shapes_mme", "shapes_pope")
@@ -57,11 +57,7 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog=None if description else "unimm eval und",
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = suite_parser("und", description, __doc__)
     made.add_argument("--model", help="a unified model; the default comes with the library")
     tasks = ",".join(HUB_TASKS)
     made.add_argument("--tasks", default=tasks, help=f"default {tasks}; also {','.join(SHAPES_TASKS)}")

@@ -169,8 +169,8 @@ class HostTrainer(StreamTrainer):
                 )
             for k, flow in enumerate(self.flow_weights):
                 if flow in batch:
-                    counts[k] += int((batch[flow]["labels"][:, 1:] != IGNORED).sum())
-        return self.accelerator.reduce(counts.to(device), "sum")
+                    counts[k] += len(batch[flow]["labels_at"])
+        return self.accelerator.reduce(counts.to(device, non_blocking=True), "sum")
 
     def compute_loss(
         self,
@@ -190,7 +190,7 @@ class HostTrainer(StreamTrainer):
             if flow in inputs:
                 total, count = self._flow_loss(model, inputs[flow])
                 loss = loss + weight * total / counts[k].clamp_min(1)
-                sums[k] += torch.stack([total.detach(), total.new_tensor(count)])
+                sums[k] += torch.stack([total.detach(), total.new_full((), count)])
         seen = any("pixel_values" in batch for batch in inputs.values())
         if model.training:
             self._saw_images += seen
@@ -216,13 +216,11 @@ class HostTrainer(StreamTrainer):
     def _flow_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Return the sum of the cross entropy over a batch's labels, and the number of labels."""
         batch = dict(batch)
-        drawn, labels = batch.pop("drawn"), batch.pop("labels")
+        drawn, labels, where = batch.pop("drawn"), batch.pop("labels"), batch.pop("labels_at")
         drawings, ids = batch.pop("drawn_pixel_values", None), batch.pop("drawn_ids", None)
-        # `nonzero` synchronizes with the device: do it before the forward is queued, when there is nothing to wait for
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [B, L]
-        where = (following != IGNORED).flatten().nonzero()[:, 0]
         if drawings is not None or ids is not None:
-            token_ids = self._image_tokens(drawings) if ids is None else self.model.visual_vocabulary.token_ids(ids)
+            # the folder checks its ids, row by row: to check them here would make the host wait for the device
+            token_ids = self._image_tokens(drawings) if ids is None else self.model.visual_vocabulary.base + ids
             batch["input_ids"] = batch["input_ids"].masked_scatter(drawn, token_ids)
             labels = labels.masked_scatter(drawn, token_ids)
         logits = model(**batch, logits_at=where, vocabulary="all", use_cache=False).logits  # [n, V]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unimm.training.loop.sharding import as_sharded, as_whole
+from unimm.training.loop.sharding import as_local, as_sharded, as_whole
 
 
 class EMA:
@@ -37,10 +37,13 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Update shadow <- shadow + (1 - decay) (weight - shadow); call it once per optimizer step."""
-        decay = self.current_decay
-        for name, tensor in self._matched(model).items():
+        weights = self._matched(model)
+        for name, tensor in weights.items():
             self.shadow[name] = as_sharded(self.shadow[name], tensor)  # once a model is sharded, its average is too
-            self.shadow[name].lerp_(tensor.float(), 1 - decay)
+        shadows = [as_local(self.shadow[name]) for name in weights]
+        new = [as_local(tensor.detach()).float() for tensor in weights.values()]
+        if shadows:  # one kernel for many tensors on a GPU; on a CPU the same as one lerp_ for each
+            torch._foreach_lerp_(shadows, new, 1 - self.current_decay)
         self.num_updates += 1
 
     @torch.no_grad()

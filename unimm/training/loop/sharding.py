@@ -82,6 +82,11 @@ def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def as_local(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a sharded tensor; any other tensor is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def as_whole(tensor: Tensor) -> Tensor:
     """Gather a tensor if it is sharded; call it on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -32,7 +32,8 @@ class CodebookMaintenance:
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.batches, self.num_images = batches, num_images
-        self.chosen = CodebookUsage(tokenizer.config.codebook_size)  # by all processes since the last restart
+        # by all processes since the last restart
+        self.chosen = CodebookUsage(tokenizer.config.codebook_size, tokenizer.device)
 
     @torch.no_grad()
     def fit(self) -> None:
@@ -53,7 +54,7 @@ class CodebookMaintenance:
         """Move dead codes, which no process used, and redundant ones to latents [n, C] of all processes; do nothing
         from the share `restart_until` of the run's steps on."""
         counts = self.chosen.counts.to(latents.device)
-        self.chosen = CodebookUsage(len(counts))
+        self.chosen = CodebookUsage(len(counts), counts.device)
         if step >= self.config.restart_until * self.config.steps:
             return
         quantizer = self.tokenizer.quantizer

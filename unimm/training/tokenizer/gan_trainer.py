@@ -78,10 +78,10 @@ class GANTrainer:
     def generator_loss(self, pixels: Tensor, step: int, *, last: bool) -> Tensor:
         """Return the tokenizer's GAN loss of its pixels [B, 3, H, W]; the discriminator stays unchanged. `last` marks
         the last micro-batch of the step."""
-        judge = self.module  # DDP has nothing to reduce in this step
-        same = (kept_buffers(judge, put_back=not last), seeded(self._seed(step, 0)))
-        with frozen(judge), same[0], same[1], self.accelerator.autocast():
-            return _GENERATOR_LOSSES[self.gan.generator](judge(self._view(pixels)))
+        discriminator = self.module  # DDP has nothing to reduce in this step
+        same = (kept_buffers(discriminator, put_back=not last), seeded(self._seed(step, 0)))
+        with frozen(discriminator), same[0], same[1], self.accelerator.autocast():
+            return _GENERATOR_LOSSES[self.gan.generator](discriminator(self._view(pixels)))
 
     def step(self, real: Sequence[Tensor], fake: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         """Update the discriminator once on the real and fake pixels [B, 3, H, W] of every micro-batch; return

@@ -20,7 +20,7 @@ from unimm.training.loop.global_batch import all_rows, global_size, micro_batch_
 from unimm.training.tokenizer.perceptual import FeaturePerceptualLoss, PerceptualLoss, build_perceptual
 
 
-def _judged_by(name: str) -> dict[str, Any]:
+def _used_by(name: str) -> dict[str, Any]:
     return used_when(lambda c: name in c.kind, f"{name} in loss.perceptual.kind")
 
 
@@ -41,10 +41,10 @@ class PerceptualConfig:
     """
 
     kind: str = "lpips+0.1*convnext_s"
-    vgg16: str | None = field(default=None, metadata=_judged_by("lpips"))
-    lpips_heads: str | None = field(default=None, metadata=_judged_by("lpips"))
-    convnext_s: str | None = field(default=None, metadata=_judged_by("convnext_s"))
-    feature_layers: list[int] = field(default_factory=lambda: [-1], metadata=_judged_by("features"))
+    vgg16: str | None = field(default=None, metadata=_used_by("lpips"))
+    lpips_heads: str | None = field(default=None, metadata=_used_by("lpips"))
+    convnext_s: str | None = field(default=None, metadata=_used_by("convnext_s"))
+    feature_layers: list[int] = field(default_factory=lambda: [-1], metadata=_used_by("features"))
 
 
 @dataclass
@@ -99,7 +99,7 @@ class ObjectiveConfig:
     pixel_weight: NonNegative = 1.0
     l1_weight: NonNegative = 0.0
     perceptual_weight: NonNegative = field(
-        default=1.0, metadata=used_when(lambda c: c.perceptual.kind != "none", "judges in loss.perceptual.kind")
+        default=1.0, metadata=used_when(lambda c: c.perceptual.kind != "none", "networks in loss.perceptual.kind")
     )
     codebook_weight: NonNegative = 1.0
     commitment_weight: NonNegative = 0.25
@@ -205,7 +205,7 @@ class TokenizerObjective(nn.Module):
         }
         if self.config.l1_weight:
             terms["l1"] = F.l1_loss(predicted, pixels)
-        if self.perceptual.judges:
+        if self.perceptual.networks:
             terms["perceptual"] = self.perceptual(predicted, pixels)
         if teacher_features is not None:
             terms["distillation"] = F.mse_loss(output.features.float(), teacher_features.float())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unimm.errors import UserError
 from unimm.networks.perceptual import load_convnext, load_lpips, unit_length
 
-JUDGES = ("lpips", "convnext_s", "features")
+NETWORKS = ("lpips", "convnext_s", "features")
 HiddenStates = Callable[[Tensor], Sequence[Tensor]]
 
 
@@ -26,11 +26,11 @@ class PerceptualLoss(nn.Module):
     in eval mode; gradients reach `predicted` only. Without networks the loss is 0.
     """
 
-    def __init__(self, judges: Mapping[str, tuple[float, nn.Module]], *, average: bool = False) -> None:
+    def __init__(self, networks: Mapping[str, tuple[float, nn.Module]], *, average: bool = False) -> None:
         super().__init__()
-        total = sum(weight for weight, _ in judges.values()) if average else 1.0
-        self.weights = {name: weight / total for name, (weight, _) in judges.items()}
-        self.judges = nn.ModuleDict({name: judge for name, (_, judge) in judges.items()})
+        total = sum(weight for weight, _ in networks.values()) if average else 1.0
+        self.weights = {name: weight / total for name, (weight, _) in networks.items()}
+        self.networks = nn.ModuleDict({name: network for name, (_, network) in networks.items()})
         self.requires_grad_(False)
         self.train(False)
 
@@ -45,7 +45,7 @@ class PerceptualLoss(nn.Module):
             raise ValueError(f"Predicted pixels are {tuple(predicted.shape)} and target pixels {tuple(target.shape)}.")
         with torch.autocast(predicted.device.type, enabled=False):
             predicted, target = predicted.float(), target.detach().float()
-            return {name: judge(predicted, target) for name, judge in self.judges.items()}
+            return {name: network(predicted, target) for name, network in self.networks.items()}
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum of `terms`, so that a trainer that logs the terms computes them once."""
@@ -100,10 +100,10 @@ def parse_perceptual(kind: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for term in [] if kind.strip() == "none" else kind.split("+"):
         match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?(\w+)\s*", term)
-        if match is None or match[2] not in JUDGES or match[2] in weights:
+        if match is None or match[2] not in NETWORKS or match[2] in weights:
             raise UserError(
                 f'"{term.strip()}" in the perceptual loss "{kind}" is not understood: write "none" or a sum of '
-                f"different judges out of {', '.join(JUDGES)}, each with a weight if need be, "
+                f"different networks out of {', '.join(NETWORKS)}, each with a weight if need be, "
                 'such as "lpips+0.1*convnext_s".'
             )
         weights[match[2]] = float(match[1] or 1.0)
@@ -127,15 +127,15 @@ def build_perceptual(
         UserError: a weight file is missing; the message says which file to get and which argument takes its path.
     """
     weights = parse_perceptual(kind)
-    judges: dict[str, nn.Module] = {}
+    networks: dict[str, nn.Module] = {}
     if "lpips" in weights:
-        judges["lpips"] = load_lpips(vgg16, lpips_heads)
+        networks["lpips"] = load_lpips(vgg16, lpips_heads)
     if "convnext_s" in weights:
-        judges["convnext_s"] = load_convnext(convnext_s)
+        networks["convnext_s"] = load_convnext(convnext_s)
     if "features" in weights:
         if features is None:
             raise UserError(
                 f'The perceptual loss "{kind}" needs an encoder whose features it compares and none was given.'
             )
-        judges["features"] = features
-    return PerceptualLoss({name: (weights[name], judge) for name, judge in judges.items()}, average=average)
+        networks["features"] = features
+    return PerceptualLoss({name: (weights[name], network) for name, network in networks.items()}, average=average)

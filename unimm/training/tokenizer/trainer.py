@@ -97,7 +97,7 @@ class TokenizerTrainer:
         set_trainable(tokenizer, config.stage)
         # Copied before any step: the teacher and the feature loss compare with the encoder as it was before this stage.
         self.teacher = Teacher(tokenizer) if config.stage == 2 else None
-        self.objective = TokenizerObjective(objective, self._feature_judge(objective))
+        self.objective = TokenizerObjective(objective, self._feature_loss(objective))
         self.patch_mixes = objective.context_weight > 0
         if self.patch_mixes:
             cell_size(tokenizer)
@@ -109,12 +109,13 @@ class TokenizerTrainer:
     # ---- building
     # ---------------------------------------------------------------------------------------------------------------
 
-    def _feature_judge(self, objective: ObjectiveConfig) -> FeaturePerceptualLoss | None:
+    def _feature_loss(self, objective: ObjectiveConfig) -> FeaturePerceptualLoss | None:
         if "features" not in objective.perceptual.kind:
             return None
-        judge = copy.deepcopy(self.tokenizer.encoder).requires_grad_(False).eval().to(self.accelerator.device)
+        encoder = copy.deepcopy(self.tokenizer.encoder).requires_grad_(False).eval().to(self.accelerator.device)
         return FeaturePerceptualLoss(
-            lambda pixels: encode_features(judge, self.tokenizer.normalize(pixels)), objective.perceptual.feature_layers
+            lambda pixels: encode_features(encoder, self.tokenizer.normalize(pixels)),
+            objective.perceptual.feature_layers,
         )
 
     def _prepare(self, objective: ObjectiveConfig) -> None:
@@ -137,7 +138,8 @@ class TokenizerTrainer:
         self.reconstruct, self.optimizer = self.accelerator.prepare(self.reconstruct_module, optimizer)
         self.guard = StandstillGuard(self.tokenizer, self.optimizer, "The tokenizer's")
         self.ema = EMA(self.tokenizer, decay=config.ema_decay)
-        self.usage = CodebookUsage(self.tokenizer.config.codebook_size)  # since the last log
+        self.usage = CodebookUsage(self.tokenizer.config.codebook_size, device)  # since the last log
+        self._bad_steps: dict[tuple[str, ...], Tensor] = {}
         self.maintenance = CodebookMaintenance(self.tokenizer, config, self._batches, len(self.images))
         for module in (self.teacher, self.objective):
             if module is not None:
@@ -149,10 +151,12 @@ class TokenizerTrainer:
     def _batches(self, indices: Sequence[int], images: Images | None = None) -> Iterator[Tensor]:
         """Yield the pixel_values [B, 3, H, W] of the images at `indices`, in order; `images` defaults to the training
         images."""
+        gpu = self.accelerator.device.type == "cuda"
         loader = DataLoader(
             Subset(self.images if images is None else images, indices),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
+            pin_memory=gpu,  # so that the copy to the device overlaps with its work
             # A DataLoader draws a seed whenever it starts; from the global generator, a resumed run would draw twice.
             generator=torch.Generator(),
             collate_fn=lambda rows: (
@@ -160,7 +164,7 @@ class TokenizerTrainer:
             ),
         )
         for pixel_values in loader:
-            yield pixel_values.to(self.accelerator.device)
+            yield pixel_values.to(self.accelerator.device, non_blocking=gpu)
 
     # ---- the loop
     # ---------------------------------------------------------------------------------------------------------------
@@ -242,8 +246,8 @@ class TokenizerTrainer:
             if restarts:
                 latents.append(all_rows(output.latents.detach()).flatten(0, 1))
             ids = all_rows(output.ids)
-            self.usage.update(ids)
-            self.maintenance.chosen.update(ids)
+            self.usage.count(ids)
+            self.maintenance.chosen.count(ids)
         norm = self.accelerator.clip_grad_norm_(self._trainable(), self.config.max_grad_norm)
         self.guard.begin_step()
         self.optimizer.step()
@@ -258,6 +262,7 @@ class TokenizerTrainer:
         self.ema.update(self.tokenizer)
         self.step += 1
         if restarts:
+            self.refuse_nan()
             self.maintenance.restart(self.step, torch.cat(latents))
         return logged | {"grad_norm": norm}
 
@@ -276,8 +281,9 @@ class TokenizerTrainer:
             last = index == len(window.pixel_values) - 1
             terms["gan"] = gan_trainer.generator_loss(output.pixels, self.step, last=last)
             loss = loss + gan_trainer.gan.weight * terms["gan"]
-        self._refuse_nan(loss, terms)
-        return terms | {"loss": loss}, output
+        terms |= {"loss": loss}
+        self._note_nan(terms)
+        return terms, output
 
     def _target(self, pixel_values: Tensor) -> Tensor:
         """Return the target pixels [B, 3, H, W] in [0, 1], resized if the output size differs from the input size."""
@@ -290,8 +296,8 @@ class TokenizerTrainer:
 
     def modules(self) -> list[nn.Module]:
         """Return every module that takes part in a step."""
-        judges = [] if self.gan_trainer is None else [self.gan_trainer.discriminator]
-        return [self.tokenizer, self.objective, *([] if self.teacher is None else [self.teacher]), *judges]
+        discriminators = [] if self.gan_trainer is None else [self.gan_trainer.discriminator]
+        return [self.tokenizer, self.objective, *([] if self.teacher is None else [self.teacher]), *discriminators]
 
     def _trainable(self) -> list[Tensor]:
         return [p for p in self.tokenizer.parameters() if p.requires_grad]
@@ -301,15 +307,26 @@ class TokenizerTrainer:
         """Return the samples of one optimizer step, over all processes and accumulation steps."""
         return self.config.batch_size * self.accelerator.num_processes * self.config.gradient_accumulation_steps
 
-    def _refuse_nan(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        if torch.isfinite(loss):
+    def _note_nan(self, terms: dict[str, Tensor]) -> None:
+        """Remember the first step in which a term is not finite, on the device, which need not be waited for."""
+        names, bad = tuple(terms), ~torch.isfinite(torch.stack([term.detach().float() for term in terms.values()]))
+        before = self._bad_steps.get(names, torch.full(bad.shape, -1, device=bad.device))
+        self._bad_steps[names] = torch.where(bad & (before < 0), self.step, before)
+
+    def refuse_nan(self) -> None:
+        """Raise UserError after a loss that is not finite: at every log line, and before the weights are saved."""
+        first: dict[str, int] = {}
+        for names, steps in self._bad_steps.items():
+            for name, step in zip(names, steps.tolist(), strict=True):
+                if step >= 0:
+                    first.setdefault(name, step)
+        if "loss" not in first:
             return
-        size = self.samples_per_step
-        bad = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "the sum"
+        step, size = first.pop("loss"), self.samples_per_step
+        bad = ", ".join(name for name, since in first.items() if since == step) or "the sum"
         raise UserError(
-            f"The loss is not finite at step {self.step} ({bad}), images {self.step * size} to "
-            f"{(self.step + 1) * size - 1}; lower the learning rate or look at these images. "
-            "The last checkpoint is untouched."
+            f"The loss is not finite at step {step} ({bad}), images {step * size} to {(step + 1) * size - 1}; lower "
+            "the learning rate or look at these images. The last checkpoint is untouched."
         )
 
     # ---- logging and saving
@@ -321,10 +338,12 @@ class TokenizerTrainer:
         return dict(zip(scalars, values.tolist(), strict=True))
 
     def _log(self, scalars: dict[str, float], bar: tqdm) -> None:
+        self.refuse_nan()
         for part in (self, self.gan_trainer):
             if part is not None:
                 part.guard.check(self.step)
-        usage, self.usage = self.usage, CodebookUsage(self.tokenizer.config.codebook_size)
+        size, device = self.tokenizer.config.codebook_size, self.accelerator.device
+        usage, self.usage = self.usage, CodebookUsage(size, device)
         scalars |= {f"codebook/{name}": getattr(usage, name) for name in ("use", "perplexity", "dead")}
         scalars["learning_rate"] = self.scheduler.get_last_lr()[0]
         scalars |= self.meter.read(self.step * self.samples_per_step)
@@ -335,6 +354,7 @@ class TokenizerTrainer:
     @torch.no_grad()
     def _panel(self) -> None:
         """Log originals above their reconstructions and the scalars of `evaluate`, with the averaged weights."""
+        self.refuse_nan()
         if not self.accelerator.is_main_process:
             return
         self.tokenizer.eval()
@@ -362,6 +382,7 @@ class TokenizerTrainer:
         refuse_together(lambda: require_space(self.output_dir, size, copies, extra))
 
     def _save(self) -> None:
+        self.refuse_nan()
         state = self.state_dict()
         self._require_space(copies=1)
         if self.accelerator.is_main_process:
