@@ -74,11 +74,6 @@ class GRPORecipe:
             )
         if self.train.eval_strategy != IntervalStrategy.NO and not self.data.num_eval_samples:
             raise UserError("train.eval_strategy needs held-out tasks, and data.num_eval_samples is 0: raise it.")
-        for name in ("pack_length", "max_length"):
-            if getattr(self.train, name) is not None:
-                raise UserError(
-                    f"train.{name} is for conversations that are learned; samples are never cut: leave it out."
-                )
 
 
 def right_answers(expected: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -114,7 +109,11 @@ def build_trainer(recipe: GRPORecipe, model: Any, processor: Any, adapter: Adapt
 
 
 def require_inputs(recipe: GRPORecipe) -> None:
-    """Raise UserError if a model or file of the recipe does not exist, before anything is loaded."""
+    """Raise UserError if a model or file of the recipe does not exist, or a setting is of no use, before anything is
+    loaded."""
+    for setting in ("pack_length", "max_length"):
+        if getattr(recipe.train, setting) is not None:
+            raise UserError(f"train.{setting} is for conversations, and samples are never cut: leave it out.")
     require_place("The model model.path", recipe.model.path)
     named = {f"rewards.{name}": reward for name, reward in recipe.rewards.items()}
     named |= {} if recipe.judge is None else {"judge": recipe.judge}
