@@ -64,7 +64,7 @@ def _training(what: str, batch: int, ways: str = "plain,compiled", steps: int = 
     workers = max(1, (os.cpu_count() or 2) - 2)
     return _script(
         "bench_training",
-        f"{common} --size debug --ways plain --steps 2 --batch-size 2 --workers 0",
+        f"{common} --size debug --ways plain --steps 1 --batch-size 2 --workers 0",
         f"{common} --size paper --ways {ways} --steps {steps} --batch-size {batch} --workers {workers} "
         "--precision bf16",
     )
@@ -99,7 +99,7 @@ PARTS: Mapping[str, Part] = {
         _script(
             "bench_generation",
             "--width 128 --layers 1 --codes 32 --image-tokens 16 --batches 1 --scales 2 --repeats 1 --threads 1",
-            "--width 1024 --layers 28 --image-tokens 256 --dtype bfloat16 --batches 1,16 --scales 5 --repeats 2",
+            "--width 1024 --layers 28 --image-tokens 64 --dtype bfloat16 --batches 1,16 --scales 5 --repeats 1",
         ),
         90,
         40,
@@ -107,7 +107,7 @@ PARTS: Mapping[str, Part] = {
     "quantizer": Part(
         _script(
             "bench_quantizer",
-            "--latents 64 --codes 256 --width 32 --repeats 1 --threads 1 --only unimm",
+            "--latents 64 --codes 256 --width 32 --repeats 1 --threads 1 --only bfloat16",
             "--device cuda --repeats 20",
         ),
         40,

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.bench_generation import random_model
 from eval.bench_real_size import tokenizer_config
+from eval.generation_rivals import random_model
 from unimm.data.shapes.datasets import ShapesImages
 from unimm.data.text.collators import FlowCollator
 from unimm.data.text_to_image import drawing

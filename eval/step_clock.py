@@ -31,9 +31,12 @@ PROFILED = 2
 SLOWEST = 15
 """Operators that a profile names."""
 
-WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
-"""What makes the host wait for the device: a tensor read as a number, a size that depends on values, and what CUDA
-itself reports."""
+WAITS = {
+    "cuda": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+    "cpu": ("aten::_local_scalar_dense", "aten::nonzero"),
+}
+"""What makes the host wait for the device, by the profiler's names: as CUDA reports it; on a CPU, a tensor read as a
+number (also an optimizer's count of steps, which is on the CPU anyway) and a size that depends on values."""
 
 
 class StepClock:
@@ -138,7 +141,7 @@ def profile_of(profiler: profile, device: torch.device, steps: int) -> dict[str,
         }
         for e in slowest
     ]
-    return {"slowest": operators, "waits": {e.key: e.count / steps for e in events if e.key in WAITS}}
+    return {"slowest": operators, "waits": {e.key: e.count / steps for e in events if e.key in WAITS[device.type]}}
 
 
 def split_tokenizer_step(trainer: TokenizerTrainer, steps: int, *, profile: bool = False) -> Split:

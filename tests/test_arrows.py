@@ -124,7 +124,7 @@ def test_every_part_of_the_library_has_its_arrows() -> None:
         ("unimm/data/images.py", "def f() -> None:\n    import unimm.tokenizer.vqrae"),
         ("unimm/mllm/hosts/registry.py", "from unimm import training"),
         ("unimm/evaluation/metrics/frechet.py", "from unimm.tokenizer import VQRAE"),
-        ("unimm/chat.py", "import peft"),
+        ("unimm/chat/session.py", "import peft"),
         ("unimm/demo.py", "from recipes import sft"),
         ("unimm/data/images.py", "import torchvision.transforms"),
     ],

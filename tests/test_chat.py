@@ -1,6 +1,7 @@
 """A conversation: history, streams, drawings, and what is refused."""
 
 import io
+import runpy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,6 +202,18 @@ def test_converse_reads_lines(
     assert Image.open("picture-3.png").size == (16, 16) and "picture-3.png" in printed.out
     assert "no such file" in printed.err and "There is no command /fly" in printed.err
     assert len(session.messages) == 2
+
+
+def test_the_package_runs_as_a_chat(
+    parts: tuple, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("unimm.mllm.load", lambda name: asked.append(name) or parts)
+    monkeypatch.setattr("sys.argv", ["unimm.chat", "--model", "some/model"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("/fly\n/quit\n"))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("unimm.chat", run_name="__main__")
+    assert not ended.value.code and asked == ["some/model"] and "no command /fly" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,18 @@ def test_noise_is_a_function_of_seed_position_and_code() -> None:
     assert whole.unique().numel() > 0.999 * whole.numel()
 
 
+def test_no_noise_is_computed_behind_the_last_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small codebook would have thousands of positions computed ahead."""
+    computed: list[tuple[int, int]] = []
+    original = Noise.at
+    monkeypatch.setattr(Noise, "at", lambda self, *ends: (computed.append(ends), original(self, *ends))[1])
+    noise, whole = Noise([3, 4], 100, length=64), Noise([3, 4], 100)
+    for position in range(64):
+        assert torch.equal(noise.step(position), whole.step(position))
+    assert computed[0] == (0, 64) and computed[1][1] > 5000 and len(computed) == 2
+    assert noise.next(62, 70).shape == (2, 8, 100), "what is asked for is there"
+
+
 def test_noise_is_gumbel() -> None:
     """Uniform after the distribution function, by chi-square over 256 cells; mean and variance of a Gumbel."""
     noise = Noise(range(4), 4096).at(0, 64).double()
@@ -121,9 +133,9 @@ def test_the_keyword_arguments_are_the_fields() -> None:
 
 def test_every_setting_has_a_flag_that_reads_its_value() -> None:
     values = {"do_sample": False, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "guidance_scale": 2.5}
-    values |= {"guidance_interval": [1, 4], "guidance_schedule": "linear"}
+    values |= {"guidance_interval": [1, 4], "guidance_schedule": "linear", "image_guidance_scale": 1.5}
     words = "--no-do-sample --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --guidance-scale 2.5"
-    words += " --guidance-interval 1 4 --guidance-schedule linear"
+    words += " --guidance-interval 1 4 --guidance-schedule linear --image-guidance-scale 1.5"
     parser = argparse.ArgumentParser()
     add_sampling_arguments(parser)
     assert sampling_options(parser.parse_args(words.split())) == values and set(values) == set(SAMPLING_NAMES)

@@ -21,10 +21,17 @@ class Noise:
 
     The random bits come from Philox4x64-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405), identical on
     every device; the key is the image's seed, the counter runs over positions and codes. S images, K codes.
+
+    Args:
+        seeds: of the S images.
+        size: K.
+        length: number of positions, beyond which `next` computes nothing ahead; None if it is unknown.
     """
 
-    def __init__(self, seeds: Sequence[int], size: int, device: torch.device | str = "cpu") -> None:
-        self.seeds, self.size, self.device = list(seeds), size, torch.device(device)
+    def __init__(
+        self, seeds: Sequence[int], size: int, device: torch.device | str = "cpu", length: int | None = None
+    ) -> None:
+        self.seeds, self.size, self.device, self.length = list(seeds), size, torch.device(device), length
         self.blocks = -(-size // _PER_BLOCK)  # generator blocks per position
         self.chunk = max(1, _CHUNK // (len(self.seeds) * self.blocks * _PER_BLOCK))
         self._start, self._kept = 0, torch.empty(len(self.seeds), 0, size)
@@ -41,8 +48,8 @@ class Noise:
     def next(self, start: int, stop: int) -> Tensor:
         """Return the same as `at`, computed ahead in chunks, for callers that advance position by position."""
         if not self._start <= start <= stop <= self._start + self._kept.shape[1]:
-            self._start = start
-            self._kept = self.at(start, max(stop, start + self.chunk))
+            end = start + self.chunk if self.length is None else min(start + self.chunk, self.length)
+            self._start, self._kept = start, self.at(start, max(stop, end))
         return self._kept[:, start - self._start : stop - self._start]
 
     def step(self, position: int) -> Tensor:

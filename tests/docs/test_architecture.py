@@ -65,5 +65,5 @@ def test_arrows_are_read_from_mermaid_and_from_imports(tmp_path: Path) -> None:
         ("b", "d"),
         ("c", "e"),
     }
-    assert ("chat", "mllm") in arrows_of(ROOT / "unimm" / "chat.py")
+    assert ("chat", "mllm") in arrows_of(ROOT / "unimm" / "chat" / "session.py")
     assert ("recipes", COMMON) in arrows_of(ROOT / "recipes" / "sft.py")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.mllm import tiny
 from unimm.errors import UserError
-from unimm.mllm import attach, decoding
+from unimm.mllm import attach
 from unimm.mllm.answering import chat_inputs
 from unimm.testing.hosts import tiny_host
 
@@ -45,17 +45,6 @@ def expected_logits(model: Any, batch: dict[str, Any], n: int, drawn: Tensor, sc
     both, one = slow(model, prompt, drawn, pixels), slow(model, image, drawn, pixels)
     neither = slow(model, torch.tensor(model.config.null_prompt[:-1]), drawn, None)
     return neither + scales[1] * (one - neither) + scales[0] * (both - one)
-
-
-@pytest.fixture
-def rows_fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    rows: list[int] = []
-    for kind in (decoding.PlainSteps, decoding.HostSteps):
-        original = kind.logits
-        monkeypatch.setattr(
-            kind, "logits", lambda self, ids, n, original=original: (rows.append(len(ids)), original(self, ids, n))[1]
-        )
-    return rows
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl", "internvl"])

@@ -96,9 +96,9 @@ def test_answers_hold_text_and_whole_images(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("guidance_scale", [None, 3.0])
+@pytest.mark.parametrize(("guidance_scale", "parallel_tokens"), [(None, 1), (3.0, 1), (3.0, 5)])
 def test_logits_of_generation_are_those_of_the_training_forward(
-    family: str, guidance_scale: float | None, monkeypatch: pytest.MonkeyPatch
+    family: str, guidance_scale: float | None, parallel_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = build(family)
     chat = [tiny.user(tiny.image(), "what?")]
@@ -112,6 +112,7 @@ def test_logits_of_generation_are_those_of_the_training_forward(
         max_new_tokens=60,
         seed=1,
         guidance_scale=guidance_scale,
+        parallel_tokens=parallel_tokens,
         **eager_to_draw(model, 4.0),
     )[0]
     found = list(seen)

@@ -48,7 +48,11 @@ def test_conversations_on_one_model_do_not_meet(family: str) -> None:
         session = ChatSession(*parts, max_new_tokens=4)
         answers = [session.ask(question, list(images)), "".join(session.ask("and now?", stream=True))]
         drawn = session.draw(question, num_images=2, seed=5, guidance_scale=2.0)
-        return [*answers, *(image.tobytes() for image in drawn)]
+        (edited,) = session.edit("make it red", strength=0.5, seed=6)
+        *_, last = session.draw_stream("two", seed=7, parallel_tokens=4, history=True)
+        written = session.respond("and now?", seed=8, max_new_tokens=24)
+        images = [*drawn, edited, *last.images, *(part for part in written if not isinstance(part, str))]
+        return [*answers, *(part for part in written if isinstance(part, str)), *(image.tobytes() for image in images)]
 
     questions: list[tuple[Any, ...]] = [("what is there?", red, blue), ("two",), ("is it blue? yes or no", blue)]
-    in_threads([lambda question=question: talk(*question) for question in questions], times=6)
+    in_threads([lambda question=question: talk(*question) for question in questions], times=4)

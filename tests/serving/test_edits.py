@@ -90,3 +90,20 @@ def test_bad_uploads_are_refused(served: Served) -> None:
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             edit(prompt=PROMPT, **options)
+
+
+def test_a_checkpoints_image_scale_is_that_of_edits_alone(
+    served: Served, parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with the images without instructions, and drawings without an image have none."""
+    config = parts[0].generation_config
+    (plain,) = ChatSession(*parts).edit(PROMPT, scene(), seed=2)
+    stored = {**(config.image_generation or {}), "guidance_scale": 3.0, "image_guidance_scale": 2.0}
+    monkeypatch.setattr(config, "image_generation", stored)
+    session = ChatSession(*parts)
+    (edited,) = session.edit(PROMPT, scene(), seed=2)
+    (drawn,) = session.draw("a red circle", seed=2)
+    answer: Any = served.client.images.edit(image=file_of(scene()), prompt=PROMPT, extra_body={"seed": 2})
+    assert image_of(answer.data[0].b64_json).tobytes() == edited.tobytes() != plain.tobytes()
+    answer = served.client.images.generate(prompt="a red circle", extra_body={"seed": 2})
+    assert image_of(answer.data[0].b64_json).tobytes() == drawn.tobytes()

@@ -7,6 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 import unimm
 from tests.mllm import tiny
 from tests.serving.clients import file_of, scene
+from unimm.cli import main
 from unimm.serving.app import create_app
 from unimm.serving.engine import Engine
 from unimm.serving.run import serving
@@ -114,22 +116,21 @@ def _lower(image: Image.Image) -> Image.Image:
     return mask
 
 
-def test_chat_answers_as_the_session_does_and_remembers(
+def test_chat_draws_and_answers_as_the_session_does(
     tiny_parts: tuple[Any, Any], actions: Actions, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.png"
     scene().save(path)
-    (*_, (_, shown, talk)) = all_of(actions.chat({"text": "What is it?", "files": [str(path)]}, Talk()))
+    (*_, (_, _, talk)) = all_of(actions.chat({"text": "Draw a circle", "files": []}, Talk()))
+    assert [turn["role"] for turn in talk.messages] == ["user", "assistant"]
+    assert talk.messages[1]["content"][0]["image"].width == actions.service.image_size
     session = unimm.ChatSession(*tiny_parts)
-    answer = session.ask("What is it?", [scene()]).strip() or "(no answer)"
-    assert shown[-1] == {"role": "assistant", "content": [answer]} and [turn["role"] for turn in shown] == [
-        "user",
-        "assistant",
-    ]
-    (*_, (_, shown, talk)) = all_of(actions.chat({"text": "Draw a circle", "files": []}, talk))
-    assert [turn["role"] for turn in talk.messages] == ["user", "assistant"] * 2
-    assert talk.messages[-1]["content"][0]["image"].size == session.draw("a circle", seed=0)[0].size
-    assert len(shown) == 4
+    session.messages = list(talk.messages)
+    (*_, (_, shown, talk)) = all_of(actions.chat({"text": "What?", "files": [str(path)]}, talk))
+    answer = session.ask("What?", [scene()]).strip() or "(no answer)"
+    assert shown[-1] == {"role": "assistant", "content": [answer]}
+    assert [turn["role"] for turn in shown] == ["user", "assistant"] * 2
+    assert [turn["role"] for turn in talk.messages] == [turn["role"] for turn in session.messages]
 
 
 def test_a_reconstruction_is_the_tokenizers(tiny_parts: tuple[Any, Any], actions: Actions) -> None:
@@ -283,3 +284,10 @@ def test_nothing_of_the_page_is_elsewhere(address: str) -> None:
     assert "fonts.googleapis" not in page and "fonts.gstatic" not in page
     config = json.loads(ask(f"{address}/web/config")[1])
     assert config["analytics_enabled"] is False and config["show_error"] is False
+
+
+def test_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "gradio" else find_spec(name))
+    for words in (["web"], ["serve", "--web"]):
+        assert main(words) == 2
+        assert "(gradio): pip install unimm[web]." in capsys.readouterr().err

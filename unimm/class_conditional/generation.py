@@ -35,7 +35,8 @@ def draw_ids(
     last = int((scales > 0).any(1).nonzero().max()) if len(guided) else -1  # the last guided step
     noise = None
     if not sampling.greedy:
-        noise = Noise([image_seed(seed, first_image + b) for b in range(batch)], config.codebook_size, labels.device)
+        seeds = [image_seed(seed, first_image + b) for b in range(batch)]
+        noise = Noise(seeds, config.codebook_size, labels.device, config.num_image_tokens)
     warpers, chosen = sampling.warpers(), labels.new_empty(batch, 0)
     cache = DynamicCache(config=config)
     embedded = model.class_embedding(torch.cat([labels, labels.new_full((len(guided),), config.num_classes)]))

@@ -4,7 +4,7 @@ An answer does not depend on the rest of the batch: padding is masked, and each 
 length counted from its own conversation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,13 @@ def chat_inputs(model: Any, processor: Any, conversations: Sequence[Conversation
     return inputs.to(model.device)
 
 
+def edit_inputs(inputs: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of conversations with images to edit, and beside them those of `images`, the same conversations
+    without instructions: with both, `generate` takes an `image_guidance_scale`."""
+    extra = {"image_prompt_ids": images["input_ids"], "image_prompt_attention_mask": images["attention_mask"]}
+    return {**inputs, **extra}
+
+
 @torch.inference_mode()
 def answer_all(
     model: Any, processor: Any, conversations: Sequence[Conversation], *, max_new_tokens: int, **generation: Any
@@ -76,11 +83,16 @@ def answer_all(
 def drop_oldest(processor: Any, history: Conversation, question: dict[str, Any], limit: int) -> Conversation:
     """Return the history without its oldest questions and their answers, as many as it takes to fit `limit` tokens
     together with the question. A system turn stays."""
-    system = history[:1] if history and history[0]["role"] == "system" else []
-    kept = history[len(system) :]
+    system, kept = system_and_turns(history)
     while kept and processor.count_tokens([*system, *kept, question]) > limit:
         kept = kept[next((n for n, turn in enumerate(kept) if n and turn["role"] == "user"), len(kept)) :]
     return [*system, *kept]
+
+
+def system_and_turns(messages: Conversation) -> tuple[Conversation, Conversation]:
+    """Return the system turn, if there is one, and the other turns."""
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    return messages[:start], messages[start:]
 
 
 def end_tokens(model: Any) -> set[int]:

@@ -93,9 +93,18 @@ def redrawn_share(strength: Any, seeds: Sequence[int], tokens: int) -> Tensor:
     return redrawn
 
 
-def keep_outside(token_ids: Tensor, redrawn: Tensor) -> Tensor:
-    """Return forced token ids [S, M] for `generate`: those of an image [1, M], -1 where `redrawn` [S, M] is true."""
-    return torch.where(redrawn, DRAWN, token_ids.to(redrawn.device))
+def image_token_ids(model: Any, processor: Any, image: Any) -> Tensor:
+    """Return the token ids [1, M] of a source image, on the CPU."""
+    pixel_values = processor.image_processor([read_image(image)], return_tensors="pt")["pixel_values"]
+    token_ids: Tensor = model.get_image_tokens(pixel_values.to(model.device, model.dtype)).cpu()
+    return token_ids
+
+
+def keep_outside(token_ids: Tensor, redrawn: Tensor | np.ndarray) -> Tensor:
+    """Return forced token ids [S, M] for `generate`: those of an image [1, M], -1 where `redrawn` is true, [S, M], or
+    the cells [h, w] of a mask."""
+    rows = torch.as_tensor(redrawn).reshape(-1, token_ids.shape[1])
+    return torch.where(rows, DRAWN, token_ids.to(rows.device))
 
 
 def forced_rows(given: Tensor | None, batch: int, repeats: int, length: int, vocabulary: VisualVocabulary) -> Tensor:

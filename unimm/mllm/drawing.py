@@ -9,12 +9,13 @@ G <= S guided ones, M image tokens, n of them at once, K codes.
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from unimm.errors import UserError
+from unimm.errors import UserError, one_line
 from unimm.mllm.decoding import RoomyLayer, Steps
 from unimm.mllm.guidance import Guidance
 from unimm.noise import Noise
@@ -142,6 +143,17 @@ def check_parallel_tokens(tokens: int | str, compiled: bool) -> None:
 def _precise(logits: Tensor) -> Tensor:
     """Cast logits to at least float32, the precision of guidance and noise."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise what `generate` refuses as a UserError of one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"Cannot draw: {one_line(error)}.") from error
 
 
 def warn(reason: str) -> None:

@@ -204,7 +204,8 @@ class ImageGenerationMixin(TextGenerationMixin):
         rows, sources = with_sides(given, keys, sides, guidance, num_return_sequences, self.config.boi_token_id)
         self._check_room(rows, len(sources), len(forced))
         logits, steps = self._read_prompts(rows, pixel_values, sources, compile)
-        noise = None if sampling.greedy else Noise(seeds, self.visual_vocabulary.size, logits.device)
+        size, length = self.visual_vocabulary.size, self.num_image_tokens
+        noise = None if sampling.greedy else Noise(seeds, size, logits.device, length)
         base, guidance = self.visual_vocabulary.base, guidance.repeated(num_return_sequences)
         drawing = Drawing(logits, steps, guidance, noise, sampling, base, forced, every_step=return_dict_in_generate)
         asked = {"logits": output_logits, "scores": output_scores} if return_dict_in_generate else {}

@@ -34,13 +34,17 @@ def check_memory(model: Any, rows: int, sequences: int, read: int, length: int) 
 def drawing_bytes(model: Any, rows: int, read: int, length: int) -> int:
     """Estimate the bytes of a drawing, see `check_memory`."""
     config = model.config.get_text_config()
+    layer = _ACTIVATIONS * max(read, rows) * (config.hidden_size + config.intermediate_size) * model.dtype.itemsize
+    logits = _LOGITS * rows * model.visual_vocabulary.size * 4
+    return cache_bytes_per_token(model) * rows * length + layer + logits
+
+
+def cache_bytes_per_token(model: Any) -> int:
+    """Return the bytes of keys and values that a token takes in the cache."""
+    config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = torch.finfo(model.dtype).bits // 8
-    cache = 2 * config.num_hidden_layers * rows * length * heads * width * size
-    layer = _ACTIVATIONS * max(read, rows) * (config.hidden_size + config.intermediate_size) * size
-    logits = _LOGITS * rows * model.visual_vocabulary.size * 4
-    return cache + layer + logits
+    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
 
 
 def free_bytes(model: Any) -> int:

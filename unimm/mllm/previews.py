@@ -118,14 +118,16 @@ class PreviewStream(Iterator[Preview]):
 
     Args:
         draw: generates the images, with the two callbacks of `DrawingStreamer`, and returns them.
-        on_final: called before the final preview is returned.
+        on_final: called with the images before the final preview is returned.
 
     Raises:
         Exception: what `draw` raises, here if it fails before its first token, else from the iteration.
     """
 
     def __init__(
-        self, draw: Callable[[OnToken, OnImage], list[Image.Image]], on_final: Callable[[], None] | None = None
+        self,
+        draw: Callable[[OnToken, OnImage], list[Image.Image]],
+        on_final: Callable[[list[Image.Image]], None] | None = None,
     ) -> None:
         self._events: SimpleQueue[Preview | Exception | None] = SimpleQueue()
         self._closed, self._on_final, self._over = threading.Event(), on_final, False
@@ -147,7 +149,7 @@ class PreviewStream(Iterator[Preview]):
         if event.final:
             self._over = True
             if self._on_final is not None:
-                self._on_final()
+                self._on_final(event.images)
         return event
 
     def close(self) -> None:

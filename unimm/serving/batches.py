@@ -4,7 +4,7 @@ Conversations: each row has its own sampling settings, noise, stop texts and len
 the noise of (seed, k). B rows, padded on the left, V text tokens, M image tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from unimm.errors import UserError, one_line
+from unimm.chat.turns import image_turn
 from unimm.evaluation.reconstruction.one_image import reconstruct_image
-from unimm.mllm.answering import chat_inputs, end_tokens
-from unimm.mllm.conditions import keep_outside
+from unimm.mllm.answering import chat_inputs, edit_inputs, end_tokens
+from unimm.mllm.conditions import image_token_ids, keep_outside
+from unimm.mllm.drawing import user_errors
 from unimm.mllm.previews import images_so_far
 from unimm.noise import Noise, image_seed
 from unimm.serving.jobs import (
@@ -138,6 +139,7 @@ class _RowSampling(LogitsProcessor):
             (row, request.sampling.warpers()) for row, request, _ in requests if not request.sampling.greedy
         ]
         self.seeds = [image_seed(request.seed, k) for _, request, k in requests if not request.sampling.greedy]
+        self.length = max(request.max_new_tokens for _, request, _ in requests)
         self.noise: Noise | None = None
         self.position = 0
 
@@ -146,7 +148,7 @@ class _RowSampling(LogitsProcessor):
         if not self.sampled:
             return scores
         if self.noise is None:
-            self.noise = Noise(self.seeds, scores.shape[-1], scores.device)
+            self.noise = Noise(self.seeds, scores.shape[-1], scores.device, self.length)
         noise = self.noise.step(self.position)
         self.position += 1
         for place, (row, warpers) in enumerate(self.sampled):
@@ -169,10 +171,13 @@ def run_drawings(model: Any, processor: Any, jobs: Sequence[Job[DrawRequest]]) -
     settings = asdict(first.sampling) | {
         "guidance_scale": [float(job.request.sampling.guidance_scale or 0) for job in owners]  # type: ignore[arg-type]
     }
-    inputs = chat_inputs(model, processor, [job.request.messages for job in owners])
+    inputs: Mapping[str, Any] = chat_inputs(model, processor, [job.request.messages for job in owners])
+    if first.sampling.image_guidance_scale is not None:  # then all of the batch are edits
+        images = [[image_turn(job.request.image)] for job in owners if job.request.image is not None]
+        inputs = edit_inputs(inputs, chat_inputs(model, processor, images))
     seeds = [job.request.seed for job in owners]
     watch = _Watch(model, processor, owners)
-    try:
+    with user_errors():
         token_ids = model.generate(
             **inputs,
             generation_mode="image",
@@ -182,10 +187,6 @@ def run_drawings(model: Any, processor: Any, jobs: Sequence[Job[DrawRequest]]) -
             **settings,
             **negative,
         )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"Cannot draw: {one_line(error)}.") from error
     for job in jobs:
         own = token_ids[[row for row, owner in enumerate(owners) if owner is job]]
         # decoded by itself: the last bit of a pixel may depend on the size of a batch
@@ -198,10 +199,8 @@ def _forced(model: Any, processor: Any, owners: Sequence[Job[DrawRequest]]) -> T
         return None
     kept = {}
     for job in dict.fromkeys(owners):
-        pixel_values = processor.image_processor([job.request.image], return_tensors="pt")["pixel_values"]
-        token_ids = model.get_image_tokens(pixel_values.to(model.device, model.dtype)).cpu()
         assert job.request.redrawn is not None  # as for all of the batch
-        kept[job] = keep_outside(token_ids, torch.from_numpy(job.request.redrawn).flatten()[None])
+        kept[job] = keep_outside(image_token_ids(model, processor, job.request.image), job.request.redrawn)
     return torch.cat([kept[job] for job in owners])
 
 

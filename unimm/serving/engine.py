@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from unimm.errors import UserError
+from unimm.mllm.memory import cache_bytes_per_token
 from unimm.serving.batches import Abandoned, run_drawings, run_reconstructions, run_texts
 from unimm.serving.jobs import DrawRequest, Event, Failed, Finished, Job, ReconstructRequest, Request, TextRequest
 from unimm.serving.settings import EngineSettings
@@ -66,7 +67,7 @@ class Engine:
         self.model, self.processor = model, processor
         self.settings = settings or EngineSettings()
         self.on_batch = on_batch
-        self.budget = min(self.settings.batch_tokens, self.settings.batch_memory // _cache_bytes_per_token(model))
+        self.budget = min(self.settings.batch_tokens, self.settings.batch_memory // cache_bytes_per_token(model))
         self._waiting: deque[Job[Request]] = deque()
         self._running: list[Job[Request]] = []
         self._change = threading.Condition()
@@ -248,11 +249,3 @@ class Engine:
 def _size(requests: list[Request]) -> int:
     """Return the tokens of a batch: all rows are as long as the longest."""
     return sum(request.rows for request in requests) * max(request.row_tokens for request in requests)
-
-
-def _cache_bytes_per_token(model: Any) -> int:
-    """Return the bytes of keys and values that a token takes in the cache."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * torch.empty((), dtype=model.dtype).element_size())

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
+from unimm.chat.turns import content
 from unimm.mllm.answering import Conversation
-from unimm.sampling import ImageSampling
+from unimm.sampling import GuidanceScale, ImageSampling
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class DrawRequest:
         prompt: text.
         prompt_tokens: length of the prompt in tokens.
         image_tokens: tokens of an image.
-        sampling: the settings, with a single guidance scale (0: none).
+        sampling: the settings, with a single guidance scale (0: none), and one for the image if the model reads one.
         seed: image k depends on (seed, k) only, not on the rest of the batch.
         n: number of images.
         negative_prompt: text to guide away from; None is the checkpoint's null prompt.
@@ -100,13 +101,18 @@ class DrawRequest:
 
     @property
     def guided(self) -> bool:
-        """Return whether the images are guided, which doubles their sequences."""
-        return float(self.sampling.guidance_scale or 0) > 1  # type: ignore[arg-type]
+        """Return whether the images are guided by their prompt."""
+        return _above_one(self.sampling.guidance_scale)
+
+    @property
+    def guided_by_image(self) -> bool:
+        """Return whether the images are guided by the image to edit, too."""
+        return _above_one(self.sampling.image_guidance_scale)
 
     @property
     def rows(self) -> int:
-        """Return the number of sequences in a batch, unconditional ones included."""
-        return self.n * (1 + self.guided)
+        """Return the number of sequences in a batch, those of the other sides of guidance included."""
+        return self.n * (3 if self.guided_by_image else 1 + self.guided)
 
     @property
     def row_tokens(self) -> int:
@@ -132,6 +138,11 @@ class DrawRequest:
     def messages(self) -> Conversation:
         """Return the prompt as a conversation, the image before the text if the model reads it."""
         return [user_turn(self.prompt, self.image if self.reads_image else None)]
+
+
+def _above_one(scale: GuidanceScale) -> bool:
+    """Return whether a single scale is on."""
+    return scale is not None and float(scale) > 1  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -168,8 +179,7 @@ AnyRequest = TypeVar("AnyRequest", bound=Request, covariant=True)
 
 def user_turn(text: str, image: Image.Image | None = None) -> dict[str, Any]:
     """Return a message of a user in the chat format of transformers."""
-    shown = [] if image is None else [{"type": "image", "image": image}]
-    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+    return {"role": "user", "content": content([text] if image is None else [image, text])}
 
 
 @dataclass(frozen=True)

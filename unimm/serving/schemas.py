@@ -45,7 +45,7 @@ class Sampling(BaseModel):
 
 if TYPE_CHECKING:
     _ImageSampling = Sampling
-else:  # every setting of `ImageSampling`, but the scale of an edited image: the engine guides by one prompt only
+else:  # every setting of `ImageSampling`, but the scale of an edited image, which is the checkpoint's
     _ImageSampling = create_model(
         "_ImageSampling",
         __base__=Sampling,

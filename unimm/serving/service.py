@@ -144,7 +144,7 @@ class Service:
             tokens = max(tokens, negative)
         model, processor = self.engine.model, self.engine.processor
         redrawn = None if mask is None else await to_thread.run_sync(redrawn_cells, model, processor, mask)
-        sampling, count = self._image_sampling(body), self._count(n)
+        sampling, count = self._image_sampling(body, image is not None and reads_image), self._count(n)
         if count > 1 and sampling.greedy:
             raise UserError(f"{count} images with temperature 0 would be equal: ask for 1, or a temperature above 0.")
         return DrawRequest(
@@ -222,13 +222,17 @@ class Service:
         stored = {name: getattr(own, name, None) for name in TEXT_SAMPLING}
         return ImageSampling(**{name: value for name, value in {**stored, **given}.items() if value is not None})
 
-    def _image_sampling(self, body: Drawing) -> ImageSampling:
-        """Return the sampling of images: the checkpoint's own, overridden by what is given."""
+    def _image_sampling(self, body: Drawing, edits: bool) -> ImageSampling:
+        """Return the sampling of images: the checkpoint's own, overridden by what is given. Only edits are guided by
+        their image."""
         own = ImageSampling.of(self.engine.model.generation_config)
         sampling = replace(own, **_given(body, SAMPLING_NAMES))
         scale = float(per_prompt_scale(sampling.guidance_scale, 1)[0])
         interval = sampling.guidance_interval and tuple(sampling.guidance_interval)  # a checkpoint's is a list
-        return replace(sampling, guidance_scale=scale, guidance_interval=interval, image_guidance_scale=None)
+        image_scale = sampling.image_guidance_scale if edits else None
+        if image_scale is not None:
+            image_scale = float(per_prompt_scale(image_scale, 1, "image_guidance_scale")[0])
+        return replace(sampling, guidance_scale=scale, guidance_interval=interval, image_guidance_scale=image_scale)
 
 
 def _given(body: Sampling, names: Sequence[str]) -> dict[str, Any]:

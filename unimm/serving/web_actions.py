@@ -29,6 +29,7 @@ DRAW = ("draw", "/draw")
 DESCRIBE, INSTRUCT = "Describe the finished image", "Say what to change"
 """How the text of an edit is meant."""
 _WAITING = "…"
+_KEPT_SIDE = 1024  # pixels
 
 Drawn: TypeAlias = tuple[list[Image.Image], str]
 """Images, as far as they are drawn, and the line below them."""
@@ -56,28 +57,31 @@ class Actions:
         """
         text, files = (message["text"] or "").strip(), message["files"]
         word, _, rest = text.partition(" ")
-        shown = [*talk.shown, {"role": "user", "content": [*map(_shown, files), text]}]
         answer: list[Any] = [_WAITING]
         try:
+            self.service.reader.check_count(len(files))
             images = [await self._image(Path(path).read_bytes()) for path in files]
+            for image in images:
+                image.thumbnail((_KEPT_SIDE, _KEPT_SIDE))  # they stay in memory as long as the conversation
             question = _question(text, images)
+            shown = [*talk.shown, {"role": "user", "content": [*map(_shown, files), text]}]
+            history = await self.service.recent(talk.messages, question)
             yield text_box(None, busy=True), [*shown, _answer(answer)], talk
             if word.lower() in DRAW:
                 if images:
-                    raise UserError("Images that are drawn here begin with words alone: the tab Edit changes an image.")
+                    raise UserError(f"There are {len(images)} images beside what to draw: change one in the tab Edit.")
                 request = await self.service.draw_request(rest, Drawing(), partial_images=self._previews)
-                async for drawn, _ in self._draw(request):
-                    answer = [_shown(saved(drawn[0]))]
-                    yield gr.skip(), [*shown, _answer(answer)], talk
+                async with aclosing(self._draw(request)) as stream:
+                    async for drawn, _ in stream:
+                        answer = [_shown(saved(drawn[0]))]
+                        yield gr.skip(), [*shown, _answer(answer)], talk
                 reply: dict[str, Any] = {"type": "image", "image": drawn[0]}
-                history = talk.messages
             else:
-                history = await self.service.recent(talk.messages, question)
-                self.service.reader.check_count(len(images))
-                written = ""
-                async for written in self._write([*history, question]):
-                    yield gr.skip(), [*shown, _answer([written])], talk
-                answer, reply = [written], {"type": "text", "text": written}
+                async with aclosing(self._write([*history, question])) as pieces:
+                    async for written in pieces:
+                        answer = [written]
+                        yield gr.skip(), [*shown, _answer(answer)], talk
+                reply = {"type": "text", "text": written}
         except Exception as error:
             yield text_box(message), talk.shown, talk
             raise _sentence(error) from None

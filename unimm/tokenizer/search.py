@@ -6,6 +6,9 @@ and block size, and ties go to the lowest index. Scores are computed in blocks, 
 memory at once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,10 +32,21 @@ def nearest_codes(latents: Tensor, codebook: Tensor, *, low_precision: bool | No
     """
     if low_precision is None:
         low_precision = codebook.shape[1] >= LOW_PRECISION_WIDTH and multiplies_bfloat16(codebook.device)
-    with torch.autocast(latents.device.type, enabled=False):
+    with torch.autocast(latents.device.type, enabled=False), _sums_in_float32():
         flat, table = latents.detach().reshape(-1, latents.shape[-1]).float(), codebook.detach().float()
         search = _Search(table, torch.bfloat16 if low_precision else torch.float32, len(flat))
         return torch.cat([search(rows) for rows in flat.split(search.rows)]).reshape(latents.shape[:-1])
+
+
+@contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """Have a GPU add partial sums of bfloat16 products in float32 inside the context, as the error bound assumes."""
+    settings = torch.backends.cuda.matmul
+    before, settings.allow_bf16_reduced_precision_reduction = settings.allow_bf16_reduced_precision_reduction, False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
 
 
 class _Search:

@@ -218,6 +218,7 @@ def dry_run_tokenizer(trainer: TokenizerTrainer, real: TokenizerTrainingConfig, 
         else:
             with counting_activations(measured, [p for module in trainer.modules() for p in module.parameters()]):
                 trainer._optimizer_step(batches)
+        trainer.refuse_nan()  # waits for the device, too, so that the seconds are the step's
         measured.seconds.append(time.perf_counter() - start)
         measured.passes.append(measured.seconds[-1])
         if trainer.accelerator.num_processes == 1 and measured.enough:

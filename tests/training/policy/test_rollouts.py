@@ -104,8 +104,26 @@ def test_answers_have_the_log_probabilities_that_sampling_saw() -> None:
         row = torch.cat([prompt, chosen[n, :length]])[None]
         with torch.no_grad():
             logits = model(input_ids=row, pixel_values=inputs["pixel_values"][n // 4][None], vocabulary="answer").logits
+        logits[..., model.config.image_token_id] = -torch.inf
         expected = (logits[0, len(prompt) - 1 : -1] / 1.5).log_softmax(-1).gather(-1, chosen[n, :length, None])[:, 0]
         assert (logps[n, :length] - expected).abs().max() < 1e-5
+
+
+def test_an_answer_never_holds_the_placeholder_of_an_input_image() -> None:
+    model, processor = unified()
+    sampler = Sampler(model, processor, PolicyConfig(max_answer_tokens=2))
+    placeholder = model.config.image_token_id
+
+    def prefer(module: Any, args: Any, output: Any) -> Any:
+        output.logits[..., placeholder] = 99.0
+        return output
+
+    hook = model.register_forward_hook(prefer)
+    inputs, chosen = sampler.sample(tasks("answering", 2), 4)
+    assert not (chosen == placeholder).any()
+    logps, _ = sampler.log_probabilities(model, rollout("answering", inputs, chosen, sampler.written(chosen), 4))
+    assert logps.isfinite().all() and logps.min() > -20
+    hook.remove()
 
 
 def test_answers_follow_the_distribution() -> None:

@@ -219,7 +219,8 @@ class HostTrainer(StreamTrainer):
         drawn, labels, where = batch.pop("drawn"), batch.pop("labels"), batch.pop("labels_at")
         drawings, ids = batch.pop("drawn_pixel_values", None), batch.pop("drawn_ids", None)
         if drawings is not None or ids is not None:
-            token_ids = self._image_tokens(drawings) if ids is None else self.model.visual_vocabulary.token_ids(ids)
+            # the folder checks its ids, row by row: to check them here would make the host wait for the device
+            token_ids = self._image_tokens(drawings) if ids is None else self.model.visual_vocabulary.base + ids
             batch["input_ids"] = batch["input_ids"].masked_scatter(drawn, token_ids)
             labels = labels.masked_scatter(drawn, token_ids)
         logits = model(**batch, logits_at=where, vocabulary="all", use_cache=False).logits  # [n, V]

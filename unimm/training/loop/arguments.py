@@ -94,6 +94,10 @@ class StreamTrainingArguments(TrainingArguments):
     )
     use_cpu: bool = field(default_factory=_no_gpu, metadata={"help": "Train on the CPU."})
     dataloader_pin_memory: bool = field(default_factory=lambda: not _no_gpu(), metadata={"help": "Pin memory."})
+    accelerator_config: dict | str | None = field(
+        default_factory=lambda: None if _no_gpu() else {"non_blocking": True},
+        metadata={"help": "Of accelerate; on a GPU batches are copied while it works."},
+    )
     save_total_limit: Count | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
 
     def __post_init__(self) -> None:
@@ -109,8 +113,6 @@ class StreamTrainingArguments(TrainingArguments):
             raise UserError(
                 f"train.save_total_limit must be at least 1, or null to keep all; got {self.save_total_limit}."
             )
-        if self.accelerator_config is None and not _no_gpu():  # batches are copied while the device works
-            self.accelerator_config = {"non_blocking": True}
         automatic, device = self.bf16 == "auto", training_device(self.use_cpu)
         if automatic:
             self.bf16 = not self.fp16 and automatic_dtype(device) == torch.bfloat16

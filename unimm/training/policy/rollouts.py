@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation import TemperatureLogitsWarper
+from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 
 from unimm.data.tasks import Kind, Task
 from unimm.noise import Noise, image_seed
@@ -107,9 +107,11 @@ class Sampler:
 
     def __init__(self, model: Any, processor: Any, config: PolicyConfig) -> None:
         self.model, self.processor, self.config = model, processor, config
+        # an answer that held the placeholder of an input image would ask for its pixels when it is read again
+        self.no_image = SuppressTokensLogitsProcessor([model.config.image_token_id], device=str(model.device))
         self.warpers = {
             "drawing": config.sampling.warpers(),
-            "answering": LogitsProcessorList([TemperatureLogitsWarper(config.temperature)]),
+            "answering": LogitsProcessorList([TemperatureLogitsWarper(config.temperature), self.no_image]),
         }
         self.scales = config.sampling.scales(1, model.num_image_tokens)[:, 0]  # [M]
 
@@ -160,7 +162,7 @@ class Sampler:
 
     def _answer(self, inputs: dict[str, Tensor], tasks: Sequence[Task], size: int, *, greedy: bool) -> Tensor:
         rows = {name: value.repeat_interleave(size, 0) for name, value in inputs.items()}
-        noise = LogitsProcessorList()
+        noise = LogitsProcessorList([self.no_image])
         if not greedy:
             seeds = [image_seed(task["seed"], k) for task in tasks for k in range(size)]
             noise.append(GumbelNoise(seeds, rows["input_ids"].shape[1], self.config.temperature))

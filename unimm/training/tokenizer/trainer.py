@@ -262,7 +262,7 @@ class TokenizerTrainer:
         self.ema.update(self.tokenizer)
         self.step += 1
         if restarts:
-            self._refuse_nan()
+            self.refuse_nan()
             self.maintenance.restart(self.step, torch.cat(latents))
         return logged | {"grad_norm": norm}
 
@@ -313,7 +313,7 @@ class TokenizerTrainer:
         before = self._bad_steps.get(names, torch.full(bad.shape, -1, device=bad.device))
         self._bad_steps[names] = torch.where(bad & (before < 0), self.step, before)
 
-    def _refuse_nan(self) -> None:
+    def refuse_nan(self) -> None:
         """Raise UserError after a loss that is not finite: at every log line, and before the weights are saved."""
         first: dict[str, int] = {}
         for names, steps in self._bad_steps.items():
@@ -338,7 +338,7 @@ class TokenizerTrainer:
         return dict(zip(scalars, values.tolist(), strict=True))
 
     def _log(self, scalars: dict[str, float], bar: tqdm) -> None:
-        self._refuse_nan()
+        self.refuse_nan()
         for part in (self, self.gan_trainer):
             if part is not None:
                 part.guard.check(self.step)
@@ -354,7 +354,7 @@ class TokenizerTrainer:
     @torch.no_grad()
     def _panel(self) -> None:
         """Log originals above their reconstructions and the scalars of `evaluate`, with the averaged weights."""
-        self._refuse_nan()
+        self.refuse_nan()
         if not self.accelerator.is_main_process:
             return
         self.tokenizer.eval()
@@ -382,7 +382,7 @@ class TokenizerTrainer:
         refuse_together(lambda: require_space(self.output_dir, size, copies, extra))
 
     def _save(self) -> None:
-        self._refuse_nan()
+        self.refuse_nan()
         state = self.state_dict()
         self._require_space(copies=1)
         if self.accelerator.is_main_process:
