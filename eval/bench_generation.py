@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments |= QUICK
     torch.set_num_threads(arguments["threads"])
     model, processor, name = built(arguments)
-    rate = bandwidth(model.device, 4096 if model.device.type == "cuda" else 256)  # a GPU reads 256 MiB in its latency
+    rate = bandwidth(model.device)
     card = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     report.say(f"{name}, {model.num_image_tokens} image tokens, {model.dtype}, {card}, {rate / 1e9:.1f} GB/s")
     found = []
