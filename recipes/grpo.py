@@ -74,11 +74,6 @@ class GRPORecipe:
             )
         if self.train.eval_strategy != IntervalStrategy.NO and not self.data.num_eval_samples:
             raise UserError("train.eval_strategy needs held-out tasks, and data.num_eval_samples is 0: raise it.")
-        for name in ("pack_length", "max_length"):
-            if getattr(self.train, name) is not None:
-                raise UserError(
-                    f"train.{name} is for conversations that are learned; samples are never cut: leave it out."
-                )
 
 
 def right_answers(expected: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -89,15 +84,16 @@ def right_answers(expected: Sequence[str], answers: Sequence[str]) -> list[float
 def build_trainer(recipe: GRPORecipe, model: Any, processor: Any, adapter: Adapter | None = None) -> PolicyTrainer:
     """Build rewards, tasks and trainer around a model."""
     own = any(each and each.kind == "own_answers" for each in (*recipe.rewards.values(), recipe.judge))
-    reference = Reference(model, adapter) if own or recipe.policy.kl_weight else None
-    made = build_rewards(recipe.rewards, processor, reference and reference.model)
-    judge = None if recipe.judge is None else build_reward(recipe.judge, processor, reference and reference.model)
-    repeats = {"repeats": recipe.policy.iterations, "samples_per_step": recipe.train.samples_per_step}
+    compared = own or recipe.policy.kl_weight or recipe.data.num_eval_samples
+    reference = Reference(model, adapter) if compared else None
+    start = None if reference is None else reference.model
+    made = build_rewards(recipe.rewards, processor, start)
+    judge = None if recipe.judge is None else build_reward(recipe.judge, processor, start)
     return PolicyTrainer(
         model,
         recipe.train,
         processor=processor,
-        tasks=Tasks(recipe.data, **repeats),
+        tasks=Tasks(recipe.data, repeats=recipe.policy.iterations, samples_per_step=recipe.train.samples_per_step),
         held_out=Tasks(recipe.data, split="test") if recipe.data.num_eval_samples else None,
         policy=recipe.policy,
         watch=recipe.watch,
@@ -113,7 +109,11 @@ def build_trainer(recipe: GRPORecipe, model: Any, processor: Any, adapter: Adapt
 
 
 def require_inputs(recipe: GRPORecipe) -> None:
-    """Raise UserError if a model or file of the recipe does not exist, before anything is loaded."""
+    """Raise UserError if a model or file of the recipe does not exist, or a setting is of no use, before anything is
+    loaded."""
+    for setting in ("pack_length", "max_length"):
+        if getattr(recipe.train, setting) is not None:
+            raise UserError(f"train.{setting} is for conversations, and samples are never cut: leave it out.")
     require_place("The model model.path", recipe.model.path)
     named = {f"rewards.{name}": reward for name, reward in recipe.rewards.items()}
     named |= {} if recipe.judge is None else {"judge": recipe.judge}

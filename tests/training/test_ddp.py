@@ -58,7 +58,6 @@ RUNS: dict[str, tuple[str, list[str]]] = {
             "data.flows={drawing: {kind: drawing, null_prompt_prob: 0.1}}",
         ],
     ),
-    "grpo": ("grpo", [*HOST, "rewards.first.weight=0", "rewards.strict.weight=0"]),
 }
 
 

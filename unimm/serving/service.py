@@ -228,8 +228,9 @@ class Service:
         own = ImageSampling.of(self.engine.model.generation_config)
         sampling = replace(own, **_given(body, SAMPLING_NAMES))
         scale = float(per_prompt_scale(sampling.guidance_scale, 1)[0])
-        ends = sampling.guidance_interval
-        interval = None if ends is None else (ends[0], ends[1])  # a checkpoint's is a list
+        interval = sampling.guidance_interval
+        if interval is not None:  # a checkpoint's is a list
+            interval = (interval[0], interval[1])
         image_scale = sampling.image_guidance_scale if edits else None
         if image_scale is not None:
             image_scale = float(per_prompt_scale(image_scale, 1, "image_guidance_scale")[0])

@@ -76,8 +76,8 @@ def policy_terms(
     Args:
         advantage: of each row, [R].
         mask: [R, T], 1 for tokens that were sampled.
-        reference: log-probabilities [R, T] under the starting model; its divergence is Schulman's k3,
-            exp(d) - d - 1 with d = reference - logps, as in TRL; with `kl_correction` it is weighted by the ratio.
+        reference: log-probabilities [R, T] under the starting model; the divergence from it is weighted by the ratio
+            with `kl_correction`, as in TRL.
     """
     log_ratio = logps - old
     if config.ratio_level == "sequence":
@@ -88,10 +88,16 @@ def policy_terms(
     clipped = ((ratio < 1 - config.clip) & (gain < 0)) | ((ratio > 1 + config.upper_clip) & (gain > 0))
     kl = torch.zeros_like(logps)
     if reference is not None:
-        apart = reference - logps
-        kl = apart.exp() - apart - 1
+        kl = divergence(logps, reference)
         loss = loss + config.kl_weight * (kl * ratio if config.kl_correction else kl)
     return Terms(loss.expand_as(logps), kl, clipped, ratio)
+
+
+def divergence(logps: Tensor, reference: Tensor) -> Tensor:
+    """Estimate the KL divergence from a reference by each sampled token: Schulman's k3, exp(d) - d - 1 with
+    d = reference - logps."""
+    apart = reference - logps
+    return apart.exp() - apart - 1
 
 
 def summed(loss: Tensor, mask: Tensor, kind: LossType, longest: int) -> Tensor:

@@ -14,7 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from unimm.data.tasks import Kind, Task, Tasks
 from unimm.errors import UserError
 from unimm.training.policy.averages import Averages
-from unimm.training.policy.rollouts import Sampler
+from unimm.training.policy.losses import divergence
+from unimm.training.policy.reference import Reference
+from unimm.training.policy.rollouts import Rollout, Sampler
 
 Score = Callable[[Sequence[str], Sequence[Mapping[str, Any]], Sequence[Image.Image]], list[float]]
 """Scores images, given their prompts and the prompts' metadata: one number for each image."""
@@ -62,11 +64,14 @@ class Rewards:
 
 
 class HeldOut:
-    """Draws held-out prompts, with the same noise every time, and answers held-out questions greedily."""
+    """Draws held-out prompts, with the same noise every time, and answers held-out questions greedily; measures the KL
+    divergence of the drawings' tokens from `reference`, if there is one."""
 
-    def __init__(self, tasks: Tasks, sampler: Sampler, rewards: Rewards, device: torch.device) -> None:
-        self.tasks, self.sampler, self.rewards = tasks, sampler, rewards
-        names = ["reward", *(f"reward_{name}" for name in rewards.names), "judge", "answers"]
+    def __init__(
+        self, tasks: Tasks, sampler: Sampler, rewards: Rewards, device: torch.device, reference: Reference | None = None
+    ) -> None:
+        self.tasks, self.sampler, self.rewards, self.reference = tasks, sampler, rewards, reference
+        names = ["reward", *(f"reward_{name}" for name in rewards.names), "judge", "answers", "kl"]
         self.averages = Averages(names, device)
         self.shown: list[Image.Image] = []
 
@@ -79,10 +84,18 @@ class HeldOut:
         for kind in kinds:
             tasks = [task for task in own if task["kind"] == kind]
             for start in range(0, len(tasks), size):
-                with precision():
-                    _, chosen = self.sampler.sample(tasks[start : start + size], 1, greedy=True)
+                with precision(), torch.no_grad():
+                    inputs, chosen = self.sampler.sample(tasks[start : start + size], 1, greedy=True)
+                    if kind == "drawing" and self.reference is not None:
+                        self.averages.add("kl", self._divergence(self.sampler.rollout(kind, inputs, chosen, 1)))
                 self._add(kind, tasks[start : start + size], chosen)
         return self.averages
+
+    def _divergence(self, rollout: Rollout) -> Tensor:
+        assert self.reference is not None
+        logps, _ = self.sampler.log_probabilities(self.sampler.model, rollout)
+        with self.reference.model() as start:
+            return divergence(logps, self.sampler.log_probabilities(start, rollout)[0])
 
     def _add(self, kind: Kind, tasks: Sequence[Task], chosen: Tensor) -> None:
         if kind == "answering":

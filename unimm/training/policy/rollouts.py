@@ -156,6 +156,14 @@ class Sampler:
         longest, end = max(rows.shape[1] for rows in chosen), int(self._ends()[0])
         return inputs, torch.cat([F.pad(rows, (0, longest - rows.shape[1]), value=end) for rows in chosen])
 
+    def rollout(self, kind: Kind, inputs: dict[str, Tensor], chosen: Tensor, size: int) -> Rollout:
+        """Return `size` samples of each prompt as a rollout, with advantages of 0."""
+        mask = torch.ones_like(chosen, dtype=torch.bool) if kind == "drawing" else self.written(chosen)
+        every = {name: value.repeat_interleave(size, 0) for name, value in inputs.items()}
+        return Rollout(
+            kind, **every, chosen=chosen, mask=mask, advantage=torch.zeros(len(chosen), device=chosen.device)
+        )
+
     def _draw(self, inputs: dict[str, Tensor], tasks: Sequence[Task], size: int) -> Tensor:
         seeds, sampling = [task["seed"] for task in tasks], vars(self.config.sampling)
         return self.model.generate(**inputs, generation_mode="image", num_return_sequences=size, seed=seeds, **sampling)

@@ -40,6 +40,11 @@ Window = list[dict[str, Rollout]]
 ROLLOUTS = "rollouts_{rank}.pt"
 
 
+def _as_tasks(samples: list[Task]) -> Any:
+    """Collate tasks to a list: what a batch holds does not exist before it is sampled."""
+    return samples
+
+
 class PolicyTrainer(HostTrainer):
     """Improve `model` by the rewards of its own images and answers.
 
@@ -74,7 +79,7 @@ class PolicyTrainer(HostTrainer):
             model,
             args,
             processor=processor,
-            data_collator=list,
+            data_collator=_as_tasks,
             train_dataset=tasks,
             eval_dataset=held_out,
             flow_weights={name: flows[name].weight for name in learned},
@@ -89,8 +94,8 @@ class PolicyTrainer(HostTrainer):
         )
         self.policy, self.reference, self.rewards = policy, reference, rewards
         self.sampler = Sampler(model, processor, policy)
-        self.held_out = None if held_out is None else HeldOut(held_out, self.sampler, rewards, args.device)
-        self.panel = self.held_out and self.held_out.log_panel
+        self.held_out = None if held_out is None else HeldOut(held_out, self.sampler, rewards, args.device, reference)
+        self.panel = None if self.held_out is None else self.held_out.log_panel
         self.watch = Watch(watch)
         self.add_callback(self.watch)
         names = ["reward", "reward_std", "without_signal", "entropy", "clipped", "ratio_error", "length", "cut"]
@@ -105,7 +110,7 @@ class PolicyTrainer(HostTrainer):
 
     # ---- sampling ----
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Window, Tensor]:  # type: ignore[override]
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Window, Tensor]:
         """Return the samples for the tasks of an optimizer step, and the rows and tokens of each flow [F, 2]."""
         tasks, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.state.global_step % self.policy.iterations == 0:
@@ -160,26 +165,19 @@ class PolicyTrainer(HostTrainer):
         size, kind = self.policy.group_size, self.kinds[flow]
         with self._precision():
             inputs, chosen = self.sampler.sample(tasks, size)
+        rollout = self.sampler.rollout(kind, inputs, chosen, size)
+        every = [task for task in tasks for _ in range(size)]
         if kind == "drawing":
-            mask = torch.ones_like(chosen, dtype=torch.bool)
-            parts = self.rewards.of_images([task for task in tasks for _ in range(size)], self.sampler.images(chosen))
-            rewards = self.rewards.total(parts)
+            parts = self.rewards.of_images(every, self.sampler.images(chosen))
+            rewards, cut = self.rewards.total(parts), torch.zeros(len(chosen))
         else:
-            mask = self.sampler.written(chosen)
-            expected = [task["answer"] for task in tasks for _ in range(size)]
-            rewards = torch.tensor(self.rewards.answers(expected, self.sampler.answers(chosen)), dtype=torch.float64)
+            right = self.rewards.answers([task["answer"] for task in every], self.sampler.answers(chosen))
+            rewards, cut = torch.tensor(right, dtype=torch.float64), self.sampler.cut(chosen)
             parts = rewards[:, None]
         groups = rewards.view(-1, size)
-        every = {name: value.repeat_interleave(size, 0) for name, value in inputs.items()}
-        cut = self.sampler.cut(chosen) if kind == "answering" else torch.zeros(len(chosen))
-        self._note_samples(flow, groups, parts, mask, cut)
-        return Rollout(
-            kind=kind,
-            **every,
-            chosen=chosen,
-            mask=mask,
-            advantage=advantages(groups, self.policy.advantage).flatten().float().to(chosen.device),
-        )
+        self._note_samples(flow, groups, parts, rollout.mask, cut)
+        rollout.advantage = advantages(groups, self.policy.advantage).flatten().to(rollout.advantage)
+        return rollout
 
     def _note_samples(self, flow: str, groups: Tensor, parts: Tensor, mask: Tensor, cut: Tensor) -> None:
         self.averages.add(f"{flow}/reward", groups)
@@ -242,7 +240,7 @@ class PolicyTrainer(HostTrainer):
 
     # ---- evaluation ----
 
-    def evaluation_loop(  # type: ignore[override]
+    def evaluation_loop(
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Return the mean reward, each reward, the judge's score and the share of right answers on held-out tasks."""

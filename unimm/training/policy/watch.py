@@ -54,7 +54,8 @@ class Watch(TrainerCallback):
             )
 
     def evaluation(self, metrics: Mapping[str, float], history: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Compare an evaluation with the first one in the log."""
+        """Compare an evaluation with the first one in the log, and look at its divergence."""
+        self.divergence(metrics.get("eval_kl", 0.0), step)
         if "eval_judge" not in metrics:
             return
         first = next((line for line in history if "eval_judge" in line), metrics)
