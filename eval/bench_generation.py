@@ -139,7 +139,8 @@ def compare(ways: Mapping[str, Way], batch: int, tokens: int, repeats: int) -> d
 
 def bandwidth(device: torch.device) -> float:
     """Measure the device's memory bandwidth in bytes per second, by sums and by copies of a large tensor."""
-    source = torch.ones((1024 if device.type == "cuda" else 256) << 18, device=device)
+    megabytes = 4096 if device.type == "cuda" else 256  # a GPU reads 256 MiB in its latency
+    source = torch.ones(megabytes << 18, device=device)
     target, size = torch.empty_like(source), source.numel() * source.element_size()
     target.copy_(source)  # the pages of a fresh tensor are not there yet
     reads = size / _best(lambda: source.sum())
