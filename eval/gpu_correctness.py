@@ -20,9 +20,9 @@ from torch import Tensor
 
 from eval.bench_real_size import tokenizer_config
 from eval.generation_rivals import random_model
+from unimm.data.conversations import message
 from unimm.data.shapes.datasets import ShapesImages
 from unimm.data.text.collators import FlowCollator
-from unimm.data.text_to_image import drawing
 from unimm.errors import run_main
 from unimm.mllm import load
 from unimm.runs.provenance import git_commit
@@ -132,7 +132,7 @@ def _packed_logits(model: Any, processor: Any, *, packed: bool = True) -> Tensor
     ids = torch.arange(model.num_image_tokens * len(PROMPTS)).view(len(PROMPTS), -1) % model.config.codebook_size
     samples = []
     for index, prompt in enumerate(PROMPTS):
-        asked, _ = drawing(prompt, None)
+        asked = message("user", prompt)
         drawn = {"role": "assistant", "content": [{"type": "image", "ids": ids[index].numpy()}]}
         samples.append({"flow": "drawing", "kind": "drawing", "index": index, "messages": [asked, drawn]})
     capacity = 2 * (model.num_image_tokens + 40)

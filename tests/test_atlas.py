@@ -81,7 +81,7 @@ def test_nearest_patches_are_the_nearest_one_of_each_image(made):
             top, left = 8 * (place // 4), 8 * (place % 4)
             assert np.abs(atlas.patches[code, 0] - images[image, top : top + 8, left : left + 8]).max() <= 1
         elif nearest:
-            assert np.abs(atlas.patches[code, 0] - images[nearest[0][1]]).max() <= 1
+            assert np.abs(atlas.thumbnails[nearest[0][1]] - images[nearest[0][1]]).max() <= 1
 
 
 def test_neighbors_by_cosine(made):

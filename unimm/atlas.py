@@ -11,7 +11,7 @@ import html
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -57,7 +57,8 @@ class Atlas:
         places: [K, M], how often at each place.
         drawn: [K, tile, tile, 3], the sums of the decoded patches in [0, 1]; None if ids are no patches.
         distances, images: [K, NEAREST], squared distances of the nearest latents, and their images (-1: none).
-        patches: [K, NEAREST, side, side, 3] uint8, the real patches (or whole images) of these.
+        patches: [K, NEAREST, tile, tile, 3] uint8, the real patches of these; None if ids are no patches.
+        thumbnails: the images of these by number, [IMAGE_TILE, IMAGE_TILE, 3] uint8 each, if ids are no patches.
         neighbors, cosines: [K, NEIGHBORS], the nearest other codes.
         count: images read.
     """
@@ -69,9 +70,10 @@ class Atlas:
     drawn: np.ndarray | None
     distances: np.ndarray
     images: np.ndarray
-    patches: np.ndarray
+    patches: np.ndarray | None
     neighbors: np.ndarray
     cosines: np.ndarray
+    thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
     count: int = 0
 
     @classmethod
@@ -79,7 +81,6 @@ class Atlas:
         """Return the empty atlas of a tokenizer's codebook."""
         config, table = tokenizer.config, tokenizer.quantizer.effective_codebook.detach().cpu()
         size, tile = len(table), min(LARGEST_TILE, config.decoded_patch_size)
-        side = tile if tokenizer.ids_are_patches else IMAGE_TILE
         return cls(
             config.grid,
             tile,
@@ -88,7 +89,7 @@ class Atlas:
             np.zeros((size, tile, tile, 3)) if tokenizer.ids_are_patches else None,
             np.full((size, NEAREST), np.inf),
             np.full((size, NEAREST), -1),
-            np.full((size, NEAREST, side, side, 3), 255, np.uint8),
+            np.full((size, NEAREST, tile, tile, 3), 255, np.uint8) if tokenizer.ids_are_patches else None,
             *code_neighbors(table),
         )
 
@@ -114,18 +115,22 @@ class Atlas:
         bytes_ = (real.clip(0, 1) * 255).round().astype(np.uint8)
         close = np.argwhere(distances < self.distances[ids, -1])
         for image, place in close[np.argsort(distances[tuple(close.T)], kind="stable")]:
-            patch = bytes_[image, place] if bytes_.ndim == 5 else bytes_[image]
+            patch = bytes_[image, place] if self.patches is not None else None
             self._offer(ids[image, place], distances[image, place], self.count + image, patch)
+        if self.patches is None:
+            self.thumbnails |= {self.count + image: bytes_[image] for image in range(batch)}
+            self.thumbnails = {int(n): self.thumbnails[n] for n in np.unique(self.images) if n >= 0}
         self.count += batch
 
-    def _offer(self, code: int, distance: float, image: int, patch: np.ndarray) -> None:
-        """Insert a patch among the nearest of a code, one of each image."""
+    def _offer(self, code: int, distance: float, image: int, patch: np.ndarray | None) -> None:
+        """Insert an image and its patch among the nearest of a code, one patch of each image."""
         if distance >= self.distances[code, -1] or image in self.images[code]:
             return
         place = int(np.searchsorted(self.distances[code], distance, side="right"))
         for kept, new in ((self.distances, distance), (self.images, image), (self.patches, patch)):
-            kept[code, place + 1 :] = kept[code, place:-1].copy()
-            kept[code, place] = new
+            if kept is not None:
+                kept[code, place + 1 :] = kept[code, place:-1].copy()
+                kept[code, place] = new
 
 
 def code_neighbors(table: Tensor, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
@@ -181,18 +186,25 @@ def patches_of(pixels: Tensor, atlas: Atlas) -> np.ndarray:
 def write_page(path: Path, atlas: Atlas, *, title: str, source: str) -> None:
     """Write the atlas as one HTML file without requests to anything else."""
     usage, size = atlas.usage, len(atlas.usage.counts)
-    patches = atlas.drawn is not None
-    sheets = {"near": sheet(atlas.patches.reshape(-1, *atlas.patches.shape[2:])), "heat": sheet(heat(atlas))}
-    if patches:
-        sheets["mean"] = sheet(atlas.mean())
+    patches = atlas.patches is not None
+    if atlas.patches is not None:
+        tiles, near = (
+            atlas.patches.reshape(-1, *atlas.patches.shape[2:]),
+            np.arange(size * NEAREST).reshape(size, NEAREST),
+        )
+        sheets = {"mean": sheet(atlas.mean())}
+    else:  # an image is among the nearest of many ids, and stands in the sheet once
+        numbers = np.array(sorted(atlas.thumbnails))
+        tiles, near = np.stack([atlas.thumbnails[n] for n in numbers]), np.searchsorted(numbers, atlas.images)
+        sheets = {}
+    sheets |= {"near": sheet(tiles), "heat": sheet(heat(atlas))}
     data = {
         "counts": usage.counts.tolist(),
         "neighbors": atlas.neighbors.tolist(),
         "cosines": [[round(float(cosine), 3) for cosine in row] for row in atlas.cosines],
         "spread": [round(each, 3) for each in spread(atlas.places)],
         "light": atlas.mean().mean((1, 2, 3)).round(1).tolist() if patches else None,
-        "found": (atlas.images >= 0).sum(1).tolist(),
-        "nearest": NEAREST,
+        "near": [row[found].tolist() for row, found in zip(near, atlas.images >= 0, strict=True)],
         "sheets": {name: {"columns": columns, "rows": rows} for name, (_, columns, rows) in sheets.items()},
         "grid": list(atlas.grid),
         "patches": patches,

@@ -28,7 +28,7 @@ from unimm.serving.settings import ServingSettings
 
 gr = pytest.importorskip("gradio")
 from unimm.serving import web_actions  # noqa: E402
-from unimm.serving.web import mount_page  # noqa: E402
+from unimm.serving.web import OTHER_LIMITS, build_page, mount_page  # noqa: E402
 from unimm.serving.web_actions import DESCRIBE, INSTRUCT, Actions, Talk, code_map, mask_of  # noqa: E402
 
 
@@ -291,3 +291,9 @@ def test_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsy
     for words in (["web"], ["serve", "--web"]):
         assert main(words) == 2
         assert "(gradio): pip install unimm[web]." in capsys.readouterr().err
+
+
+def test_a_page_of_another_model_promises_no_shapes(engine: Engine) -> None:
+    page = build_page(Service(engine, ServingSettings()), knows_shapes=False)
+    texts = json.dumps(page.get_config_file(), default=str)
+    assert OTHER_LIMITS in texts and "six shapes" not in texts and "two green squares" not in texts

@@ -228,7 +228,8 @@ class Service:
         own = ImageSampling.of(self.engine.model.generation_config)
         sampling = replace(own, **_given(body, SAMPLING_NAMES))
         scale = float(per_prompt_scale(sampling.guidance_scale, 1)[0])
-        interval = sampling.guidance_interval and tuple(sampling.guidance_interval)  # a checkpoint's is a list
+        if (interval := sampling.guidance_interval) is not None:
+            interval = (interval[0], interval[1])  # a checkpoint's is a list
         image_scale = sampling.image_guidance_scale if edits else None
         if image_scale is not None:
             image_scale = float(per_prompt_scale(image_scale, 1, "image_guidance_scale")[0])

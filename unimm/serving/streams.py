@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import Request
@@ -43,7 +43,7 @@ class Answers:
             raise event.error
         return event
 
-    async def events(self) -> AsyncIterator[jobs.Event]:
+    async def events(self) -> AsyncGenerator[jobs.Event, None]:
         """Yield the events, `Finished` last; closing the iterator cancels the request."""
         try:
             while True:

@@ -11,6 +11,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
+from unimm.sampling import per_prompt_scale
 from unimm.serving.security import PAGE
 from unimm.serving.service import Service
 from unimm.serving.web_actions import DESCRIBE, INSTRUCT, Actions, Talk, text_box
@@ -100,18 +101,20 @@ def build_page(service: Service, *, knows_shapes: bool) -> gr.Blocks:
 
 
 def _chat(actions: Actions, examples: dict[str, str]) -> None:
-    starts = [
-        {"text": "What do you see?", "files": [examples["two.png"]]},
-        {"text": "What color is the triangle?", "files": [examples["three.png"]]},
-        {"text": "Draw two green squares"},
-    ]
+    starts: list[Any] | None = None
+    if examples:
+        starts = [
+            {"text": "What do you see?", "files": [examples["two.png"]]},
+            {"text": "What color is the triangle?", "files": [examples["three.png"]]},
+            {"text": "Draw two green squares"},
+        ]
     talk = gr.State(Talk(), time_to_live=3600)
     shown = without_urls(
         gr.Chatbot(
             show_label=False,
             height="min(56vh, 34rem)",
             placeholder="Add an image and ask about it, or write **Draw** and what you would like to see.",
-            examples=starts if examples else None,
+            examples=starts,
             buttons=[],
             group_consecutive_messages=False,
             elem_id="talk",
@@ -253,11 +256,10 @@ def _captioned(caption: str, name: str) -> Any:
 def _settings(actions: Actions) -> list[Any]:
     """Show the settings of sampling, closed at first, with the checkpoint's own values."""
     own = actions.sampling
+    scale = max(float(per_prompt_scale(own.guidance_scale, 1)[0]), 1.0)  # 1 is off
     with gr.Accordion("More settings", open=False):
         seed = gr.Textbox(label="Seed", placeholder="random", info="A whole number; the same one draws the same.")
-        guidance = gr.Slider(
-            0, 10, own.guidance_scale or 1, step=0.5, label="Guidance", info="Higher follows the text more closely."
-        )
+        guidance = gr.Slider(1, 10, scale, step=0.5, label="Guidance", info="Higher follows the text more closely.")
         temperature = gr.Slider(
             0, 2, own.temperature or 1, step=0.1, label="Temperature", info="Higher varies more; 0 never varies."
         )

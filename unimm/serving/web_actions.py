@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,13 +43,19 @@ class Talk:
     shown: list[dict[str, Any]] = field(default_factory=list)
 
 
+ChatStep: TypeAlias = tuple[Any, list[dict[str, Any]], Talk]
+"""An update of the text box, the conversation as it is shown, and the conversation."""
+
+
 class Actions:
     """The page's functions. What goes wrong is raised as one sentence, `gr.Error`."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
-    async def chat(self, message: dict[str, Any], talk: Talk) -> AsyncIterator[tuple[Any, list[dict[str, Any]], Talk]]:
+    async def chat(
+        self, message: dict[str, Any], talk: Talk
+    ) -> AsyncGenerator[tuple[Any, list[dict[str, Any]], Talk], None]:
         """Yield the text box, the conversation as it is shown, and the conversation.
 
         Args:
@@ -91,7 +97,7 @@ class Actions:
 
     async def draw(
         self, prompt: str, number: str, seed: str | None, guidance: float, temperature: float
-    ) -> AsyncIterator[Drawn]:
+    ) -> AsyncGenerator[Drawn, None]:
         """Yield images of a prompt while they are drawn."""
         with told():
             body = _drawing(seed, guidance, temperature)
@@ -108,7 +114,7 @@ class Actions:
         seed: str | None,
         guidance: float,
         temperature: float,
-    ) -> AsyncIterator[Drawn]:
+    ) -> AsyncGenerator[Drawn, None]:
         """Yield an edited image while it is drawn.
 
         Args:
@@ -166,7 +172,7 @@ class Actions:
     async def _image(self, data: bytes) -> Image.Image:
         return await self.service.reader.decoded(data, "that was uploaded")
 
-    async def _draw(self, request: DrawRequest) -> AsyncIterator[Drawn]:
+    async def _draw(self, request: DrawRequest) -> AsyncGenerator[Drawn, None]:
         """Yield the images of a request as far as they are drawn, and at last complete."""
         start = time.monotonic()
         images: dict[int, Image.Image] = {}
@@ -180,7 +186,7 @@ class Actions:
                     self.service.drawn_usage(request)
                     yield event.results, f"Seed {request.seed} · {time.monotonic() - start:.1f} s"
 
-    async def _write(self, conversation: Conversation) -> AsyncIterator[str]:
+    async def _write(self, conversation: Conversation) -> AsyncGenerator[str, None]:
         """Yield the answer to a conversation as far as it is written."""
         request = await self.service.text_request(conversation, Sampling(), stream=True)
         text = ""

@@ -16,7 +16,7 @@ from unimm.evaluation.geneval.prompts import official_prompts
 Data = Callable[[str], Path]
 MUTATIONS = {
     "counting threshold": ("counting_threshold: float = 0.9", "counting_threshold: float = 0.5"),
-    "threshold": ("    threshold: float = 0.3,", "    threshold: float = 0.4,"),
+    "threshold": ("    threshold: float = 0.3\n", "    threshold: float = 0.4\n"),
     "sixteen of a class": ("max_objects: int = 16", "max_objects: int = 12"),
     "overlap is off": ("max_overlap: float = 1.0", "max_overlap: float = 0.5"),
     "dead zone": ("position_threshold: float = 0.1", "position_threshold: float = 0.2"),

@@ -62,16 +62,35 @@ def box_iou(box_a: Box, box_b: Box) -> float:
     return shared / union if union > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Thresholds:
+    """Options of the official scorer, by their official names; see `verdict`."""
+
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    max_objects: int = 16
+    max_overlap: float = 1.0
+    position_threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.max_objects < 1 or min(self.threshold, self.counting_threshold, self.position_threshold) < 0:
+            raise UserError(f"{self} means nothing: thresholds are at least 0, and max_objects is at least 1.")
+
+    def limit(self, metadata: Mapping[str, Any]) -> float:
+        """Return the confidence threshold of a prompt's tag."""
+        return self.counting_threshold if metadata["tag"] == "counting" else self.threshold
+
+
 def verdict(
     metadata: Mapping[str, Any],
     detections: Iterable[Mapping[str, Any]],
     *,
     class_names: Sequence[str] = COCO_CLASSES,
-    threshold: float = 0.3,
-    counting_threshold: float = 0.9,
-    max_objects: int = 16,
-    max_overlap: float = 1.0,
-    position_threshold: float = 0.1,
+    threshold: float = Thresholds.threshold,
+    counting_threshold: float = Thresholds.counting_threshold,
+    max_objects: int = Thresholds.max_objects,
+    max_overlap: float = Thresholds.max_overlap,
+    position_threshold: float = Thresholds.position_threshold,
 ) -> Verdict:
     """Apply the rules of a prompt's metadata to the detections of one image.
 
@@ -88,7 +107,7 @@ def verdict(
     Raises:
         ValueError: a label is neither an index into `class_names` nor one of them.
     """
-    limit = counting_threshold if metadata["tag"] == "counting" else threshold
+    limit = Thresholds(threshold, counting_threshold).limit(metadata)
     objects = select_objects(detections, class_names, limit=limit, max_objects=max_objects, max_overlap=max_overlap)
     reasons: list[str] = []
     groups: list[list[FoundObject] | None] = []  # objects of each include entry, None if it failed
@@ -209,22 +228,3 @@ def _first_failure(
 
 def _inclusive_area(box: np.ndarray) -> float:
     return float(max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0))
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Options of the official scorer, by their official names; see `verdict`."""
-
-    threshold: float = 0.3
-    counting_threshold: float = 0.9
-    max_objects: int = 16
-    max_overlap: float = 1.0
-    position_threshold: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.max_objects < 1 or min(self.threshold, self.counting_threshold, self.position_threshold) < 0:
-            raise UserError(f"{self} means nothing: thresholds are at least 0, and max_objects is at least 1.")
-
-    def limit(self, metadata: Mapping[str, Any]) -> float:
-        """Return the confidence threshold of a prompt's tag."""
-        return self.counting_threshold if metadata["tag"] == "counting" else self.threshold
