@@ -58,12 +58,12 @@ def test_an_option_that_a_source_does_not_have_is_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", range(2))
     (tmp_path / "a.tar").write_bytes(tar_bytes({"a.png": png(1)}))
     has = {
-        "folder": {"text_column", "max_aspect_ratio", "min_side"},
-        "a.parquet": {"streaming", "image_column", "text_column", "max_aspect_ratio", "min_side"},
+        "folder": {"text_column", "target_column", "max_aspect_ratio", "min_side"},
+        "a.parquet": {"streaming", "image_column", "text_column", "target_column", "max_aspect_ratio", "min_side"},
         "a.tar": {"streaming", "text_column", "max_aspect_ratio", "min_side"},
     }
     values = {"split": "test", "subset": "small", "streaming": True, "image_column": "photo", "text_column": "caption"}
-    values |= {"max_aspect_ratio": 9.0, "min_side": 1}
+    values |= {"max_aspect_ratio": 9.0, "min_side": 1, "target_column": "edited"}
     assert set(values) == {option.name for option in fields(ReadOptions)}
     for name, value in values.items():
         for source, options in has.items():
