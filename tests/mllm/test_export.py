@@ -1,5 +1,6 @@
 """Ways out: the host comes back to the bit, and stock classes read and write as the unified model did."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     SiglipVisionModel,
@@ -23,6 +23,7 @@ from tests.mllm.test_multimodal_hosts import HOSTS, build, sentence
 from unimm.errors import UserError
 from unimm.mllm import attach
 from unimm.mllm.export import causal_lm, detach, save_generation, stock_understanding
+from unimm.mllm.hosts.registry import HOSTS as FAMILIES
 
 
 def same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
@@ -61,14 +62,14 @@ def test_a_host_that_lost_its_tower_cannot_come_back() -> None:
 @pytest.mark.parametrize("name", ["text", *HOSTS])
 def test_a_stock_model_reads_images_with_the_same_logits(name: str, tmp_path: Path) -> None:
     if name == "text":
-        merged, (model, processor) = 1, tiny.unified(rows=304)
+        merged, expected, (model, processor) = 1, LlavaForConditionalGeneration, tiny.unified(rows=304)
     else:
         host, tokenizer, image_tokenizer, merged = build(name)
-        model, processor = attach(host, image_tokenizer, tokenizer)
+        expected, (model, processor) = type(host), attach(host, image_tokenizer, tokenizer)
     stock, reader = stock_understanding(model, processor)
     stock.save_pretrained(tmp_path)
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    assert type(stock) is (InternVLForConditionalGeneration if name == "internvl" else LlavaForConditionalGeneration)
+    assert type(stock) is expected
     input_ids, pixel_values = sentence(model, 2, merged)
     with torch.no_grad():
         inputs = {"input_ids": input_ids, "pixel_values": pixel_values}
@@ -89,7 +90,14 @@ def test_a_stock_model_reads_images_with_the_same_logits(name: str, tmp_path: Pa
 def test_features_that_no_stock_model_taps_are_refused() -> None:
     model, processor = tiny.unified()
     model.image_tokenizer.config.apply_post_norm = True
-    with pytest.raises(UserError, match="behind the encoder's final norm"):
+    with pytest.raises(UserError, match="behind the encoder's final norm, where no stock llava taps them"):
+        stock_understanding(model, processor)
+
+
+def test_a_family_that_taps_behind_the_final_norm_refuses_features_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny.unified()
+    monkeypatch.setitem(FAMILIES, "llava", dataclasses.replace(FAMILIES["llava"], post_norm=True))
+    with pytest.raises(UserError, match="before the encoder's final norm, where no stock llava taps them"):
         stock_understanding(model, processor)
 
 

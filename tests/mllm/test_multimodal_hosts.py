@@ -23,6 +23,7 @@ from transformers import (
 from tests.mllm import tiny
 from unimm.errors import UserError
 from unimm.mllm import attach
+from unimm.mllm.hosts.registry import HOSTS as FAMILIES
 from unimm.tokenizer import VQRAE
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -82,7 +83,9 @@ def internvl() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         image_seq_length=4,
         tie_word_embeddings=False,
     )
-    return InternVLForConditionalGeneration(config), tokenizer
+    host = InternVLForConditionalGeneration(config)
+    torch.nn.init.normal_(host.model.vision_tower.embeddings.patch_embeddings.projection.weight)  # 0 by default
+    return host, tokenizer
 
 
 HOSTS = {"llava-clip": (llava_clip, -2, 1), "llava-siglip": (llava_siglip, -1, 1), "internvl": (internvl, -1, 4)}
@@ -93,13 +96,9 @@ def build(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, VQRAE, i
     torch.manual_seed(5)
     make, layer, merged = HOSTS[name]
     host, tokenizer = make()
-    torch.nn.init.normal_(
-        host.model.vision_tower.embeddings.patch_embeddings.projection.weight
-    ) if merged == 4 else None
-    tower = host.model.vision_tower
-    image_tokenizer = VQRAE(
-        VQRAE.config_class(encoder_config=tower.config.to_dict(), codebook_size=32, codebook_dim=8, feature_layer=layer)
-    )
+    tower, post_norm = host.model.vision_tower, FAMILIES[host.config.model_type].post_norm
+    fields = {"codebook_size": 32, "codebook_dim": 8, "feature_layer": layer, "apply_post_norm": post_norm}
+    image_tokenizer = VQRAE(VQRAE.config_class(encoder_config=tower.config.to_dict(), **fields))
     image_tokenizer.encoder.load_state_dict(tower.state_dict())
     return host.eval(), tokenizer, image_tokenizer.eval(), merged
 

@@ -69,10 +69,13 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
     """
     tokenizer = model.image_tokenizer
     prefix = prefix_tokens(tokenizer.encoder.config)
-    if tokenizer.config.apply_post_norm or prefix > 1:
-        what = "behind the encoder's final norm" if prefix <= 1 else f"behind {prefix} prefix tokens"
-        raise UserError(f"The features lie {what}, where no stock model taps them: this model stays with unimm.")
-    family = family_of(model.config)
+    family, post_norm = family_of(model.config), tokenizer.config.apply_post_norm
+    if post_norm != family.post_norm or prefix > 1:
+        side = "behind" if post_norm else "before"
+        what = f"{side} the encoder's final norm" if prefix <= 1 else f"behind {prefix} prefix tokens"
+        raise UserError(
+            f"The features lie {what}, where no stock {family.model_type} taps them: this model stays with unimm."
+        )
     if family.export is None:
         raise UserError(
             f"A stock {family.model_type} reads patches of any image size with a tower of its "

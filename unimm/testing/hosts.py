@@ -121,14 +121,16 @@ def tiny_tokenizer(host: PreTrainedModel, encoder: str) -> tuple[VQRAE, bool]:
     Returns:
         The tokenizer, and whether it uses the host's own encoder, which it does if the families match.
     """
-    layer, config = -1, vision_config(encoder)
-    own = host.config.model_type in HOSTS and HOSTS[host.config.model_type].tiny.encoder == encoder
-    if own:
-        layer, config = host.config.vision_feature_layer, host.model.vision_tower.config
+    layer, post_norm, config = -1, False, vision_config(encoder)
+    family = HOSTS.get(host.config.model_type)
+    own = family is not None and family.tiny.encoder == encoder
+    if family is not None and own:
+        post_norm, config = family.post_norm, host.model.vision_tower.config
+        layer = -1 if post_norm else host.config.vision_feature_layer
     torch.manual_seed(1)
     mean, std = encoder_family(config).normalization
     fields = {"codebook_size": 32, "codebook_dim": 8, "feature_layer": layer, "image_mean": mean, "image_std": std}
-    tokenizer = VQRAE(VQRAE.config_class(encoder_config=config.to_dict(), **fields)).eval()
+    tokenizer = VQRAE(VQRAE.config_class(encoder_config=config.to_dict(), apply_post_norm=post_norm, **fields)).eval()
     if own:
         tokenizer.encoder.load_state_dict(host.model.vision_tower.state_dict())
     return tokenizer, own

@@ -104,9 +104,9 @@ class Quantizer(Float32Module, OwnStart):
         """Set the effective codebook to `codes` [K, C]."""
         self.codebook.copy_(codes)
 
-    def move(self, codes: Tensor, targets: Tensor) -> None:
-        """Set the effective codes with indices `codes` [n] to `targets` [n, C]."""
-        self.codebook[codes] = self.comparable(targets).to(self.codebook.dtype)
+    def move(self, ids: Tensor, targets: Tensor) -> None:
+        """Set the effective codes of `ids` [n] to `targets` [n, C]."""
+        self.codebook[ids] = self.comparable(targets).to(self.codebook.dtype)
 
 
 class SimVQ(Quantizer):
@@ -138,12 +138,12 @@ class SimVQ(Quantizer):
         if self.projection.bias is not None:
             self.projection.bias.zero_()
 
-    def move(self, codes: Tensor, targets: Tensor) -> None:
-        """Solve for the rows `codes` [n] of C that the unchanged W maps onto `targets` [n, C]."""
+    def move(self, ids: Tensor, targets: Tensor) -> None:
+        """Solve for the rows `ids` [n] of C that the unchanged W maps onto `targets` [n, C]."""
         targets = targets - (0 if self.projection.bias is None else self.projection.bias)
         # In float64, because the last bit of a float32 solution depends on the tensors' memory alignment.
         solution = torch.linalg.lstsq(self.projection.weight.double(), targets.double().t()).solution
-        self.codebook[codes] = solution.t().to(self.codebook.dtype)
+        self.codebook[ids] = solution.t().to(self.codebook.dtype)
 
 
 class NormalizedVQ(Quantizer):

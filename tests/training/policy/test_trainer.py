@@ -33,8 +33,8 @@ def brightness(
 
 
 def length(expected: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """A reward that random weights can earn: distinct answers get distinct numbers."""
-    return [float(sum(map(ord, answer)) % 7) for answer in answers]
+    """A reward that random weights can earn."""
+    return [float(len(answer)) for answer in answers]
 
 
 def build(
@@ -191,6 +191,7 @@ def test_the_reward_rises_on_held_out_prompts(tmp_path: Path) -> None:
         per_device_train_batch_size=8,
         save_strategy="no",
         ema_decay=0.5,
+        watch={"max_kl": 1e9},
     )
     trainer.run()
     before, after = logged(trainer, "eval_reward")

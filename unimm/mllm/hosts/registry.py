@@ -74,6 +74,8 @@ class HostFamily:
         image_token_field: config field with the token id of the placeholder of an input image.
         config_fields: (stock config) -> fields of the unified config besides the host's own and `shared_fields`.
         merged_side: (stock or unified config) -> side, in patches, of the block that becomes one input token.
+        post_norm: whether the stock host reads its tower's features behind the final norm (`last_hidden_state`), and
+            not at the `vision_feature_layer` of its config.
         tower: prefix of the stock tower's weights, which are dropped.
         kept_of_tower: {prefix of weights inside the stock tower that are kept: their prefix in the unified model}.
         plain_text: config class of the language model alone, if the family's text config is no standalone one.
@@ -86,6 +88,7 @@ class HostFamily:
     image_token_field: str = "image_token_index"
     config_fields: Callable[[Any], Mapping[str, Any]] = lambda config: {}
     merged_side: Callable[[Any], int] = lambda config: 1
+    post_norm: bool = False
     tower: str = "model.vision_tower."
     kept_of_tower: Mapping[str, str] = field(default_factory=dict)
     plain_text: type[PreTrainedConfig] | None = None

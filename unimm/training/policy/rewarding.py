@@ -20,6 +20,7 @@ from unimm.training.policy.rollouts import Rollout, Sampler
 
 Score = Callable[[Sequence[str], Sequence[Mapping[str, Any]], Sequence[Image.Image]], list[float]]
 """Scores images, given their prompts and the prompts' metadata: one number for each image."""
+Precision = Callable[[], AbstractContextManager[Any]]
 PANEL_IMAGES = 8
 
 
@@ -75,18 +76,19 @@ class HeldOut:
         self.averages = Averages(names, device)
         self.shown: list[Image.Image] = []
 
-    def score(self, rank: int, processes: int, precision: Callable[[], AbstractContextManager[Any]]) -> Averages:
-        """Score this process's share of the tasks; return the averages of reward, judge and right answers, not yet
-        summed over the processes."""
+    def score(self, rank: int, processes: int, sampling: Precision, training: Precision) -> Averages:
+        """Score this process's share of the tasks, in the precisions of sampling and training; return the averages of
+        reward, judge, right answers and divergence, not yet summed over the processes."""
         own = [self.tasks[n] for n in range(rank, len(self.tasks), processes)]
         self.shown, size = [], self.sampler.config.sampling_batch_size
         kinds: tuple[Kind, ...] = ("drawing", "answering")
         for kind in kinds:
             tasks = [task for task in own if task["kind"] == kind]
             for start in range(0, len(tasks), size):
-                with precision(), torch.no_grad():
+                with sampling():
                     inputs, chosen = self.sampler.sample(tasks[start : start + size], 1, greedy=True)
-                    if kind == "drawing" and self.reference is not None:
+                if kind == "drawing" and self.reference is not None:
+                    with training(), torch.no_grad():
                         self.averages.add("kl", self._divergence(self.sampler.rollout(kind, inputs, chosen, 1)))
                 self._add(kind, tasks[start : start + size], chosen)
         return self.averages

@@ -246,7 +246,8 @@ class PolicyTrainer(HostTrainer):
         """Return the mean reward, each reward, the judge's score and the share of right answers on held-out tasks."""
         assert self.held_out is not None
         self.model.eval()
-        averages = self.held_out.score(self.args.process_index, self.args.world_size, self._precision)
+        place = self.args.process_index, self.args.world_size
+        averages = self.held_out.score(*place, self._precision, self.accelerator.autocast)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in averages.read(self.accelerator).items()}
         self.watch.evaluation(metrics, self.state.log_history, self.state.global_step)
         count = len(self.held_out.tasks)
