@@ -60,6 +60,7 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "onnx": ("unimm/export",),
     "onnxruntime": ("unimm/export",),
     "onnxscript": ("unimm/export",),
+    "ray": ("unimm/serving",),
     "vllm": ("unimm/serving",),
     "lmms_eval": ("unimm/evaluation/understanding", "eval"),
     "recipes": (),

@@ -52,7 +52,7 @@ def test_commands_exist(name: str, words: list[str]) -> None:
         arguments = launch_command_parser().parse_args(words[2:])
         assert arguments.training_script.startswith("recipes/")
     else:
-        assert words[0] in (*LAUNCHERS, "export", "tensorboard")
+        assert words[0] in (*LAUNCHERS, "export", "serve", "tensorboard")
     for word in words:
         if word.endswith((".py", ".yaml")) and not word.startswith(WRITTEN):
             assert (ROOT / word).is_file(), word
