@@ -96,3 +96,19 @@ def unimm_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple:
+    """A tiny unified model and its processor, for a module."""
+    from tests.mllm import tiny
+
+    return tiny.unified(rows=301)
+
+
+@pytest.fixture
+def session(parts: tuple) -> Any:
+    """A conversation with `parts`."""
+    from unimm.chat import ChatSession
+
+    return ChatSession(*parts, max_new_tokens=6)

@@ -16,16 +16,6 @@ from unimm.chat import ChatSession, converse
 from unimm.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def parts() -> tuple:
-    return tiny.unified(rows=301)
-
-
-@pytest.fixture
-def session(parts: tuple) -> ChatSession:
-    return ChatSession(*parts, max_new_tokens=6)
-
-
 def roles(session: ChatSession) -> list[str]:
     return [message["role"] for message in session.messages]
 

@@ -13,16 +13,6 @@ from unimm.chat import ChatSession
 from unimm.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def parts() -> tuple:
-    return tiny.unified(rows=301)
-
-
-@pytest.fixture
-def session(parts: tuple) -> ChatSession:
-    return ChatSession(*parts, max_new_tokens=6)
-
-
 @pytest.fixture
 def drawn(parts: tuple, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of every `generate`, and its result as `token_ids`."""

@@ -14,16 +14,6 @@ from unimm.errors import UserError
 from unimm.mllm.previews import PreviewStream
 
 
-@pytest.fixture(scope="module")
-def parts() -> tuple:
-    return tiny.unified(rows=301)
-
-
-@pytest.fixture
-def session(parts: tuple) -> ChatSession:
-    return ChatSession(*parts, max_new_tokens=6)
-
-
 def pixels(images: list[Any]) -> list[bytes]:
     return [image.tobytes() for image in images]
 

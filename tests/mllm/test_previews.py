@@ -20,16 +20,6 @@ from unimm.mllm.previews import DrawingStreamer, Preview, PreviewStream, images_
 GRAY = 128
 
 
-@pytest.fixture(scope="module")
-def parts() -> tuple:
-    return tiny.unified(rows=301)
-
-
-@pytest.fixture
-def session(parts: tuple) -> ChatSession:
-    return ChatSession(*parts, max_new_tokens=6)
-
-
 def array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 

@@ -156,14 +156,14 @@ def test_a_body_of_unknown_length_is_cut_off(tiny_served: Served) -> None:
 
 
 def test_broken_forms_are_refused(tiny_served: Served) -> None:
-    picture = file_of(Image.new("RGB", (20, 12)))
+    upload = file_of(Image.new("RGB", (20, 12)))
 
     def form(*fields: tuple[str, bytes], end: bytes = b"--X--\r\n") -> bytes:
         parts = [b"--X\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n" % (n.encode(), v) for n, v in fields]
         return b"".join(parts) + end
 
     kind = "multipart/form-data; boundary=X"
-    image, prompt = ('name="image"; filename="../../etc/passwd"', picture), ('name="prompt"', b"x")
+    image, prompt = ('name="image"; filename="../../etc/passwd"', upload), ('name="prompt"', b"x")
     for body, content_type, status in (
         (form(image, prompt), kind, 200),
         (form(image), kind, 400),

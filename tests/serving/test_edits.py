@@ -79,14 +79,14 @@ def test_a_response_edits_the_last_image_with_a_mask(served: Served, parts: tupl
 
 
 def test_bad_uploads_are_refused(served: Served) -> None:
-    picture = file_of(scene())
+    upload = file_of(scene())
     edit: Any = served.client.images.edit
     for options, message in (
-        ({"image": [picture, picture]}, "2 images and this model edits 1"),
+        ({"image": [upload, upload]}, "2 images and this model edits 1"),
         ({"image": b"not an image"}, "not an image in a known format"),
-        ({"image": picture, "mask": picture[:200]}, "cut off or damaged"),
-        ({"image": picture, "mask": file_of(Image.new("L", (9, 9)))}, "redraws 0 of 64"),
-        ({"image": picture, "size": "1024x1024"}, "draws 64x64"),
+        ({"image": upload, "mask": upload[:200]}, "cut off or damaged"),
+        ({"image": upload, "mask": file_of(Image.new("L", (9, 9)))}, "redraws 0 of 64"),
+        ({"image": upload, "size": "1024x1024"}, "draws 64x64"),
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             edit(prompt=PROMPT, **options)

@@ -170,7 +170,7 @@ def test_refused_addresses(url: str, message: str, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A web server on this machine, taken for a public one, with an image and redirects."""
-    picture = file_of(Image.new("RGB", (20, 12), "red"))
+    upload = file_of(Image.new("RGB", (20, 12), "red"))
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # noqa: N802
@@ -182,7 +182,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             else:
                 self.send_response(200 if self.path == "/a.png?x=1" or self.path == "/a.png" else 404)
                 self.end_headers()
-                self.wfile.write(picture)
+                self.wfile.write(upload)
 
         def log_message(self, *_: Any) -> None:
             pass

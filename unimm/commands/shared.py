@@ -1,7 +1,9 @@
 """What several commands do: load the model, check and write output files, show progress."""
 
+import argparse
+import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from unimm.data.image_files import save_images, save_numbered
 from unimm.errors import UserError
 from unimm.runs.provenance import check_output
 from unimm.runs.report import Report
+from unimm.sampling import SAMPLING_NAMES, sampling_options
 
 
 def load_model(path: str | None, report: Report) -> tuple[Any, Any]:
@@ -78,3 +81,24 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def save_drawn(
+    draw: Callable[..., list[Image.Image]], arguments: argparse.Namespace, report: Report, default: str, doing: str
+) -> None:
+    """Call `draw` with the options of `add_drawing`, show its progress as `doing`, save the images and report them."""
+    seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
+    with Progress(doing) as progress, report.timed("per_image", share=arguments.num_images):
+        shows = progress.images.active and not arguments.no_preview
+        images = draw(
+            num_images=arguments.num_images,
+            seed=seed,
+            on_token=progress,
+            on_image=progress.show if shows else None,
+            parallel_tokens=arguments.parallel_tokens,
+            **sampling_options(arguments),
+        )
+    paths = saved(images, arguments.output, default)
+    report.add(prompt=arguments.prompt, images=[str(path) for path in paths], seed=seed)
+    report.add(**{name: getattr(arguments, name) for name in ("parallel_tokens", *SAMPLING_NAMES)})
+    report.say("\n".join(str(path) for path in paths))

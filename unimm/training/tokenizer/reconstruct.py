@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unimm.errors import UserError
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput
@@ -90,3 +91,13 @@ def cell_size(tokenizer: ImageTokenizer) -> int:
     if side % rows:
         raise UserError(f"loss.context_weight needs whole fields, and {side} pixels are no multiple of {rows} tokens.")
     return side // rows
+
+
+def target_pixels(tokenizer: ImageTokenizer, pixel_values: Tensor) -> Tensor:
+    """Return the target pixels [B, 3, H, W] in [0, 1], resized if the output size differs from the input size."""
+    pixels = tokenizer.denormalize(pixel_values)
+    q, p = tokenizer.config.output_size, tokenizer.config.image_size
+    if q == p:
+        return pixels
+    size = [side * q // p for side in pixels.shape[-2:]]
+    return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)

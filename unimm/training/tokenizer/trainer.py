@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from unimm.data.image_streams import Images
 from unimm.data.shuffling import OwnBatches
-from unimm.errors import UserError
 from unimm.runs.processes import refuse_together
 from unimm.saving import save_whole
 from unimm.tokenizer import ImageTokenizer, ImageTokenizerOutput, ImageTokenizerProcessor
@@ -39,6 +38,7 @@ from unimm.training.loop.checkpoint import (
     save_checkpoint,
 )
 from unimm.training.loop.ema import EMA
+from unimm.training.loop.finite import FiniteGuard
 from unimm.training.loop.global_batch import all_rows
 from unimm.training.loop.interruption import Interruption
 from unimm.training.loop.micro_batches import accumulating
@@ -53,7 +53,7 @@ from unimm.training.tokenizer.gan_trainer import GANTrainer
 from unimm.training.tokenizer.objective import ObjectiveConfig, TokenizerObjective
 from unimm.training.tokenizer.parameters import parameter_groups, set_trainable
 from unimm.training.tokenizer.perceptual import FeaturePerceptualLoss
-from unimm.training.tokenizer.reconstruct import Reconstruct, Window, cell_size
+from unimm.training.tokenizer.reconstruct import Reconstruct, Window, cell_size, target_pixels
 from unimm.training.tokenizer.teacher import Teacher
 
 PANEL_IMAGES = 8
@@ -139,7 +139,7 @@ class TokenizerTrainer:
         self.guard = StandstillGuard(self.tokenizer, self.optimizer, "The tokenizer's")
         self.ema = EMA(self.tokenizer, decay=config.ema_decay)
         self.usage = CodebookUsage(self.tokenizer.config.codebook_size, device)  # since the last log
-        self._bad_steps: dict[tuple[str, ...], Tensor] = {}
+        self.finite = FiniteGuard()
         self.maintenance = CodebookMaintenance(self.tokenizer, config, self._batches, len(self.images))
         for module in (self.teacher, self.objective):
             if module is not None:
@@ -256,7 +256,7 @@ class TokenizerTrainer:
         self.optimizer.zero_grad()
         logged = {name: torch.stack([terms[name] for terms in found]).mean(0) for name in found[0]}
         if gan_trainer is not None:
-            real = [self._target(pixel_values) for pixel_values in window.pixel_values]
+            real = [target_pixels(self.tokenizer, pixel_values) for pixel_values in window.pixel_values]
             logged |= gan_trainer.step(real, fake, self.step)  # after the tokenizer's step, on the same reconstructions
         self.scheduler.step()
         self.ema.update(self.tokenizer)
@@ -271,7 +271,7 @@ class TokenizerTrainer:
     ) -> tuple[dict[str, Tensor], ImageTokenizerOutput]:
         """Return the loss terms of one micro-batch, with their weighted sum as "loss", and the tokenizer's output."""
         pixel_values = window.pixel_values[index]
-        pixels = self._target(pixel_values)
+        pixels = target_pixels(self.tokenizer, pixel_values)
         with self.accelerator.autocast():
             taught = None if self.teacher is None else self.teacher(pixel_values)
             output, patch_mix = self.reconstruct(pixel_values, self.step if self.patch_mixes else None, window)
@@ -282,17 +282,8 @@ class TokenizerTrainer:
             terms["gan"] = gan_trainer.generator_loss(output.pixels, self.step, last=last)
             loss = loss + gan_trainer.gan.weight * terms["gan"]
         terms |= {"loss": loss}
-        self._note_nan(terms)
+        self.finite.note(terms, self.step)
         return terms, output
-
-    def _target(self, pixel_values: Tensor) -> Tensor:
-        """Return the target pixels [B, 3, H, W] in [0, 1], resized if the output size differs from the input size."""
-        pixels = self.tokenizer.denormalize(pixel_values)
-        q, p = self.tokenizer.config.output_size, self.tokenizer.config.image_size
-        if q == p:
-            return pixels
-        size = [side * q // p for side in pixels.shape[-2:]]
-        return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def modules(self) -> list[nn.Module]:
         """Return every module that takes part in a step."""
@@ -307,27 +298,9 @@ class TokenizerTrainer:
         """Return the samples of one optimizer step, over all processes and accumulation steps."""
         return self.config.batch_size * self.accelerator.num_processes * self.config.gradient_accumulation_steps
 
-    def _note_nan(self, terms: dict[str, Tensor]) -> None:
-        """Remember the first step in which a term is not finite, on the device, which need not be waited for."""
-        names, bad = tuple(terms), ~torch.isfinite(torch.stack([term.detach().float() for term in terms.values()]))
-        before = self._bad_steps.get(names, torch.full(bad.shape, -1, device=bad.device))
-        self._bad_steps[names] = torch.where(bad & (before < 0), self.step, before)
-
     def refuse_nan(self) -> None:
         """Raise UserError after a loss that is not finite: at every log line, and before the weights are saved."""
-        first: dict[str, int] = {}
-        for names, steps in self._bad_steps.items():
-            for name, step in zip(names, steps.tolist(), strict=True):
-                if step >= 0:
-                    first.setdefault(name, step)
-        if "loss" not in first:
-            return
-        step, size = first.pop("loss"), self.samples_per_step
-        bad = ", ".join(name for name, since in first.items() if since == step) or "the sum"
-        raise UserError(
-            f"The loss is not finite at step {step} ({bad}), images {step * size} to {(step + 1) * size - 1}; lower "
-            "the learning rate or look at these images. The last checkpoint is untouched."
-        )
+        self.finite.check(self.samples_per_step)
 
     # ---- logging and saving
     # -----------------------------------------------------------------------------------------------------
