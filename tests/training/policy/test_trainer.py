@@ -17,6 +17,7 @@ from unimm.sampling import ImageSampling
 from unimm.training.language_model.adapters import LoraSettings, add_lora
 from unimm.training.loop.arguments import HostTrainingArguments
 from unimm.training.policy.reference import Reference
+from unimm.training.policy.replay import Replay, ReplayConfig
 from unimm.training.policy.rewarding import Rewards
 from unimm.training.policy.settings import PolicyConfig, WatchConfig
 from unimm.training.policy.trainer import PolicyTrainer
@@ -47,6 +48,7 @@ def build(
     judge: Any = None,
     num_eval_samples: int = 0,
     lora: LoraSettings | None = None,
+    replay: ReplayConfig | None = None,
     **arguments: Any,
 ) -> PolicyTrainer:
     torch.manual_seed(0)
@@ -68,6 +70,7 @@ def build(
         watch=WatchConfig(**(watch or {})),
         rewards=Rewards({"reward": reward}, {"reward": 1.0}, length, judge),
         reference=Reference(model, adapter) if config.kl_weight or num_eval_samples else None,
+        replay=Replay(replay, processor) if replay else None,
         adapter=adapter,
     )
 
