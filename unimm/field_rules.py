@@ -199,6 +199,7 @@ RULES: dict[str, Rule] = {
     "tokens_per_second": whole(1, 2**16),
     "image_position_mode": one_of("1d", "2d"),
     "pixel_head": one_of("patch", "conv"),
+    "quantizer": one_of("simvq", "vq", "averaged", "normalized"),
     "vision_feature_select_strategy": one_of("default", "full", null=True),
     **_same("pos_embed_shift pos_embed_jitter pos_embed_rescale", number(-1000, 1000, null=True)),
     # layer indices
