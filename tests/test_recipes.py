@@ -25,6 +25,9 @@ RECIPES |= {"llamagen_l_256": "c2i", "grpo_own_answers": "grpo", "grpo_qwen3_0.6
 RECIPES |= {"tokenizer": "tokenizer", "questions": "t2i", "positions": "t2i", "language": "t2i"}  # later legs
 RECIPES |= {"stage3_more": "tokenizer", "stage3_conv": "tokenizer"}
 RECIPES |= {"projector": "sft", "lora": "t2i"}  # SmolLM2
+RECIPES |= {f"{data}vqrae{stage}": "tokenizer" for data in ("", "shapes_") for stage in ("", "_stage2")} | {
+    "chat": "t2i"
+}
 
 
 def run(recipe: str, *arguments: str) -> int:
@@ -75,7 +78,9 @@ def test_the_chain_in_small(tmp_path, monkeypatch):
     assert torch.equal(crisp.image_tokenizer.pixel_head.outlet.weight, trained_outlet("runs/debug/conv"))
 
 
-CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent.name not in ("accelerate", "protocols"))
+CONFIGS = sorted(
+    path for path in ROOT.glob("configs/**/*.yaml") if path.parent.name not in ("accelerate", "protocols", "findings")
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: "/".join(p.parts[-2:]))
