@@ -85,7 +85,7 @@ CONFIGS = sorted(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: "/".join(p.parts[-2:]))
 def test_every_configuration_is_read_by_its_recipe(path):
-    folders = {"compare/shapes": "tokenizer", "compare/cifar10": "tokenizer", "tokenizer": "tokenizer"}
+    folders = {"compare/shapes": "tokenizer", "tokenizer": "tokenizer"}
     folders |= {"sft": "sft", "t2i": "t2i", "c2i": "c2i", "encode": "encode", "grpo": "grpo"}
     name = next((r for f, r in folders.items() if path.parent.as_posix().endswith(f"/{f}")), RECIPES.get(path.stem))
     classes = {

@@ -154,7 +154,7 @@ RULES: dict[str, Rule] = {
     **_same("hidden_size width projection_dim out_hidden_size sampler_inner_size n_embd ffn_dim", WIDTH),
     **_same("intermediate_size decoder_inner_size fusion_inner_size n_inner ffn_hidden_size", _null(WIDTH)),
     **_same("word_embed_proj_dim moe_intermediate_size", _null(WIDTH)),
-    **_same("num_hidden_layers depth decoder_num_layers sampler_num_layers n_layer", LAYERS),
+    **_same("num_hidden_layers depth decoder_num_layers sampler_num_layers n_layer feature_layers", LAYERS),
     "decoder_num_hidden_layers": _null(LAYERS),
     **_same("num_attention_heads num_heads sampler_points n_head", HEADS),
     **_same("num_key_value_heads num_kv_heads num_ln_in_parallel_attn", _null(HEADS)),

@@ -35,6 +35,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
     Args:
         encoder_config: the vision model's configuration.
         feature_layer: which of the encoder's `hidden_states` are the features (-1 = the last block's output).
+        feature_layers: with k > 1 the features are the sum of the k layers up to `feature_layer` (RAEv2); VQRAE only.
         apply_post_norm: whether the encoder's final norm is applied to them; only at the last layer.
         codebook_size, codebook_dim: K and C.
         output_patch_size: side in pixels of the patch that one token decodes to; None = the encoder's patch size.
@@ -46,6 +47,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     encoder_config: dict | PreTrainedConfig | None = None
     feature_layer: int = -1
+    feature_layers: int = 1
     apply_post_norm: bool = False
     codebook_size: int = 16384
     codebook_dim: int = 1536
@@ -64,6 +66,8 @@ class ImageTokenizerConfig(PreTrainedConfig):
             raise UserError(
                 f"feature_layer is {self.feature_layer}: an encoder of {layers} layers has {-layers - 1} to {layers}."
             )
+        if not 1 <= self.feature_layers <= (last := range(layers + 1)[self.feature_layer]) + 1:
+            raise UserError(f"feature_layers is {self.feature_layers}: up to layer {last} there are {last + 1}.")
         if min(self.codebook_size, self.codebook_dim) < 1:
             raise UserError(f"A codebook of {self.codebook_size} x {self.codebook_dim} is empty.")
 
@@ -134,12 +138,15 @@ class ImageTokenizerConfig(PreTrainedConfig):
     @property
     def geometry(self) -> tuple[object, ...]:
         """Return the settings that decide the ids besides the weights; they enter the fingerprint."""
-        return self.model_type, self.image_size, self.patch_size, self.feature_layer, self.apply_post_norm
+        found = self.model_type, self.image_size, self.patch_size, self.feature_layer, self.apply_post_norm
+        return found if self.feature_layers == 1 else (*found, "sum", self.feature_layers)
 
     def check_levels(self, levels: Sequence[int], *, repeated: bool = False) -> None:
         """Raise UserError if encoder levels (1 = the first block's output) do not exist or do not increase; with
         `repeated`, neighbors may be equal."""
         last = range(self.num_hidden_layers + 1)[self.feature_layer]
+        if (summed := self.feature_layers) != 1:
+            raise UserError(f"feature_layers is {summed}, and this tokenizer reads single levels: leave it out.")
         if (
             not levels
             or list(levels) != sorted(levels if repeated else set(levels))

@@ -8,6 +8,7 @@ Every leg is one process of a recipe, which resumes from its checkpoint. Several
 folder: a cell that another one holds is left to it.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -31,6 +32,7 @@ from unimm.runs.provenance import git_commit, hardware, package_versions, write_
 
 DONE, CELL, WEIGHTS = ".done", "cell.json", "model.safetensors"
 Say = Callable[[str], None]
+say_at_once: Say = functools.partial(print, flush=True)
 Launch = Callable[[Sequence[str], Path], int]
 """Runs the command line of a recipe with its output appended to a file, and returns the exit code."""
 
@@ -96,7 +98,7 @@ def read_cell(place: Place, name: str, table: Table, cell: str, seed: int) -> di
 
 
 def run_cell(
-    place: Place, name: str, table: Table, cell: str, seed: int, space: FeatureSpace | None, say: Say = print
+    place: Place, name: str, table: Table, cell: str, seed: int, space: FeatureSpace | None, say: Say = say_at_once
 ) -> bool:
     """Train and measure a cell unless it is finished; return False if another process holds it.
 
