@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 from unimm.config.loading import load_config
 from unimm.errors import UserError
 from unimm.evaluation.findings.plan import Leg, load_tables
+from unimm.evaluation.findings.report import NAMES
 from unimm.evaluation.findings.run import leg_digest, overrides_of
 from unimm.mllm.loading import default_model_path
 from unimm.tokenizer import TOKENIZERS
@@ -67,6 +68,20 @@ def test_all_cells_of_a_table_see_equally_many_images(recipes: dict[str, Any], n
         ]
         seen.add(sum(train.steps * train.batch_size for train in trains))
     assert seen == {240 * 64}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_a_table_shows_is_measured(name: str) -> None:
+    table, measured = TABLES[name], {"psnr", "ssim", "use", "perplexity"}
+    measured |= {"distance"} if table.measures.distance else set()
+    measured |= {"probe_features", "probe_codes"} if table.measures.probe else set()
+    for cell in table.cells:
+        legs = table.legs_of(cell)
+        found = measured | ({"ar_loss", "ar_gain", "drawn_distance"} if "c2i" in legs else set())
+        found |= (
+            {"chat_kept"} | ({"chat_retrained"} if "chat" in legs else set()) if table.measures.questions else set()
+        )
+        assert set(table.figures) <= found and set(table.figures) <= NAMES.keys()
 
 
 def test_a_changed_setting_has_another_digest() -> None:

@@ -131,9 +131,9 @@ class Table:
         for claim in self.claims:
             if claim.figure not in self.figures:
                 raise UserError(f"The claim {claim.text!r} is about {claim.figure}, which is none of the figures.")
-            for name in (claim.higher, claim.lower):
-                if isinstance(name, str) and name not in self.cells:
-                    raise UserError(f"The claim {claim.text!r} names the cell {name}, which is not in the table.")
+            for cell in (claim.higher, claim.lower):
+                if isinstance(cell, str) and cell not in self.cells:
+                    raise UserError(f"The claim {claim.text!r} names the cell {cell}, which is not in the table.")
 
     def legs_of(self, name: str) -> dict[str, Leg]:
         """Return the legs of a cell with all its settings. Raises UserError for settings of a leg that it lacks."""

@@ -129,8 +129,8 @@ def run_cell(
         say(f"{name}/{cell}, seed {seed}: measured")
         figures = measure(table.measures, folders, folder, space)
         seconds["all"] = time.perf_counter() - begun
-        content = {"figures": figures, "settings": cell_digest(table, cell, seed, place.configs), "seconds": seconds}
-        content |= {"commit": git_commit(), "versions": package_versions(), "hardware": hardware()}
+        content: dict[str, Any] = {"figures": figures, "settings": cell_digest(table, cell, seed, place.configs)}
+        content |= {"seconds": seconds, "commit": git_commit(), "versions": package_versions(), "hardware": hardware()}
         write_atomically(folder / CELL, json.dumps(content, indent=2) + "\n")
     return True
 
