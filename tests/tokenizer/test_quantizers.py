@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from vector_quantize_pytorch import SimVQ as TheirSimVQ
 from vector_quantize_pytorch import VectorQuantize
 
 from tests.tokenizer.conftest import tiny
 from unimm.errors import UserError
-from unimm.tokenizer.quantizers import QUANTIZERS, AveragedVQ, PlainVQ
+from unimm.tokenizer.quantizers import QUANTIZERS, AveragedVQ, PlainVQ, SimVQ
 
 SIZE, WIDTH = 12, 6
 
@@ -25,6 +26,16 @@ def test_moving_averages_are_those_of_another_library() -> None:
     assert torch.allclose(ours.codebook, theirs._codebook.embed[0], atol=1e-6)
     assert torch.allclose(ours.counts, theirs._codebook.cluster_size[0], atol=1e-6)
     assert len(ids.unique()) < SIZE and torch.isfinite(ours.codebook).all()
+
+
+def test_simvq_is_that_of_another_library() -> None:
+    ours, theirs = SimVQ(SIZE, WIDTH), TheirSimVQ(WIDTH, SIZE, rotation_trick=False)
+    theirs.frozen_codebook.copy_(ours.codebook)
+    theirs.code_transform.load_state_dict(ours.projection.state_dict())
+    rows = latents(3).requires_grad_()
+    found, (codes, ids, loss) = ours(rows), theirs(rows)
+    assert torch.equal(found.ids, ids) and torch.allclose(found.codes, codes, atol=1e-6)
+    assert torch.allclose(found.codebook_loss + 0.25 * found.commitment_loss, loss, atol=1e-6)
 
 
 def test_averages_move_in_training_only_and_restart_with_their_codes() -> None:
