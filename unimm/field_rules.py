@@ -154,7 +154,7 @@ RULES: dict[str, Rule] = {
     **_same("hidden_size width projection_dim out_hidden_size sampler_inner_size n_embd ffn_dim", WIDTH),
     **_same("intermediate_size decoder_inner_size fusion_inner_size n_inner ffn_hidden_size", _null(WIDTH)),
     **_same("word_embed_proj_dim moe_intermediate_size", _null(WIDTH)),
-    **_same("num_hidden_layers depth decoder_num_layers sampler_num_layers n_layer", LAYERS),
+    **_same("num_hidden_layers depth decoder_num_layers sampler_num_layers n_layer feature_layers", LAYERS),
     "decoder_num_hidden_layers": _null(LAYERS),
     **_same("num_attention_heads num_heads sampler_points n_head", HEADS),
     **_same("num_key_value_heads num_kv_heads num_ln_in_parallel_attn", _null(HEADS)),
@@ -199,6 +199,7 @@ RULES: dict[str, Rule] = {
     "tokens_per_second": whole(1, 2**16),
     "image_position_mode": one_of("1d", "2d"),
     "pixel_head": one_of("patch", "conv"),
+    "quantizer": one_of("simvq", "vq", "averaged", "normalized"),
     "vision_feature_select_strategy": one_of("default", "full", null=True),
     **_same("pos_embed_shift pos_embed_jitter pos_embed_rescale", number(-1000, 1000, null=True)),
     # layer indices

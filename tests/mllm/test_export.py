@@ -89,6 +89,9 @@ def test_a_stock_model_reads_images_with_the_same_logits(name: str, tmp_path: Pa
 
 def test_features_that_no_stock_model_taps_are_refused() -> None:
     model, processor = tiny.unified()
+    model.image_tokenizer.config.feature_layers = 2
+    with pytest.raises(UserError, match="the sum of 2 layers, and a stock llava taps one"):
+        stock_understanding(model, processor)
     model.image_tokenizer.config.apply_post_norm = True
     with pytest.raises(UserError, match="behind the encoder's final norm, where no stock llava taps them"):
         stock_understanding(model, processor)

@@ -13,6 +13,7 @@ from unimm.tokenizer import IDEAL, TOKENIZERS, VFMTok, VFMTokConfig
 from unimm.tokenizer.layers import DeformableAttention, cell_centers, resized_table
 from unimm.tokenizer.pixel_heads import ConvHead
 from unimm.tokenizer.quantizers import NormalizedVQ, code_entropy
+from unimm.tokenizer.samplers import plain_norm
 from unimm.training.tokenizer.codebook_maintenance import fit_codes, restart_codes
 
 # ---- deformable attention ----
@@ -257,6 +258,14 @@ def test_the_encoder_stays_in_evaluation(pixel_values):
 
 def test_the_fingerprint_knows_the_levels():
     assert len({tiny("vfmtok", levels=levels).fingerprint for levels in ([1], [2])}) == 2
+
+
+def test_ideal_of_one_level_reads_and_predicts_that_level_alone():
+    model = tiny("ideal", shallow_level=1, deep_level=1)
+    states = model.hidden_states(torch.randn(2, 3, 32, 32))
+    shallow, deep = model.sources(states)
+    assert torch.equal(deep, states[1]) and torch.equal(shallow, plain_norm(states[1]))
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in tiny("ideal").parameters())
 
 
 # ---- what is refused ----

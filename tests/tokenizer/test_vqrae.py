@@ -5,13 +5,14 @@ import torch
 from torch.nn import functional as F
 from transformers import SiglipConfig, SiglipModel
 
-from tests.tokenizer.conftest import tiny_vqrae
+from tests.tokenizer.conftest import tiny, tiny_vqrae
 from unimm.errors import UserError
 from unimm.tokenizer import VQRAE, VQRAEConfig
 from unimm.tokenizer.quantizers import SimVQ
 from unimm.tokenizer.search import nearest_codes
 from unimm.tokenizer.vqrae import with_new_head
 from unimm.training.tokenizer.codebook_maintenance import fit_codes, redundant_codes, restart_codes
+from unimm.training.tokenizer.teacher import Teacher
 
 
 def test_the_defaults_are_the_papers():
@@ -29,6 +30,24 @@ def test_feature_layer_and_post_norm(pixel_values):
         normed = tiny_vqrae(apply_post_norm=True)
         expected = normed.encoder.post_layernorm(tiny_vqrae().features(pixel_values))
         assert torch.equal(normed.features(pixel_values), expected)
+
+
+def test_the_features_may_be_the_sum_of_the_last_layers(pixel_values):
+    with torch.no_grad():
+        states = tiny_vqrae()(pixel_values, output_hidden_states=True).hidden_states
+        for layers in (1, 2, 3):
+            summed = tiny_vqrae(feature_layers=layers)
+            assert torch.allclose(summed.features(pixel_values), torch.stack(states[-layers:]).sum(0), atol=1e-5)
+            assert torch.equal(Teacher(summed)(pixel_values), summed.features(pixel_values))
+        normed = tiny_vqrae(feature_layers=2, apply_post_norm=True)
+        expected = normed.encoder.post_layernorm(states[-1]) + states[-2]
+        assert torch.allclose(normed.features(pixel_values), expected, atol=1e-5)
+    assert len({tiny_vqrae(feature_layers=layers).fingerprint for layers in (1, 2, 3)}) == 3
+    with pytest.raises(UserError, match="feature_layers is 3: up to layer 1 there are 2"):
+        tiny_vqrae(feature_layer=1, feature_layers=3)
+    for kind in ("vfmtok", "ideal"):
+        with pytest.raises(UserError, match="feature_layers is 2, and this tokenizer reads single levels"):
+            tiny(kind, feature_layers=2)
 
 
 def test_output_patch_changes_the_size_only(pixel_values):

@@ -38,11 +38,17 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     Raises:
         UserError: an unreadable file, an unknown or missing key, a value of the wrong type, an invalid combination.
     """
+    return build(cls, load_tree(path, overrides), key="", source=str(path))
+
+
+def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Load the YAML file at `path` with its bases and apply the overrides, as `load_config` does; nothing is checked
+    against a dataclass."""
     tree = _read_with_bases(Path(path), seen=())
     for override in overrides:
         _apply_override(tree, override)
     require_plain(tree, str(path))
-    return build(cls, tree, key="", source=str(path))
+    return tree
 
 
 def parse_recipe_args(cls: type[T], argv: Sequence[str] | None = None) -> T:

@@ -76,6 +76,11 @@ def stock_understanding(model: Any, processor: UnimmProcessor) -> tuple[PreTrain
         raise UserError(
             f"The features lie {what}, where no stock {family.model_type} taps them: this model stays with unimm."
         )
+    if (layers := tokenizer.config.feature_layers) != 1:
+        raise UserError(
+            f"The features are the sum of {layers} layers, and a stock {family.model_type} taps one: this model stays "
+            "with unimm."
+        )
     if family.export is None:
         raise UserError(
             f"A stock {family.model_type} reads patches of any image size with a tower of its "

@@ -35,6 +35,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
     Args:
         encoder_config: the vision model's configuration.
         feature_layer: which of the encoder's `hidden_states` are the features (-1 = the last block's output).
+        feature_layers: with k > 1 the features are the sum of the k layers up to `feature_layer` (RAEv2); VQRAE only.
         apply_post_norm: whether the encoder's final norm is applied to them; only at the last layer.
         codebook_size, codebook_dim: K and C.
         output_patch_size: side in pixels of the patch that one token decodes to; None = the encoder's patch size.
@@ -46,6 +47,7 @@ class ImageTokenizerConfig(PreTrainedConfig):
 
     encoder_config: dict | PreTrainedConfig | None = None
     feature_layer: int = -1
+    feature_layers: int = 1
     apply_post_norm: bool = False
     codebook_size: int = 16384
     codebook_dim: int = 1536
@@ -64,6 +66,8 @@ class ImageTokenizerConfig(PreTrainedConfig):
             raise UserError(
                 f"feature_layer is {self.feature_layer}: an encoder of {layers} layers has {-layers - 1} to {layers}."
             )
+        if not 1 <= self.feature_layers <= (last := range(layers + 1)[self.feature_layer]) + 1:
+            raise UserError(f"feature_layers is {self.feature_layers}: up to layer {last} there are {last + 1}.")
         if min(self.codebook_size, self.codebook_dim) < 1:
             raise UserError(f"A codebook of {self.codebook_size} x {self.codebook_dim} is empty.")
 
@@ -134,12 +138,21 @@ class ImageTokenizerConfig(PreTrainedConfig):
     @property
     def geometry(self) -> tuple[object, ...]:
         """Return the settings that decide the ids besides the weights; they enter the fingerprint."""
-        return self.model_type, self.image_size, self.patch_size, self.feature_layer, self.apply_post_norm
+        found = self.model_type, self.image_size, self.patch_size, self.feature_layer, self.apply_post_norm
+        return found if self.feature_layers == 1 else (*found, "sum", self.feature_layers)
 
-    def check_levels(self, levels: Sequence[int]) -> None:
-        """Raise UserError if encoder levels (1 = the first block's output) do not exist or do not increase."""
+    def check_levels(self, levels: Sequence[int], *, repeated: bool = False) -> None:
+        """Raise UserError if encoder levels (1 = the first block's output) do not exist or do not increase; with
+        `repeated`, neighbors may be equal."""
         last = range(self.num_hidden_layers + 1)[self.feature_layer]
-        if not levels or list(levels) != sorted(set(levels)) or levels[0] < 1 or levels[-1] > last:
+        if (summed := self.feature_layers) != 1:
+            raise UserError(f"feature_layers is {summed}, and this tokenizer reads single levels: leave it out.")
+        if (
+            not levels
+            or list(levels) != sorted(levels if repeated else set(levels))
+            or levels[0] < 1
+            or levels[-1] > last
+        ):
             raise UserError(
                 f"Levels {list(levels)} of an encoder with {self.num_hidden_layers} layers, features from layer "
                 f"{last}: they must rise and lie in 1 to {last}."
@@ -163,6 +176,8 @@ class VQRAEConfig(ImageTokenizerConfig):
 
     Args:
         decoder_num_hidden_layers: None = as deep as the encoder ("symmetric").
+        quantizer: "simvq", the paper's; "vq" (VQ-VAE's), "averaged" (the same by moving averages) and "normalized"
+            (LlamaGen's) are for comparison.
         codebook_bias: a bias in SimVQ's W.
         train_codebook: also learn C; SimVQ freezes it at its random initialization.
         pre_quant_norm: a LayerNorm before the in-projection.
@@ -173,6 +188,7 @@ class VQRAEConfig(ImageTokenizerConfig):
     model_type = "vqrae"
 
     decoder_num_hidden_layers: int | None = None
+    quantizer: Literal["simvq", "vq", "averaged", "normalized"] = "simvq"
     codebook_bias: bool = False
     train_codebook: bool = False
     pre_quant_norm: bool = False
@@ -182,6 +198,8 @@ class VQRAEConfig(ImageTokenizerConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.quantizer != "simvq" and (self.codebook_bias or self.train_codebook):
+            raise UserError(f"codebook_bias and train_codebook belong to simvq, and the quantizer is {self.quantizer}.")
         if self.pixel_head == "conv":
             self.check_head(self.head_channels, self.head_multipliers, self.decoded_patch_size)
 
@@ -273,7 +291,8 @@ class IDEALConfig(ImageTokenizerConfig):
 
     Args:
         shallow_level, deep_level: the encoder blocks (1 = the first) that are fused; the deep one is taken after the
-            final norm if `apply_post_norm`, the shallow one after a layer norm without weights.
+            final norm if `apply_post_norm`, the shallow one after a layer norm without weights. Two equal levels are
+            IDEAL of one level, with the same weights and work.
         num_heads, dropout: of fusion and decoder.
         fusion_inner_size: MLP width; None = twice the encoder's.
         decoder_num_layers, decoder_inner_size, num_registers: of the decoder; None = twice the encoder's width.
@@ -305,7 +324,7 @@ class IDEALConfig(ImageTokenizerConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.check_levels((self.shallow_level, self.deep_level))
+        self.check_levels((self.shallow_level, self.deep_level), repeated=True)
         self.check_head(self.head_channels, self.head_multipliers, self.decoded_patch_size)
         check_heads(self.hidden_size, self.num_heads)
 

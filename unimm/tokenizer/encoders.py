@@ -108,3 +108,15 @@ def encode_features(encoder: PreTrainedModel, pixel_values: Tensor) -> tuple[Ten
 def final_norm(encoder: PreTrainedModel) -> nn.Module:
     """Return the norm after the encoder's last block."""
     return encoder.get_submodule(encoder_family(encoder.config).final_norm)
+
+
+def feature_states(
+    encoder: PreTrainedModel, states: tuple[Tensor, ...], feature_layer: int, *, post_norm: bool, layers: int = 1
+) -> tuple[Tensor, ...]:
+    """Return the hidden states up to `feature_layer`, the last one as the features: after the final norm with
+    `post_norm`, then with `layers` > 1 the sum of the last so many."""
+    states = states[: range(len(states))[feature_layer] + 1]  # range resolves a negative index
+    last = final_norm(encoder)(states[-1]) if post_norm else states[-1]
+    for state in states[-layers:-1]:
+        last = last + state
+    return (*states[:-1], last.contiguous())

@@ -23,7 +23,7 @@ from unimm.errors import UserError
 from unimm.field_rules import check_attention
 from unimm.saving import WholeCheckpointMixin
 from unimm.tokenizer.configuration import ImageTokenizerConfig
-from unimm.tokenizer.encoders import encode_features, final_norm
+from unimm.tokenizer.encoders import encode_features, feature_states
 from unimm.tokenizer.layers import OwnStart
 from unimm.tokenizer.pretrained import find_encoder, load_encoder
 from unimm.tokenizer.quantizers import Quantizer
@@ -149,10 +149,10 @@ class ImageTokenizer(WholeCheckpointMixin, PreTrainedModel):
     def hidden_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Return the encoder's hidden states up to `feature_layer`, each [B, N, D]."""
         self.patch_grid_of(pixel_values)
-        states = encode_features(self.encoder, pixel_values.to(self.dtype))
-        states = states[: range(len(states))[self.config.feature_layer] + 1]  # range resolves a negative index
-        last = final_norm(self.encoder)(states[-1]) if self.config.apply_post_norm else states[-1]
-        return (*states[:-1], last.contiguous())
+        c, states = self.config, encode_features(self.encoder, pixel_values.to(self.dtype))
+        return feature_states(
+            self.encoder, states, c.feature_layer, post_norm=c.apply_post_norm, layers=c.feature_layers
+        )
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Return the continuous features [B, N, D]."""

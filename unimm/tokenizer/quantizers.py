@@ -3,6 +3,8 @@
 - `SimVQ` (arXiv 2411.02038, VQRAE): the codebook is Q = C W, with C frozen at its random initialization and W learned.
   An update of W moves every row, unused ones too, so the codebook does not collapse.
 - `NormalizedVQ` (LlamaGen, arXiv 2406.06525; VFMTok, IDEAL): low-dimensional, codes and latents L2-normalized.
+- `PlainVQ` and `AveragedVQ` (VQ-VAE, arXiv 1711.00937, section 3 and appendix A.1): codes learned by the codebook loss,
+  or as moving averages of their latents. VQRAE can be built with either, to compare them with SimVQ.
 
 The nearest-code search is exact (`tokenizer.search`), also under autocast. `lookup` and `forward` use the same
 operation, W and normalization included (SimVQ's published code omits W), so decoding ids is bitwise equal. Codes are
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import initialization as init
 
 from unimm.errors import UserError
@@ -165,3 +167,94 @@ class NormalizedVQ(Quantizer):
     def start(self) -> None:
         init.uniform_(self.codebook, -1.0, 1.0)  # LlamaGen's bounds 1 / K have no effect after normalization
         init.copy_(self.codebook, F.normalize(self.codebook, dim=1))
+
+
+class PlainVQ(Quantizer):
+    """VQ-VAE's codebook [K, C], learned by the codebook loss: only chosen rows receive a gradient."""
+
+    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
+        super().__init__()
+        self.codebook = nn.Parameter(
+            torch.empty(codebook_size, codebook_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        )
+
+    @property
+    def effective_codebook(self) -> Tensor:
+        """Return the rows, [K, C] in float32."""
+        return self.codebook.float()
+
+    def start(self) -> None:
+        bound = 1 / len(self.codebook)
+        init.uniform_(self.codebook, -bound, bound)
+
+
+class AveragedVQ(Quantizer):
+    """VQ-VAE's codebook [K, C] as moving averages: a row is the decayed sum of its latents over their decayed count.
+
+    Every forward in training mode with gradients updates the rows, after its lookup, with the latents of all processes.
+    Counts are smoothed, so that a row without latents stays finite.
+    """
+
+    decay, smoothing = 0.99, 1e-5
+    counts: Tensor  # [K]
+    sums: Tensor  # [K, C]
+
+    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
+        super().__init__()
+        rows = torch.randn(codebook_size, codebook_dim) * codebook_dim**-0.5
+        self.register_buffer("codebook", rows)
+        self.register_buffer("sums", rows.clone())
+        self.register_buffer("counts", torch.ones(codebook_size))
+
+    @property
+    def effective_codebook(self) -> Tensor:
+        """Return the rows, [K, C] in float32."""
+        return self.codebook
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        """Quantize latents [B, M, C] as the base class does, then update the codebook with them if training."""
+        output = super().forward(latents)
+        if self.training and torch.is_grad_enabled():
+            self.update(latents.detach().float().flatten(0, -2), output.ids.flatten())
+        return output
+
+    @torch.no_grad()
+    def update(self, latents: Tensor, ids: Tensor) -> None:
+        """Add latents [n, C] with their ids [n] to the averages."""
+        counts = torch.bincount(ids, minlength=len(self.counts)).to(self.counts.dtype)
+        sums = torch.zeros_like(self.sums).index_add_(0, ids, latents)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(counts)
+            distributed.all_reduce(sums)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        total = self.counts.sum()
+        smoothed = (self.counts + self.smoothing) / (total + len(self.counts) * self.smoothing) * total
+        self.codebook.copy_(self.sums / smoothed[:, None])
+
+    def adopt(self, codes: Tensor) -> None:
+        """Set the codes to `codes` [K, C] and start their averages anew."""
+        self._restart(slice(None), codes)
+
+    def move(self, ids: Tensor, targets: Tensor) -> None:
+        """Set the codes of `ids` [n] to `targets` [n, C] and start their averages anew."""
+        self._restart(ids, targets)
+
+    def _restart(self, ids: slice | Tensor, codes: Tensor) -> None:
+        for table in (self.codebook, self.sums):
+            table[ids] = codes.to(table.dtype)
+        self.counts[ids] = 1
+
+    def start(self) -> None:
+        init.normal_(self.codebook, std=self.codebook.shape[1] ** -0.5)
+        init.copy_(self.sums, self.codebook)
+        init.ones_(self.counts)
+
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "simvq": SimVQ,
+    "vq": PlainVQ,
+    "averaged": AveragedVQ,
+    "normalized": NormalizedVQ,
+}
+"""The quantizers that VQRAE can be built with, by their names in its configuration."""

@@ -16,7 +16,7 @@ from unimm.tokenizer.decoders import SymmetricViTDecoder
 from unimm.tokenizer.encoders import build_encoder
 from unimm.tokenizer.modeling import ImageTokenizer
 from unimm.tokenizer.pixel_heads import ConvHead, PatchHead
-from unimm.tokenizer.quantizers import SimVQ
+from unimm.tokenizer.quantizers import QUANTIZERS, Quantizer, SimVQ
 from unimm.tokenizer.registry import register_tokenizer
 from unimm.tokenizer.samplers import GridSampler
 
@@ -32,10 +32,17 @@ class VQRAE(ImageTokenizer):
         super().__init__(config)
         self.encoder = build_encoder(config.encoder_copy(), config._attn_implementation)
         self.sampler = GridSampler(config.hidden_size, config.codebook_dim, config.pre_quant_norm)
-        self.quantizer = SimVQ(config.codebook_size, config.codebook_dim, config.codebook_bias, config.train_codebook)
+        self.quantizer = quantizer(config)
         self.decoder = SymmetricViTDecoder(mirrored(config), config.codebook_dim, config.grid)
         self.pixel_head = pixel_head(config)
         self.post_init()
+
+
+def quantizer(config: VQRAEConfig) -> Quantizer:
+    """Build the quantizer that the configuration names."""
+    if config.quantizer == "simvq":
+        return SimVQ(config.codebook_size, config.codebook_dim, config.codebook_bias, config.train_codebook)
+    return QUANTIZERS[config.quantizer](config.codebook_size, config.codebook_dim)
 
 
 def pixel_head(config: VQRAEConfig) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unimm.tokenizer import ImageTokenizer
-from unimm.tokenizer.encoders import encode_features, final_norm
+from unimm.tokenizer.encoders import encode_features, feature_states
 
 
 class Teacher(nn.Module):
@@ -16,10 +16,13 @@ class Teacher(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(tokenizer.encoder)
         self.feature_layer, self.post_norm = tokenizer.config.feature_layer, tokenizer.config.apply_post_norm
+        self.layers = tokenizer.config.feature_layers
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode pixel_values [B, 3, H, W] to features [B, N, D]."""
-        features = encode_features(self.encoder, pixel_values)[self.feature_layer]
-        return final_norm(self.encoder)(features) if self.post_norm else features
+        states = encode_features(self.encoder, pixel_values)
+        return feature_states(self.encoder, states, self.feature_layer, post_norm=self.post_norm, layers=self.layers)[
+            -1
+        ]
