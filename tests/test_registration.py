@@ -142,6 +142,7 @@ def test_a_mapping_is_pickled_with_its_classes(unimm_first: dict[str, Any]) -> N
     assert unimm_first["pickled"] == ["VQRAEConfig", "UnimmLlavaConfig"]
 
 
+@pytest.mark.slow
 def test_transformers_may_come_first_and_threads_read_at_once() -> None:
     found = fresh(TRANSFORMERS_FIRST)
     assert found["before"] == ["unimm.registration"]
