@@ -44,12 +44,12 @@ def prompt_text(parts: tuple, call: dict[str, Any]) -> str:
 def test_an_edit_is_conditioned_on_image_and_instruction(
     parts: tuple, session: ChatSession, drawn: list[dict[str, Any]]
 ) -> None:
-    """The prompt is one user turn of image and text, and the result is what `generate` draws of it."""
+    """The prompt is one user turn of text and image, in this order, and the result is what `generate` draws of it."""
     model, processor = parts
     session.ask("one")
     images = session.edit("make it blue", scene(), num_images=2, seed=4, guidance_scale=3.0, top_k=7)
     inputs = processor.apply_chat_template(
-        [[tiny.user(scene(), "make it blue")]],
+        [[tiny.user("make it blue", scene())]],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -61,7 +61,7 @@ def test_an_edit_is_conditioned_on_image_and_instruction(
     assert torch.equal(drawn[1]["token_ids"], expected) and len(expected.unique(dim=0)) == 2
     shown = processor.postprocess(model.decode_image_tokens(expected))
     assert [each.tobytes() for each in images] == [each.tobytes() for each in shown]
-    assert session.messages[2:] == [tiny.user(scene(), "make it blue"), tiny.assistant(*images)]
+    assert session.messages[2:] == [tiny.user("make it blue", scene()), tiny.assistant(*images)]
 
 
 def test_without_an_image_the_last_one_is_edited(session: ChatSession, drawn: list[dict[str, Any]]) -> None:

@@ -59,7 +59,7 @@ def test_a_streamed_edit_is_the_edit(session: ChatSession) -> None:
     first, *_, last = session.edit_stream("two", scene(), strength=0.5, seed=1, preview_rows=1)
     assert not first.final and first.done == 4
     assert last.final and pixels(last.images) == pixels(expected)
-    assert session.messages == [tiny.user(scene(), "two"), tiny.assistant(*last.images)]
+    assert session.messages == [tiny.user("two", scene()), tiny.assistant(*last.images)]
     with session.edit_stream("make it blue", preview_rows=1) as stream:  # of the last image
         next(stream)
     assert len(session.messages) == 2, "it was closed before its end"
@@ -89,7 +89,7 @@ def test_what_happens_during_a_stream_stays(session: ChatSession, name: str) -> 
     between = list(session.messages)
     exhaust(stream)
     assert session.messages[:4] == between and len(session.messages) == 6
-    assert session.messages[4]["content"][-1] == {"type": "text", "text": "what?"}
+    assert {"type": "text", "text": "what?"} in session.messages[4]["content"]
     stream = STREAMS[name](session)
     next(stream)
     session.reset()

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -45,9 +46,27 @@ def test_a_sample_is_a_function_of_seed_and_position(kind: str) -> None:
 def test_an_edit_shows_the_source_and_draws_the_target() -> None:
     for index in range(20):
         messages = ShapesEdits(0).messages(index)
-        assert types(messages) == [["image", "text"], ["image"]]
-        source, target = (turn["content"][0]["image"] for turn in messages)
+        assert types(messages) == [["text", "image"], ["image"]]
+        source, target = (turn["content"][-1]["image"] for turn in messages)
         assert source.size == target.size == (64, 64) and source.tobytes() != target.tobytes()
+
+
+def test_shuffled_patches_are_copied() -> None:
+    """Patches of scenes in random order, most of them of several colors; source and target are the same image."""
+    flow, plain = ShapesEdits(0, shuffled_share=0.5), ShapesEdits(0)
+    copied = 0
+    for index in range(60):
+        messages = flow.messages(index)
+        source, target = (turn["content"][-1]["image"] for turn in messages)
+        if source.tobytes() != target.tobytes() or messages == plain.messages(index):
+            assert messages == plain.messages(index)
+            continue
+        copied += 1
+        patches = np.asarray(source).reshape(8, 8, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(64, -1)
+        assert (patches.std(1) > 3).mean() > 0.25
+        assert text_of(messages)
+    assert 18 <= copied <= 42  # 30 +- 3 standard deviations
+    assert flow.messages(3) == ShapesEdits(0, shuffled_share=0.5).messages(3)
 
 
 def test_guidance_drops_the_text_or_text_and_image() -> None:
@@ -55,7 +74,7 @@ def test_guidance_drops_the_text_or_text_and_image() -> None:
     samples = [flow.messages(index) for index in range(400)]
     shapes = [types(messages)[0] for messages in samples]
     assert 20 < shapes.count(["text"]) < 60  # 40 +- 3 standard deviations
-    without_text = [text_of(m) == "" and types(m)[0] == ["image", "text"] for m in samples]
+    without_text = [text_of(m) == "" and types(m)[0] == ["text", "image"] for m in samples]
     assert 56 < sum(without_text) < 104  # 80 +- 3
     assert all(text_of(m) == "" for m in samples if types(m)[0] == ["text"])
     held_out = mixture("test", edit=FlowConfig("editing", null_prompt_prob=0.5, null_text_prob=0.4))
@@ -113,7 +132,7 @@ def test_edits_of_ones_own(tmp_path: Path) -> None:
     stream = mixture(edit=flow)
     for index in range(6):
         messages = stream[index]["messages"]
-        source, target = (turn["content"][0]["image"] for turn in messages)
+        source, target = (turn["content"][-1]["image"] for turn in messages)
         assert source.size == target.size == (64, 64)
         color = text_of(messages).removeprefix("make it ")
         assert source.getpixel((0, 0)) == (255, 0, 0)
@@ -129,7 +148,7 @@ def test_edits_in_a_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     stream = mixture(edit=FlowConfig("editing", source=str(tmp_path)))
     for index in range(3):
-        source, target = (turn["content"][0]["image"] for turn in stream[index]["messages"])
+        source, target = (turn["content"][-1]["image"] for turn in stream[index]["messages"])
         assert (source.getpixel((0, 0)), target.getpixel((0, 0))) == ((255, 0, 0), (0, 0, 255))
 
 

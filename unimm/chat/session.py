@@ -17,7 +17,7 @@ from transformers import BatchFeature
 from unimm.chat.drawing import DrawingPlan, check_count, checked_seed, kept_outside_mask, kept_share
 from unimm.chat.history import Exchange, History, Overflow
 from unimm.chat.text_stream import text_pieces
-from unimm.chat.turns import ImageLike, check_whole, image_turn, user_turn
+from unimm.chat.turns import ImageLike, check_whole, edit_turn, image_turn, user_turn
 from unimm.data.images import read_image
 from unimm.errors import UserError
 from unimm.mllm.answering import edit_inputs
@@ -305,7 +305,7 @@ class ChatSession(History):
             raise UserError("There is no image to edit: give one, or draw or show one first.")
         if mask is not None and strength is not None:
             raise UserError(f"strength={strength} and a mask both say what to redraw: leave one of them out.")
-        request, settings = user_turn(prompt, source, "prompt"), sampling_options(cast(Mapping[str, Any], sampling))
+        request, settings = edit_turn(prompt, source), sampling_options(cast(Mapping[str, Any], sampling))
         # an image of the history is not remembered twice
         remembered = user_turn(prompt, None, "prompt") if image is None else request
         check_count(num_images)

@@ -33,6 +33,16 @@ def user_turn(text: str, images: ImageLike | Sequence[ImageLike] | None, what: s
     return {"role": "user", "content": content([*map(read_image, each_image(images)), text])}
 
 
+def edit_turn(text: str, image: ImageLike) -> dict[str, Any]:
+    """Return the user's turn of an edit, the image after the instruction as `unimm.data.editing.editing` has it.
+
+    Raises:
+        UserError: as `user_turn`.
+    """
+    turn = user_turn(text, image, "prompt")
+    return turn | {"content": turn["content"][::-1]}
+
+
 def image_turn(image: Image.Image) -> dict[str, Any]:
     """Return the user's turn of an edit without its instruction, as training drops it."""
     return {"role": "user", "content": content([image, ""])}

@@ -1,4 +1,4 @@
-"""Image editing samples: the user's turn is an image and an instruction, the assistant's turn is the edited image (PIL
+"""Image editing samples: the user's turn is an instruction and an image, the assistant's turn is the edited image (PIL
 images and text, no tensors).
 
 For guidance with two scales (InstructPix2Pix, https://arxiv.org/abs/2211.09800) a share of the samples loses its
@@ -6,6 +6,7 @@ instruction, and another share loses image and instruction, which leaves the nul
 Sample n, its dropout included, is a pure function of (seed, n).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from unimm.data.conversations import Message, RowsFlow
 from unimm.data.image_streams import crop
 from unimm.data.shapes import render
 from unimm.data.shapes.edits import sample_edit
+from unimm.data.shapes.shuffled import shuffled_patches
 from unimm.data.shuffling import Rows
 from unimm.data.sources.rows import ReadOptions
 from unimm.data.text_to_image import NULL_PROMPT, drawing
@@ -51,14 +53,31 @@ class Dropout:
 
 
 class ShapesEdits:
-    """An endless stream of edits of scenes of the shapes data set."""
+    """An endless stream of edits of scenes of the shapes data set.
 
-    def __init__(self, seed: int, dropout: Dropout | None = None) -> None:
-        self.seed, self.dropout = seed, dropout or Dropout(seed)
+    Args:
+        kind_shares: share of each kind of edit; None uses the data set's own shares.
+        shuffled_share: share of the edits that ask for a copy of an image of shuffled patches
+            (`unimm.data.shapes.shuffled`).
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        dropout: Dropout | None = None,
+        kind_shares: Mapping[str, float] | None = None,
+        shuffled_share: float = 0.0,
+    ) -> None:
+        self.seed, self.dropout, self.kind_shares = seed, dropout or Dropout(seed), kind_shares
+        self.shuffled_share = shuffled_share
 
     def messages(self, index: int) -> list[Message]:
         """Return source image, instruction and target image of sample `index`."""
-        edit = sample_edit(np.random.default_rng((self.seed, index)))
+        rng = np.random.default_rng((self.seed, index, 2))
+        if rng.random() < self.shuffled_share:
+            image, copied = shuffled_patches(rng), sample_edit(rng, "nothing")
+            return self.dropout.messages(index, image, copied.instruction, image)
+        edit = sample_edit(np.random.default_rng((self.seed, index)), kind_shares=self.kind_shares)
         return self.dropout.messages(index, render(edit.source), edit.instruction, render(edit.target))
 
 
@@ -113,8 +132,11 @@ def require_targets(rows: Rows, source: str, options: ReadOptions) -> None:
 
 
 def editing(source: Image.Image, instruction: str, target: Image.Image) -> list[Message]:
-    """Build the messages of an edit: the image and the instruction from the user, the edited image from the
-    assistant."""
+    """Build the messages of an edit: the instruction and the image from the user, the edited image from the assistant.
+
+    The image comes last, so that each of its tokens lies at one distance from its copy in the edited image, however
+    long the instruction is: relative positions alone then find what to keep.
+    """
     messages = drawing(instruction, target)
-    messages[0]["content"].insert(0, {"type": "image", "image": source})
+    messages[0]["content"].append({"type": "image", "image": source})
     return messages

@@ -136,7 +136,7 @@ class DrawRequest:
 
     @property
     def messages(self) -> Conversation:
-        """Return the prompt as a conversation, the image before the text if the model reads it."""
+        """Return the prompt as a conversation, with the image to edit if the model reads it."""
         return [user_turn(self.prompt, self.image if self.reads_image else None)]
 
 
@@ -178,8 +178,8 @@ AnyRequest = TypeVar("AnyRequest", bound=Request, covariant=True)
 
 
 def user_turn(text: str, image: Image.Image | None = None) -> dict[str, Any]:
-    """Return a message of a user in the chat format of transformers."""
-    return {"role": "user", "content": content([text] if image is None else [image, text])}
+    """Return a message of a user in the chat format of transformers, an image to edit after its instruction."""
+    return {"role": "user", "content": content([text] if image is None else [text, image])}
 
 
 @dataclass(frozen=True)

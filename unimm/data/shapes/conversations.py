@@ -174,7 +174,7 @@ def sample_conversation(
         UserError: a kind is unknown, a share is negative, or no share is above 0.
     """
     wanted = int(rng.integers(3, 9)) if num_turns is None else num_turns
-    shares = _shares(KIND_SHARES if kind_shares is None else kind_shares)
+    shares = normalized_shares(KIND_SHARES if kind_shares is None else kind_shares, KINDS, "question")
     scene, turns, asked = sample_talking_scene(rng), [], set()
     for _ in range(
         20 * wanted
@@ -188,13 +188,20 @@ def sample_conversation(
     return scene, turns
 
 
-def _shares(given: Mapping[str, float]) -> np.ndarray:
-    """Normalize the shares of KINDS to sum to 1."""
-    if unknown := sorted(given.keys() - _QUESTIONS.keys()):
-        raise UserError(f"There is no question kind {unknown[0]!r}; the kinds are {', '.join(KINDS)}.")
-    shares = np.array([given.get(kind, 0.0) for kind in KINDS], dtype=np.float64)
+def normalized_shares(given: Mapping[str, float], kinds: Sequence[str], what: str) -> np.ndarray:
+    """Return the shares of `kinds` normalized to sum to 1; a kind that is not given has none.
+
+    Args:
+        what: the word for what has these kinds in an error.
+
+    Raises:
+        UserError: for an unknown kind, a negative share, or if all are 0.
+    """
+    if unknown := sorted(given.keys() - set(kinds)):
+        raise UserError(f"There is no {what} kind {unknown[0]!r}; the kinds are {', '.join(kinds)}.")
+    shares = np.array([given.get(kind, 0.0) for kind in kinds], dtype=np.float64)
     if shares.min() < 0 or shares.sum() <= 0:
-        raise UserError(f"The shares of the question kinds must be 0 or more, one of them above 0, got {dict(given)}.")
+        raise UserError(f"The shares of the {what} kinds must be 0 or more, one of them above 0, got {dict(given)}.")
     return shares / shares.sum()
 
 

@@ -4,14 +4,14 @@ Only what the instruction names changes: all other objects keep place, size, col
 `holds` says whether a set of objects fulfils an instruction, for scenes and for detections alike.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from unimm.data.relations import RELATIONS, relative_position
-from unimm.data.shapes.conversations import cell_of, sample_talking_scene
+from unimm.data.shapes.conversations import cell_of, normalized_shares, sample_talking_scene
 from unimm.data.shapes.phrasings import in_other_words, typed
 from unimm.data.shapes.world import (
     BACKGROUNDS,
@@ -55,9 +55,10 @@ FORMS: dict[str, tuple[str, ...]] = {
         *("Make the background {tone}.", "Change the background to {tone}.", "Paint the background {tone}."),
         "Put it on a {tone} background.",
     ),
+    "nothing": ("Change nothing.", "Leave everything as it is.", "Draw the same picture again.", "Copy this picture."),
 }
-KINDS = ("color", "count", "position", "background")
-KIND_SHARES = (0.27, 0.28, 0.33, 0.12)
+KIND_SHARES = {"color": 0.25, "count": 0.26, "position": 0.31, "background": 0.11, "nothing": 0.07}
+KINDS = tuple(KIND_SHARES)
 
 
 class Located(Protocol):
@@ -80,8 +81,8 @@ class Edit:
     Args:
         kind: of KINDS.
         kept: the objects that the instruction does not name; they are the same in both scenes.
-        changed: the object that is recolored, added or moved, as it is afterwards; None if objects were removed or the
-            background was changed.
+        changed: the object that is recolored, added or moved, as it is afterwards; None if objects were removed, the
+            background was changed, or nothing.
         place: where a moved object must be: a key of CELLS or a relation to `anchor`.
         count: how many objects of a shape, and color if it is named, there must be afterwards.
     """
@@ -100,6 +101,8 @@ class Edit:
         """Return whether an image with these objects on this background fulfils the instruction."""
         if self.kind == "background":
             return background == self.target.background
+        if self.kind == "nothing":
+            return len(found) == len(self.kept) and all(self.unchanged(found)) and background == self.source.background
         if self.count is not None:
             color, shape, number = self.count
             return sum(each.shape == shape and color in (None, each.color) for each in found) == number
@@ -126,10 +129,17 @@ class Edit:
         return any(each is not found and relative_position(found.box, each.box) == {self.place} for each in anchors)
 
 
-def sample_edit(rng: np.random.Generator, kind: str | None = None) -> Edit:
-    """Sample a scene and an edit of `kind` (None: by KIND_SHARES); no pair is withheld, and the edit changes the
-    scene."""
-    name = kind or str(rng.choice(KINDS, p=KIND_SHARES))
+def sample_edit(
+    rng: np.random.Generator, kind: str | None = None, kind_shares: Mapping[str, float] | None = None
+) -> Edit:
+    """Sample a scene and an edit of `kind` (None: of a kind by `kind_shares`, by default KIND_SHARES); no pair is
+    withheld, and the edit changes the scene unless its kind is "nothing".
+
+    Raises:
+        UserError: if the shares are invalid.
+    """
+    shares = normalized_shares(KIND_SHARES if kind_shares is None else kind_shares, KINDS, "edit")
+    name = kind or str(rng.choice(KINDS, p=shares))
     while True:
         edit = _EDITS[name](rng, sample_talking_scene(rng))
         if edit is not None:
@@ -235,11 +245,16 @@ def _background(rng: np.random.Generator, scene: Scene) -> Edit:
     return Edit("background", text, scene, replace(scene, background=tone), scene.objects)
 
 
+def _nothing(rng: np.random.Generator, scene: Scene) -> Edit:
+    return Edit("nothing", _form(rng, "nothing"), scene, scene, scene.objects)
+
+
 _EDITS: dict[str, Callable[[np.random.Generator, Scene], Edit | None]] = {
     "color": _color,
     "count": _count,
     "position": _position,
     "background": _background,
+    "nothing": _nothing,
 }
 
 
