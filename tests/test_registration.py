@@ -45,6 +45,7 @@ def others():
     return sorted(mine - set(MODULES))
 
 import os, pickle
+import torch, transformers.modeling_utils  # what takes seconds comes once, not in each of the copies
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from unimm.registration import MODULES
 for step in (read, by_name, pickled, owned, others):  # each in a copy that has seen no model of unimm
