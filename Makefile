@@ -13,6 +13,9 @@ WHOLE := -n 2 --dist loadscope --no-loadscope-reorder
 PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
+# Some containers forbid bytecode files: every process would compile torch and transformers anew, for 10 s of a core.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := demo
 .PHONY: demo test test-lmms lint shapes compare findings emoji smol photos publish bench gpu fuzz constraints latest clean
 .SUFFIXES:
