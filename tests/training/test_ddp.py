@@ -58,6 +58,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
             "data.flows={drawing: {kind: drawing, null_prompt_prob: 0.1}}",
         ],
     ),
+    "grpo": ("grpo", [*HOST, "data.flows.answering.ratio=0.5", "data.flows.drawing.ratio=0.5", "train.ema_decay=0.9"]),
 }
 
 
@@ -75,6 +76,7 @@ def command(run: str, folder: Path, processes: int) -> list[str]:
         f"{size}={batch}",
         f"train.gradient_accumulation_steps={k}",
         f"train.output_dir={folder / run}",
+        *([f"replay.batch_size={batch}"] if recipe == "grpo" else []),
     ]
 
 
