@@ -13,6 +13,9 @@ WHOLE := -n 2 --dist loadscope --no-loadscope-reorder
 PIP := $(BIN)/python -m pip
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/python -m uv --quiet pip install --python $(BIN)/python
 
+# Some containers forbid bytecode files: every process would compile torch and transformers anew, for 10 s of a core.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := demo
 .PHONY: demo test test-lmms lint shapes compare findings emoji smol photos publish bench gpu fuzz constraints latest clean
 .SUFFIXES:
@@ -83,7 +86,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/positions/.done $(SHAPES)/stage3_more/.done
+shapes: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -121,7 +124,23 @@ $(SHAPES)/positions/.done: $(SHAPES)/questions/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/positions.yaml
 	@touch $@
 
-publish: $(SHAPES)/positions/.done $(SHAPES)/stage3_more/.done
+$(SHAPES)/language/.done: $(SHAPES)/positions/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/t2i.py --config configs/shapes/language.yaml
+	@touch $@
+
+$(SHAPES)/copying/.done: $(SHAPES)/language/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/t2i.py --config configs/shapes/copying.yaml
+	@touch $@
+
+$(SHAPES)/edits/.done: $(SHAPES)/copying/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/t2i.py --config configs/shapes/edits.yaml
+	@touch $@
+
+$(SHAPES)/rewards/.done: $(SHAPES)/edits/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards.yaml
+	@touch $@
+
+publish: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml
 
 # ---- the three tokenizers at the same number of images of the shapes data set: trained, given to a language model, measured, one table ----

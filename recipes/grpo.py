@@ -16,6 +16,7 @@ from transformers import IntervalStrategy
 from transformers.trainer_utils import set_seed
 
 from unimm.config.loading import parse_recipe_args
+from unimm.data.presence import require_sources
 from unimm.data.tasks import Tasks, TasksConfig
 from unimm.errors import UserError, require_place, run_main
 from unimm.evaluation.metrics.answers import same_answer
@@ -25,6 +26,7 @@ from unimm.training.language_model.adapters import Adapter, LoraSettings, add_lo
 from unimm.training.loop.arguments import HostTrainingArguments
 from unimm.training.loop.run import open_run
 from unimm.training.policy.reference import Reference
+from unimm.training.policy.replay import Replay, ReplayConfig
 from unimm.training.policy.rewarding import Rewards
 from unimm.training.policy.settings import PolicyConfig, WatchConfig
 from unimm.training.policy.trainer import PolicyTrainer
@@ -50,6 +52,7 @@ class GRPORecipe:
     Args:
         rewards: by name; their weighted sum is what images are rewarded with. Answers get 1 if they are right.
         judge: scores the images of evaluations beside the reward, see `WatchConfig.max_judge_drop`.
+        replay: samples with labels that are learned beside the rewards, so that nothing else is forgotten.
     """
 
     model: GRPOModelConfig
@@ -59,6 +62,7 @@ class GRPORecipe:
     judge: RewardConfig | None = None
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    replay: ReplayConfig | None = None
     lora: LoraSettings | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +108,7 @@ def build_trainer(recipe: GRPORecipe, model: Any, processor: Any, adapter: Adapt
             judge=judge.score if judge is not None else None,
         ),
         reference=reference,
+        replay=None if recipe.replay is None else Replay(recipe.replay, processor),
         adapter=adapter,
     )
 
@@ -119,6 +124,8 @@ def require_inputs(recipe: GRPORecipe) -> None:
     named |= {} if recipe.judge is None else {"judge": recipe.judge}
     for name, reward in named.items():
         reward.require(name)
+    if recipe.replay is not None:
+        require_sources(recipe.replay.data)
     for name, flow in recipe.data.flows.items():
         for setting in ("source", "eval_source"):
             path = getattr(flow, setting)
@@ -135,7 +142,10 @@ def main() -> None:
     model, processor = load(recipe.model.path, device="cpu", **how)
     adapter = add_lora(model, recipe.lora, base=recipe.model.path) if recipe.lora else None
     trainer = build_trainer(recipe, model, processor, adapter)
-    with open_run(recipe, samples_per_step=recipe.train.samples_per_step, rows=trainer.train_dataset.sizes):
+    rows = dict(trainer.train_dataset.sizes)
+    if trainer.replay is not None:
+        rows |= {f"replay.{name}": count for name, count in trainer.replay.mixture.sizes.items()}
+    with open_run(recipe, samples_per_step=recipe.train.samples_per_step, rows=rows):
         trainer.run()
 
 

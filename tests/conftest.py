@@ -1,4 +1,7 @@
-"""Every test: offline (a connection to another machine fails it), seeded, one thread; real data only if it is there."""
+"""Every test: offline (a connection to another machine fails it), seeded, one thread; real data only if it is there.
+
+torch is imported where it is used: of several processes the first runs no test, and starts the others sooner.
+"""
 
 import os
 
@@ -12,11 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-
-from unimm import bfloat16
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,6 +63,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def same_on_every_machine() -> Iterator[None]:
     """One thread, and precision `auto` is float32: no figure depends on how many cores there are and what they multiply
     fast. For the fixtures of modules too, which come before any fixture of a test."""
+    import torch
+
+    from unimm import bfloat16
+
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bfloat16, "multiplies_bfloat16", lambda device: False)
@@ -78,6 +81,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

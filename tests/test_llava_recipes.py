@@ -115,6 +115,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_both_stages_in_small(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(small)
     weights = []
@@ -131,6 +132,7 @@ def test_both_stages_in_small(small: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert moved == {"language_model", "multi_modal_projector"}
 
 
+@pytest.mark.slow
 def test_lora_in_small_and_drawing_with_the_papers_settings(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

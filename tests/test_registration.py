@@ -45,6 +45,7 @@ def others():
     return sorted(mine - set(MODULES))
 
 import os, pickle
+import torch, transformers.modeling_utils  # what takes seconds comes once, not in each of the copies
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from unimm.registration import MODULES
 for step in (read, by_name, pickled, owned, others):  # each in a copy that has seen no model of unimm
@@ -142,6 +143,7 @@ def test_a_mapping_is_pickled_with_its_classes(unimm_first: dict[str, Any]) -> N
     assert unimm_first["pickled"] == ["VQRAEConfig", "UnimmLlavaConfig"]
 
 
+@pytest.mark.slow
 def test_transformers_may_come_first_and_threads_read_at_once() -> None:
     found = fresh(TRANSFORMERS_FIRST)
     assert found["before"] == ["unimm.registration"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from unimm.launched import say_last
+from unimm.launched import close_process_group, has_process_group, say_last
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -139,13 +139,24 @@ def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
     """Run a program's `main` and return its exit code.
 
     A `UserError` or a failed write (disk full, no permission) is printed as one line on standard error and returns 2;
-    an `Interrupted` is printed and returns 0.
+    an `Interrupted` is printed and returns 0. A process group that `main` opened is closed then
+    (see `close_process_group`).
 
     Recipes and eval drivers end with `sys.exit(run_main(main, name="sft"))`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not UTF-8
+    inside_a_group = has_process_group()
+    code = _exit_code(
+        main, name
+    )  # any other exception leaves the group open: its frames hold it, and waiting could hang
+    if not inside_a_group:
+        close_process_group(failed=code != 0)
+    return code
+
+
+def _exit_code(main: Callable[[], int | None], name: str) -> int:
     try:
         return main() or 0
     except Interrupted as pause:

@@ -1,15 +1,21 @@
-"""Print a final error line below the output of `accelerate launch` or torchrun.
+"""The end of a program that `accelerate launch` or torchrun started: its last error line, and its process group.
 
 If a program fails, its launcher prints a traceback of its own, which buries the line that says what was wrong. So the
 line is printed at once and again after the launcher: a small detached process waits until the launcher has ended,
 prints the line and exits. If several ranks fail, only the first one's line is repeated.
+
+A program that ends with an open process group can abort after all its work is done. Threads of gloo release the tensors
+of the last collective after it has returned; if the interpreter is shutting down by then, the release ends in SIGABRT
+("terminate called without an active exception"). So the group is closed first, which joins these threads.
 """
 
+import gc
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import psutil
@@ -17,6 +23,8 @@ import psutil
 LAUNCHERS = ("accelerate", "torchrun", "torch", "deepspeed")
 PATIENCE = 60
 """Seconds after which the line is printed even if the launcher is still running."""
+CLOSING_SECONDS = 10
+"""Seconds for which a failed program waits for its process group to close."""
 
 _LAST_WORD = f"""
 import os, psutil, sys, time
@@ -68,3 +76,35 @@ def say_last(line: str) -> None:
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # the launcher kills the processes of its own group
     )
+
+
+def has_process_group() -> bool:
+    """Return whether torch.distributed has a process group in this process; torch is not imported to find out."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def close_process_group(*, failed: bool) -> None:
+    """Close the process group of this program, if it has one, as the last thing before the interpreter shuts down.
+
+    There is no barrier. A process closes its own end only, and one that is done must not wait, up to the timeout of a
+    collective, for one that still works alone.
+
+    Args:
+        failed: the other processes may still work and collectives may be pending. Only a group with gloo is closed, and
+            if pending collectives keep it open for `CLOSING_SECONDS`, it is left open: the program must end for its
+            launcher to stop the others. NCCL has no such threads, and waits for its peers.
+    """
+    if not has_process_group():
+        return
+    if not failed:
+        _close()
+    elif "gloo" in sys.modules["torch.distributed"].get_backend():
+        closing = threading.Thread(target=_close, daemon=True)
+        closing.start()
+        closing.join(CLOSING_SECONDS)
+
+
+def _close() -> None:
+    sys.modules["torch.distributed"].destroy_process_group()
+    gc.collect()  # the threads end with the last reference to the group, and a trainer's model in DDP is in cycles

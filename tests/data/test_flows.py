@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -48,6 +49,24 @@ def test_an_edit_shows_the_source_and_draws_the_target() -> None:
         assert types(messages) == [["text", "image"], ["image"]]
         source, target = (turn["content"][-1]["image"] for turn in messages)
         assert source.size == target.size == (64, 64) and source.tobytes() != target.tobytes()
+
+
+def test_shuffled_patches_are_copied() -> None:
+    """Patches of scenes in random order, most of them of several colors; source and target are the same image."""
+    flow, plain = ShapesEdits(0, shuffled_share=0.5), ShapesEdits(0)
+    copied = 0
+    for index in range(60):
+        messages = flow.messages(index)
+        source, target = (turn["content"][-1]["image"] for turn in messages)
+        if source.tobytes() != target.tobytes() or messages == plain.messages(index):
+            assert messages == plain.messages(index)
+            continue
+        copied += 1
+        patches = np.asarray(source).reshape(8, 8, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(64, -1)
+        assert (patches.std(1) > 3).mean() > 0.25
+        assert text_of(messages)
+    assert 18 <= copied <= 42  # 30 +- 3 standard deviations
+    assert flow.messages(3) == ShapesEdits(0, shuffled_share=0.5).messages(3)
 
 
 def test_guidance_drops_the_text_or_text_and_image() -> None:

@@ -81,6 +81,7 @@ def tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
                 yield from tensors(value, f"{name}/{key}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lecam", ["mean", "elementwise"])
 def test_a_gan_in_micro_batches_moves_every_part_as_the_whole_batch(
     tmp_path: Path, lecam: str, fresh_accelerator: None

@@ -83,6 +83,7 @@ def test_first_tokens_and_peaks_are_measured() -> None:
     assert 1e8 < bandwidth(torch.device("cpu")) < 1e13
 
 
+@pytest.mark.slow
 def test_the_quick_form_writes_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [str(BENCH), "--quick", "--json", str(tmp_path / "found.json")])
     with pytest.raises(SystemExit) as ended:

@@ -53,6 +53,7 @@ def test_rates_are_of_the_step_without_the_clock() -> None:
     assert split.mfu(100.0) == 0.25 and split.mfu(None) is None
 
 
+@pytest.mark.slow
 def test_the_benchmark_splits_the_steps_of_both_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "eval" / "bench_training.py"))["main"]
     report = tmp_path / "report.json"

@@ -122,6 +122,7 @@ def test_padding_to_a_square_is_the_processors(exported: Exported, size: tuple[i
     np.testing.assert_allclose(alike.preprocess([image]), wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_tokenizer_is_exported_in_float32(tmp_path: Path) -> None:
     tokenizer = varied("vqrae").to(torch.bfloat16)
     wanted = type(tokenizer)(tokenizer.config).eval()
@@ -132,6 +133,7 @@ def test_a_bfloat16_tokenizer_is_exported_in_float32(tmp_path: Path) -> None:
     agrees(wanted, processor, tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_another_answer_of_onnxruntime_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Off(onnxruntime.InferenceSession):
         def run(self, *arguments: object) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """Every way through the steps of drawing, held to forwards without cache, batch or padding."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,15 +30,25 @@ def draw(model: Any, processor: Any, texts: list[str] = TEXTS, **options: Any) -
 
 @torch.no_grad()
 def slow_logits(model: Any, prompt: Tensor, drawn: Tensor, scales: list[float]) -> Tensor:
-    """Guided logits [M, K] before each of the drawn ids, one forward for each side of each."""
-    null, result = torch.tensor(model.config.null_prompt), []
-    for step, scale in enumerate(scales):
-        given = model(torch.cat([prompt, drawn[:step]])[None], vocabulary="image").logits[0, -1]
-        if scale > 0:
-            other = model(torch.cat([null, drawn[:step]])[None], vocabulary="image").logits[0, -1]
-            given = other + scale * (given - other)
-        result.append(given)
-    return torch.stack(result)
+    """Guided logits [M, K] before each of the drawn ids, one forward for each side."""
+    given, other = (
+        model(torch.cat([start, drawn[:-1]])[None], vocabulary="image").logits[0, -len(drawn) :]
+        for start in (prompt, torch.tensor(model.config.null_prompt))
+    )
+    scale = torch.tensor(scales, dtype=given.dtype)[:, None]
+    return torch.where(scale > 0, other + scale * (given - other), given)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@torch.no_grad()
+def test_one_forward_of_all_ids_has_the_logits_of_a_forward_of_each_beginning(family: str) -> None:
+    """What the tests of drawing take as right."""
+    model, processor = tiny.attached(family)
+    drawn = torch.randint(32, (16,)) + model.visual_vocabulary.base
+    prompt = inputs(processor, TEXTS[:1])["input_ids"][0]
+    steps = [model(torch.cat([prompt, drawn[:n]])[None], vocabulary="image").logits[0, -1] for n in range(16)]
+    found = slow_logits(model, prompt, drawn, [0.0] * 16)
+    torch.testing.assert_close(found, torch.stack(steps), atol=1e-5 * float(found.abs().max()), rtol=1e-5)
 
 
 def assert_exact(model: Any, processor: Any, scales: Callable[[int], list[float]], **options: Any) -> Tensor:
@@ -182,8 +193,7 @@ def test_what_plain_steps_do_not_know_the_model_does_itself(how: str, used: list
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
 def test_neighbours_and_batches_do_not_matter(family: str) -> None:
-    host, texts = tiny_host(family)
-    model, processor = attach(host, tiny.image_tokenizer(), texts)
+    model, processor = tiny.attached(family)
     options = {"guidance_scale": 3.0, "temperature": 0.9, "top_k": 20}
     alone = torch.cat([draw(model, processor, [text], **options) for text in TEXTS])
     assert torch.equal(draw(model, processor, **options), alone)
@@ -204,12 +214,11 @@ def test_weights_that_changed_are_seen() -> None:
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_compiled_steps_give_the_same_ids(
     family: str, used: list[type], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    host, texts = tiny_host(family)
-    model, processor = attach(host, tiny.image_tokenizer(), texts)
+    model, processor = tiny.attached(family)
     options = {"guidance_scale": SCALES, "guidance_interval": (0, 12)}
     expected = draw(model, processor, **options)
     original = torch.compile
@@ -231,25 +240,35 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.Monk
     assert torch.equal(drawn, expected)
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {"do_sample": False, "guidance_scale": None},
+    {"guidance_scale": SCALES, "temperature": 0.05, "num_return_sequences": 2},
+    {"guidance_scale": 3.0, "guidance_interval": (2, 7), "top_k": 2},
+    {"guidance_scale": 2.0, "guidance_schedule": "linear", "top_p": 0.5},
+]
+EVERYTHING = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+
+
+@cache
+def one_by_one(family: str, precise: bool) -> list[tuple[Tensor, Tensor]]:
+    """Return the drawn ids and their logits for each of `OPTIONS`, token by token."""
+    model, processor = tiny.attached(family)
+    model = model.double() if precise else model
+    outputs = [draw(model, processor, **EVERYTHING, **options) for options in OPTIONS]
+    return [(output.sequences, torch.stack(output.logits)) for output in outputs]
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2_5_vl"])
 @pytest.mark.parametrize("tokens", [2, 5, 64, "auto"])
 def test_tokens_in_parallel_are_the_same_tokens(family: str, tokens: Any) -> None:
     """In float64, where the last bits of differently shaped products decide no choice."""
-    host, texts = tiny_host(family)
-    model, processor = attach(host, tiny.image_tokenizer(), texts)
+    model, processor = tiny.attached(family)
     for precise in (False, True):
         model = model.double() if precise else model
-        for options in (
-            {"do_sample": False, "guidance_scale": None},
-            {"guidance_scale": SCALES, "temperature": 0.05, "num_return_sequences": 2},
-            {"guidance_scale": 3.0, "guidance_interval": (2, 7), "top_k": 2},
-            {"guidance_scale": 2.0, "guidance_schedule": "linear", "top_p": 0.5},
-        ):
-            asked = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True, **options}
-            expected = draw(model, processor, **asked)
-            found = draw(model, processor, parallel_tokens=tokens, **asked)
-            assert torch.equal(found.sequences, expected.sequences)
-            torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+        for options, (ids, logits) in zip(OPTIONS, one_by_one(family, precise), strict=True):
+            found = draw(model, processor, parallel_tokens=tokens, **EVERYTHING, **options)
+            assert torch.equal(found.sequences, ids)
+            torch.testing.assert_close(torch.stack(found.logits), logits, atol=1e-4, rtol=1e-4)
             assert len(found.scores) == 16
 
 
@@ -277,6 +296,7 @@ def test_what_cannot_be_parallel_is_said() -> None:
         draw(model, processor, parallel_tokens=2, compile=True)
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_for_all_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny.unified()
     compiled: list[int] = []

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from tests.mllm import tiny
 from tests.mllm.test_guidance import slow
-from unimm.mllm import attach
 from unimm.mllm.answering import chat_inputs, edit_inputs
-from unimm.testing.hosts import tiny_host
 
 TEXTS = ["a photo of a red circle", "two", "an image of two green squares", "blue", "one", "is there", "a ring", "yes"]
 COLORS = ["red", "blue", "red", "green", "white", "black", "blue", "red"]
@@ -27,11 +25,6 @@ def _no_compiled_steps_stay() -> Iterator[None]:
     """The compiler keeps a limited number of versions of a step in a process."""
     yield
     torch._dynamo.reset()
-
-
-def host(family: str) -> tuple[Any, Any]:
-    model, texts = tiny_host(family)
-    return attach(model, tiny.image_tokenizer(), texts)
 
 
 def chat(n: int, shown: bool, text: str) -> list[dict]:
@@ -99,7 +92,7 @@ def test_guided_logits_are_those_of_single_forwards_in_every_way(
     """One by one, in parallel, and on a static cache."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **kwargs: compiler(step, backend="eager", dynamic=False))
-    model, processor = host(family)
+    model, processor = tiny.attached(family)
     given = request(model, processor, mode, [0, 1, 2, 3])
     expected: dict[bytes, Tensor] = {}
     for how in ({}, {"parallel_tokens": 4}, {"parallel_tokens": "auto"}, {"compile": True}):
@@ -127,10 +120,10 @@ def drawn_ids(model: Any, processor: Any, mode: str, rows: list[int], **how: Any
     return dict(zip(rows, answers.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("mode", [*MODES, "interleaved"])
+@pytest.mark.parametrize("mode", [*MODES, pytest.param("interleaved", marks=pytest.mark.slow)])
 def test_ids_do_not_depend_on_batch_order_neighbours_or_parallel_tokens(mode: str) -> None:
     """Alone, by four, by eight, shuffled, among others, one by one and in parallel; in float64, as ids are exact."""
-    model, processor = host("qwen3")
+    model, processor = tiny.attached("qwen3")
     model = model.double()
     expected = drawn_ids(model, processor, mode, EIGHT)
     assert len({tuple(ids) for ids in expected.values()}) == 8

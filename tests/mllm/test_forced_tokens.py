@@ -10,9 +10,8 @@ from torch import Tensor
 from tests.mllm import tiny
 from tests.mllm.test_decoding import SCALES, TEXTS, draw, inputs, slow_logits
 from unimm.errors import UserError
-from unimm.mllm import attach, decoding
+from unimm.mllm import decoding
 from unimm.mllm.decoding import CompiledSteps, HostSteps, PlainSteps
-from unimm.testing.hosts import tiny_host
 
 BASE, CODES = 384, 32
 
@@ -33,16 +32,11 @@ def masks(seed: int = 0) -> Tensor:
     return ids.where(kept, torch.tensor(-1))
 
 
-def host(family: str) -> tuple[Any, Any]:
-    model, texts = tiny_host(family)
-    return attach(model, tiny.image_tokenizer(), texts)
-
-
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"temperature": 0.9, "top_k": 20}])
 def test_forced_tokens_are_kept_and_condition_the_rest(family: str, options: dict[str, Any]) -> None:
     """Guided logits of every token equal forwards without cache, batch or padding, forced tokens among their input."""
-    model, processor = host(family)
+    model, processor = tiny.attached(family)
     forced = masks()
     asked = {"guidance_scale": SCALES, "forced_token_ids": forced, **options}
     output = draw(model, processor, return_dict_in_generate=True, output_logits=True, **asked)
@@ -58,6 +52,7 @@ def test_forced_tokens_are_kept_and_condition_the_rest(family: str, options: dic
     assert torch.equal(draw(model, processor, **asked), output.sequences), "skipped logits change nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
 def test_every_way_draws_the_same_around_forced_tokens(
     family: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
@@ -65,7 +60,7 @@ def test_every_way_draws_the_same_around_forced_tokens(
     """In parallel, compiled, with intervals, several images of a prompt, alone and in a batch; in float64."""
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **kwargs: original(step, backend="eager", dynamic=False))
-    model, processor = host(family)
+    model, processor = tiny.attached(family)
     model = model.double()
     forced = masks(1)
     for options in (

@@ -67,6 +67,15 @@ def test_hostile_and_broken_templates_are_one_sentence_soon(name: str) -> None:
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.parametrize(
+    "call", ["'{:9999999999}'.format(1)", "'{a:9999999999}'.format_map({'a': 1})", "'%9999999999d'|format(1)"]
+)
+def test_a_wide_format_is_refused_before_it_is_written(call: str) -> None:
+    """Ten gigabytes would be there before their length is counted."""
+    with pytest.raises(UserError, match="formats a value to a width of its own"):
+        render_guarded("{{ " + call + " }}", CHAT)
+
+
 @pytest.mark.parametrize("template", [None, 5, ["x"], {"default": "x"}])
 def test_a_template_that_is_no_text_is_said(template: object) -> None:
     with pytest.raises(UserError, match="^The chat template is a .*, not a text.$"):

@@ -1,7 +1,12 @@
 """Random unified models of the smallest size: 16 image tokens, 32 codes, two layers of width 32."""
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -15,6 +20,7 @@ from transformers import (
 )
 
 from unimm.mllm import UnimmLlavaForConditionalGeneration, UnimmProcessor, attach
+from unimm.testing.hosts import tiny_host
 from unimm.tokenizer import VQRAE, VQRAEConfig
 from unimm.training.language_model.text_tokenizer import train_text_tokenizer
 
@@ -66,8 +72,35 @@ def language_model(family: str = "qwen3", *, rows: int = 301, tied: bool = True,
 def unified(
     family: str = "qwen3", *, rows: int = 301, tied: bool = True, context: int = 256, **options: object
 ) -> tuple[UnimmLlavaForConditionalGeneration, UnimmProcessor]:
-    host = language_model(family, rows=rows, tied=tied, context=context)
-    return attach(host, image_tokenizer(), text_tokenizer(), **options)
+    def build() -> tuple[UnimmLlavaForConditionalGeneration, UnimmProcessor]:
+        host = language_model(family, rows=rows, tied=tied, context=context)
+        return attach(host, image_tokenizer(), text_tokenizer(), **options)
+
+    return copied((family, rows, tied, context, repr(sorted(options.items()))), build)
+
+
+def attached(family: str) -> tuple[Any, Any]:
+    """A tiny host of `unimm.testing` with the image tokenizer attached, the same one each time."""
+
+    def build() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        host, texts = tiny_host(family)
+        return attach(host, image_tokenizer(), texts)
+
+    return copied(family, build)
+
+
+_BUILT: dict[Any, tuple[Any, Tensor]] = {}
+
+
+def copied(key: Any, build: Callable[[], Any]) -> Any:
+    """Return a copy of what `build` makes, which a process builds once; the random numbers go on as after building."""
+    if key not in _BUILT:
+        built = build()
+        _BUILT[key] = built, torch.get_rng_state()
+    built, state = _BUILT[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(built)
 
 
 def image(color: str = "red") -> Image.Image:

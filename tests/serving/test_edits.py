@@ -92,6 +92,7 @@ def test_bad_uploads_are_refused(served: Served) -> None:
             edit(prompt=PROMPT, **options)
 
 
+@pytest.mark.slow
 def test_a_checkpoints_image_scale_is_that_of_edits_alone(
     served: Served, parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def test_our_own_settings_arrive(served: Served, parts: tuple[Any, Any]) -> None
     assert image_of(answer.data[0].b64_json).tobytes() == expected.tobytes()  # type: ignore
 
 
+@pytest.mark.slow
 def test_every_sampling_setting_of_a_drawing_arrives(served: Served, parts: tuple[Any, Any]) -> None:
     plain = {"guidance_scale": 4.0, "temperature": 1.5}
     drawn = []

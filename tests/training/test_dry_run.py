@@ -47,6 +47,7 @@ def test_the_host_recipe_says_what_it_would_train(tmp_path: Path, capsys: pytest
     assert [path.name for path in output.iterdir()] == ["dry_run.html"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_takes_seconds_whatever_the_step_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

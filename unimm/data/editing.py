@@ -17,6 +17,7 @@ from unimm.data.conversations import Message, RowsFlow
 from unimm.data.image_streams import crop
 from unimm.data.shapes import render
 from unimm.data.shapes.edits import sample_edit
+from unimm.data.shapes.shuffled import shuffled_patches
 from unimm.data.shuffling import Rows
 from unimm.data.sources.rows import ReadOptions
 from unimm.data.text_to_image import NULL_PROMPT, drawing
@@ -56,15 +57,26 @@ class ShapesEdits:
 
     Args:
         kind_shares: share of each kind of edit; None uses the data set's own shares.
+        shuffled_share: share of the edits that ask for a copy of an image of shuffled patches
+            (`unimm.data.shapes.shuffled`).
     """
 
     def __init__(
-        self, seed: int, dropout: Dropout | None = None, kind_shares: Mapping[str, float] | None = None
+        self,
+        seed: int,
+        dropout: Dropout | None = None,
+        kind_shares: Mapping[str, float] | None = None,
+        shuffled_share: float = 0.0,
     ) -> None:
         self.seed, self.dropout, self.kind_shares = seed, dropout or Dropout(seed), kind_shares
+        self.shuffled_share = shuffled_share
 
     def messages(self, index: int) -> list[Message]:
         """Return source image, instruction and target image of sample `index`."""
+        rng = np.random.default_rng((self.seed, index, 2))
+        if rng.random() < self.shuffled_share:
+            image, copied = shuffled_patches(rng), sample_edit(rng, "nothing")
+            return self.dropout.messages(index, image, copied.instruction, image)
         edit = sample_edit(np.random.default_rng((self.seed, index)), kind_shares=self.kind_shares)
         return self.dropout.messages(index, render(edit.source), edit.instruction, render(edit.target))
 

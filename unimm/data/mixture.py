@@ -70,6 +70,8 @@ class FlowConfig:
         kind_shares: share of each kind of question or edit ("shapes" conversations and edits only; None: the data set's
             own shares).
         phrasing_share: share of the captions and questions in one of many other wordings ("shapes" only).
+        shuffled_share: share of the edits that copy an image of shuffled patches ("shapes" only), which teaches copying
+            (`unimm.data.shapes.shuffled`).
         unknown_share: share of the conversations that ask for a drawing of what the shapes world does not hold.
         null_prompt_prob: share of the drawings whose caption is replaced by the null prompt; of the edits, share that
             loses image and instruction.
@@ -91,6 +93,10 @@ class FlowConfig:
     kind_shares: dict[str, NonNegative] | None = field(default=None, metadata=_KINDS)
     phrasing_share: Share = field(default=0.0, metadata=_WORDED)
     unknown_share: Share = field(default=0.0, metadata=_TALK)
+    shuffled_share: Share = field(
+        default=0.0,
+        metadata=used_when(lambda c: (c.kind, c.source) == ("editing", "shapes"), "edits of the shapes world"),
+    )
     null_prompt_prob: Decay = field(default=0.0, metadata=_DRAWN)
     null_text_prob: Decay = field(default=0.0, metadata=used_when(lambda c: c.kind == "editing", "kind: editing"))
     image_folder: str | None = None
@@ -284,7 +290,7 @@ def _source(config: MixtureConfig, name: str, split: Split, salt: int, log_folde
                 unknown_share=flow.unknown_share,
             )
         if flow.kind == "editing":
-            return ShapesEdits(seed, _dropout(flow, seed, split), flow.kind_shares)
+            return ShapesEdits(seed, _dropout(flow, seed, split), flow.kind_shares, flow.shuffled_share)
         if flow.kind == "interleaved":
             return ShapesInterleaved(seed, split=split)
         return ShapesDrawings(seed, split=split, null_prompt_prob=null, phrasing_share=flow.phrasing_share)

@@ -113,7 +113,7 @@ class _GuardedEnvironment(ImmutableSandboxedEnvironment):
     def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
         budget.step()
-        owner = getattr(__obj, "__self__", None)
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps a text's `format`
         if owner is not self:
             _check_arguments(getattr(__obj, "__name__", ""), owner, args, kwargs)
         result = super().call(__context, __obj, *args, **kwargs)

@@ -50,7 +50,7 @@ def test_scenes_after_an_edit_are_scenes(kind: str) -> None:
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + MIN_GAP - 1e-9
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_both_detectors_see_the_edit_in_the_renders(kind: str) -> None:
     edits = some(kind, 60)
     for see in (detect, lambda image: read_strictly(image).objects):

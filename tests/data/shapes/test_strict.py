@@ -82,6 +82,7 @@ def test_edges_that_follow_patches_are_refused() -> None:
     assert share("patches", 60) <= 0.05
 
 
+@pytest.mark.slow
 def test_wobbling_edges_are_refused_long_before_the_first_detector_does() -> None:
     measured = measure((0.0, 0.4, 0.6, 1.0, 1.5), scenes=60)
     strict, first = refused_from(measured, "strict"), refused_from(measured, "first")

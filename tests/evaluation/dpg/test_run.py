@@ -96,6 +96,7 @@ def test_answers_are_the_judges_about_the_images_on_disk(drawn, blip):
     assert not grid[side:].any()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(drawn, question_file, blip, tmp_path):
     arguments = [*command(question_file, blip), "--output", str(tmp_path / "killed")]
     process = FORK.Process(target=killed_after_one_record, args=(arguments,))
@@ -108,6 +109,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(drawn, question_file, blip, tmp_
     assert len(list((drawn / "images").iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(drawn, question_file, blip, tmp_path):
     on_two_ranks(main, [*command(question_file, blip), "--output", str(tmp_path / "ranks")])
     assert result(tmp_path / "ranks") == result(drawn)

@@ -138,6 +138,7 @@ def kill_between_two_images(prompts: Path, folder: Path) -> None:
     main(drawing(prompts, folder))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(prompts: Path, preserve_rng_state: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run_and_wait(killed_at_the_third_record, drawing(prompts, folder)) == -signal.SIGKILL
@@ -162,6 +163,7 @@ def drawing_a_share(prompts: Path, folder: Path) -> None:
     assert len(appended) in (2, 4)  # three blocks of two images
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_images_of_one(prompts: Path, preserve_rng_state: Path, tmp_path: Path) -> None:
     on_two_ranks(drawing_a_share, prompts, tmp_path / "run")
     assert result(tmp_path / "run") == result(preserve_rng_state)

@@ -122,6 +122,7 @@ def test_a_merged_model_answers_as_the_adapter_did(
     assert drawn.shape == (1, 16)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(
     trained: tuple[Path, HostTrainer], base: Path, tmp_path: Path
 ) -> None:

@@ -84,7 +84,7 @@ def history(trainer: HostTrainer) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("flows", [TALK, BOTH], ids=["sft", "t2i"])
+@pytest.mark.parametrize("flows", [TALK, pytest.param(BOTH, marks=pytest.mark.slow)], ids=["sft", "t2i"])
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, flows: dict[str, FlowConfig]) -> None:
     straight = build(tmp_path / "straight", flows, ema_decay=0.9, eval_strategy="steps", eval_steps=2)
     straight.run()
@@ -102,6 +102,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, flows: dict[
     assert history(straight) == history(resumed)
 
 
+@pytest.mark.slow
 def test_a_run_on_held_out_files_ends_with_the_same_bits(tmp_path: Path) -> None:
     """A table and a folder of which a row each is held out, evaluated in the middle and taken up behind it."""
     table, folder = write_parquet(tmp_path / "a.parquet", range(8)), write_folder(tmp_path / "folder", range(100, 105))
@@ -158,6 +159,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     assert a["loss"] == pytest.approx(0.5 * a["loss_drawing"] + a["loss_conversation"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_a_batch_that_comes_again(tmp_path: Path) -> None:
     trainer = build(tmp_path, BOTH, Repeated(BOTH, 4), max_steps=40, save_strategy="no", logging_steps=1)
     trainer.train()
@@ -192,6 +194,7 @@ def test_a_loss_that_is_not_finite_names_its_samples(tmp_path: Path) -> None:
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_leaves_whole_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(tmp_path, TALK)
     save = trainer._save_optimizer_and_scheduler
@@ -223,6 +226,7 @@ def test_only_blocks_that_learn_are_compiled(monkeypatch, tmp_path):
     assert [(kind.__name__, options) for kind, options in compiled] == [("Qwen3DecoderLayer", {"dynamic": True})] * 2
 
 
+@pytest.mark.slow
 def test_muon_takes_the_blocks_matrices_and_resumes_to_the_bit(tmp_path):
     trainer = build(tmp_path / "whole", TALK, use_muon=True)
     trainer.run()

@@ -1,6 +1,10 @@
 """A unified model of a few thousand weights and everything around it, for the tests of the host recipes."""
 
+import copy
+from functools import cache
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from unimm.data.conversations import shapes_corpus
 from unimm.mllm import UnimmLlavaForConditionalGeneration, UnimmProcessor, attach
@@ -34,9 +38,14 @@ def tiny_image_tokenizer() -> VQRAE:
     return VQRAE(VQRAEConfig(encoder_config=dict(ENCODER), codebook_size=32, codebook_dim=8)).eval()
 
 
+@cache
+def _text_tokenizer() -> PreTrainedTokenizerBase:
+    return train_text_tokenizer(shapes_corpus(50, 0), 400, CHAT_TOKENS)
+
+
 def tiny_host() -> tuple[UnimmLlavaForConditionalGeneration, UnimmProcessor]:
     """A Qwen3 of 2 layers with the tiny image tokenizer attached."""
-    tokenizer = train_text_tokenizer(shapes_corpus(50, 0), 400, CHAT_TOKENS)
+    tokenizer = copy.deepcopy(_text_tokenizer())
     return attach(new_language_model(LLM, tokenizer), tiny_image_tokenizer(), tokenizer, attn_implementation="eager")
 
 

@@ -45,7 +45,11 @@ def run_gpt(folder: Path, steps: int) -> None:
 LOOPS = {"hand-written": (run_tokenizer, "step 2:"), "Trainer": (run_gpt, "{'loss'")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT))],
+    ids=lambda n: n.name,
+)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(
     loop: str, number: signal.Signals, tmp_path: Path
@@ -79,6 +83,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert exit_code(process) == 1 and "KeyboardInterrupt" in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_processes_stop_together_when_one_of_them_is_told(loop: str, tmp_path: Path) -> None:
     with socket.socket() as free:

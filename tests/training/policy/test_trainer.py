@@ -17,6 +17,7 @@ from unimm.sampling import ImageSampling
 from unimm.training.language_model.adapters import LoraSettings, add_lora
 from unimm.training.loop.arguments import HostTrainingArguments
 from unimm.training.policy.reference import Reference
+from unimm.training.policy.replay import Replay, ReplayConfig
 from unimm.training.policy.rewarding import Rewards
 from unimm.training.policy.settings import PolicyConfig, WatchConfig
 from unimm.training.policy.trainer import PolicyTrainer
@@ -47,6 +48,7 @@ def build(
     judge: Any = None,
     num_eval_samples: int = 0,
     lora: LoraSettings | None = None,
+    replay: ReplayConfig | None = None,
     **arguments: Any,
 ) -> PolicyTrainer:
     torch.manual_seed(0)
@@ -68,6 +70,7 @@ def build(
         watch=WatchConfig(**(watch or {})),
         rewards=Rewards({"reward": reward}, {"reward": 1.0}, length, judge),
         reference=Reference(model, adapter) if config.kl_weight or num_eval_samples else None,
+        replay=Replay(replay, processor) if replay else None,
         adapter=adapter,
     )
 
@@ -80,7 +83,11 @@ def logged(trainer: PolicyTrainer, name: str) -> list[float]:
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(r=2, alpha=4, dropout=0.0, dtype="float32")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [None, pytest.param(LoraSettings(r=2, alpha=4, dropout=0.0, dtype="float32"), marks=pytest.mark.slow)],
+    ids=["full", "lora"],
+)
 def test_the_first_step_on_samples_has_ratio_one_and_later_steps_do_not(
     lora: LoraSettings | None, tmp_path: Path
 ) -> None:
@@ -95,6 +102,7 @@ def test_the_first_step_on_samples_has_ratio_one_and_later_steps_do_not(
     assert logged(trainer, "drawing/length") == [16.0, 16.0]
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
     policy = {"kl_weight": 0.02, "entropy_weight": 0.01, "loss_type": "dapo"}
     common = {"max_steps": 2, "policy": policy, "save_strategy": "no"}
@@ -109,7 +117,7 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
     assert logged(whole, "drawing/reward") == pytest.approx(logged(parts, "drawing/reward"), abs=1e-6)
 
 
-@pytest.mark.parametrize("stop", [2, 3])
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_resumed_run_is_bit_identical(stop: int, tmp_path: Path) -> None:
     """Also between two steps on the same samples (stop 3 of pairs)."""
     common = {"policy": {"iterations": 2, "kl_weight": 0.02}, "save_steps": 1, "ema_decay": 0.9, "max_steps": 5}
@@ -162,6 +170,7 @@ def test_a_divergence_above_the_limit_ends_the_run(tmp_path: Path) -> None:
         trainer.run()
 
 
+@pytest.mark.slow
 def test_a_reward_that_rises_while_the_judge_falls_ends_the_run(tmp_path: Path) -> None:
     trainer = build(
         tmp_path,
@@ -179,6 +188,7 @@ def test_a_reward_that_rises_while_the_judge_falls_ends_the_run(tmp_path: Path) 
     assert trainer.state.log_history[0]["eval_judge"] == pytest.approx(-trainer.state.log_history[0]["eval_reward"])
 
 
+@pytest.mark.slow
 def test_the_reward_rises_on_held_out_prompts(tmp_path: Path) -> None:
     trainer = build(
         tmp_path,
@@ -204,6 +214,7 @@ def test_the_reward_rises_on_held_out_prompts(tmp_path: Path) -> None:
     assert logged(trainer, "eval_answers") and len(trainer.held_out.shown) == 8  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_samples_of_another_batch_are_refused_between_two_steps_on_them(tmp_path: Path) -> None:
     common = {"policy": {"iterations": 2}, "save_steps": 1}
     first = build(tmp_path, **common)

@@ -150,7 +150,7 @@ def trainer(
     return built
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, stage):
     gan = GANConfig(start=2, warmup_steps=1) if stage == 2 else None
     fields = {"gan": gan, "restart_steps": 3 if stage == 2 else None, "context_weight": stage - 1.0}

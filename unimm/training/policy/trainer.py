@@ -30,6 +30,7 @@ from unimm.training.loop.throughput import Work
 from unimm.training.policy.averages import Averages
 from unimm.training.policy.losses import advantages, constant, divisor, policy_terms, summed
 from unimm.training.policy.reference import Reference
+from unimm.training.policy.replay import Batch, Replay
 from unimm.training.policy.rewarding import HeldOut, Rewards
 from unimm.training.policy.rollouts import Rollout, Sampler
 from unimm.training.policy.settings import PolicyConfig, WatchConfig
@@ -54,6 +55,7 @@ class PolicyTrainer(HostTrainer):
         policy, watch: settings of the update and of the stop rules.
         rewards: what samples are worth; the run ends if the reward rises and the judge's score falls.
         reference: the starting model; needed with `policy.kl_weight`.
+        replay: what is learned from labels beside the rewards.
     """
 
     def __init__(
@@ -68,12 +70,13 @@ class PolicyTrainer(HostTrainer):
         watch: WatchConfig,
         rewards: Rewards,
         reference: Reference | None = None,
+        replay: Replay | None = None,
         adapter: Adapter | None = None,
     ) -> None:
         flows = tasks.config.flows
         self.kinds: dict[str, Kind] = {name: flows[name].kind for name in sorted(flows)}
         learned = tasks.config.learned
-        if all(self.kinds[name] == "drawing" for name in learned):
+        if replay is None and all(self.kinds[name] == "drawing" for name in learned):
             model.model.multi_modal_projector.requires_grad_(False)  # no image inputs: weight decay alone would move it
         super().__init__(
             model,
@@ -92,7 +95,7 @@ class PolicyTrainer(HostTrainer):
             sharded_by_trainer=True,
             whole_only="sampling while training",
         )
-        self.policy, self.reference, self.rewards = policy, reference, rewards
+        self.policy, self.reference, self.rewards, self.replay = policy, reference, rewards, replay
         self.sampler = Sampler(model, processor, policy)
         self.held_out = None if held_out is None else HeldOut(held_out, self.sampler, rewards, args.device, reference)
         self.panel = None if self.held_out is None else self.held_out.log_panel
@@ -101,11 +104,12 @@ class PolicyTrainer(HostTrainer):
         names = ["reward", "reward_std", "without_signal", "entropy", "clipped", "ratio_error", "length", "cut"]
         names += ["kl"] if policy.kl_weight else []
         parts = [f"reward_{name}" for name in rewards.names]
-        self.averages = Averages(
-            [f"{flow}/{name}" for flow in learned for name in [*names, *parts * (self.kinds[flow] == "drawing")]],
-            args.device,
-        )
+        means = [f"{flow}/{name}" for flow in learned for name in [*names, *parts * (self.kinds[flow] == "drawing")]]
+        means += [] if replay is None else [f"replay/loss_{flow}" for flow in replay.weights]
+        self.averages = Averages(means, args.device)
         self._kept: Window = []
+        self._replayed: list[Batch] = []  # micro-batches of the step, and the labeled tokens of each flow
+        self._replayed_tokens: dict[str, Tensor] = {}
         self._silent, self._last_logged = False, 0
 
     # ---- sampling ----
@@ -121,12 +125,22 @@ class PolicyTrainer(HostTrainer):
                 f"and this run takes {len(tasks)}: go on with the same batch and number of processes."
             )
         self.window = self._kept
+        if self.replay is not None:
+            self._take_replay(self.replay, len(tasks))
         counts = torch.stack([self._counts(flow) for flow in self.flow_weights])
         return self.window, self.accelerator.reduce(counts, "sum")
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Return nothing of use: what is counted does not exist before it is sampled."""
         return torch.zeros((), device=device)
+
+    def _take_replay(self, replay: Replay, micro_batches: int) -> None:
+        """Keep the step's replayed samples, and count their labeled tokens over all micro-batches and processes."""
+        place = self.args.process_index, self.args.world_size
+        self._replayed = replay.batches(self.state.global_step, micro_batches, *place)
+        labels = [[len(batch[flow]["labels_at"]) for batch in self._replayed] for flow in replay.weights]
+        counts = torch.tensor(labels, device=self.args.device, dtype=torch.float64).sum(1)
+        self._replayed_tokens = dict(zip(replay.weights, self.accelerator.reduce(counts, "sum"), strict=True))
 
     def _counts(self, flow: str) -> Tensor:
         counts = [batch[flow].counted for batch in self.window if flow in batch]
@@ -213,10 +227,23 @@ class PolicyTrainer(HostTrainer):
                 learned = bool((inputs[flow].advantage != 0).any())
                 self._saw_images += learned and inputs[flow].pixel_values is not None
                 seen |= inputs[flow].pixel_values is not None
+        if self.replay is not None:
+            batch = self._prepare_inputs(self._replayed.pop(0))
+            loss = loss + self._replay_loss(model, self.replay, batch)
+            seen |= (looked_at := any("pixel_values" in each for each in batch.values()))
+            self._saw_images += looked_at
         if not seen and self._projector_learns:
             loss = loss + self._no_image()
         loss = loss * self.args.world_size  # DDP divides the gradients by it; the counts above are global already
         return (loss, {}) if return_outputs else loss
+
+    def _replay_loss(self, model: nn.Module, replay: Replay, batch: Batch) -> Tensor:
+        loss = torch.zeros((), device=self.args.device)
+        for flow, weight in replay.weights.items():
+            total, count = self._flow_loss(model, batch[flow])
+            loss = loss + weight * total / self._replayed_tokens[flow].to(total.dtype)
+            self.averages.add(f"replay/loss_{flow}", (total.detach() / count).expand(count))
+        return loss
 
     def _flow_policy_loss(self, model: nn.Module, flow: str, rollout: Rollout, counts: Tensor) -> Tensor:
         policy, mask = self.policy, rollout.mask
@@ -274,9 +301,10 @@ class PolicyTrainer(HostTrainer):
         super().log(logs, start_time)
 
     def resting_parts(self) -> set[str]:
-        """Return the projector if no answer taught anything, and all parts if no sample did."""
+        """Return the projector if no answer taught anything, and all parts if no sample did and none is replayed."""
         resting, guard = super().resting_parts(), self.movement.guard
-        return set(guard.parts) if self._silent and guard is not None else resting
+        silent = self._silent and self.replay is None
+        return set(guard.parts) if silent and guard is not None else resting
 
     def work_of(self, inputs: Any) -> Work:
         """Return the images and tokens of the samples of a micro-batch, without FLOPs."""
