@@ -1,6 +1,7 @@
 """The report of recorded figures, and the page that it is written into."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,15 @@ def test_recorded_figures_become_tables_verdicts_plots_and_panels(place: Place, 
     assert np.asarray(plot.convert("L")).std() > 5  # something is drawn
     colors = np.asarray(panel.convert("RGB"))[:, 0, 0].tolist()
     assert colors == [1] * 16 + [255] * 8 + [1] * 16  # both cells' first seeds, enlarged, with a line between
+
+
+def test_plots_ask_for_matplotlib(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = load_tables(place.configs)["x"]
+    record(place, table, "one", 1, 20.0, 1.0)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"matplotlib, which is not installed: install unimm\[eval\]"):
+        write_report(place, {"x": table}, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == PAGE
 
 
 def test_what_does_not_belong_is_refused(place: Place, tmp_path: Path) -> None:

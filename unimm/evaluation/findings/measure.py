@@ -21,7 +21,7 @@ from unimm.evaluation.generation.run import Collected, PairedSets
 from unimm.evaluation.metrics.bootstrap import bootstrap_mean
 from unimm.evaluation.metrics.frechet import frechet_distance
 from unimm.evaluation.probe.run import ProbePlan, probe_tokenizer
-from unimm.evaluation.reconstruction.run import Compared, ReconstructionPlan, evaluate_images
+from unimm.evaluation.reconstruction.run import Compared, ReconstructionPlan, compared_images, evaluate_images
 from unimm.evaluation.shapes.arguments import ShapesPlan
 from unimm.evaluation.shapes.run import evaluate_chat
 from unimm.mllm import load
@@ -46,11 +46,8 @@ def measure(measures: Measures, legs: Mapping[str, Path], folder: Path, space: F
     """
     tokenizer, image_processor = load_with_processor(legs[MEASURED])
     sets = PairedSets(space) if measures.distance and space is not None else None
-    shown: list[Compared] = []
 
     def on_batch(batch: Compared) -> None:
-        if not shown:
-            shown.append(batch)
         if sets is not None:
             sets.add(batch.originals, batch.drawn)
 
@@ -60,9 +57,8 @@ def measure(measures: Measures, legs: Mapping[str, Path], folder: Path, space: F
     figures |= {"use": Figure(found.scores["codebook_use"]), "perplexity": Figure(found.scores["perplexity"])}
     if sets is not None:
         figures["distance"] = _distance(sets.drawn, sets.originals)
-    _save_panel(shown[0], folder)
-    if measures.maps:
-        _save_maps(tokenizer, image_processor, shown[0], folder)
+    shown = ReconstructionPlan(measures.shown or measures.source, SHOWN_IMAGES)
+    _save_images(tokenizer, image_processor, shown, folder, maps=measures.maps)
     if measures.probe is not None:
         figures |= _probed(tokenizer, image_processor, measures.probe)
     if measures.questions:
@@ -139,14 +135,22 @@ def _distance(drawn: Collected, originals: Collected) -> Figure:
 # ---- images ----
 
 
-def _save_panel(batch: Compared, folder: Path) -> None:
-    rows = [np.concatenate(list(images[:SHOWN_IMAGES]), axis=1) for images in (batch.originals, batch.drawn)]
-    _save(np.concatenate(rows), folder / "panel.png")
+def _save_images(
+    tokenizer: ImageTokenizer, image_processor: Any, plan: ReconstructionPlan, folder: Path, *, maps: bool
+) -> None:
+    """Save a panel of images above their reconstructions, and with `maps` their K-means maps."""
+    (batch,) = compared_images(tokenizer, image_processor, plan)
+    _save(
+        np.concatenate([np.concatenate(list(images), axis=1) for images in (batch.originals, batch.drawn)]),
+        folder / "panel.png",
+    )
+    if maps:
+        _save(kmeans_maps(tokenizer, image_processor, batch.originals), folder / "maps.png")
 
 
-def _save_maps(tokenizer: ImageTokenizer, image_processor: Any, batch: Compared, folder: Path) -> None:
-    """Save K-means maps: images above the clusters of their features, and of their codes (VQRAE, figure 4)."""
-    images = [Image.fromarray(image) for image in batch.originals]
+def kmeans_maps(tokenizer: ImageTokenizer, image_processor: Any, originals: np.ndarray) -> np.ndarray:
+    """Return images [B, H, W, 3] above the clusters of their features, and those of their codes (VQRAE, figure 4)."""
+    images = [Image.fromarray(image) for image in originals]
     pixel_values = image_processor(images=images, return_tensors="pt").pixel_values
     with torch.inference_mode():
         encoded = tokenizer.encode(pixel_values)
@@ -155,17 +159,17 @@ def _save_maps(tokenizer: ImageTokenizer, image_processor: Any, batch: Compared,
             (tokenizer.lookup(encoded.ids), tokenizer.config.grid),
         ]
     side = (MAP_TILE, MAP_TILE)
-    rows = [np.concatenate([np.asarray(image.resize(side)) for image in images[:SHOWN_IMAGES]], axis=1)]
+    rows = [np.concatenate([np.asarray(image.resize(side)) for image in images], axis=1)]
     for vectors, grid in tables:
         flat = vectors.flatten(0, 1).double().numpy()
         labels = kmeans2(flat, MAP_CLUSTERS, minit="++", rng=0)[1]
-        maps = MAP_COLORS[labels].reshape(len(images), *grid, 3)[:SHOWN_IMAGES]
+        maps = MAP_COLORS[labels].reshape(len(images), *grid, 3)
         rows.append(
             np.concatenate(
                 [np.asarray(Image.fromarray(m).resize(side, Image.Resampling.NEAREST)) for m in maps], axis=1
             )
         )
-    _save(np.concatenate(rows), folder / "maps.png")
+    return np.concatenate(rows)
 
 
 def _save(array: np.ndarray, path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from unimm.data.image_files import save_image_atomically
+from unimm.errors import UserError
 from unimm.evaluation.findings.plan import Table
 from unimm.evaluation.findings.report import NAMES, SHARES, Found, claims_of, fill, gathered, table_of
 from unimm.evaluation.findings.run import Place, read_cell
@@ -49,9 +50,16 @@ def finished(place: Place, name: str, table: Table) -> tuple[dict[str, list[dict
 
 
 def save_plot(table: Table, found: Found, path: Path) -> None:
-    """Save one plot for each figure of a table: cells on the y axis, a point for each seed over its interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
+    """Save one plot for each figure of a table: cells on the y axis, a point for each seed over its interval.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Canvas
+    except ModuleNotFoundError:
+        raise UserError("Plots are made by matplotlib, which is not installed: install unimm[eval].") from None
 
     names = [cell for cell in table.cells if cell in found]
     columns = min(4, len(table.figures))

@@ -88,6 +88,7 @@ class Measures:
             drawn by the output of a leg `c2i`.
         probe: linear probes of the features and of the codes.
         questions: of each kind, to the default model with the cell's vision tower, and to the output of a leg `chat`.
+        shown: images for the panel, if others than those of `source` may be published.
         maps: whether K-means maps of features and codes are saved.
     """
 
@@ -96,6 +97,7 @@ class Measures:
     distance: bool = False
     probe: Probe | None = None
     questions: Natural = 0
+    shown: str | None = None
     maps: bool = False
 
 

@@ -103,10 +103,15 @@ def run_cell(
     """Train and measure a cell unless it is finished; return False if another process holds it.
 
     Raises:
-        UserError: a leg failed, or the folder holds results of other settings.
+        UserError: scipy is not installed, a leg failed, or the folder holds results of other settings.
         Interrupted: a leg was stopped; the same call goes on.
     """
-    from unimm.evaluation.findings.measure import measure
+    try:
+        from unimm.evaluation.findings.measure import measure
+    except ModuleNotFoundError as error:
+        if error.name != "scipy":
+            raise
+        raise UserError("Cells are measured with scipy, which is not installed: install unimm[eval].") from None
 
     if read_cell(place, name, table, cell, seed) is not None:
         return True
