@@ -25,6 +25,7 @@ from unimm.errors import UserError
 from unimm.training.language_model.adapters import Adapter
 from unimm.training.language_model.trainer import HostTrainer
 from unimm.training.loop.arguments import HostTrainingArguments
+from unimm.training.loop.heap import release_heap
 from unimm.training.loop.sharding import check_strategy
 from unimm.training.loop.throughput import Work
 from unimm.training.policy.averages import Averages
@@ -118,6 +119,7 @@ class PolicyTrainer(HostTrainer):
         """Return the samples for the tasks of an optimizer step, and the rows and tokens of each flow [F, 2]."""
         tasks, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.state.global_step % self.policy.iterations == 0:
+            release_heap()  # no two steps sample the same lengths: without this 7.7 GB became 12.9 GB in 75 steps
             self._kept = self._sampled(tasks)
         if len(self._kept) != len(tasks):
             raise UserError(
