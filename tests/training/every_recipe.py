@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
+
 from eval.bench_accumulation import run_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -18,6 +20,7 @@ def run(name: str, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
+    PartialState(cpu=True)  # a recipe closes the process group that it has opened, and the next one needs it
     for command in json.loads(sys.argv[1]):
         if code := run(*command):
             sys.exit(code)
