@@ -148,9 +148,8 @@ def run_main(main: Callable[[], int | None], *, name: str = "unimm") -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not UTF-8
     inside_a_group = has_process_group()
-    code = _exit_code(
-        main, name
-    )  # any other exception leaves the group open: its frames hold it, and waiting could hang
+    # any other exception leaves the group open: its frames hold it, and waiting could hang
+    code = _exit_code(main, name)
     if not inside_a_group:
         close_process_group(failed=code != 0)
     return code
