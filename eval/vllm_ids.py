@@ -25,7 +25,9 @@ import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     folder, asked = sys.argv[1], json.load(sys.stdin)
-    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512)
+    # a share of all memory, which vLLM wants to find free: its default of 0.92 fails beside anything else
+    few = {"max_model_len": 512, "gpu_memory_utilization": 0.3}
+    llm = LLM(folder, dtype="float32", enforce_eager=True, **few)
     found = {}
     for kind, options in asked["options"].items():
         prompts = [{"prompt_token_ids": ids} for ids in asked[kind]]
