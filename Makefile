@@ -86,7 +86,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
+shapes: $(SHAPES)/edit_rewards/.done $(SHAPES)/stage3_more/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -140,7 +140,11 @@ $(SHAPES)/rewards/.done: $(SHAPES)/edits/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards.yaml
 	@touch $@
 
-publish: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
+$(SHAPES)/edit_rewards/.done: $(SHAPES)/rewards/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/grpo.py --config configs/shapes/edit_rewards.yaml
+	@touch $@
+
+publish: $(SHAPES)/edit_rewards/.done $(SHAPES)/stage3_more/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml
 
 # ---- the three tokenizers at the same number of images of the shapes data set: trained, given to a language model, measured, one table ----

@@ -17,7 +17,7 @@ from transformers.trainer_utils import set_seed
 
 from unimm.config.loading import parse_recipe_args
 from unimm.data.presence import require_sources
-from unimm.data.tasks import Tasks, TasksConfig
+from unimm.data.tasks import DRAWN_KINDS, Tasks, TasksConfig
 from unimm.errors import UserError, require_place, run_main
 from unimm.evaluation.metrics.answers import same_answer
 from unimm.mllm import load
@@ -66,11 +66,15 @@ class GRPORecipe:
     lora: LoraSettings | None = None
 
     def __post_init__(self) -> None:
-        draws = any(flow.kind == "drawing" for flow in self.data.flows.values())
+        draws = any(flow.kind in DRAWN_KINDS for flow in self.data.flows.values())
         if draws and not any(reward.weight > 0 for reward in self.rewards.values()):
-            raise UserError("data.flows has prompts to draw and rewards has none with a weight above 0: add one.")
+            raise UserError(
+                "data.flows has images to draw or edit and rewards has none with a weight above 0: add one."
+            )
         if self.rewards and not draws:
-            raise UserError("rewards are for drawn images, and data.flows has no kind: drawing; leave them out.")
+            raise UserError(
+                "rewards are for drawn images, and data.flows has no kind: drawing or editing; leave them out."
+            )
         if self.lora is not None and self.lora.dropout > 0:
             raise UserError(
                 f"lora.dropout is {self.lora.dropout}, and log-probabilities with it are not those that were sampled: "

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from unimm.data.shapes import render
 from unimm.data.shapes.prompts import split_of
 from unimm.data.tasks import TaskFlow, Tasks, TasksConfig
 from unimm.errors import UserError
@@ -39,6 +40,15 @@ def test_held_out_prompts_never_occur_in_training() -> None:
     assert {split_of(train[n]["prompt"]) for n in range(60) if train[n]["kind"] == "drawing"} == {"train"}
 
 
+def test_an_edit_carries_its_scenes() -> None:
+    flow = TaskFlow("editing", kind_shares={"color": 0.5, "position": 0.5})
+    stream = Tasks(TasksConfig({"editing": flow}))
+    for task in (stream[n] for n in range(20)):
+        edit = task["metadata"]["edit"]
+        assert edit.kind in ("color", "position") and task["prompt"] == edit.instruction
+        assert task["image"].tobytes() == render(edit.source).tobytes()
+
+
 def test_a_flow_without_a_share_is_evaluated_only() -> None:
     flows = {"answering": TaskFlow("answering", 0.0), "drawing": TaskFlow("drawing", 1.0)}
     config = TasksConfig(flows, num_eval_samples=3)
@@ -57,22 +67,26 @@ def test_repeated_tasks_serve_as_many_steps() -> None:
 
 def test_tasks_from_files(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
-    prompts, questions = tmp_path / "prompts.jsonl", tmp_path / "questions.jsonl"
+    prompts, questions, edits = (tmp_path / f"{name}.jsonl" for name in ("prompts", "questions", "edits"))
     rows = [{"prompt": f"a photo of {n} cats", "tag": "counting", "include": []} for n in range(5)]
     prompts.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     row = {"image": "red.png", "question": "Which color?", "answer": "red"}
     questions.write_text(json.dumps(row), encoding="utf-8")
+    edits.write_text(json.dumps({"image": "red.png", "prompt": "make it blue", "note": 1}), encoding="utf-8")
     flows = {
         "drawing": TaskFlow("drawing", source=str(prompts), eval_source=str(prompts)),
+        "editing": TaskFlow("editing", source=str(edits), eval_source=str(edits)),
         "answering": TaskFlow("answering", source=str(questions), eval_source=str(questions)),
     }
     stream = Tasks(TasksConfig(flows, num_eval_samples=2))
-    assert stream.sizes == {"drawing": 5, "answering": 1}
-    drawings = [task for n in range(20) if (task := stream[n])["kind"] == "drawing"]
+    assert stream.sizes == {"drawing": 5, "editing": 1, "answering": 1}
+    drawings = [task for n in range(30) if (task := stream[n])["kind"] == "drawing"]
     for epoch in (drawings[:5], drawings[5:]):
         assert sorted(task["prompt"] for task in epoch) == [row["prompt"] for row in rows]
     assert drawings[0]["metadata"]["tag"] == "counting"
-    answer = next(task for n in range(2) if (task := stream[n])["kind"] == "answering")
+    answer, edit = (next(task for n in range(3) if (task := stream[n])["kind"] == k) for k in ("answering", "editing"))
+    assert edit["prompt"] == "make it blue" and edit["metadata"]["note"] == 1
+    assert edit["image"].getpixel((0, 0)) == (255, 0, 0)
     assert answer["image"].getpixel((0, 0)) == (255, 0, 0) and answer["answer"] == "red"
 
 

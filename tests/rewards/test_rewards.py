@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import CLIPModel
 
 from tests.evaluation.tiny_scorers import save_scorer
 from unimm.data.shapes import render, sample_prompt
+from unimm.data.shapes.edits import sample_edit
 from unimm.data.shapes.prompts import Prompt, scene_for
 from unimm.errors import UserError
 from unimm.evaluation.geneval.color_votes import prepare_view
@@ -54,6 +56,23 @@ def test_shapes_are_rewarded_as_the_benchmark_judges_them() -> None:
     assert strict == [float(row["strict"]) for row in rows]
     assert first[24:] == strict[24:] == [1.0] * 12
     assert sum(first[:12]) < 6 and sum(strict[12:24]) == 0 < sum(first[12:24])
+
+
+@pytest.mark.parametrize("kind", ["shapes", "shapes_strict"])
+def test_edits_are_rewarded_for_what_changed_what_stayed_and_nothing_else(kind: Any) -> None:
+    rng, reward = np.random.default_rng(5), build_reward(RewardConfig(kind))
+    edits = [sample_edit(rng, name) for name in ("color", "count", "position", "background") for _ in range(8)]
+    texts, rules = [edit.instruction for edit in edits], [{"edit": edit} for edit in edits]
+    edited = reward.score(texts, rules, [render(edit.target) for edit in edits])
+    assert edited == pytest.approx([1.0] * 32)
+    copied = reward.score(texts, rules, [render(edit.source) for edit in edits])
+    assert copied == pytest.approx([(2 if edit.kind == "position" else 1) / 3 for edit in edits])
+    moved = next(edit for edit in edits if edit.kind == "color" and edit.kept)
+    alone = replace(moved.target, objects=(moved.changed,))
+    assert reward.score([""], [{"edit": moved}], [render(alone)]) == pytest.approx([1 / 3])
+    drawn = scenes(1)[0]
+    mixed = reward.score([drawn[0].prompt, ""], [drawn[0].metadata(), rules[0]], [drawn[1], render(edits[0].target)])
+    assert mixed == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("kind", ["shapes", "shapes_strict", "own_answers"])

@@ -137,6 +137,9 @@ def editing(source: Image.Image, instruction: str, target: Image.Image) -> list[
     The image comes last, so that each of its tokens lies at one distance from its copy in the edited image, however
     long the instruction is: relative positions alone then find what to keep.
     """
-    messages = drawing(instruction, target)
-    messages[0]["content"].append({"type": "image", "image": source})
-    return messages
+    return [edit_request(source, instruction), drawing(instruction, target)[1]]
+
+
+def edit_request(source: Image.Image, instruction: str) -> Message:
+    """Build the user's turn of an edit."""
+    return {"role": "user", "content": [{"type": "text", "text": instruction}, {"type": "image", "image": source}]}

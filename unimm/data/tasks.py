@@ -1,4 +1,5 @@
-"""Tasks for learning from rewards: prompts to draw, with the metadata that a reward needs, and questions with answers.
+"""Tasks for learning from rewards: prompts to draw and images to edit, with the metadata that a reward needs, and
+questions with answers.
 
 Unlike the flows of a mixture, a task holds no image to learn: the model draws or answers itself and is rewarded. Task n
 is a pure function of n, and the ratios hold in every batch (`unimm.data.shuffling`).
@@ -16,13 +17,16 @@ from unimm.config.schema import Count, Natural, NonNegative, Seed, used_when
 from unimm.data.images import load_image
 from unimm.data.mixture import ENDLESS
 from unimm.data.shapes import render, sample_prompt, sample_questions
+from unimm.data.shapes.edits import sample_edit
 from unimm.data.shapes.prompts import Split
 from unimm.data.shuffling import EpochOrder, Interleaving
 from unimm.errors import UserError, one_line
 
 Task = dict[str, Any]
-Kind = Literal["drawing", "answering"]
-_NEEDED = {"drawing": ("prompt",), "answering": ("image", "question", "answer")}
+Kind = Literal["drawing", "editing", "answering"]
+DRAWN_KINDS = ("drawing", "editing")
+_NEEDED = {"drawing": ("prompt",), "editing": ("image", "prompt"), "answering": ("image", "question", "answer")}
+_EDITING = used_when(lambda c: c.kind == "editing" and c.source == "shapes", "edits of the shapes data set")
 _ANSWERING = used_when(lambda c: c.kind == "answering" and c.source == "shapes", "questions of the shapes data set")
 
 
@@ -31,13 +35,15 @@ class TaskFlow:
     """One kind of task.
 
     Args:
-        kind: "drawing" (prompts) or "answering" (images with questions).
+        kind: "drawing" (prompts), "editing" (images with instructions) or "answering" (images with questions).
         ratio: share of the tasks, relative to the other flows; 0: evaluated, but not learned from.
         weight: factor of this flow's loss in the total loss.
         source: "shapes", or a JSON Lines file: {"prompt": ...} with any other fields, which become the metadata (those
-            of GenEval for its rewards), or {"image": path beside the file, "question": ..., "answer": ...}.
+            of GenEval for its rewards), {"image": path beside the file, "prompt": ...} with any other fields, or
+            {"image": ..., "question": ..., "answer": ...}.
         eval_source: a file of the same form, for evaluation; needed if `source` is one and tasks are held out.
         question_kinds: kinds of the questions about shapes.
+        kind_shares: share of each kind of edit of shapes; None uses the data set's own shares.
     """
 
     kind: Kind
@@ -48,6 +54,7 @@ class TaskFlow:
     question_kinds: list[str] = field(
         default_factory=lambda: ["existence", "color", "count", "position"], metadata=_ANSWERING
     )
+    kind_shares: dict[str, NonNegative] | None = field(default=None, metadata=_EDITING)
 
     def __post_init__(self) -> None:
         if self.eval_source is not None and self.source == "shapes":
@@ -85,18 +92,22 @@ class TasksConfig:
 
 
 class ShapesTasks:
-    """An endless stream of prompts or questions of the shapes data set; prompts of the split "test" never occur in
-    "train"."""
+    """An endless stream of prompts, edits or questions of the shapes data set; prompts of the split "test" never occur
+    in "train"."""
 
     def __init__(self, flow: TaskFlow, seed: int, split: Split) -> None:
         self.flow, self.seed, self.split = flow, seed, split
 
     def task(self, index: int) -> Task:
-        """Return task `index`: a prompt with GenEval's metadata, or an image with a question and its answer."""
+        """Return task `index`: a prompt with GenEval's metadata, an image and an instruction with the `Edit` as
+        metadata, or an image with a question and its answer."""
         rng = np.random.default_rng((self.seed, index))
         if self.flow.kind == "drawing":
             prompt = sample_prompt(rng, split=self.split)
             return {"prompt": prompt.prompt, "metadata": prompt.metadata()}
+        if self.flow.kind == "editing":
+            edit = sample_edit(rng, kind_shares=self.flow.kind_shares)
+            return {"prompt": edit.instruction, "image": render(edit.source), "metadata": {"edit": edit}}
         kinds = self.flow.question_kinds
         scene, turn = sample_questions(rng, kinds[index % len(kinds)])
         return {"image": render(scene), "question": turn.question, "answer": turn.answer, "metadata": {}}
@@ -140,12 +151,14 @@ class FileTasks:
         if self.kind == "drawing":
             return {"prompt": row["prompt"], "metadata": row}
         image = load_image(self.path.parent / row["image"])
+        if self.kind == "editing":
+            return {"prompt": row["prompt"], "image": image, "metadata": row}
         return {"image": image, "question": row["question"], "answer": row["answer"], "metadata": row}
 
 
 class Tasks(Dataset):
     """A map-style dataset of the mixed stream; a task is {"flow", "kind", "index", "seed", "metadata"} with "prompt",
-    or with "image", "question" and "answer".
+    with "prompt" and "image", or with "image", "question" and "answer".
 
     Args:
         repeats: optimizer steps that use the same tasks, one after the other.

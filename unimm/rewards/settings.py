@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 from unimm.config.schema import NonNegative, used_when
 from unimm.errors import UserError, require_place
-from unimm.evaluation.geneval.scorers import ShapesScorer
 from unimm.evaluation.vqa import load_vqa_model
 from unimm.rewards.base import Reward
 from unimm.rewards.clip import CLIPReward
 from unimm.rewards.detectors import GenEvalReward
 from unimm.rewards.jpeg import JPEGReward
 from unimm.rewards.questions import OwnAnswersReward, VQAReward
-from unimm.rewards.shapes import StrictShapesReward
+from unimm.rewards.shapes import ShapesReward, StrictShapesReward
 
 RewardKind = Literal["shapes", "shapes_strict", "geneval", "clip", "hpsv2", "pickscore", "vqa", "jpeg", "own_answers"]
 WITH_WEIGHTS = ("geneval", "clip", "hpsv2", "pickscore", "vqa")
@@ -26,7 +25,8 @@ class RewardConfig:
     """One reward of the sum.
 
     Args:
-        kind: "shapes", "shapes_strict": GenEval's rules over the first or the strict detector of the shapes data set;
+        kind: "shapes", "shapes_strict": GenEval's rules, or what an edit asks for, over the first or the strict
+            detector of the shapes data set;
             "geneval": over Mask2Former; "clip", "hpsv2", "pickscore": similarity of image and prompt; "vqa": answers
             of a VQA model; "jpeg": compressibility; "own_answers": answers of the starting model itself.
         weight: factor in the sum.
@@ -62,7 +62,7 @@ def build_reward(config: RewardConfig, processor: Any = None, own_model: OpenMod
     if config.kind == "shapes_strict":
         return StrictShapesReward()
     if config.kind == "shapes":
-        return GenEvalReward(ShapesScorer())
+        return ShapesReward()
     if config.kind == "geneval":
         return GenEvalReward.load(str(config.path), str(config.color_path))
     if config.kind == "vqa":

@@ -31,12 +31,13 @@ def rollout(kind: str, inputs: dict[str, torch.Tensor], chosen: torch.Tensor, ma
     return Rollout(kind, **every, chosen=chosen, mask=mask, advantage=torch.ones(len(chosen)))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["drawing", "editing"])
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_images_have_the_log_probabilities_that_sampling_saw(name: str, family: str) -> None:
+def test_images_have_the_log_probabilities_that_sampling_saw(name: str, family: str, kind: str) -> None:
     model, processor = unified(family)
     model.config.null_prompt = processor.null_prompt_ids()
-    sampler, asked = Sampler(model, processor, PolicyConfig(sampling=SAMPLINGS[name])), tasks("drawing", 3)
+    sampler, asked = Sampler(model, processor, PolicyConfig(sampling=SAMPLINGS[name])), tasks(kind, 3)
     inputs = sampler.prompts(asked)
     assert not inputs["attention_mask"].all()  # prompts of different lengths
     seen = model.generate(
@@ -53,7 +54,7 @@ def test_images_have_the_log_probabilities_that_sampling_saw(name: str, family: 
     expected = scores.gather(-1, ids[..., None])[..., 0]
     _, chosen = sampler.sample(asked, 4)
     assert torch.equal(chosen, seen.sequences)
-    whole = rollout("drawing", inputs, chosen, torch.ones_like(chosen, dtype=torch.bool), 4)
+    whole = rollout(kind, inputs, chosen, torch.ones_like(chosen, dtype=torch.bool), 4)
     logps, entropy = sampler.log_probabilities(model, whole)
     assert (logps - expected).abs().max() < 1e-5
     probabilities = scores.exp()

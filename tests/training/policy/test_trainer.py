@@ -214,6 +214,21 @@ def test_the_reward_rises_on_held_out_prompts(tmp_path: Path) -> None:
     assert logged(trainer, "eval_answers") and len(trainer.held_out.shown) == 8  # type: ignore[union-attr]
 
 
+def test_edits_are_rewarded_too(tmp_path: Path) -> None:
+    """Their source images reach the projector, which drawings alone leave as it was."""
+    flows = {"drawing": TaskFlow("drawing", 0.5), "editing": TaskFlow("editing", 0.5)}
+    evaluation = {"num_eval_samples": 4, "eval_strategy": "steps", "eval_steps": 2, "watch": {"max_kl": 1e9}}
+    trainer = build(tmp_path, flows, max_steps=2, save_strategy="no", **evaluation)
+    before = weights(trainer)
+    trainer.run()
+    moved = [name for name, value in weights(trainer).items() if not torch.equal(value, before[name])]
+    assert any("multi_modal_projector" in name for name in moved)
+    for flow in flows:
+        assert logged(trainer, f"{flow}/reward") and logged(trainer, f"{flow}/reward_reward")
+        assert logged(trainer, f"{flow}/ratio_error") == [0.0, 0.0]
+    assert len(trainer.held_out.tasks) == 8 and logged(trainer, "eval_edits") != logged(trainer, "eval_reward")  # type: ignore[union-attr]
+
+
 @pytest.mark.slow
 def test_samples_of_another_batch_are_refused_between_two_steps_on_them(tmp_path: Path) -> None:
     common = {"policy": {"iterations": 2}, "save_steps": 1}

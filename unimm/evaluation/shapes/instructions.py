@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from unimm.data.conversations import message
-from unimm.data.editing import editing
+from unimm.data.editing import edit_request
 from unimm.data.interleaved import sample_interleaved
 from unimm.data.shapes import COLORS, SHAPES, Prompt, render
 from unimm.data.shapes.detector import background_of, detect
@@ -60,7 +60,7 @@ def edits(model: Any, processor: Any, plan: ShapesPlan, wanted: Wanted = bool) -
         if not wanted([key for key, _ in batch]):
             continue
         sources = [render(edit.source) for _, edit in batch]
-        asked = [editing(image, edit.instruction, image)[:1] for image, (_, edit) in zip(sources, batch, strict=True)]
+        asked = [[edit_request(image, edit.instruction)] for image, (_, edit) in zip(sources, batch, strict=True)]
         seeds = [plan.number(key[0]) for key, _ in batch]
         drawn = draw_conversations(model, processor, asked, seeds, **plan.sampling)
         shown: list[Shown] = []

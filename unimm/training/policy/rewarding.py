@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from unimm.data.tasks import Kind, Task, Tasks
+from unimm.data.tasks import DRAWN_KINDS, Kind, Task, Tasks
 from unimm.errors import UserError
 from unimm.training.policy.averages import Averages
 from unimm.training.policy.losses import divergence
@@ -65,29 +65,29 @@ class Rewards:
 
 
 class HeldOut:
-    """Draws held-out prompts, with the same noise every time, and answers held-out questions greedily; measures the KL
-    divergence of the drawings' tokens from `reference`, if there is one."""
+    """Draws held-out prompts and edits held-out images, with the same noise every time, and answers held-out questions
+    greedily; measures the KL divergence of the drawn tokens from `reference`, if there is one."""
 
     def __init__(
         self, tasks: Tasks, sampler: Sampler, rewards: Rewards, device: torch.device, reference: Reference | None = None
     ) -> None:
         self.tasks, self.sampler, self.rewards, self.reference = tasks, sampler, rewards, reference
-        names = ["reward", *(f"reward_{name}" for name in rewards.names), "judge", "answers", "kl"]
+        names = ["reward", *(f"reward_{name}" for name in rewards.names), "judge", "edits", "answers", "kl"]
         self.averages = Averages(names, device)
         self.shown: list[Image.Image] = []
 
     def score(self, rank: int, processes: int, sampling: Precision, training: Precision) -> Averages:
         """Score this process's share of the tasks, in the precisions of sampling and training; return the averages of
-        reward, judge, right answers and divergence, not yet summed over the processes."""
+        reward, judge, edits alone (by the judge, or else the reward), right answers and divergence, not yet summed over
+        the processes."""
         own = [self.tasks[n] for n in range(rank, len(self.tasks), processes)]
         self.shown, size = [], self.sampler.config.sampling_batch_size
-        kinds: tuple[Kind, ...] = ("drawing", "answering")
-        for kind in kinds:
+        for kind in get_args(Kind):
             tasks = [task for task in own if task["kind"] == kind]
             for start in range(0, len(tasks), size):
                 with sampling():
                     inputs, chosen = self.sampler.sample(tasks[start : start + size], 1, greedy=True)
-                if kind == "drawing" and self.reference is not None:
+                if kind in DRAWN_KINDS and self.reference is not None:
                     with training(), torch.no_grad():
                         self.averages.add("kl", self._divergence(self.sampler.rollout(kind, inputs, chosen, 1)))
                 self._add(kind, tasks[start : start + size], chosen)
@@ -107,12 +107,16 @@ class HeldOut:
         images = self.sampler.images(chosen)
         self.shown += images[: PANEL_IMAGES - len(self.shown)]
         parts = self.rewards.of_images(tasks, images)
-        self.averages.add("reward", self.rewards.total(parts))
+        score = self.rewards.total(parts)
+        self.averages.add("reward", score)
         for n, name in enumerate(self.rewards.names):
             self.averages.add(f"reward_{name}", parts[:, n])
         if self.rewards.judge is not None:
             prompts, metadata = [task["prompt"] for task in tasks], [task["metadata"] for task in tasks]
-            self.averages.add("judge", torch.tensor(self.rewards.judge(prompts, metadata, images)))
+            score = torch.tensor(self.rewards.judge(prompts, metadata, images))
+            self.averages.add("judge", score)
+        if kind == "editing":
+            self.averages.add("edits", score)
 
     def log_panel(self, writer: SummaryWriter, step: int) -> None:
         """Log the first images of the last evaluation."""

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 
-from unimm.data.tasks import Kind, Task
+from unimm.data.editing import edit_request
+from unimm.data.tasks import DRAWN_KINDS, Kind, Task
 from unimm.noise import Noise, image_seed
 from unimm.training.policy.losses import guide, log_probabilities
 from unimm.training.policy.settings import PolicyConfig
@@ -29,7 +30,7 @@ class Rollout:
     """Samples of the tasks of one flow in one micro-batch.
 
     Args:
-        kind: "drawing" or "answering".
+        kind: of the tasks.
         input_ids, attention_mask: prompts [R, L] with left padding, ending where the sample begins.
         chosen: sampled token ids [R, T].
         mask: [R, T], False after the end of an answer.
@@ -49,6 +50,11 @@ class Rollout:
     counted: tuple[int, int] = (0, 0)
     old: Tensor | None = None
     reference: Tensor | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Return whether the samples are images."""
+        return self.kind in DRAWN_KINDS
 
     def select(self, rows: Tensor) -> "Rollout":
         """Return some of the rows [n], which count as many."""
@@ -74,6 +80,8 @@ def messages_of(task: Task) -> list[dict[str, Any]]:
     """Return the conversation that asks for a task."""
     if task["kind"] == "drawing":
         return [{"role": "user", "content": [{"type": "text", "text": task["prompt"]}]}]
+    if task["kind"] == "editing":
+        return [edit_request(task["image"], task["prompt"])]
     content = [{"type": "image", "image": task["image"]}, {"type": "text", "text": task["question"]}]
     return [{"role": "user", "content": content}]
 
@@ -110,14 +118,14 @@ class Sampler:
         # an answer that held the placeholder of an input image would ask for its pixels when it is read again
         self.no_image = SuppressTokensLogitsProcessor([model.config.image_token_id], device=str(model.device))
         self.warpers = {
-            "drawing": config.sampling.warpers(),
+            **dict.fromkeys(DRAWN_KINDS, config.sampling.warpers()),
             "answering": LogitsProcessorList([TemperatureLogitsWarper(config.temperature), self.no_image]),
         }
         self.scales = config.sampling.scales(1, model.num_image_tokens)[:, 0]  # [M]
 
     def longest(self, kind: Kind) -> int:
         """Return the largest number of tokens of a sample."""
-        return int(self.model.num_image_tokens) if kind == "drawing" else self.config.max_answer_tokens
+        return int(self.model.num_image_tokens) if kind in DRAWN_KINDS else self.config.max_answer_tokens
 
     # ---- sampling ----
 
@@ -133,7 +141,7 @@ class Sampler:
             processor_kwargs={"padding": True},
         ).to(self.model.device)
         found = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
-        if tasks[0]["kind"] == "drawing":
+        if tasks[0]["kind"] in DRAWN_KINDS:
             found["input_ids"] = F.pad(found["input_ids"], (0, 1), value=self.model.config.boi_token_id)
             found["attention_mask"] = F.pad(found["attention_mask"], (0, 1), value=1)
         return found
@@ -146,7 +154,7 @@ class Sampler:
         `greedy` answers take the likeliest token; drawings are always sampled.
         """
         inputs, step = self.prompts(tasks), max(1, self.config.sampling_batch_size // size)
-        sample = self._draw if tasks[0]["kind"] == "drawing" else partial(self._answer, greedy=greedy)
+        sample = self._draw if tasks[0]["kind"] in DRAWN_KINDS else partial(self._answer, greedy=greedy)
         chosen = [
             sample(
                 {name: value[start : start + step] for name, value in inputs.items()}, tasks[start : start + step], size
@@ -158,7 +166,7 @@ class Sampler:
 
     def rollout(self, kind: Kind, inputs: dict[str, Tensor], chosen: Tensor, size: int) -> Rollout:
         """Return `size` samples of each prompt as a rollout, with advantages of 0."""
-        mask = torch.ones_like(chosen, dtype=torch.bool) if kind == "drawing" else self.written(chosen)
+        mask = torch.ones_like(chosen, dtype=torch.bool) if kind in DRAWN_KINDS else self.written(chosen)
         every = {name: value.repeat_interleave(size, 0) for name, value in inputs.items()}
         return Rollout(
             kind, **every, chosen=chosen, mask=mask, advantage=torch.zeros(len(chosen), device=chosen.device)
@@ -212,10 +220,9 @@ class Sampler:
     def log_probabilities(self, model: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Compute log-probabilities and entropies [R, T] of a rollout under `model` (this one, wrapped or not, or the
         reference), with one forward; guided images have a second, unconditional row in it."""
-        drawing = rollout.kind == "drawing"
-        vocabulary = self.model.visual_vocabulary if drawing else None
+        vocabulary = self.model.visual_vocabulary if rollout.drawn else None
         ids, mask = self._whole(rollout.input_ids, rollout.attention_mask, rollout)
-        guided = drawing and bool((self.scales > 0).any())
+        guided = rollout.drawn and bool((self.scales > 0).any())
         if guided:
             null = torch.tensor(self.model.config.null_prompt, device=ids.device).expand(len(ids), -1)
             others, other_mask = self._whole(null, torch.ones_like(null), rollout)
@@ -234,7 +241,7 @@ class Sampler:
             attention_mask=mask,
             position_ids=self.model.token_positions(ids, mask),
             logits_at=places.flatten(),
-            vocabulary="image" if drawing else "answer",
+            vocabulary="image" if rollout.drawn else "answer",
             use_cache=False,
             **images,
         ).logits.float()

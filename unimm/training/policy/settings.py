@@ -58,6 +58,11 @@ class PolicyConfig:
             raise UserError("policy.sampling is greedy, and the images of a group would be equal: sample them.")
         if not isinstance(self.sampling.guidance_scale, int | float | None):
             raise UserError("policy.sampling.guidance_scale is a list: give one number for all prompts.")
+        if self.sampling.image_guidance_scale is not None:
+            raise UserError(
+                "policy.sampling.image_guidance_scale is set, and learning has one guidance scale for text and image: "
+                "leave it out."
+            )
         if self.sampling_batch_size < self.group_size:
             raise UserError(
                 f"policy.sampling_batch_size is {self.sampling_batch_size} and policy.group_size {self.group_size}: a "

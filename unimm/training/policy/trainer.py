@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
-from unimm.data.tasks import Kind, Task, Tasks
+from unimm.data.tasks import DRAWN_KINDS, Kind, Task, Tasks
 from unimm.errors import UserError
 from unimm.training.language_model.adapters import Adapter
 from unimm.training.language_model.trainer import HostTrainer
@@ -105,7 +105,7 @@ class PolicyTrainer(HostTrainer):
         names = ["reward", "reward_std", "without_signal", "entropy", "clipped", "ratio_error", "length", "cut"]
         names += ["kl"] if policy.kl_weight else []
         parts = [f"reward_{name}" for name in rewards.names]
-        means = [f"{flow}/{name}" for flow in learned for name in [*names, *parts * (self.kinds[flow] == "drawing")]]
+        means = [f"{flow}/{name}" for flow in learned for name in [*names, *parts * (self.kinds[flow] in DRAWN_KINDS)]]
         means += [] if replay is None else [f"replay/loss_{flow}" for flow in replay.weights]
         self.averages = Averages(means, args.device)
         self._kept: Window = []
@@ -183,7 +183,7 @@ class PolicyTrainer(HostTrainer):
             inputs, chosen = self.sampler.sample(tasks, size)
         rollout = self.sampler.rollout(kind, inputs, chosen, size)
         every = [task for task in tasks for _ in range(size)]
-        if kind == "drawing":
+        if kind in DRAWN_KINDS:
             parts = self.rewards.of_images(every, self.sampler.images(chosen))
             rewards, cut = self.rewards.total(parts), torch.zeros(len(chosen))
         else:
@@ -201,7 +201,7 @@ class PolicyTrainer(HostTrainer):
         self.averages.add(f"{flow}/without_signal", constant(groups))
         self.averages.add(f"{flow}/length", mask.sum(1))
         self.averages.add(f"{flow}/cut", cut)
-        if self.kinds[flow] == "drawing":
+        if self.kinds[flow] in DRAWN_KINDS:
             for n, name in enumerate(self.rewards.names):
                 self.averages.add(f"{flow}/reward_{name}", parts[:, n])
 
@@ -310,7 +310,7 @@ class PolicyTrainer(HostTrainer):
 
     def work_of(self, inputs: Any) -> Work:
         """Return the images and tokens of the samples of a micro-batch, without FLOPs."""
-        images = sum(len(each.chosen) for each in inputs.values() if each.kind == "drawing")
+        images = sum(len(each.chosen) for each in inputs.values() if each.drawn)
         return Work(images, torch.stack([each.mask.sum() for each in inputs.values()]).sum())
 
     # ---- checkpoints ----
