@@ -136,7 +136,11 @@ $(SHAPES)/edits/.done: $(SHAPES)/copying/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/edits.yaml
 	@touch $@
 
-$(SHAPES)/rewards/.done: $(SHAPES)/edits/.done | $(VENV)/.dev
+$(SHAPES)/more_edits/.done: $(SHAPES)/edits/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/t2i.py --config configs/shapes/more_edits.yaml
+	@touch $@
+
+$(SHAPES)/rewards/.done: $(SHAPES)/more_edits/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards.yaml
 	@touch $@
 

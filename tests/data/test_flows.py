@@ -11,12 +11,15 @@ from PIL import Image
 
 from tests.data.test_mixture import mixture, plain, text_of
 from tests.training.language_model.tiny_host import tiny_host
-from unimm.data.editing import Dropout, ShapesEdits
+from unimm.data.editing import Dropout, ShapesEdits, editing
 from unimm.data.interleaved import LEAD, ShapesInterleaved
 from unimm.data.mixture import FlowConfig
 from unimm.data.presence import require_sources
+from unimm.data.shapes import render
+from unimm.data.shapes.edits import sample_edit
 from unimm.data.shapes.things import REFUSAL
 from unimm.data.text.collators import IGNORED, FlowCollator
+from unimm.data.text_to_image import drawing
 from unimm.errors import UserError
 from unimm.mllm import UnimmProcessor
 
@@ -207,6 +210,27 @@ def test_labels_of_an_edit_are_the_image_tokens_of_its_target(processor: UnimmPr
     without = [len(types(each)[0]) for each in chosen.values()].index(1)
     prompt = batch["input_ids"][without][: batch["drawn"][without].nonzero()[0]]
     assert prompt.tolist() == processor.null_prompt_ids()
+
+
+def test_changed_patches_of_an_edit_have_their_weight(processor: UnimmProcessor) -> None:
+    """The tokens of patches that differ, by brute force over pixels; those of an edit without a source count once."""
+    edits = [sample_edit(np.random.default_rng(n), "position") for n in range(4)]
+    rows = [editing(render(edit.source), edit.instruction, render(edit.target)) for edit in edits]
+    rows.insert(2, drawing("", render(edits[0].target)))
+    samples = [{"flow": "edit", "kind": "editing", "index": n, "messages": row} for n, row in enumerate(rows)]
+    batch = FlowCollator(processor, changed_weights={"edit": 5.0})(samples)["edit"]
+    weights, tokens, patch = batch["label_weights"].view(5, 16), processor.image_grid, 64 // processor.image_grid[0]
+    assert weights[2].tolist() == [1.0] * 16
+    for n, edit in zip((0, 1, 3, 4), edits, strict=True):
+        before, after = (np.asarray(render(scene)).astype(int) for scene in (edit.source, edit.target))
+        for token in range(16):
+            row, column = (patch * place for place in divmod(token, tokens[1]))
+            area = slice(row, row + patch), slice(column, column + patch)
+            changed = np.abs(before[area] - after[area]).max()
+            assert weights[n, token] == (5.0 if changed >= 32 else 1.0)  # 0.25 of a deviation of 127.5 gray levels
+        assert 1 < weights[n].mean() < 5
+    plain = FlowCollator(processor)(samples)["edit"]
+    assert "label_weights" not in plain and plain["labels_at"].equal(batch["labels_at"])
 
 
 @pytest.mark.parametrize("marked", [True, False])

@@ -76,6 +76,7 @@ class FlowConfig:
         null_prompt_prob: share of the drawings whose caption is replaced by the null prompt; of the edits, share that
             loses image and instruction.
         null_text_prob: share of the edits that loses the instruction and keeps the image.
+        changed_weight: factor of the loss of the image tokens whose patch an edit changes; the others are copied.
         max_bad_share: share of the external rows that may be damaged before the run stops.
         eval_source: evaluation data of the same kind, read with the same options; None holds out a share of `source`
             (`MixtureConfig.eval_share`).
@@ -99,6 +100,7 @@ class FlowConfig:
     )
     null_prompt_prob: Decay = field(default=0.0, metadata=_DRAWN)
     null_text_prob: Decay = field(default=0.0, metadata=used_when(lambda c: c.kind == "editing", "kind: editing"))
+    changed_weight: Rate = field(default=1.0, metadata=used_when(lambda c: c.kind == "editing", "kind: editing"))
     image_folder: str | None = None
     max_bad_share: Share = field(default=DEFAULT_MAX_BAD_SHARE, metadata=_OUTSIDE)
     drop_questions: bool = False
@@ -179,6 +181,11 @@ class MixtureConfig:
     def weights(self) -> dict[str, float]:
         """Return {flow: factor of its loss}."""
         return {name: flow.weight for name, flow in self.flows.items()}
+
+    @property
+    def changed_weights(self) -> dict[str, float]:
+        """Return {flow: factor of the loss of changed patches} of the flows where it is not 1."""
+        return {name: flow.changed_weight for name, flow in self.flows.items() if flow.changed_weight != 1}
 
     @property
     def null_prompt_prob(self) -> float:

@@ -43,7 +43,7 @@ def build(
         model,
         HostTrainingArguments(str(folder), **{**defaults, "save_steps": 2, "logging_steps": 2, **arguments}),
         processor=processor,
-        data_collator=FlowCollator(processor),
+        data_collator=FlowCollator(processor, changed_weights=data.changed_weights),
         train_dataset=dataset or Mixture(data),
         eval_dataset=Mixture(data, split="test"),
         flow_weights=data.weights,
@@ -141,6 +141,21 @@ def test_the_loss_is_the_models_own(tmp_path: Path) -> None:
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
     )
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_changed_patches_count_as_often_as_said(tmp_path: Path) -> None:
+    trainer = build(tmp_path, {"edit": FlowConfig("editing", null_prompt_prob=0.2, changed_weight=3.0)})
+    model = trainer.model.train()
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
+    ours, edit = trainer.compute_loss(model, batch), batch["edit"]
+    token_ids = model.get_image_tokens(edit["drawn_pixel_values"])
+    input_ids = edit["input_ids"].masked_scatter(edit["drawn"], token_ids)
+    inputs = {"attention_mask": edit["attention_mask"], "pixel_values": edit["pixel_values"]}
+    before = F.pad(edit["drawn"][:, 1:], (0, 1))
+    logits = model(input_ids=input_ids, **inputs).logits[before].double()
+    losses = F.cross_entropy(logits, token_ids.flatten(), reduction="none")
+    assert set(edit["label_weights"].tolist()) == {1.0, 3.0}
+    assert ours.item() == pytest.approx((losses * edit["label_weights"]).mean().item(), rel=1e-5)
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

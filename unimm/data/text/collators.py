@@ -7,7 +7,7 @@ row. Rows are right-padded within their flow only and cut after the last label, 
 long conversations; or several samples share a row (`unimm.data.text.packing`). B rows, L tokens, I images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
@@ -25,6 +25,8 @@ from unimm.errors import UserError
 
 logger = logging.get_logger(__name__)
 
+LEAST_CHANGE = 0.25
+"""Difference of normalized pixel values from which a patch counts as changed; that of JPEG files is below."""
 DRAWN_KINDS = ("drawing", "editing")
 """Kinds of flows whose only labels are the image tokens of the last turn."""
 
@@ -39,6 +41,7 @@ class ChatProcessor(Protocol):
     boi_token: str
     num_image_tokens: int
     image_seq_length: int
+    image_grid: list[int]
 
     def __call__(self, **kwargs: Any) -> Any: ...
 
@@ -69,10 +72,14 @@ class FlowCollator:
             included; for drawings and edits only the placeholders of the drawn image tokens (later replaced by their
             ids); -100 elsewhere;
         labels_at [n]: the positions, in a flattened [B, L], whose next token has a label;
+        label_weights [n]: factors of their losses, only for flows in `changed_weights`;
         drawn [B, L] bool: the placeholders of drawn image tokens;
         pixel_values [I, 3, H, W]: images in the user's turns, drawn_pixel_values [I, 3, H, W]: in the assistant's;
             absent if there are none;
         drawn_ids [I, M]: instead of drawn_pixel_values if drawings are already ids.
+
+    `changed_weights` are factors, by flow, of the loss of those image tokens whose patch differs between the image that
+    is edited and its edit.
 
     With `max_length` a conversation is truncated to that many tokens, and a sample without any label left is dropped
     from its batch with a warning (`truncation`). With `pack_length` the samples of a flow share rows of at most that
@@ -87,11 +94,17 @@ class FlowCollator:
     """
 
     def __init__(
-        self, processor: ChatProcessor, *, max_length: int | None = None, pack_length: int | None = None
+        self,
+        processor: ChatProcessor,
+        *,
+        max_length: int | None = None,
+        pack_length: int | None = None,
+        changed_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.pack_length = pack_length
+        self.changed_weights = changed_weights or {}
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
         ordered = sorted(samples, key=lambda sample: sample["flow"])
@@ -113,7 +126,12 @@ class FlowCollator:
         batch |= _split_images(rows.inputs.get("pixel_values"), rows.drawings) | _ids(rows.samples)
         if self.pack_length is not None:
             batch = self._packed(rows.samples, batch, self.pack_length)
-        return batch | {"labels_at": _labels_at(batch["labels"])}
+        batch["labels_at"] = _labels_at(batch["labels"])
+        if (factor := self.changed_weights.get(samples[0]["flow"])) is not None:
+            changed = _changed(rows.samples, batch, self.processor.image_grid)
+            weights = torch.ones(batch["labels"].shape).masked_scatter(batch["drawn"], 1 + (factor - 1) * changed)
+            batch["label_weights"] = _next(weights, 1.0).index_select(0, batch["labels_at"])
+        return batch
 
     def _packed(self, samples: list[dict[str, Any]], batch: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
         flow = samples[0]["flow"]
@@ -222,8 +240,23 @@ class FlowCollator:
 def _labels_at(labels: Tensor) -> Tensor:
     """Return the positions in a flattened [B, L] that predict a label, [n]; found here, on the CPU, because a device
     that searches for them makes the host wait for the number n."""
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    return (following != IGNORED).flatten().nonzero()[:, 0]
+    return (_next(labels, IGNORED) != IGNORED).nonzero()[:, 0]
+
+
+def _next(rows: Tensor, last: float) -> Tensor:
+    """Return what belongs to the next token of each token of [B, L], flattened; `last` after the last one."""
+    return F.pad(rows[:, 1:], (0, 1), value=last).flatten()
+
+
+def _changed(samples: Sequence[dict[str, Any]], batch: dict[str, Tensor], grid: Sequence[int]) -> Tensor:
+    """Return for each image token [B, M] of edits whether its patch differs from the source's: 1.0 or 0.0; 0.0 without
+    a source."""
+    edited = torch.tensor([len(_image_parts(sample)) == 2 for sample in samples])
+    changed = torch.zeros(len(samples), grid[0] * grid[1])
+    if edited.any():
+        difference = (batch["pixel_values"] - batch["drawn_pixel_values"][edited]).abs().amax(1)  # [I, H, W]
+        changed[edited] = (F.adaptive_max_pool2d(difference, list(grid)) > LEAST_CHANGE).float().flatten(1)
+    return changed
 
 
 def _image_parts(sample: dict[str, Any]) -> list[dict[str, Any]]:

@@ -64,13 +64,23 @@ def host_trainer(
             f"train.eval_strategy is {args.eval_strategy.value!r} and data.num_eval_samples 0: raise the number, or "
             "set the strategy to no."
         )
+    if data.changed_weights and not model.image_tokenizer.ids_are_patches:
+        raise UserError(
+            f"data.flows.{next(iter(data.changed_weights))}.changed_weight compares patches, and the image tokens of a "
+            f"{type(model.image_tokenizer).__name__} are none: leave it out."
+        )
     if all(flow.kind == "drawing" for flow in data.flows.values()):
         model.model.multi_modal_projector.requires_grad_(False)  # no image inputs: weight decay alone would move it
     return HostTrainer(
         model,
         args,
         processor=processor,
-        data_collator=FlowCollator(processor, max_length=args.max_length, pack_length=args.pack_length),
+        data_collator=FlowCollator(
+            processor,
+            max_length=args.max_length,
+            pack_length=args.pack_length,
+            changed_weights=data.changed_weights,
+        ),
         train_dataset=train_stream,
         eval_dataset=test_stream,
         flow_weights=data.weights,

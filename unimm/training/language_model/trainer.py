@@ -214,9 +214,10 @@ class HostTrainer(StreamTrainer):
         return 0.0 * features[0].float().sum()
 
     def _flow_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """Return the sum of the cross entropy over a batch's labels, and the number of labels."""
+        """Return the (weighted) sum of the cross entropy over a batch's labels, and the number of labels."""
         batch = dict(batch)
         drawn, labels, where = batch.pop("drawn"), batch.pop("labels"), batch.pop("labels_at")
+        weights = batch.pop("label_weights", None)
         drawings, ids = batch.pop("drawn_pixel_values", None), batch.pop("drawn_ids", None)
         if drawings is not None or ids is not None:
             # the folder checks its ids, row by row: to check them here would make the host wait for the device
@@ -225,7 +226,9 @@ class HostTrainer(StreamTrainer):
             labels = labels.masked_scatter(drawn, token_ids)
         logits = model(**batch, logits_at=where, vocabulary="all", use_cache=False).logits  # [n, V]
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().index_select(0, where)
-        return F.cross_entropy(logits.float(), targets, reduction="sum"), len(where)
+        if weights is None:
+            return F.cross_entropy(logits.float(), targets, reduction="sum"), len(where)
+        return (weights * F.cross_entropy(logits.float(), targets, reduction="none")).sum(), len(where)
 
     @torch.no_grad()
     def _image_tokens(self, pixel_values: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ class Replay:
     """The samples of each step, a pure function of its number."""
 
     def __init__(self, config: ReplayConfig, processor: Any) -> None:
-        self.config, self.mixture, self.collate = config, Mixture(config.data), FlowCollator(processor)
+        self.config, self.mixture = config, Mixture(config.data)
+        self.collate = FlowCollator(processor, changed_weights=config.data.changed_weights)
         self.weights = {name: config.weight * weight for name, weight in sorted(config.data.weights.items())}
 
     def batches(self, step: int, micro_batches: int, rank: int, world_size: int) -> list[Batch]:
