@@ -24,8 +24,8 @@ CONFIGS = ROOT / "configs" / "findings"
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="the tables with their cells, minutes and state")
-    parser.add_argument("--tables", nargs="+", default=[], metavar="NAME", help="train and measure these")
+    parser.add_argument("--list", action="store_true", help="print the tables with their cells, minutes and state, and train nothing")
+    parser.add_argument("--tables", nargs="+", default=[], metavar="NAME", help="train and measure these; with --list: print these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="default 1 2")
     parser.add_argument("--output", type=Path, default=Path("runs/findings"), help="default %(default)s")
     parser.add_argument("--configs", type=Path, default=CONFIGS, help="the folder of the tables; default: ours")
@@ -38,10 +38,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"There is no table {unknown[0]!r}; there are {', '.join(tables)}.")
     if not (arguments.list or arguments.tables or arguments.report):
         raise UserError("Say --list, --tables NAME ... or --report PAGE.")
+    chosen = {name: tables[name] for name in arguments.tables}
     if arguments.list:
-        print_list(place, tables, arguments.seeds)
-    if arguments.tables:
-        run_tables(place, {name: tables[name] for name in arguments.tables}, arguments.seeds, arguments.efficientnet)
+        print_list(place, chosen or tables, arguments.seeds)
+    elif chosen:
+        run_tables(place, chosen, arguments.seeds, arguments.efficientnet)
     if arguments.report:
         from unimm.evaluation.findings.page import write_report
 

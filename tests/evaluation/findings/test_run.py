@@ -97,6 +97,13 @@ def test_a_killed_table_goes_on_and_a_finished_one_is_not_touched(
     assert "x          done    4 of 4 cells, 0 min" in capsys.readouterr().out
 
 
+def test_a_list_of_chosen_tables_trains_nothing(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    (place.configs / "y.yaml").write_text(TABLE, encoding="utf-8")
+    main(["--configs", str(place.configs), "--output", str(place.output), "--list", "--tables", "y"])
+    assert [line[:5] for line in capsys.readouterr().out.splitlines() if line[0] != " "] == ["y    "]
+    assert not place.output.exists()
+
+
 def test_a_leg_that_is_killed_ends_with_the_weights_of_one_that_is_not(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
