@@ -86,7 +86,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/edit_rewards/.done $(SHAPES)/stage3_more/.done
+shapes: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -144,11 +144,7 @@ $(SHAPES)/rewards/.done: $(SHAPES)/more_edits/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards.yaml
 	@touch $@
 
-$(SHAPES)/edit_rewards/.done: $(SHAPES)/rewards/.done | $(VENV)/.dev
-	$(LAUNCH) recipes/grpo.py --config configs/shapes/edit_rewards.yaml
-	@touch $@
-
-publish: $(SHAPES)/edit_rewards/.done $(SHAPES)/stage3_more/.done
+publish: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml
 
 # ---- the three tokenizers at the same number of images of the shapes data set: trained, given to a language model, measured, one table ----
@@ -292,7 +288,7 @@ $(PHOTOS)/%.json: $(PHOTOS)/stage2/.done $(PHOTOS)/wheel/.done
 # cells. The photographs are those of $UNIMM_DATA/data/cifar10 ----
 
 FINDINGS := runs/findings
-TABLES := a b c e f
+TABLES := a b c e f a_long
 
 findings: $(PHOTOS)/wheel/.done
 	$(BIN)/python eval/findings.py --tables $(TABLES) --output $(FINDINGS) --efficientnet $(EFFICIENTNET_FILE) --report docs/findings.md
