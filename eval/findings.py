@@ -24,8 +24,12 @@ CONFIGS = ROOT / "configs" / "findings"
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the tables with their cells, minutes and state, and train nothing")
-    parser.add_argument("--tables", nargs="+", default=[], metavar="NAME", help="train and measure these; with --list: print these")
+    parser.add_argument(
+        "--list", action="store_true", help="print the tables with their cells, minutes and state, and train nothing"
+    )
+    parser.add_argument(
+        "--tables", nargs="+", default=[], metavar="NAME", help="train and measure these; with --list: print these"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="default 1 2")
     parser.add_argument("--output", type=Path, default=Path("runs/findings"), help="default %(default)s")
     parser.add_argument("--configs", type=Path, default=CONFIGS, help="the folder of the tables; default: ours")

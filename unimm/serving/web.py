@@ -35,8 +35,8 @@ _ICON = (
 _HEAD = f'<link rel="icon" href="data:image/svg+xml,{_ICON}">'
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _EDIT_EXAMPLES = {
-    DESCRIBE: "a blue square and a red ring on a white background",
     INSTRUCT: "Make the circle red.",
+    DESCRIBE: "a blue square and a red ring on a white background",
 }
 _SIZES = ["1", "2", "4"]
 
@@ -191,11 +191,12 @@ def _edit(actions: Actions, examples: dict[str, str]) -> None:
                     elem_id="edit-image",
                 )
             )
-            gr.HTML("<p class='lead'>Paint over the part to draw anew.</p>", padding=False)
+            gr.HTML("<p class='lead'>Say what to change, or paint over the part to draw anew.</p>", padding=False)
             if examples:
                 chosen = _images("Or another image", examples)
-            meaning = gr.Radio(list(_EDIT_EXAMPLES), value=DESCRIBE, show_label=False, elem_id="edit-meaning")
-            prompt = gr.Textbox(label="In words", placeholder=_EDIT_EXAMPLES[DESCRIBE], lines=2, elem_id="edit-prompt")
+            first = INSTRUCT if examples else DESCRIBE  # another model may not have learned to edit
+            meaning = gr.Radio(list(_EDIT_EXAMPLES), value=first, show_label=False, elem_id="edit-meaning")
+            prompt = gr.Textbox(label="In words", placeholder=_EDIT_EXAMPLES[first], lines=2, elem_id="edit-prompt")
             settings = _settings(actions)
             go, stop = _buttons("Edit")
         with gr.Column(min_width=300):
