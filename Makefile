@@ -86,7 +86,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
+shapes: $(SHAPES)/polish/.done $(SHAPES)/stage3_more/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -136,15 +136,23 @@ $(SHAPES)/edits/.done: $(SHAPES)/copying/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/edits.yaml
 	@touch $@
 
-$(SHAPES)/more_edits/.done: $(SHAPES)/edits/.done | $(VENV)/.dev
-	$(LAUNCH) recipes/t2i.py --config configs/shapes/more_edits.yaml
-	@touch $@
-
-$(SHAPES)/rewards/.done: $(SHAPES)/more_edits/.done | $(VENV)/.dev
+$(SHAPES)/rewards/.done: $(SHAPES)/edits/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards.yaml
 	@touch $@
 
-publish: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
+$(SHAPES)/more_edits/.done: $(SHAPES)/rewards/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/t2i.py --config configs/shapes/more_edits.yaml
+	@touch $@
+
+$(SHAPES)/average/.done: $(SHAPES)/rewards/.done $(SHAPES)/more_edits/.done
+	$(BIN)/python recipes/average.py $(^D) --share 0.6 --output $(@D)
+	@touch $@
+
+$(SHAPES)/polish/.done: $(SHAPES)/average/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/grpo.py --config configs/shapes/polish.yaml
+	@touch $@
+
+publish: $(SHAPES)/polish/.done $(SHAPES)/stage3_more/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml
 
 # ---- the three tokenizers at the same number of images of the shapes data set: trained, given to a language model, measured, one table ----

@@ -34,6 +34,7 @@ class PublishRecipe:
         output_dir: folder to write.
         card: the model card, a Markdown file that is copied beside the weights.
         image_generation: default sampling settings to store; None keeps the model's.
+        image_editing: those for edits; None keeps the model's.
         max_megabytes: limit on the size of the weights.
         image_tokenizer: a tokenizer with the same ids whose decoder (trained in stage 3) replaces the model's own.
     """
@@ -42,6 +43,7 @@ class PublishRecipe:
     output_dir: str
     card: str
     image_generation: ImageSampling | None = None
+    image_editing: ImageSampling | None = None
     max_megabytes: Rate = 20.0
     image_tokenizer: str | None = None
 
@@ -69,6 +71,8 @@ def main() -> None:
     model.half()
     if recipe.image_generation is not None:
         model.generation_config.image_generation = asdict(recipe.image_generation)
+    if recipe.image_editing is not None:
+        model.generation_config.image_editing = asdict(recipe.image_editing)
     output = Path(recipe.output_dir)
     # Written beside the target and renamed at the end, so that an error never leaves half a checkpoint.
     staging = output.with_name(f".{output.name}.tmp")

@@ -5,6 +5,7 @@ import runpy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +117,23 @@ def test_greedy_drawing_and_checkpoint_defaults(parts: tuple) -> None:
     finally:
         model.generation_config.image_generation = stored
     assert guided == session.draw("two", temperature=0, guidance_scale=4.0)[0].tobytes()
+
+
+def test_a_checkpoints_settings_for_edits_are_those_of_prompts_with_images(
+    parts: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edits and drawings that look at the conversation, not those without an image."""
+    model, processor = parts
+    image, own = Image.new("RGB", (64, 64), "red"), {"do_sample": False, "guidance_scale": 4.0}
+
+    def drawn(**settings: Any) -> list[bytes]:
+        session = ChatSession(model, processor)
+        images = session.draw("two", seed=3) + session.edit("two", image, seed=3, **settings)
+        return [each.tobytes() for each in images + session.draw("two", seed=3, history=True, **settings)]
+
+    plain, explicit = drawn(), drawn(**own)
+    monkeypatch.setattr(model.generation_config, "image_editing", own, raising=False)
+    assert drawn() == explicit and drawn()[0] == plain[0] and drawn()[1:] != plain[1:]
 
 
 def test_typed_markers_are_plain_text(session: ChatSession) -> None:

@@ -268,7 +268,7 @@ RULES: dict[str, Rule] = {
 }
 """Field name -> its rule, at any depth of a model's configuration."""
 
-_SETTINGS_BELOW = ("image_processor", "image_generation")
+_SETTINGS_BELOW = ("image_processor", "image_generation", "image_editing")
 
 
 def check_settings(fields: Mapping[str, Any], source: object) -> None:

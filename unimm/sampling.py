@@ -38,7 +38,8 @@ def _check_number(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class ImageSampling:
-    """Sampling settings of image ids. A checkpoint stores its defaults in `generation_config.image_generation`.
+    """Sampling settings of image ids. A checkpoint stores its defaults in `generation_config.image_generation`, and
+    those that differ for prompts with images, such as edits, in `image_editing`.
 
     Args:
         do_sample: False is greedy.
@@ -102,14 +103,15 @@ class ImageSampling:
         return not self.do_sample or self.temperature == 0
 
     @classmethod
-    def of(cls, generation_config: "GenerationConfig", **given: Any) -> "ImageSampling":
-        """Read the settings from a generation config: its `image_generation`, or else its text fields; `given`
-        overrides them."""
+    def of(cls, generation_config: "GenerationConfig", *, editing: bool = False, **given: Any) -> "ImageSampling":
+        """Read the settings from a generation config: its `image_generation`, or else its text fields; its
+        `image_editing` overrides them if `editing`, and `given` overrides all."""
         stored = getattr(generation_config, "image_generation", None)
         if stored is None:
             said = {name: getattr(generation_config, name, None) for name in SAMPLING_NAMES}
             stored = {name: value for name, value in said.items() if value is not None}
-        return replace(cls(), **{**stored, **given})
+        edited = (getattr(generation_config, "image_editing", None) or {}) if editing else {}
+        return replace(cls(), **{**stored, **edited, **given})
 
     def scales(self, batch_size: int, length: int) -> "Tensor":
         """Return the guidance scale of every token of every prompt, [length, B], 0 for no guidance."""

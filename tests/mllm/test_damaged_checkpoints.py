@@ -133,6 +133,10 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
         setting("image_generation.temperature", float("inf"), "generation_config.json"),
         "temperature is inf",
     ),
+    "an unknown way to edit": (
+        setting("image_editing", {"speed": 1}, "generation_config.json"),
+        "image_editing .* mapping of",
+    ),
     "an unknown way to draw": (setting("image_generation.speed", 1, "generation_config.json"), "must be a mapping of"),
     "deviations of zero": (
         setting("image_processor.image_std", [0, 1, 1], "processor_config.json"),

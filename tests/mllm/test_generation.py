@@ -348,6 +348,10 @@ def test_settings_come_from_the_checkpoint_unless_given(model: UnimmLlavaForCond
     assert ImageSampling.of(stored, top_p=0.5) == ImageSampling(top_k=9, guidance_scale=3.0, top_p=0.5)
     assert ImageSampling.of(stored, guidance_scale=None).guidance_scale is None
     assert ImageSampling.of(GenerationConfig(do_sample=False)) == ImageSampling(do_sample=False)
+    stored.image_editing = {"guidance_scale": 1.5}
+    assert ImageSampling.of(stored, top_p=0.5) == ImageSampling(top_k=9, guidance_scale=3.0, top_p=0.5)
+    assert ImageSampling.of(stored, editing=True, top_p=0.5) == ImageSampling(top_k=9, guidance_scale=1.5, top_p=0.5)
+    assert ImageSampling.of(stored, editing=True, guidance_scale=2.0).guidance_scale == 2.0
 
 
 def test_bad_requests_say_what_is_wrong(model: UnimmLlavaForConditionalGeneration, processor: UnimmProcessor) -> None:

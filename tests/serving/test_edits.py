@@ -92,6 +92,19 @@ def test_bad_uploads_are_refused(served: Served) -> None:
             edit(prompt=PROMPT, **options)
 
 
+def test_a_checkpoints_settings_for_edits_are_those_of_edits_alone(
+    served: Served, parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts[0].generation_config, "image_editing", {"guidance_scale": 1.0}, raising=False)
+    (edited,) = ChatSession(*parts).edit(PROMPT, scene(), seed=2)
+    assert edited.tobytes() == ChatSession(*parts).edit(PROMPT, scene(), seed=2, guidance_scale=1.0)[0].tobytes()
+    answer: Any = served.client.images.edit(image=file_of(scene()), prompt=PROMPT, extra_body={"seed": 2})
+    assert image_of(answer.data[0].b64_json).tobytes() == edited.tobytes()
+    answer = served.client.images.generate(prompt="a red circle", extra_body={"seed": 2})
+    (drawn,) = ChatSession(*parts).draw("a red circle", seed=2, guidance_scale=2.0)
+    assert image_of(answer.data[0].b64_json).tobytes() == drawn.tobytes()
+
+
 @pytest.mark.slow
 def test_a_checkpoints_image_scale_is_that_of_edits_alone(
     served: Served, parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch

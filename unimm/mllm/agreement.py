@@ -67,14 +67,16 @@ def _of_token_ids(model: Any, processor: Any) -> Iterator[str]:
 
 
 def _of_drawing(model: Any) -> Iterator[str]:
-    stored = getattr(model.generation_config, "image_generation", None)
-    if stored is not None and (not isinstance(stored, dict) or (set(stored) - set(SAMPLING_NAMES))):
-        yield f"image_generation of generation_config.json must be a mapping of {', '.join(SAMPLING_NAMES)}"
-        return
-    try:
-        ImageSampling.of(model.generation_config)
-    except (UserError, TypeError) as error:
-        yield f"image_generation of generation_config.json cannot be used: {one_line(error).rstrip('.')}"
+    for name in ("image_generation", "image_editing"):
+        stored = getattr(model.generation_config, name, None)
+        if stored is not None and (not isinstance(stored, dict) or (set(stored) - set(SAMPLING_NAMES))):
+            yield f"{name} of generation_config.json must be a mapping of {', '.join(SAMPLING_NAMES)}"
+            return
+        try:
+            ImageSampling.of(model.generation_config, editing=name == "image_editing")
+        except (UserError, TypeError) as error:
+            yield f"{name} of generation_config.json cannot be used: {one_line(error).rstrip('.')}"
+            return
 
 
 def _of_text(processor: Any) -> Iterator[str]:

@@ -112,7 +112,8 @@ class ImageGenerationMixin(TextGenerationMixin):
                 "image_guidance_scale compares with the images without an instruction: give image_prompt_ids, or call "
                 "ChatSession.edit."
             )
-        sampling = ImageSampling.of(generation_config or self.generation_config, **given)
+        editing = kwargs.get("pixel_values") is not None
+        sampling = ImageSampling.of(generation_config or self.generation_config, editing=editing, **given)
         prompts, kwargs["attention_mask"] = self._prompts(inputs, kwargs)
         return self._draw(prompts, seed=seed, sampling=sampling, **kwargs)
 

@@ -225,7 +225,7 @@ class Service:
     def _image_sampling(self, body: Drawing, edits: bool) -> ImageSampling:
         """Return the sampling of images: the checkpoint's own, overridden by what is given. Only edits are guided by
         their image."""
-        own = ImageSampling.of(self.engine.model.generation_config)
+        own = ImageSampling.of(self.engine.model.generation_config, editing=edits)
         sampling = replace(own, **_given(body, SAMPLING_NAMES))
         scale = float(per_prompt_scale(sampling.guidance_scale, 1)[0])
         if (interval := sampling.guidance_interval) is not None:

@@ -35,8 +35,8 @@ _ICON = (
 _HEAD = f'<link rel="icon" href="data:image/svg+xml,{_ICON}">'
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _EDIT_EXAMPLES = {
-    INSTRUCT: "Make the circle red.",
     DESCRIBE: "a blue square and a red ring on a white background",
+    INSTRUCT: "Make the circle red.",
 }
 _SIZES = ["1", "2", "4"]
 
@@ -191,17 +191,20 @@ def _edit(actions: Actions, examples: dict[str, str]) -> None:
                     elem_id="edit-image",
                 )
             )
-            gr.HTML("<p class='lead'>Say what to change, or paint over the part to draw anew.</p>", padding=False)
+            gr.HTML("<p class='lead'>Paint over the part to draw anew.</p>", padding=False)
             if examples:
                 chosen = _images("Or another image", examples)
-            first = INSTRUCT if examples else DESCRIBE  # another model may not have learned to edit
-            meaning = gr.Radio(list(_EDIT_EXAMPLES), value=first, show_label=False, elem_id="edit-meaning")
-            prompt = gr.Textbox(label="In words", placeholder=_EDIT_EXAMPLES[first], lines=2, elem_id="edit-prompt")
+            meaning = gr.Radio(list(_EDIT_EXAMPLES), value=DESCRIBE, show_label=False, elem_id="edit-meaning")
+            prompt = gr.Textbox(label="In words", placeholder=_EDIT_EXAMPLES[DESCRIBE], lines=2, elem_id="edit-prompt")
             settings = _settings(actions)
             go, stop = _buttons("Edit")
         with gr.Column(min_width=300):
             outputs = _result("edit")
-    meaning.change(lambda each: gr.update(placeholder=_EDIT_EXAMPLES[each]), meaning, prompt, **_QUIET)
+
+    def other_meaning(each: str) -> tuple[Any, float, float]:
+        return gr.update(placeholder=_EDIT_EXAMPLES[each]), *_own_values(actions, editing=each == INSTRUCT)
+
+    meaning.change(other_meaning, meaning, [prompt, *settings[1:]], **_QUIET)
     if examples:
         chosen.click(lambda row: row[0], chosen, painted, **_QUIET)
     inputs = [painted, prompt, meaning, *settings]
@@ -256,15 +259,20 @@ def _captioned(caption: str, name: str) -> Any:
 
 def _settings(actions: Actions) -> list[Any]:
     """Show the settings of sampling, closed at first, with the checkpoint's own values."""
-    own = actions.sampling
-    scale = max(float(per_prompt_scale(own.guidance_scale, 1)[0]), 1.0)  # 1 is off
+    scale, own_temperature = _own_values(actions)
     with gr.Accordion("More settings", open=False):
         seed = gr.Textbox(label="Seed", placeholder="random", info="A whole number; the same one draws the same.")
         guidance = gr.Slider(1, 10, scale, step=0.5, label="Guidance", info="Higher follows the text more closely.")
         temperature = gr.Slider(
-            0, 2, own.temperature or 1, step=0.1, label="Temperature", info="Higher varies more; 0 never varies."
+            0, 2, own_temperature, step=0.1, label="Temperature", info="Higher varies more; 0 never varies."
         )
     return [seed, guidance, temperature]
+
+
+def _own_values(actions: Actions, *, editing: bool = False) -> tuple[float, float]:
+    """Return the checkpoint's own guidance scale, 1 for none, and temperature."""
+    own = actions.sampling(editing=editing)
+    return max(float(per_prompt_scale(own.guidance_scale, 1)[0]), 1.0), own.temperature or 1
 
 
 def _buttons(name: str) -> tuple[Any, Any]:

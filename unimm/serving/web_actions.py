@@ -159,10 +159,9 @@ class Actions:
             )
             return result.original, result.image, code_map(result.codes, result.image.size), line
 
-    @property
-    def sampling(self) -> ImageSampling:
-        """Return the checkpoint's own sampling of images."""
-        return ImageSampling.of(self.service.engine.model.generation_config)
+    def sampling(self, *, editing: bool = False) -> ImageSampling:
+        """Return the checkpoint's own sampling of images, or of edits."""
+        return ImageSampling.of(self.service.engine.model.generation_config, editing=editing)
 
     @property
     def _previews(self) -> int:
