@@ -11,7 +11,9 @@ from PIL import Image
 from unimm.errors import UserError
 from unimm.evaluation.findings.page import write_report
 from unimm.evaluation.findings.plan import Table, load_tables
+from unimm.evaluation.findings.report import gathered
 from unimm.evaluation.findings.run import Place, cell_digest, read_cell
+from unimm.evaluation.findings.verdict import Figure
 
 TABLE = """
 title: A table
@@ -104,3 +106,10 @@ def test_what_does_not_belong_is_refused(place: Place, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("nothing", encoding="utf-8")
     with pytest.raises(UserError, match="lacks the lines <!-- findings x -->"):
         write_report(Place(tmp_path / "empty", place.configs, tmp_path), {"x": table}, tmp_path / "page.md")
+
+
+def test_the_interval_of_a_share_stays_between_nothing_and_all() -> None:
+    found = gathered({"one": [{"use": Figure(0.9, None, None)}, {"use": Figure(0.6, None, None)}]})["one"]["use"]
+    assert found.values == (0.9, 0.6) and found.low == pytest.approx(0.3) and found.high == 1.0
+    found = gathered({"one": [{"psnr": Figure(0.9, None, None)}, {"psnr": Figure(0.6, None, None)}]})["one"]["psnr"]
+    assert found.high == pytest.approx(1.2)

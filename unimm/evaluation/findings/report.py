@@ -32,10 +32,17 @@ NOT_RUN = "not run yet"
 def gathered(cells: Mapping[str, Sequence[Mapping[str, Figure]]]) -> dict[str, dict[str, Spread]]:
     """Return the figures over seeds from those of every cell's finished seeds; cells without any are left out."""
     return {
-        cell: {name: over_seeds([figures[name] for figures in seeds]) for name in seeds[0]}
+        cell: {name: _possible(name, over_seeds([figures[name] for figures in seeds])) for name in seeds[0]}
         for cell, seeds in cells.items()
         if seeds
     }
+
+
+def _possible(name: str, spread: Spread) -> Spread:
+    """Cut the interval of a share to what a share can be."""
+    if name not in SHARES or spread.low is None or spread.high is None:
+        return spread
+    return spread._replace(low=max(0.0, spread.low), high=min(1.0, spread.high))
 
 
 def shown(name: str, value: float) -> str:
