@@ -86,7 +86,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/polish/.done $(SHAPES)/stage3_more/.done
+shapes: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -140,19 +140,16 @@ $(SHAPES)/rewards/.done: $(SHAPES)/edits/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards.yaml
 	@touch $@
 
+# Two legs more, whose model is not embedded yet: make runs/shapes/average/.done
 $(SHAPES)/more_edits/.done: $(SHAPES)/rewards/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/more_edits.yaml
 	@touch $@
 
 $(SHAPES)/average/.done: $(SHAPES)/rewards/.done $(SHAPES)/more_edits/.done
-	$(BIN)/python recipes/average.py $(^D) --share 0.6 --output $(@D)
+	$(BIN)/python recipes/average.py $(^D) --share 0.5 --output $(@D)
 	@touch $@
 
-$(SHAPES)/polish/.done: $(SHAPES)/average/.done | $(VENV)/.dev
-	$(LAUNCH) recipes/grpo.py --config configs/shapes/polish.yaml
-	@touch $@
-
-publish: $(SHAPES)/polish/.done $(SHAPES)/stage3_more/.done
+publish: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml
 
 # ---- the three tokenizers at the same number of images of the shapes data set: trained, given to a language model, measured, one table ----

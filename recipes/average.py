@@ -1,6 +1,6 @@
 """Average the weights of a unified model and of one trained from it, which keeps most of what either can do.
 
-    python recipes/average.py runs/shapes/rewards runs/shapes/more_edits --share 0.6 --output runs/shapes/average
+    python recipes/average.py runs/shapes/rewards runs/shapes/more_edits --share 0.5 --output runs/shapes/average
 
 Fine-tuning moves a model along a line on which, often, all points are good: the new skill is there before the old ones
 are lost (WiSE-FT, https://arxiv.org/abs/2109.01903). Both must have the same layout and image tokenizer.
