@@ -16,8 +16,9 @@ from transformers import IntervalStrategy
 from transformers.trainer_utils import set_seed
 
 from unimm.config.loading import parse_recipe_args
+from unimm.data.conversations import DRAWN_KINDS
 from unimm.data.presence import require_sources
-from unimm.data.tasks import DRAWN_KINDS, Tasks, TasksConfig
+from unimm.data.tasks import Tasks, TasksConfig
 from unimm.errors import UserError, require_place, run_main
 from unimm.evaluation.metrics.answers import same_answer
 from unimm.mllm import load

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimm.data.characters import check_characters
+from unimm.data.editing import edit_request
 from unimm.data.images import each_image, read_image
 from unimm.errors import UserError
 
@@ -34,13 +35,13 @@ def user_turn(text: str, images: ImageLike | Sequence[ImageLike] | None, what: s
 
 
 def edit_turn(text: str, image: ImageLike) -> dict[str, Any]:
-    """Return the user's turn of an edit, the image after the instruction as `unimm.data.editing.editing` has it.
+    """Return the user's turn of an edit as training has it, see `unimm.data.editing.editing`.
 
     Raises:
         UserError: as `user_turn`.
     """
-    turn = user_turn(text, image, "prompt")
-    return turn | {"content": turn["content"][::-1]}
+    shown, said = user_turn(text, image, "prompt")["content"]
+    return edit_request(shown["image"], said["text"])
 
 
 def image_turn(image: Image.Image) -> dict[str, Any]:

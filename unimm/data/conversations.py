@@ -17,6 +17,8 @@ from unimm.data.shuffling import Rows
 from unimm.errors import UserError
 
 Message = dict[str, Any]
+DRAWN_KINDS = ("drawing", "editing")
+"""Kinds of flows and tasks whose answer is one image."""
 
 
 class ShapesConversations:

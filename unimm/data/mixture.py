@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from unimm.config.schema import Count, Decay, Natural, NonNegative, Range, Rate, Seed, Share, used_when
 from unimm.data.bad_rows import DEFAULT_MAX_BAD_SHARE, UsableRows
-from unimm.data.conversations import CaptionedImages, Message, ShapesConversations
+from unimm.data.conversations import DRAWN_KINDS, CaptionedImages, Message, ShapesConversations
 from unimm.data.editing import Dropout, EditRows, ImageEdits, ShapesEdits
 from unimm.data.grouping import GroupedOrder
 from unimm.data.held_out import DEFAULT_SHARE, PartOfRows, check_share, refuse_overlaps
@@ -40,7 +40,7 @@ _TALK = used_when(lambda c: (c.kind, c.source) == ("conversation", "shapes"), "c
 _KINDS = used_when(
     lambda c: c.kind in ("conversation", "editing") and c.source == "shapes", "conversations and edits of shapes"
 )
-_DRAWN = used_when(lambda c: c.kind in ("drawing", "editing"), "kind: drawing or editing")
+_DRAWN = used_when(lambda c: c.kind in DRAWN_KINDS, "kind: drawing or editing")
 _WORDED = used_when(
     lambda c: c.kind in ("conversation", "drawing") and c.source == "shapes", "conversations and drawings of shapes"
 )
@@ -190,7 +190,7 @@ class MixtureConfig:
     @property
     def null_prompt_prob(self) -> float:
         """Return the share of null prompts among drawings and edits, as the checkpoint records it."""
-        drawings = [flow for flow in self.flows.values() if flow.kind in ("drawing", "editing")]
+        drawings = [flow for flow in self.flows.values() if flow.kind in DRAWN_KINDS]
         total = sum(flow.ratio for flow in drawings)
         return sum(flow.ratio * flow.null_prompt_prob for flow in drawings) / total if drawings else 0.0
 

@@ -24,7 +24,6 @@ from unimm.errors import UserError, one_line
 
 Task = dict[str, Any]
 Kind = Literal["drawing", "editing", "answering"]
-DRAWN_KINDS = ("drawing", "editing")
 _NEEDED = {"drawing": ("prompt",), "editing": ("image", "prompt"), "answering": ("image", "question", "answer")}
 _EDITING = used_when(lambda c: c.kind == "editing" and c.source == "shapes", "edits of the shapes data set")
 _ANSWERING = used_when(lambda c: c.kind == "answering" and c.source == "shapes", "questions of the shapes data set")

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
-from unimm.chat.turns import content
+from unimm.data.conversations import message
+from unimm.data.editing import edit_request
 from unimm.mllm.answering import Conversation
 from unimm.sampling import GuidanceScale, ImageSampling
 
@@ -179,7 +180,7 @@ AnyRequest = TypeVar("AnyRequest", bound=Request, covariant=True)
 
 def user_turn(text: str, image: Image.Image | None = None) -> dict[str, Any]:
     """Return a message of a user in the chat format of transformers, an image to edit after its instruction."""
-    return {"role": "user", "content": content([text] if image is None else [text, image])}
+    return message("user", text) if image is None else edit_request(image, text)
 
 
 @dataclass(frozen=True)

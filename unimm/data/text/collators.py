@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from unimm.data.conversations import DRAWN_KINDS
 from unimm.data.text.label_spans import check_every_turn_has_tokens, parts_of, rendered, turn_tokens
 from unimm.data.text.packing import IGNORED, even_rows, pack
 from unimm.data.text.truncation import fitting
@@ -27,8 +28,6 @@ logger = logging.get_logger(__name__)
 
 LEAST_CHANGE = 0.25
 """Difference of normalized pixel values from which a patch counts as changed; that of JPEG files is below."""
-DRAWN_KINDS = ("drawing", "editing")
-"""Kinds of flows whose only labels are the image tokens of the last turn."""
 
 
 class ChatProcessor(Protocol):

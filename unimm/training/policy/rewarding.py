@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from unimm.data.tasks import DRAWN_KINDS, Kind, Task, Tasks
+from unimm.data.conversations import DRAWN_KINDS
+from unimm.data.tasks import Kind, Task, Tasks
 from unimm.errors import UserError
 from unimm.training.policy.averages import Averages
 from unimm.training.policy.losses import divergence

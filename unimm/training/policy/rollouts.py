@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper
 
+from unimm.data.conversations import DRAWN_KINDS
 from unimm.data.editing import edit_request
-from unimm.data.tasks import DRAWN_KINDS, Kind, Task
+from unimm.data.tasks import Kind, Task
 from unimm.noise import Noise, image_seed
 from unimm.training.policy.losses import guide, log_probabilities
 from unimm.training.policy.settings import PolicyConfig

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
-from unimm.data.tasks import DRAWN_KINDS, Kind, Task, Tasks
+from unimm.data.conversations import DRAWN_KINDS
+from unimm.data.tasks import Kind, Task, Tasks
 from unimm.errors import UserError
 from unimm.training.language_model.adapters import Adapter
 from unimm.training.language_model.trainer import HostTrainer
