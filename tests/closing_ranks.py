@@ -110,6 +110,7 @@ if __name__ == "__main__":
     gc.freeze()  # ranks collect what is theirs
     ended = {way.__name__: end(way, new_folder(way.__name__)) for way in ways}
     dist.init_process_group("gloo", init_method=f"file://{new_folder('alone')}/rendezvous", rank=0, world_size=1)
+    dist.barrier()  # its thread names itself once it runs, which is certain after a collective
     run_main(lambda: None)
     ended["opened_before"] = {"left": [{"group": dist.is_initialized(), "threads": threads()}]}
     dist.destroy_process_group()
