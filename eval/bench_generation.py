@@ -2,7 +2,7 @@
 
     python eval/bench_generation.py --json runs/bench_generation.json
     python eval/bench_generation.py --model default --repeats 5
-    python eval/bench_generation.py --width 1024 --layers 28 --image-tokens 1024 --dtype bfloat16
+    python eval/bench_generation.py --width 1024 --layers 28 --head-dim 128 --image-tokens 1024 --dtype bfloat16
     python eval/bench_generation.py --quick
 
 The default is a random Qwen3 of 31 million weights with 16384 codes and 256 image tokens, on a CPU in float32 with two
@@ -45,7 +45,8 @@ from unimm.errors import UserError, run_main
 from unimm.runs.provenance import git_commit
 from unimm.runs.report import Report
 
-QUICK = {"width": 128, "layers": 1, "codes": 32, "image_tokens": 16, "batches": "1,2", "scales": "1,3"}
+SIZES = (("width", 512), ("layers", 7), ("codes", 16384), ("image-tokens", 256), ("head-dim", 64))
+QUICK = {"width": 128, "layers": 1, "codes": 32, "image_tokens": 16, "head_dim": 64, "batches": "1,2", "scales": "1,3"}
 QUICK |= {"repeats": 1, "threads": 1, "dtype": "float32", "model": None}
 
 
@@ -172,7 +173,7 @@ def built(arguments: dict[str, Any]) -> tuple[Any, Any, str]:
             "and a square number."
         )
     torch.manual_seed(0)
-    sizes = {name: arguments[name] for name in ("width", "layers", "codes", "image_tokens")}
+    sizes = {name: arguments[name] for name in ("width", "layers", "codes", "image_tokens", "head_dim")}
     model, processor = random_model(**sizes, dtype=getattr(torch, arguments["dtype"]))
     millions = sum(p.numel() for p in model.model.language_model.parameters()) / 1e6
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,7 +183,7 @@ def built(arguments: dict[str, Any]) -> tuple[Any, Any, str]:
 def cases(
     model: Any, processor: Any, arguments: Mapping[str, Any]
 ) -> Iterator[tuple[float, int, dict[str, Way], dict[str, float]]]:
-    """Yield scale, batch, the ways whose name contains `--only`, and the bytes that a step of each must read."""
+    """Yield scale, batch, the ways that `--only` asks for, and the bytes that a step of each must read."""
     neighbours: Neighbours | None = None
     for scale in (float(each) for each in arguments["scales"].split(",")):
         for batch in (int(each) for each in arguments["batches"].split(",")):
@@ -193,20 +194,22 @@ def cases(
             cache = cache_bytes_per_step(model, batch, scale > 1, length)
             needed = dict.fromkeys(own, weight_bytes(model) + cache)
             needed |= {name: neighbours.weights(name) + cache for name in others}
-            yield scale, batch, {name: way for name, way in (own | others).items() if arguments["only"] in name}, needed
+            asked = arguments["only"].split(",")
+            ways = {name: way for name, way in (own | others).items() if any(each in name for each in asked)}
+            yield scale, batch, ways, needed
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help='a unified model, "default" for the embedded one; without: a random one')
-    for name, default in (("width", 512), ("layers", 7), ("codes", 16384), ("image-tokens", 256)):
+    for name, default in SIZES:
         parser.add_argument(f"--{name}", type=int, default=default, help="of the random model, default %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
     parser.add_argument("--batches", default="1,4,8,16", help="images at once, default %(default)s")
     parser.add_argument("--scales", default="1,5", help="guidance scales, default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default %(default)s")
-    parser.add_argument("--only", default="", help="the ways whose name holds this")
+    parser.add_argument("--only", default="", help="the ways whose name holds one of these, with commas")
     parser.add_argument("--quick", action="store_true", help="a tiny model once, to see that everything runs")
     parser.add_argument("--json", metavar="FILE", help="write the result, - for standard output")
     arguments = vars(parser.parse_args(argv))

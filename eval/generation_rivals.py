@@ -29,13 +29,16 @@ Way: TypeAlias = Callable[[BaseStreamer | None], Tensor]
 PROMPT = "three red circles above a blue square"
 
 
-def random_model(width: int, layers: int, codes: int, image_tokens: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Build a random Qwen3 (head dim 64, half as many key/value heads) with a tiny image tokenizer of `codes` codes."""
+def random_model(
+    width: int, layers: int, codes: int, image_tokens: int, dtype: torch.dtype, head_dim: int = 64
+) -> tuple[Any, Any]:
+    """Build a random Qwen3 with a tiny image tokenizer of `codes` codes; half of its `width // 64` heads are key/value
+    heads."""
     side = round(image_tokens**0.5)
     encoder = vision_config("siglip_vision_model").to_dict() | {"image_size": 4 * side}
     image_tokenizer = VQRAE(VQRAE.config_class(encoder_config=encoder, codebook_size=codes, codebook_dim=8)).eval()
     texts: PreTrainedTokenizerBase = text_tokenizer(())
-    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 128, "head_dim": 64}
+    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 128, "head_dim": head_dim}
     config = Qwen3Config(
         vocab_size=2048,
         hidden_size=width,

@@ -10,7 +10,7 @@ import torch
 
 from unimm.config.schema import build, plain
 from unimm.errors import UserError
-from unimm.noise import Noise, _philox_numpy, _philox_torch, philox4x64
+from unimm.noise import Noise, _philox_numpy, _philox_torch, philox4x64, philox_keys
 from unimm.sampling import (
     SAMPLING_NAMES,
     ImageSampling,
@@ -42,16 +42,17 @@ KNOWN = (
 
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
 def test_philox_gives_the_published_answers(counter: tuple, key: tuple, result: tuple) -> None:
-    words = torch.from_numpy(np.array(counter, dtype=np.uint64).view(np.int64))[:, None]
-    found = philox4x64(words, key)[:, 0].numpy().view(np.uint64)
+    words, keys = (torch.from_numpy(np.array(each, dtype=np.uint64).view(np.int64))[:, None] for each in (counter, key))
+    found = philox4x64(words, keys)[:, 0].numpy().view(np.uint64)
     assert found.tolist() == list(result)
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])
-def test_every_device_has_the_same_bits(seed: int) -> None:
+def test_every_device_has_the_same_bits() -> None:
+    seeds = [0, 7, 2**63 - 1, 2**63, 2**64 + 5, 2**128 - 1]
     for first in (0, 1, 123_456_789):
-        counted = _philox_torch(seed, first, 500, torch.device("cpu"))
-        assert torch.equal(_philox_numpy(seed, first, 500, torch.device("cpu")), counted)
+        expected = _philox_numpy(seeds, first, 500)
+        assert torch.equal(_philox_torch(philox_keys(seeds), first, 500), expected)
+        assert torch.equal(_philox_numpy(seeds[2:3], first, 500)[0], expected[2]) and expected.shape == (6, 4000)
 
 
 def test_noise_is_a_function_of_seed_position_and_code() -> None:

@@ -7,6 +7,7 @@ alone, so an image does not depend on the rest of the batch.
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,12 +36,15 @@ class Noise:
         self.blocks = -(-size // _PER_BLOCK)  # generator blocks per position
         self.chunk = max(1, _CHUNK // (len(self.seeds) * self.blocks * _PER_BLOCK))
         self._start, self._kept = 0, torch.empty(len(self.seeds), 0, size)
+        on_cpu = self.device.type == "cpu"
+        self._bits = (
+            partial(_philox_numpy, self.seeds) if on_cpu else partial(_philox_torch, philox_keys(self.seeds).to(device))
+        )
 
     def at(self, start: int, stop: int) -> Tensor:
         """Return the noise of positions start..stop-1, [S, stop - start, K] in float32."""
         first, count = start * self.blocks, (stop - start) * self.blocks
-        bits = _philox_numpy if self.device.type == "cpu" else _philox_torch
-        uniform = torch.stack([bits(seed, first, count, self.device) for seed in self.seeds])
+        uniform = self._bits(first, count)
         # u = (bits + 1/2) / 2^32; -log1p(-u) resolves the small exponentials, which become the largest noise
         uniform.mul_(-(2.0**-32)).sub_(2.0**-33).clamp_min_(2.0**-24 - 1).log1p_().neg_().log_().neg_()
         return uniform.view(len(self.seeds), stop - start, -1)[..., : self.size]
@@ -64,29 +68,37 @@ _FACTORS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 
-def _philox_numpy(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Return the numbers of `count` counters starting at `first`, [8 * count] in float32."""
-    # numpy increments the counter before the first block, hence first - 1
-    generator = np.random.Philox(key=seed, counter=(first - 1) % 2**256)
-    return torch.from_numpy(generator.random_raw(4 * count).view(np.uint32).astype(np.float32))
+def _philox_numpy(seeds: Sequence[int], first: int, count: int) -> Tensor:
+    """Return the numbers of `count` counters starting at `first` for each seed, [S, 8 * count] in float32."""
+    found = np.empty((len(seeds), 8 * count), dtype=np.float32)
+    for row, seed in zip(found, seeds, strict=True):
+        # numpy increments the counter before the first block, hence first - 1
+        generator = np.random.Philox(key=seed, counter=(first - 1) % 2**256)
+        row[:] = generator.random_raw(4 * count).view(np.uint32)
+    return torch.from_numpy(found)
 
 
-def _philox_torch(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Return the same as `_philox_numpy`, computed on `device`."""
-    counters = torch.zeros(4, count, dtype=torch.int64, device=device)
-    counters[0] = torch.arange(first, first + count, device=device)
-    words = philox4x64(counters, (seed & (2**64 - 1), seed >> 64)).t().reshape(-1)  # [4 * count]
-    return torch.stack([words & _LOW, (words >> 32) & _LOW], dim=1).view(-1).to(torch.float32)
+def _philox_torch(keys: Tensor, first: int, count: int) -> Tensor:
+    """Return the same as `_philox_numpy` on the device of `keys` [2, S], see `philox_keys`: few operations for all."""
+    counters = keys.new_zeros(4, 1, count)
+    counters[0] = torch.arange(first, first + count, device=keys.device)
+    words = philox4x64(counters, keys[..., None]).movedim(0, -1).flatten(1)  # [S, 4 * count]
+    return torch.stack([words & _LOW, (words >> 32) & _LOW], dim=-1).flatten(1).to(torch.float32)
 
 
-def philox4x64(counters: Tensor, key: tuple[int, int], rounds: int = 10) -> Tensor:
-    """Compute Philox4x64 of counters [4, n] and a key, both as 64-bit words in int64; return [4, n]."""
+def philox_keys(seeds: Sequence[int]) -> Tensor:
+    """Return the keys of seeds as 64-bit words in int64, [2, S]."""
+    return torch.tensor([[_signed(seed >> shift & 2**64 - 1) for seed in seeds] for shift in (0, 64)])
+
+
+def philox4x64(counters: Tensor, keys: Tensor, rounds: int = 10) -> Tensor:
+    """Compute Philox4x64 of counters [4, ...] and keys [2, ...], both as 64-bit words in int64; return [4, ...]."""
     a, b, c, d = counters
     for number in range(rounds):
-        low, high = ((key[n] + number * _WEYL[n]) % 2**64 for n in range(2))
+        low, high = (keys[n] + _signed(number * _WEYL[n] % 2**64) for n in range(2))  # int64 overflow wraps
         (hi_a, lo_a), (hi_c, lo_c) = _product(a, _FACTORS[0]), _product(c, _FACTORS[1])
-        a, b, c, d = hi_c ^ b ^ _signed(low), lo_c, hi_a ^ d ^ _signed(high), lo_a
-    return torch.stack([a, b, c, d])
+        a, b, c, d = hi_c ^ b ^ low, lo_c, hi_a ^ d ^ high, lo_a
+    return torch.stack(torch.broadcast_tensors(a, b, c, d))
 
 
 def _product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,22 @@
 """Every way through the steps of drawing, held to forwards without cache, batch or padding."""
 
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 from tests.mllm import tiny
 from unimm.errors import UserError
 from unimm.mllm import attach, decoding
-from unimm.mllm.decoding import CompiledSteps, HostSteps, PlainSteps
+from unimm.mllm.decoding import CompiledSteps, HostSteps, PlainSteps, compiled
 from unimm.testing.hosts import tiny_host
 
 TEXTS = ["a photo of a red circle", "two", "an image of two green squares"]
@@ -227,6 +231,111 @@ def test_compiled_steps_give_the_same_ids(
     assert used[1:] == [CompiledSteps] and not [w for w in recwarn if "not compiled" in str(w.message)]
 
 
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **kwargs: original(step, backend="eager", dynamic=False))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[compiled.CompiledStep]:
+    """The compiled steps that are made, in their order."""
+    found: list[compiled.CompiledStep] = []
+    original = compiled.CompiledStep.__init__
+    monkeypatch.setattr(
+        compiled.CompiledStep, "__init__", lambda self, *given: (found.append(self), original(self, *given))[1]
+    )
+    return found
+
+
+def test_a_compiled_step_serves_the_next_drawing_of_its_size(eager_compiler: None, made: list[Any]) -> None:
+    """On a GPU its cache and graph stay where they are: a new one would be compiled and captured again."""
+    model, processor = tiny.unified()
+    for seed, texts, scale in ((3, TEXTS[:1], 2.0), (4, TEXTS[1:2], 2.0), (5, TEXTS[:1], 1.0), (6, TEXTS[2:], 2.0)):
+        options = {"seed": seed, "guidance_scale": scale}
+        expected = draw(model, processor, texts, **options)
+        assert torch.equal(draw(model, processor, texts, compile=True, **options), expected)
+    assert len(made) == 2, "one with two rows, one with one row"
+
+
+def test_drawings_at_the_same_time_do_not_share_a_compiled_step(eager_compiler: None, made: list[Any]) -> None:
+    model, processor = tiny.unified()
+    expected = [draw(model, processor, TEXTS[:1], seed=seed) for seed in (3, 4)]
+
+    class Interrupting(BaseStreamer):
+        def __init__(self) -> None:
+            self.calls, self.inner = 0, torch.empty(0)
+
+        def put(self, value: Tensor) -> None:
+            self.calls += 1
+            if self.calls == 8:
+                self.inner = draw(model, processor, TEXTS[:1], seed=4, compile=True)
+
+        def end(self) -> None:
+            pass
+
+    streamer = Interrupting()
+    assert torch.equal(draw(model, processor, TEXTS[:1], seed=3, compile=True, streamer=streamer), expected[0])
+    assert torch.equal(streamer.inner, expected[1]) and len(made) == 2
+
+
+def test_a_compiled_step_is_left_when_weights_move_or_adapters_switch(eager_compiler: None, made: list[Any]) -> None:
+    """A CUDA graph reads the addresses that it was captured with, and runs the operations of then."""
+    model, processor = tiny.unified()
+    draw(model, processor, TEXTS[:1], compile=True)
+    with torch.no_grad():
+        model.lm_head.weight[384:].mul_(-1)  # in place: the same addresses
+    expected = draw(model, processor, TEXTS[:1])
+    assert torch.equal(draw(model, processor, TEXTS[:1], compile=True), expected) and len(made) == 1
+    model.model.language_model.norm.weight = nn.Parameter(-model.model.language_model.norm.weight)
+    expected = draw(model, processor, TEXTS[:1])
+    assert torch.equal(draw(model, processor, TEXTS[:1], compile=True), expected) and len(made) == 2
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    with adapted.disable_adapter():
+        assert torch.equal(draw(model, processor, TEXTS[:1], compile=True), expected) and len(made) == 3
+    expected = draw(model, processor, TEXTS[:1])
+    assert torch.equal(draw(model, processor, TEXTS[:1], compile=True), expected) and len(made) == 4
+
+
+def test_capturing_a_step_leaves_the_drawing_as_it_was(
+    eager_compiler: None, made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a CUDA graph: what it records changes nothing, and a replay runs the step on the same tensors."""
+    model, processor = tiny.unified()
+    expected = [draw(model, processor, TEXTS[:1], seed=seed, guidance_scale=2.0) for seed in (3, 4)]
+    replays: list[int] = []
+
+    class Graph:
+        def replay(self) -> None:
+            (step,) = made
+            replays.append(1)
+            arguments = (model, step.static, step.hidden, step.place, step.token_ids, step.positions)
+            step.output.copy_(compiled._forward(*arguments))
+
+    @contextmanager
+    def graph(_: Graph) -> Any:
+        (step,) = made
+        state = [step.hidden, step.place, *(layer.cumulative_length for layer in step.static.layers)]
+        before = [each.clone() for each in state]
+        yield
+        for each, old in zip(state, before, strict=True):
+            each.copy_(old)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {"Stream": lambda: stream, "current_stream": lambda: stream}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name, other in {"stream": lambda _: nullcontext(), "CUDAGraph": Graph, "graph": graph}.items():
+        monkeypatch.setattr(torch.cuda, name, other)
+    monkeypatch.setattr(
+        compiled.CompiledStep, "captured", property(lambda self: True, lambda self, value: None), raising=False
+    )
+    for seed, each in zip((3, 4), expected, strict=True):
+        found = draw(model, processor, TEXTS[:1], seed=seed, guidance_scale=2.0, compile=True)
+        assert torch.equal(found, each)
+    assert len(replays) == 2 * 15
+
+
 def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny.unified()
     expected = draw(model, processor, guidance_scale=2.0, guidance_interval=(0, 5))
@@ -299,16 +408,16 @@ def test_what_cannot_be_parallel_is_said() -> None:
 @pytest.mark.slow
 def test_a_step_is_compiled_once_for_all_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny.unified()
-    compiled: list[int] = []
+    graphs: list[int] = []
     original = torch.compile
 
     def backend(graph: Any, examples: Any) -> Any:
-        compiled.append(len(examples))
+        graphs.append(len(examples))
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda step, **kwargs: original(step, backend=backend, dynamic=False))
     for seed in range(3):
         draw(model, processor, [TEXTS[seed]], compile=True, seed=seed, guidance_scale=2.0)
         if not seed:
-            first = len(compiled)
-    assert 0 < first == len(compiled)
+            first = len(graphs)
+    assert 0 < first == len(graphs)

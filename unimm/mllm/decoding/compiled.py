@@ -1,8 +1,11 @@
 """Decoding steps with the model's own forward, compiled: a static cache, and every tensor written in place.
 
-R rows, T tokens so far, M image tokens, K codes.
+On a GPU the compiled step is also captured as a CUDA graph. What a graph reads and writes must keep its address, so a
+`CompiledStep` with its cache is kept for the next drawing of the same size: that one copies its prompt and replays.
+R rows, T tokens of the cache, L of the prompt, M image tokens, K codes.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,83 +16,184 @@ from transformers import DynamicCache, StaticCache
 from unimm.mllm.decoding.host import HostSteps
 
 _SIZE_STEP = 64  # a static cache is rounded up to this: prompts of similar length share a compiled step
+_KEPT = 2  # steps that wait for the next drawing of a model: the guided and the unguided rows of one
+_SIZES = 64  # sizes of batches and prompts that are compiled in a process, before drawing falls back
+
+_free: "weakref.WeakKeyDictionary[Any, list[CompiledStep]]" = weakref.WeakKeyDictionary()
+
+
+def _forward(model: Any, static: StaticCache, hidden: Tensor, place: Tensor, token_ids: Tensor, at: Tensor) -> Tensor:
+    """Feed one token of each row, and return the logits [R, 1, K] after it."""
+    hidden.index_fill_(1, place, False)
+    place.add_(1)
+    lowest = torch.finfo(model.dtype).min
+    mask = torch.zeros_like(hidden, dtype=model.dtype).masked_fill(hidden, lowest)
+    output = model(
+        input_ids=token_ids,
+        attention_mask=mask[:, None, None],
+        position_ids=at,
+        past_key_values=static,
+        use_cache=True,
+        vocabulary="image",
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+class CompiledStep:
+    """One decoding step for R rows and T tokens at most, with a static cache of its own; for one drawing at a time.
+
+    Args:
+        layers: keys and values [R, H', L, d] of each layer, which give the sizes, types and devices of the cache.
+        length: T.
+    """
+
+    def __init__(self, model: Any, layers: list[tuple[Tensor, Tensor]], hidden: Tensor, length: int) -> None:
+        self.key = _key(model, layers, length)
+        self.static = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
+        for layer, (keys, values) in zip(self.static.layers, layers, strict=True):
+            layer.lazy_initialization(keys, values)
+        self.hidden = torch.ones(len(hidden), length, dtype=torch.bool, device=hidden.device)
+        self.place = torch.zeros(1, dtype=torch.long, device=hidden.device)
+        self.compiled = torch.compile(_forward, dynamic=False, fullgraph=True)
+        devices = {layer.keys.device for layer in self.static.layers} | {hidden.device}
+        self.captured = len(devices) == 1 and hidden.is_cuda  # a graph belongs to one device
+        self.graph: Any = None
+
+    @classmethod
+    def for_drawing(
+        cls, model: Any, layers: list[tuple[Tensor, Tensor]], hidden: Tensor, length: int
+    ) -> "CompiledStep":
+        """Return a step that holds these L tokens, hidden [R, L] where they are masked; a kept one if its size fits."""
+        free, key = _free.setdefault(model, []), _key(model, layers, length)
+        fitting = next((step for step in free if step.key == key), None)
+        if fitting is None:
+            fitting = cls(model, layers, hidden, length)
+        else:
+            free.remove(fitting)
+        fitting._load(layers, hidden)
+        return fitting
+
+    def release(self, model: Any) -> None:
+        """Keep the step for the next drawing of its size."""
+        free = _free.setdefault(model, [])
+        free.append(self)
+        del free[:-_KEPT]
+
+    def _load(self, layers: list[tuple[Tensor, Tensor]], hidden: Tensor) -> None:
+        length = hidden.shape[1]
+        for layer, (keys, values) in zip(self.static.layers, layers, strict=True):
+            layer.keys[:, :, :length] = keys
+            layer.values[:, :, :length] = values
+            layer.cumulative_length.fill_(length)
+        self.hidden.fill_(True)
+        self.hidden[:, :length] = hidden
+        self.place.fill_(length)
+
+    def layers(self, rows: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the keys and values of these rows' first L tokens."""
+        pairs = [(layer.keys, layer.values) for layer in self.static.layers]
+        return [tuple(each[rows.to(each.device), :, :length] for each in pair) for pair in pairs]
+
+    def __call__(self, model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Feed token_ids [R, 1] at positions [R, 1], or [3, R, 1] for M-RoPE; return the logits [R, 1, K]."""
+        if not self.captured:
+            return self._run(model, token_ids, positions)
+        if self.graph is None:
+            self._capture(model, token_ids, positions)
+        self.token_ids.copy_(token_ids)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.output.clone()  # the next replay writes to the same memory
+
+    def _run(self, model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=_SIZES):
+            output: Tensor = self.compiled(model, self.static, self.hidden, self.place, token_ids, positions)
+        return output
+
+    def _capture(self, model: Any, token_ids: Tensor, positions: Tensor) -> None:
+        """Capture the step as a CUDA graph, after two runs on a stream of their own, which compile and warm up."""
+        self.token_ids, self.positions = token_ids.clone(), positions.clone()
+        state = [self.hidden, self.place, *(layer.cumulative_length for layer in self.static.layers)]
+        before = [each.clone() for each in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._run(model, self.token_ids, self.positions)
+                for each, old in zip(state, before, strict=True):
+                    each.copy_(old)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.output = self._run(model, self.token_ids, self.positions)
+        self.graph = graph
+
+
+def _key(model: Any, layers: list[tuple[Tensor, Tensor]], length: int) -> tuple[Any, ...]:
+    """Return what a kept step must have in common with a drawing: sizes, addresses of weights, active adapters."""
+    shapes = [(keys.shape[:2], keys.shape[3:], keys.dtype, keys.device) for keys, _ in layers]
+    weights = hash(tuple(each.data_ptr() for each in model.parameters()))
+    adapters = [each for each in model.modules() if hasattr(each, "_disable_adapters")]
+    state = [
+        (each._disable_adapters, str(each.active_adapters), str(getattr(each, "scaling", ""))) for each in adapters
+    ]
+    return length, tuple(shapes), weights, tuple(state), model.config.get_text_config()._attn_implementation
 
 
 class CompiledSteps(HostSteps):
-    """Decoding steps with the model's own forward, compiled once: static cache, every tensor written in place."""
+    """Decoding steps with the model's own forward, compiled once for each size, see `CompiledStep`."""
 
     def __init__(
         self, model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor, on_fallback: Callable[[str], None]
     ) -> None:
         super().__init__(model, cache, mask, positions)
         self.on_fallback: Callable[[str], None] | None = on_fallback
-        self.prompt_mask, self.begun = mask, False
+        self.prompt_mask = mask
+        self.step: CompiledStep | None = None
 
     @property
     def takes_many(self) -> bool:
         """Return whether several tokens can be fed at once: only before the first compiled step."""
-        return not self.begun
+        return self.step is None
 
-    def _begin(self) -> None:
-        """Copy the cache to a static one and compile for its size."""
-        mask, self.begun = self.prompt_mask, True
-        total = self.positions.shape[-1] - self.done + self.cache.get_seq_length()
+    def _take(self, layers: list[tuple[Tensor, Tensor]], hidden: Tensor) -> CompiledStep:
+        """Return a compiled step with these tokens; it is free for another drawing once this one is gone."""
+        total = self.positions.shape[-1] - self.done + hidden.shape[1]
         total = -(-total // _SIZE_STEP) * _SIZE_STEP
-        static = StaticCache(config=self.model.config.get_text_config(), max_cache_len=total)
-        for number, layer in enumerate(self.cache.layers):
-            static.update(layer.keys, layer.values, number)
-        self.static, self.cuda = static, self.positions.device.type == "cuda"
-        self.hidden = torch.ones(len(mask), total, dtype=torch.bool, device=mask.device)
-        self.hidden[:, : mask.shape[1]] = mask == 0
-        self.hidden[:, mask.shape[1] : self.cache.get_seq_length()] = False
-        self.place = torch.tensor([self.cache.get_seq_length()], device=mask.device)
-        mode = "reduce-overhead" if self.cuda else None
-        self.compiled = torch.compile(self._step, mode=mode, dynamic=False)
+        step = CompiledStep.for_drawing(self.model, layers, hidden, total)
+        weakref.finalize(self, step.release, self.model)
+        return step
 
-    def _step(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
-        self.hidden.index_fill_(1, self.place, False)
-        self.place.add_(1)
-        lowest = torch.finfo(self.model.dtype).min
-        hidden = torch.zeros_like(self.hidden, dtype=self.model.dtype).masked_fill(self.hidden, lowest)
-        output = self.model(
-            input_ids=token_ids,
-            attention_mask=hidden[:, None, None],
-            position_ids=position_ids,
-            past_key_values=self.static,
-            use_cache=True,
-            vocabulary="image",
-        )
-        logits: Tensor = output.logits
-        return logits
+    def _begin(self) -> CompiledStep:
+        length = self.cache.get_seq_length()
+        hidden = torch.zeros(len(self.prompt_mask), length, dtype=torch.bool, device=self.prompt_mask.device)
+        hidden[:, : self.prompt_mask.shape[1]] = self.prompt_mask == 0
+        return self._take([(layer.keys, layer.values) for layer in self.cache.layers], hidden)
 
     def logits(self, token_ids: Tensor, needed: int) -> Tensor:
         """See `Steps`; after the first compiled step it takes one token at a time."""
         if self.on_fallback is None or token_ids.shape[1] > 1:
             return super().logits(token_ids, needed)
-        first = not self.begun
-        if first:
-            self._begin()
-        positions = self.positions[..., self.done : self.done + 1].contiguous()
-        if self.cuda:
-            torch.compiler.cudagraph_mark_step_begin()
+        first, positions = self.step is None, self.positions[..., self.done : self.done + 1].contiguous()
         try:
-            logits = self.compiled(token_ids, positions)
+            self.step = self.step or self._begin()
+            logits = self.step(self.model, token_ids, positions)
         except Exception as error:  # a compiler can raise anything; only the first step can still fall back
             if not first:
                 raise
             self.on_fallback(f"not compiled, {type(error).__name__}: {error}".splitlines()[0])
-            self.on_fallback, self.begun = None, False
+            self.on_fallback, self.step = None, None
             return super().logits(token_ids, needed)
         self.done += 1
-        return logits.clone() if self.cuda else logits  # a CUDA graph reuses its output memory
+        return logits
 
     def keep(self, rows: Tensor) -> None:
-        """See `Steps`; the step is recompiled for the new batch size."""
-        if not self.begun:
+        """See `Steps`; the step is another one, for the new number of rows."""
+        if self.step is None:
             self.prompt_mask = self.prompt_mask[rows]
             return super().keep(rows)
-        for layer in self.static.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-        self.hidden, self.positions = self.hidden[rows], self.positions[..., rows, :]
-        self.compiled = torch.compile(self._step, mode="reduce-overhead" if self.cuda else None, dynamic=False)
+        self.positions = self.positions[..., rows, :]
+        length = self.length + self.done
+        self.step = self._take(self.step.layers(rows, length), self.step.hidden[rows, :length])
         return None
