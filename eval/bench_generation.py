@@ -39,7 +39,7 @@ import psutil
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from eval.generation_neighbours import Neighbours
+from eval.generation_neighbours import NEIGHBOURS, Neighbours
 from eval.generation_rivals import PROMPT, Rivals, Way, cache_bytes_per_step, random_model, weight_bytes
 from unimm.errors import UserError, run_main
 from unimm.runs.provenance import git_commit
@@ -114,10 +114,11 @@ def _synchronize() -> None:
 
 
 def compare(ways: Mapping[str, Way], batch: int, tokens: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Return the figures of each way, medians over `repeats` rounds after one warm-up round."""
+    """Return the figures of each way, medians over `repeats` rounds, after a warm-up."""
     found = {name: {"peak_bytes": peak_bytes(way)} for name, way in ways.items()}
     spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
-    for _ in range(repeats + 1):
+    warm = 0 if torch.cuda.is_available() else 1  # there the peak was measured in this process, and has warmed it up
+    for _ in range(repeats + warm):
         for name, way in ways.items():
             wall, processor = time.perf_counter(), time.process_time()
             drawn = way(None)
@@ -126,7 +127,7 @@ def compare(ways: Mapping[str, Way], batch: int, tokens: int, repeats: int) -> d
             spent[name].append((*times, first_token_seconds(way)))
             assert drawn.shape == (batch, tokens)
     for name, rounds in spent.items():
-        seconds, processor, first = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
+        seconds, processor, first = (statistics.median(column) for column in zip(*rounds[warm:], strict=True))
         found[name] |= {
             "seconds": seconds,
             "processor_seconds": processor,
@@ -185,17 +186,18 @@ def cases(
 ) -> Iterator[tuple[float, int, dict[str, Way], dict[str, float]]]:
     """Yield scale, batch, the ways that `--only` asks for, and the bytes that a step of each must read."""
     neighbours: Neighbours | None = None
+    asked = arguments["only"].split(",")
     for scale in (float(each) for each in arguments["scales"].split(",")):
         for batch in (int(each) for each in arguments["batches"].split(",")):
             rivals = Rivals.of(model, processor, batch, scale)
             length = rivals.prompt.shape[1]
-            neighbours = neighbours or Neighbours.like(model, length)
-            own, others = rivals.ways, neighbours.ways(batch, scale)
             cache = cache_bytes_per_step(model, batch, scale > 1, length)
-            needed = dict.fromkeys(own, weight_bytes(model) + cache)
-            needed |= {name: neighbours.weights(name) + cache for name in others}
-            asked = arguments["only"].split(",")
-            ways = {name: way for name, way in (own | others).items() if any(each in name for each in asked)}
+            ways = {name: way for name, way in rivals.ways.items() if any(each in name for each in asked)}
+            needed = dict.fromkeys(ways, weight_bytes(model) + cache)
+            for name in (name for name in NEIGHBOURS if any(each in name for each in asked)):
+                neighbours = neighbours or Neighbours.like(model, length)
+                if way := neighbours.ways(batch, scale).get(name):
+                    ways[name], needed[name] = way, neighbours.weights(name) + cache
             yield scale, batch, ways, needed
 
 

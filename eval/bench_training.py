@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     for what in whats:
         for way in ways:
             torch.set_float32_matmul_precision("high" if way == "tf32" else "highest")
+            torch.backends.cudnn.allow_tf32 = way == "tf32"  # of convolutions; torch's default is True
             with tempfile.TemporaryDirectory() as folder:
                 if what.startswith("t2i"):
                     split = drawing_split(size, what == "t2i_ids", way, args, folder)

@@ -27,6 +27,9 @@ _BOS, _PAD, _BOI = 1, 0, 2
 _TEXT = 2048  # rows of the vocabulary of text
 
 
+NEIGHBOURS = ("transformers Janus", "transformers Emu3")
+
+
 @dataclass(frozen=True)
 class Neighbours:
     """Janus and Emu3 with the sizes of `model`'s language model, codebook and images."""
@@ -65,7 +68,7 @@ class Neighbours:
         def emu3(streamer: BaseStreamer | None) -> Tensor:
             return self.draw_emu3(batch, scale, streamer)
 
-        return {"transformers Janus": janus, "transformers Emu3": emu3} if scale > 1 else {"transformers Emu3": emu3}
+        return dict(zip(NEIGHBOURS, (janus, emu3), strict=True)) if scale > 1 else {NEIGHBOURS[1]: emu3}
 
     def draw_janus(self, batch: int, scale: float, streamer: BaseStreamer | None) -> Tensor:
         """Generate ids [batch, M] by Janus' own `generate`."""
@@ -119,7 +122,7 @@ class Neighbours:
 
     def weights(self, way: str) -> float:
         """Return the bytes of weights that a forward of a loop reads."""
-        if way == "transformers Janus":
+        if way == NEIGHBOURS[0]:
             model = self.janus.model
             parts = [*model.language_model.layers, model.language_model.norm]
             parts += [model.generation_head, model.generation_aligner]

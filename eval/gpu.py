@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 
-from unimm.errors import UserError, run_main
-from unimm.runs.provenance import git_commit
-from unimm.runs.report import Report
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # it runs without a virtual environment that holds the package
+
+from unimm.errors import UserError, run_main  # noqa: E402
+from unimm.runs.provenance import git_commit  # noqa: E402
+from unimm.runs.report import Report  # noqa: E402
+
 GRACE = 15
 """Seconds between the signal that asks a part to stop and the one that kills it."""
 
@@ -59,7 +61,7 @@ def _script(name: str, debug: str, paper: str) -> Callable[[str, Path], Iterator
     return commands
 
 
-def _training(what: str, batch: int, ways: str = "plain,compiled", steps: int = 50) -> Callable[..., Any]:
+def _training(what: str, batch: int, ways: str = "plain,compiled", steps: int = 25) -> Callable[..., Any]:
     common = f"--what {what} --profile"
     workers = max(1, (os.cpu_count() or 2) - 2)
     return _script(
@@ -68,6 +70,14 @@ def _training(what: str, batch: int, ways: str = "plain,compiled", steps: int = 
         f"{common} --size paper --ways {ways} --steps {steps} --batch-size {batch} --workers {workers} "
         "--precision bf16",
     )
+
+
+def _generation(tokens: int, only: str, seconds: int) -> Part:
+    """Return the benchmark of one guided drawing by Qwen3-0.6B."""
+    small = "--width 128 --layers 1 --codes 32 --image-tokens 16 --batches 1 --scales 2 --repeats 1 --threads 1"
+    model = "--width 1024 --layers 28 --head-dim 128 --dtype bfloat16"
+    paper = f"{model} --image-tokens {tokens} --batches 1 --scales 5 --repeats 1 --only {only}"
+    return Part(_script("bench_generation", f"{small} --only {only}", paper), seconds, 60)
 
 
 def _chain(size: str, report: Path) -> Iterator[Sequence[str]]:
@@ -91,19 +101,12 @@ def _chain(size: str, report: Path) -> Iterator[Sequence[str]]:
 
 PARTS: Mapping[str, Part] = {
     "correctness": Part(_script("gpu_correctness", "--size debug", "--size paper"), 100, 30),
-    "training t2i": Part(_training("t2i_ids", 16), 90, 45),
+    "generation": _generation(64, "compiled,own,8,generate,plain,Janus,Emu3", 210),
+    "training t2i": Part(_training("t2i_ids", 16), 100, 45),
     "training stage 1": Part(_training("stage1", 64, ways="plain,tf32,compiled"), 120, 60),
+    "generation, whole image": _generation(1024, "compiled", 100),
     "training stage 2": Part(_training("stage2", 32, ways="plain"), 80, 50),
-    "training t2i, images": Part(_training("t2i", 16, ways="plain,tf32", steps=10), 60, 40),
-    "generation": Part(
-        _script(
-            "bench_generation",
-            "--width 128 --layers 1 --codes 32 --image-tokens 16 --batches 1 --scales 2 --repeats 1 --threads 1",
-            "--width 1024 --layers 28 --image-tokens 64 --dtype bfloat16 --batches 1,16 --scales 5 --repeats 1",
-        ),
-        90,
-        40,
-    ),
+    "training t2i, images": Part(_training("t2i", 16, ways="plain,tf32", steps=6), 60, 40),
     "quantizer": Part(
         _script(
             "bench_quantizer",

@@ -129,7 +129,7 @@ def profile_of(profiler: profile, device: torch.device, steps: int) -> dict[str,
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     events = profiler.key_averages()
     # On a GPU an operator's time is its kernels': count the kernels, which appear beside it, not twice.
-    timed = [e for e in events if device.type == "cpu" or e.device_type == DeviceType.CUDA]
+    timed = [e for e in events if device.type == "cpu" or e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     total = sum(getattr(e, own) for e in timed) or 1
     slowest = sorted(timed, key=lambda e: -getattr(e, own))[:SLOWEST]
     operators = [

@@ -34,7 +34,8 @@ class Noise:
     ) -> None:
         self.seeds, self.size, self.device, self.length = list(seeds), size, torch.device(device), length
         self.blocks = -(-size // _PER_BLOCK)  # generator blocks per position
-        self.chunk = max(1, _CHUNK // (len(self.seeds) * self.blocks * _PER_BLOCK))
+        numbers = _CHUNK if self.device.type == "cpu" else 4 * _CHUNK  # few launches on a GPU, in half a gigabyte
+        self.chunk = max(1, numbers // (len(self.seeds) * self.blocks * _PER_BLOCK))
         self._start, self._kept = 0, torch.empty(len(self.seeds), 0, size)
         on_cpu = self.device.type == "cpu"
         self._bits = (

@@ -1,6 +1,7 @@
 """Rewards: the detectors' verdicts on known scenes, similarities against the bare CLIP, and answers to questions."""
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from unimm.evaluation.geneval.color_votes import prepare_view
 from unimm.evaluation.shapes.run import score_drawing
 from unimm.evaluation.vqa import YesNo
 from unimm.mllm import load
-from unimm.rewards import RewardConfig, build_reward
+from unimm.rewards import RewardConfig, build_reward, shapes
 from unimm.rewards.questions import OwnAnswersReward, VQAReward, shapes_questions
 
 
@@ -56,6 +57,25 @@ def test_shapes_are_rewarded_as_the_benchmark_judges_them() -> None:
     assert strict == [float(row["strict"]) for row in rows]
     assert first[24:] == strict[24:] == [1.0] * 12
     assert sum(first[:12]) < 6 and sum(strict[12:24]) == 0 < sum(first[12:24])
+
+
+def test_several_processes_score_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with processors to spare; errors cross the processes, too."""
+    shown = scenes(20)
+    texts, metadata = [prompt.prompt for prompt, _ in shown] * 2, [prompt.metadata() for prompt, _ in shown] * 2
+    images = [image for _, image in shown] + [image for _, image in shown[3:] + shown[:3]]
+    for kind in ("shapes", "shapes_strict"):
+        reward = build_reward(RewardConfig(kind))
+        expected = reward.score(texts, metadata, images)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "cpu_count", lambda: 16)
+            shapes._pool.cache_clear()
+            assert shapes._pool() is not None
+            assert reward.score(texts, metadata, images) == expected and 0 < sum(expected) < 40
+            with pytest.raises(UserError, match="rules"):
+                reward.score(texts, [*metadata[:-1], {}], images)
+            shapes._pool().shutdown()  # type: ignore[union-attr]
+        shapes._pool.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["shapes", "shapes_strict"])

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput
@@ -23,6 +24,9 @@ from unimm.saving import WholeCheckpointMixin
 from unimm.tokenizer import ImageTokenizer
 
 Vocabulary = Literal["text", "image", "all", "answer"]
+
+LOGITS_AT_ONCE = 1 << 27
+"""Logits that a loss over targets computes at a time: half a gigabyte in float32, a few of which are alive."""
 
 
 class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
@@ -69,6 +73,7 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         logits_at: Tensor | None = None,
+        targets: Tensor | None = None,
         vocabulary: Vocabulary | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
@@ -81,6 +86,8 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
             labels: token_ids [B, L], -100 for tokens without loss; the loss is over the whole vocabulary.
             logits_at: [n], indices into the flattened batch [B * L]: return logits [n, ...] of these only, for a loss
                 over few of many tokens. Calling the head outside of forward gives wrong gradients under FSDP2.
+            targets: [n], token_ids: return their cross entropies [n] as `loss`, and no logits. Logits of 512 MB at most
+                are there at a time; the backward computes them again.
             vocabulary: which logits: "text" [B, L, image_vocab_start], "image" [B, L, K], "all" [B, L, V]; "answer"
                 [B, L, text_vocab_size], those of text generation. None: "all" with labels or in training, else
                 "text".
@@ -111,12 +118,25 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
             hidden = slice_logits_to_keep(hidden, logits_to_keep)
         else:
             hidden = hidden.flatten(0, 1).index_select(0, logits_at)  # [n, D]
+        if targets is not None:
+            rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+            return self._output_class(loss=self._cross_entropies(hidden, targets), logits=None, **rest)
         logits = self._logits(hidden, vocabulary)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.visual_vocabulary.end, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return self._output_class(loss=loss, logits=logits, **rest)
+
+    def _cross_entropies(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Compute the cross entropies [n] of targets [n] after `hidden` [n, D], in pieces."""
+
+        def piece(rows: Tensor, wanted: Tensor) -> Tensor:
+            return F.cross_entropy(self._logits(rows, "all").float(), wanted, reduction="none")
+
+        size = max(1, LOGITS_AT_ONCE // self.visual_vocabulary.end)
+        pairs = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in pairs])
 
     def _logits(self, hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
         """Compute the logits [B, L, rows] of `hidden` [B, L, D]."""

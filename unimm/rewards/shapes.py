@@ -1,10 +1,16 @@
 """The two detectors of the shapes data set as rewards (`unimm.data.shapes.detector`, `unimm.data.shapes.strict`).
 
-Metadata with an `Edit` under "edit" belong to the edited image of a scene, others hold GenEval's rules.
+Metadata with an `Edit` under "edit" belong to the edited image of a scene, others hold GenEval's rules. Many images are
+read by several processes if the machine has processors to spare: beside a GPU, reading takes longer than drawing.
 """
 
+import multiprocessing
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from typing import Any
 
 from PIL import Image
 
@@ -21,18 +27,9 @@ class ShapesReward:
     """1 if the first detector finds the prompt in the image by GenEval's rules, else 0; for an edit see
     `edit_reward`."""
 
-    def __init__(self) -> None:
-        self.drawings = GenEvalReward(ShapesScorer())
-
     def score(self, prompts: Sequence[str], metadata: Sequence[Metadata], images: Sequence[Image.Image]) -> list[float]:
         """Return 0.0 to 1.0 for each image. Raises UserError for metadata without rules."""
-        rows = zip(prompts, metadata, images, strict=True)
-        return [
-            edit_reward(rules["edit"], detect(image), background_of(image))
-            if "edit" in rules
-            else self.drawings.score([prompt], [rules], [image])[0]
-            for prompt, rules, image in rows
-        ]
+        return _mapped(_score, prompts, metadata, images)
 
 
 class StrictShapesReward:
@@ -42,12 +39,40 @@ class StrictShapesReward:
     def score(self, prompts: Sequence[str], metadata: Sequence[Metadata], images: Sequence[Image.Image]) -> list[float]:
         """Return 0.0 to 1.0 for each image. Raises UserError for metadata without rules."""
         require_rules([rules for rules in metadata if "edit" not in rules], "shapes_strict")
-        return [
-            edit_reward(rules["edit"], read_strictly(image).objects, background_of(image))
-            if "edit" in rules
-            else float(not refusals(rules, image))
-            for rules, image in zip(metadata, images, strict=True)
-        ]
+        return _mapped(_score_strictly, metadata, images)
+
+
+_DRAWINGS = GenEvalReward(ShapesScorer())
+
+
+def _score(prompt: str, rules: Metadata, image: Image.Image) -> float:
+    if "edit" in rules:
+        return edit_reward(rules["edit"], detect(image), background_of(image))
+    return _DRAWINGS.score([prompt], [rules], [image])[0]
+
+
+def _score_strictly(rules: Metadata, image: Image.Image) -> float:
+    if "edit" in rules:
+        return edit_reward(rules["edit"], read_strictly(image).objects, background_of(image))
+    return float(not refusals(rules, image))
+
+
+def _mapped(score: Callable[..., float], *columns: Sequence[Any]) -> list[float]:
+    """Return the score of each row, computed by several processes if there are many rows and processors."""
+    pool, rows = _pool(), len(columns[0])
+    if pool is None or rows < _WORTH_A_POOL:
+        return [score(*row) for row in zip(*columns, strict=True)]
+    return list(pool.map(score, *columns, chunksize=-(-rows // _PROCESSES)))
+
+
+@cache
+def _pool() -> ProcessPoolExecutor | None:
+    """Return the processes that read images, forked: they start at once and touch neither torch nor a GPU."""
+    spare = (os.cpu_count() or 1) - _PROCESSES
+    return ProcessPoolExecutor(_PROCESSES, multiprocessing.get_context("fork")) if spare >= _PROCESSES else None
+
+
+_PROCESSES, _WORTH_A_POOL = 6, 32
 
 
 def edit_reward(edit: Edit, found: Sequence[Located], background: str) -> float:

@@ -14,7 +14,7 @@ from unimm.data.conversations import message
 from unimm.data.mixture import FlowConfig, Mixture, MixtureConfig
 from unimm.data.text.collators import IGNORED, FlowCollator
 from unimm.errors import UserError
-from unimm.mllm import load
+from unimm.mllm import load, unified
 from unimm.training.language_model.trainer import HostTrainer
 from unimm.training.loop.arguments import HostTrainingArguments
 from unimm.training.tokenizer.parameters import train_projector_only
@@ -24,6 +24,9 @@ BOTH = {
     "drawing": FlowConfig("drawing", 0.75, weight=0.5, null_prompt_prob=0.1),
     "conversation": FlowConfig("conversation", 0.25, num_turns=(1, 2)),
 }
+
+
+EDIT = {"edit": FlowConfig("editing", null_prompt_prob=0.2, changed_weight=3.0)}
 
 
 def build(
@@ -144,7 +147,7 @@ def test_the_loss_is_the_models_own(tmp_path: Path) -> None:
 
 
 def test_changed_patches_count_as_often_as_said(tmp_path: Path) -> None:
-    trainer = build(tmp_path, {"edit": FlowConfig("editing", null_prompt_prob=0.2, changed_weight=3.0)})
+    trainer = build(tmp_path, EDIT)
     model = trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
     ours, edit = trainer.compute_loss(model, batch), batch["edit"]
@@ -156,6 +159,37 @@ def test_changed_patches_count_as_often_as_said(tmp_path: Path) -> None:
     losses = F.cross_entropy(logits, token_ids.flatten(), reduction="none")
     assert set(edit["label_weights"].tolist()) == {1.0, 3.0}
     assert ours.item() == pytest.approx((losses * edit["label_weights"]).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("flow", [{"conversation": FlowConfig("conversation")}, EDIT], ids=["plain", "weighted"])
+def test_a_loss_in_pieces_has_the_same_value_and_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flow: dict[str, FlowConfig]
+) -> None:
+    """As a large vocabulary takes it: 16 000 labels with 168 000 logits each do not fit a GPU at once."""
+    trainer = build(tmp_path, flow)
+    model = trainer.model.train()
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
+    calls: list[int] = []
+    original = unified.UnifiedModelMixin._logits
+
+    def counted(self: Any, hidden: torch.Tensor, vocabulary: Any) -> torch.Tensor:
+        calls.append(len(hidden))
+        return original(self, hidden, vocabulary)
+
+    monkeypatch.setattr(unified.UnifiedModelMixin, "_logits", counted)
+    found = []
+    for limit in (unified.LOGITS_AT_ONCE, 10 * model.visual_vocabulary.end):
+        monkeypatch.setattr(unified, "LOGITS_AT_ONCE", limit)
+        loss = trainer.compute_loss(model, batch)
+        parameters = [each for each in model.parameters() if each.requires_grad]
+        found.append((loss, torch.autograd.grad(loss, parameters, allow_unused=True)))
+    whole, pieces = calls[0], calls[1:]
+    assert sum(pieces) == 2 * whole and max(pieces) == 10, "forward, then again in the backward"
+    (expected, gradients), (loss, others) = found
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(others, gradients, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()) + 1e-9)
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

@@ -102,6 +102,15 @@ def test_the_first_step_on_samples_has_ratio_one_and_later_steps_do_not(
     assert logged(trainer, "drawing/length") == [16.0, 16.0]
 
 
+def test_the_reference_is_where_the_live_model_is() -> None:
+    """It is copied first, and the trainer then moves the live model to the GPU."""
+    model, _ = tiny_host()
+    reference = Reference(model)
+    model.to("meta")
+    with reference.model() as frozen:
+        assert {each.device.type for each in frozen.parameters()} == {"meta"}
+
+
 @pytest.mark.slow
 def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
     policy = {"kl_weight": 0.02, "entropy_weight": 0.01, "loss_type": "dapo"}

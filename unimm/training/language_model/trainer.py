@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from unimm.data.text.collators import IGNORED
 from unimm.errors import UserError
+from unimm.mllm import unified
 from unimm.saving import save_whole
 from unimm.training.language_model.adapters import PROJECTOR, Adapter
 from unimm.training.language_model.callbacks import DrawPanel, Panel
@@ -224,8 +225,12 @@ class HostTrainer(StreamTrainer):
             token_ids = self._image_tokens(drawings) if ids is None else self.model.visual_vocabulary.base + ids
             batch["input_ids"] = batch["input_ids"].masked_scatter(drawn, token_ids)
             labels = labels.masked_scatter(drawn, token_ids)
-        logits = model(**batch, logits_at=where, vocabulary="all", use_cache=False).logits  # [n, V]
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().index_select(0, where)
+        inputs = {**batch, "logits_at": where, "vocabulary": "all", "use_cache": False}
+        if len(where) * self.model.visual_vocabulary.end > unified.LOGITS_AT_ONCE:
+            losses = model(**inputs, targets=targets).loss  # [n]
+            return (losses if weights is None else weights * losses).sum(), len(where)
+        logits = model(**inputs).logits  # [n, V]
         if weights is None:
             return F.cross_entropy(logits.float(), targets, reduction="sum"), len(where)
         return (weights * F.cross_entropy(logits.float(), targets, reduction="none")).sum(), len(where)

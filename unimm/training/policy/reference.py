@@ -13,7 +13,7 @@ class Reference:
     shares the image tokenizer."""
 
     def __init__(self, model: Any, adapter: Adapter | None = None) -> None:
-        self._adapter, self._model = adapter, model
+        self._adapter, self._model, self._live = adapter, model, model
         if adapter is None:
             tokenizer = model.image_tokenizer
             self._model = copy.deepcopy(model, {id(tokenizer): tokenizer}).requires_grad_(False).eval()
@@ -22,7 +22,7 @@ class Reference:
     def model(self) -> Iterator[Any]:
         """Return the starting model for the length of the context."""
         if self._adapter is None:
-            yield self._model
+            yield self._model.to(self._live.device)  # it was copied before the trainer moved the live model
             return
         with self._adapter.peft.disable_adapter():
             yield self._model
