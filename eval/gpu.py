@@ -243,11 +243,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", default="runs/gpu", help="folder, default %(default)s")
     parser.add_argument("--limit-seconds", type=int, default=540, help="of all parts, default %(default)s")
     parser.add_argument("--only", default="", help="the parts whose name holds this")
+    parser.add_argument("--skip", help="not the parts whose name holds this")
     arguments = parser.parse_args(argv)
     begun = time.monotonic()
     if arguments.size == "paper" and not torch.cuda.is_available():
         raise UserError("--size paper is for a GPU and torch finds none: give --size debug.")
     parts = {name: part for name, part in PARTS.items() if arguments.only in name}
+    parts = {name: part for name, part in parts.items() if not arguments.skip or arguments.skip not in name}
     if not parts:
         raise UserError(f"No part's name holds {arguments.only!r}; parts are {', '.join(PARTS)}.")
     folder = Path(arguments.output).absolute()
