@@ -161,7 +161,7 @@ RULES: dict[str, Rule] = {
     **_same("num_experts num_experts_per_tok decoder_sparse_step", whole(1, 2**16)),
     "mlp_only_layers": whole(0, 1024, items=(0, 1024), single=False, null=True),
     "head_dim": whole(1, 2**14, null=True),
-    "head_channels": whole(1, 2**14),
+    **_same("head_channels head_groups", whole(1, 2**14)),
     "head_multipliers": whole(1, 64, items=(1, 16), single=False),
     "mlp_ratio": number(0, 64, above=True),
     **_same("num_channels in_channels", whole(1, 64)),

@@ -277,7 +277,7 @@ def test_ideal_of_one_level_reads_and_predicts_that_level_alone():
         ("vfmtok", {"levels": [6, 12, 18, 24]}, "24.* encoder with 2 layers.* in 1 to 2"),
         ("ideal", {"shallow_level": 8, "deep_level": 24}, "24.* encoder with 2 layers.* in 1 to 2"),
         ("ideal", {"shallow_level": 2, "deep_level": 1}, "must rise"),
-        ("vfmtok", {"head_channels": 40}, "groups of 32, and 40"),
+        ("vfmtok", {"head_channels": 40}, "32 groups, and 40"),
         ("vfmtok", {"head_multipliers": [1] * 7}, "32 pixels does not fit .* of 64 pixels"),
         ("ideal", {"head_multipliers": [1, 1]}, "2 x 2 pixels a token and 8 x 8"),
         ("vfmtok", {"width": 30}, "width of 30 .* 4 heads"),

@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from unimm.errors import UserError
-from unimm.tokenizer import ImageTokenizerProcessor
+from unimm.tokenizer import VQRAE, ImageTokenizerProcessor
+from unimm.tokenizer.vqrae import with_new_head
 
 
 def test_decode_of_encode_is_reconstruct_bit_for_bit(tokenizer, pixel_values):
@@ -33,6 +34,21 @@ def test_saved_and_reloaded_gives_the_same_ids(tokenizer, pixel_values, tmp_path
     assert {p.dtype for p in reloaded.quantizer.state_dict().values()} == {torch.float32}
     assert {p.dtype for p in reloaded.sampler.parameters()} == {torch.float32}
     assert reloaded.decoder.projection.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("head", [None, "conv"])
+def test_a_model_in_bfloat16_decodes_almost_the_same_pixels(tokenizer, head):
+    """Group norms of convolutional heads compute in float32 with weights of any type."""
+    if head and isinstance(tokenizer, VQRAE):
+        fields = {"pixel_head": head, "head_channels": 32, "head_multipliers": [1, 1, 1, 1]}
+        tokenizer = with_new_head(tokenizer, **fields).eval()
+    ids = torch.randint(64, (2, tokenizer.config.num_image_tokens), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = tokenizer.decode(ids)
+        for dtype in (torch.bfloat16, torch.float64):
+            found = tokenizer.to(dtype).decode(ids)
+            assert (found.double() - expected.double()).abs().mean() < 0.02
+    assert expected.std() > 0.02
 
 
 def test_fingerprint_tells_codebooks_apart(tokenizer):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import SiglipConfig, SiglipModel
 
@@ -71,10 +72,18 @@ def test_a_new_head_changes_the_pixels_only(vqrae, pixel_values, tmp_path):
         new.save_pretrained(tmp_path)
         again = VQRAE.from_pretrained(tmp_path).eval()
         assert torch.equal(again.decode(after.ids), new.decode(after.ids))
-    with pytest.raises(UserError, match="A new head has the settings head_channels, head_multipliers, pixel_head, not"):
+    with pytest.raises(UserError, match="settings head_channels, head_groups, head_multipliers, pixel_head, not"):
         with_new_head(vqrae, codebook_size=3)
     with pytest.raises(UserError, match="draws 4 x 4 pixels a token and 8 x 8 are asked for"):
         with_new_head(vqrae, pixel_head="conv", head_multipliers=[1, 1, 2])
+    with pytest.raises(UserError, match="come in 12 groups, and 32 is no multiple"):
+        with_new_head(vqrae, pixel_head="conv", head_groups=12)
+
+
+def test_the_groups_of_a_conv_head_are_those_of_all_its_norms(vqrae):
+    new = with_new_head(vqrae, pixel_head="conv", head_groups=8)
+    norms = [each for each in new.pixel_head.modules() if isinstance(each, nn.GroupNorm)]
+    assert len(norms) > 8 and {each.num_groups for each in norms} == {8}
 
 
 def test_a_pixel_of_a_conv_head_depends_on_the_patches_around_it(vqrae):

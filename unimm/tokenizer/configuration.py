@@ -15,7 +15,7 @@ from transformers.configuration_utils import SubConfigSpec
 from unimm.errors import UserError
 from unimm.field_rules import check_settings
 
-GROUPS = 32  # groups of every GroupNorm in a convolutional pixel head
+GROUPS = 32  # groups of a GroupNorm in a convolutional pixel head, but for VQRAE's head_groups
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
@@ -158,11 +158,11 @@ class ImageTokenizerConfig(PreTrainedConfig):
                 f"{last}: they must rise and lie in 1 to {last}."
             )
 
-    def check_head(self, channels: int, multipliers: Sequence[int], patch: int) -> None:
+    def check_head(self, channels: int, multipliers: Sequence[int], patch: int, groups: int = GROUPS) -> None:
         """Raise UserError if a convolutional head's channels do not divide into groups, or its upsampling does not
         produce `patch` pixels a side per token."""
-        if channels % GROUPS or channels < GROUPS:
-            raise UserError(f"The head's channels come in groups of {GROUPS}, and {channels} is no multiple of it.")
+        if channels % groups or channels < groups:
+            raise UserError(f"The head's channels come in {groups} groups, and {channels} is no multiple of it.")
         if (drawn := 2 ** (len(multipliers) - 1)) != patch:
             raise UserError(
                 f"A head of {len(multipliers)} levels draws {drawn} x {drawn} pixels a token and {patch} x {patch} are "
@@ -182,7 +182,8 @@ class VQRAEConfig(ImageTokenizerConfig):
         train_codebook: also learn C; SimVQ freezes it at its random initialization.
         pre_quant_norm: a LayerNorm before the in-projection.
         pixel_head: "patch", the paper's linear layer for each patch, or "conv" (ours), a convolutional head whose edges
-            cross patches; `head_channels` and `head_multipliers` are its own, as in `IDEALConfig`.
+            cross patches; `head_channels` and `head_multipliers` are its own, as in `IDEALConfig`. Its group norms have
+            `head_groups` groups: with as many as channels they are instance norms, which leave bright specks.
     """
 
     model_type = "vqrae"
@@ -195,13 +196,14 @@ class VQRAEConfig(ImageTokenizerConfig):
     pixel_head: Literal["patch", "conv"] = "patch"
     head_channels: int = 32
     head_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2)
+    head_groups: int = GROUPS
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.quantizer != "simvq" and (self.codebook_bias or self.train_codebook):
             raise UserError(f"codebook_bias and train_codebook belong to simvq, and the quantizer is {self.quantizer}.")
         if self.pixel_head == "conv":
-            self.check_head(self.head_channels, self.head_multipliers, self.decoded_patch_size)
+            self.check_head(self.head_channels, self.head_multipliers, self.decoded_patch_size, self.head_groups)
 
 
 @strict

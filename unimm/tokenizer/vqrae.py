@@ -20,7 +20,7 @@ from unimm.tokenizer.quantizers import QUANTIZERS, Quantizer, SimVQ
 from unimm.tokenizer.registry import register_tokenizer
 from unimm.tokenizer.samplers import GridSampler
 
-HEAD_FIELDS = {"pixel_head", "head_channels", "head_multipliers"}
+HEAD_FIELDS = {"pixel_head", "head_channels", "head_multipliers", "head_groups"}
 
 
 class VQRAE(ImageTokenizer):
@@ -48,7 +48,7 @@ def quantizer(config: VQRAEConfig) -> Quantizer:
 def pixel_head(config: VQRAEConfig) -> nn.Module:
     """Build the head that decodes the decoder's tokens [B, M, D] into pixel_values."""
     if config.pixel_head == "conv":
-        return ConvHead(config.hidden_size, config.head_channels, config.head_multipliers)
+        return ConvHead(config.hidden_size, config.head_channels, config.head_multipliers, config.head_groups)
     return PatchHead(config.hidden_size, config.decoded_patch_size)
 
 
@@ -56,7 +56,7 @@ def with_new_head(tokenizer: VQRAE, **fields: Any) -> VQRAE:
     """Copy a tokenizer with another pixel head, which starts at random; everything else, ids included, stays.
 
     Args:
-        fields: of `VQRAEConfig`: `pixel_head`, `head_channels`, `head_multipliers`.
+        fields: of `VQRAEConfig`: `pixel_head`, `head_channels`, `head_multipliers`, `head_groups`.
 
     Raises:
         UserError: another field, or a head that does not fit the patches.
