@@ -88,3 +88,17 @@ def test_blocks_of_any_size_give_the_same(block, low_precision, monkeypatch):
     latents, codebook = torch.randn(4, 25, 24), torch.randn(50, 24)
     found = nearest_codes(latents, codebook, low_precision=low_precision)
     assert torch.equal(found.flatten(), brute_force(latents.flatten(0, 1), codebook))
+
+
+def test_tf32_is_off_during_a_search(monkeypatch):
+    """On a GPU it would round what the bound takes as exact; elsewhere it is as it was."""
+    seen, original = [], torch.addmm
+    monkeypatch.setattr(
+        torch, "addmm", lambda *a, **k: (seen.append(torch.get_float32_matmul_precision()), original(*a, **k))[1]
+    )
+    torch.set_float32_matmul_precision("high")
+    try:
+        nearest_codes(torch.randn(5, 8), torch.randn(16, 8))
+        assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -40,13 +40,16 @@ def nearest_codes(latents: Tensor, codebook: Tensor, *, low_precision: bool | No
 
 @contextmanager
 def _sums_in_float32() -> Iterator[None]:
-    """Have a GPU add partial sums of bfloat16 products in float32 inside the context, as the error bound assumes."""
-    settings = torch.backends.cuda.matmul
+    """Have a GPU multiply float32 without TF32 inside the context, and add partial bfloat16 sums in float32:
+    the error bound assumes both."""
+    settings, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
     before, settings.allow_bf16_reduced_precision_reduction = settings.allow_bf16_reduced_precision_reduction, False
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         settings.allow_bf16_reduced_precision_reduction = before
+        torch.set_float32_matmul_precision(precision)
 
 
 class _Search:

@@ -2,6 +2,7 @@
 run."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -288,3 +289,15 @@ def test_refit_spreads_the_codes_of_the_saved_tokenizer(tmp_path):
         return len(torch.cat([tokenizer.encode(b).ids for b in plain._batches(range(24))]).unique())
 
     assert codes_in_use(tmp_path / "spread") > codes_in_use(tmp_path / "plain")
+
+
+def test_tf32_is_set_if_asked_for(tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        trainer(tmp_path / "1", 1)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+        trainer(tmp_path / "2", 1, tf32=True)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

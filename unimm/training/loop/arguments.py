@@ -212,7 +212,8 @@ class TokenizerTrainingConfig:
     In stage 2 the encoder trains at `encoder_learning_rate`. Stage 3, ours, trains the decoder alone: ids and features
     do not change, so it can follow the training of a language model. The learning rate of every group ends at min(its
     rate, `end_learning_rate`). `mixed_precision` "auto" is bf16 if the device has fast bfloat16 matrix products, else
-    "no".
+    "no". `tf32` lets GPUs that have it round products that stay in float32, those of perceptual networks, to TF32; the
+    search for the nearest codes does not.
     """
 
     FORMER: ClassVar[dict[str, str]] = {
@@ -240,6 +241,7 @@ class TokenizerTrainingConfig:
     max_grad_norm: Rate = 1.0
     ema_decay: Decay = 0.999
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    tf32: bool = False
     codebook_init: Literal["random", "data"] = "random"
     codebook_init_images: Count = field(default=2048, metadata=_FITS)
     restart_steps: Count | None = None

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "train.save_*", "train.keep_last",
     # speed: same results up to rounding
     "train.num_workers", "train.dataloader_*", "train.compile_blocks", "train.torch_compile*", "train.use_cpu",
+    "train.tf32",
     "train.gradient_checkpointing*", "train.torch_empty_cache_steps", "train.ddp_*", "train.fsdp*", "train.deepspeed",
     "train.accelerator_config*", "train.parallelism_config*", "train.skip_memory_metrics",
     "train.include_num_input_tokens_seen", "*.attn_implementation",

@@ -90,6 +90,9 @@ class TokenizerTrainer:
         fsdp, deepspeed = kind == DistributedType.FSDP, kind == DistributedType.DEEPSPEED
         check_strategy(fsdp, deepspeed, sharded_by_trainer=False)
         set_seed(config.seed)
+        if config.tf32:
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
         self.step = 0
         self.output_dir = Path(config.output_dir)
         self.processor = ImageTokenizerProcessor.for_tokenizer(tokenizer.config)
