@@ -16,11 +16,10 @@ import torch
 from unimm.config.loading import parse_recipe_args
 from unimm.config.schema import Rate
 from unimm.errors import UserError, run_main
-from unimm.mllm import UnifiedModelMixin, load
+from unimm.mllm import load
+from unimm.mllm.swap_tokenizer import take_decoder
 from unimm.sampling import ImageSampling
 from unimm.saving import save_whole
-from unimm.tokenizer.loading import load_image_tokenizer
-from unimm.tokenizer.vqrae import HEAD_FIELDS
 
 CARD = "README.md"
 
@@ -46,21 +45,6 @@ class PublishRecipe:
     image_editing: ImageSampling | None = None
     max_megabytes: Rate = 20.0
     image_tokenizer: str | None = None
-
-
-def take_decoder(model: UnifiedModelMixin, path: str) -> None:
-    """Copy the decoder of the image tokenizer at `path` into `model`. Raises UserError if its codebook differs."""
-    other = load_image_tokenizer(path)
-    if other.fingerprint != model.image_tokenizer.fingerprint:
-        raise UserError(
-            f"The image tokenizer {path} has another codebook than the model: its decoder cannot draw for it."
-        )
-    own = model.image_tokenizer
-    own.decoder.load_state_dict(other.decoder.state_dict())
-    own.pixel_head = other.pixel_head
-    for config in (own.config, model.config.vision_config):
-        for name in HEAD_FIELDS & vars(other.config).keys():
-            setattr(config, name, getattr(other.config, name))
 
 
 def main() -> None:

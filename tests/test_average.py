@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 from tests.mllm.tiny import unified
 from unimm.errors import UserError
 from unimm.mllm import load
+from unimm.tokenizer.vqrae import with_new_head
 
 RECIPE = runpy.run_path(str(ROOT / "recipes" / "average.py"))
 
@@ -37,6 +38,24 @@ def test_weights_lie_between_those_of_both(tmp_path: Path, capsys: pytest.Captur
     assert any(not torch.equal(out[name], first[name]) for name in out)
     tokenizer = [name for name in out if "vision_tower" in name or "image_tokenizer" in name]
     assert tokenizer and all(torch.equal(out[name], first[name]) for name in tokenizer)
+
+
+def test_the_decoder_of_another_image_tokenizer_with_the_same_ids(tmp_path: Path) -> None:
+    """Models whose decoders differ are averaged, too: the image tokenizer takes no part."""
+    model, processor = load(device="cpu", dtype=torch.float32)
+    head = {"pixel_head": "conv", "head_channels": 32, "head_multipliers": [1, 1, 1, 1]}
+    tokenizer = with_new_head(model.image_tokenizer, **head)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    processor.image_processor.save_pretrained(tmp_path / "tokenizer")
+    options = ["--share", "0.5", "--image-tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "out")]
+    RECIPE["main"](["default", "default", *options])
+    out, default = load(tmp_path / "out")[0], load(device="cpu", dtype=torch.float32)[0]
+    for name, weight in RECIPE["learned"](out).items():
+        torch.testing.assert_close(weight, dict(default.named_parameters())[name])
+    ids = torch.arange(64).view(1, 64)
+    assert torch.equal(out.image_tokenizer.decode(ids), tokenizer.decode(ids))
+    assert not torch.equal(out.image_tokenizer.decode(ids), default.image_tokenizer.decode(ids))
+    RECIPE["interpolate"](out, default, 0.5)
 
 
 def test_models_that_cannot_be_averaged(tmp_path: Path) -> None:
