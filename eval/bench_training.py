@@ -5,10 +5,10 @@
 
 Measured are stage 1 and stage 2 of VQRAE (stage 2 with its GAN; at size "paper" both with randomly initialized LPIPS
 and ConvNeXt-S) and text-to-image training of a language model, from images ("t2i") and from ids made before
-("t2i_ids", as `recipes/encode.py` makes them), each plain, with float32 products in TF32, with gradient checkpointing,
-and compiled. "paper" is VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of a 512 px image. MFU (model FLOPs
-utilization) is reported if the device's peak is known; `--profile` adds the slowest operators and how often the host
-waits for the device.
+("t2i_ids", as `recipes/encode.py` makes them), each plain, with or without TF32 in float32 products and convolutions
+(plain: in convolutions alone, torch's default), with gradient checkpointing, and compiled. "paper" is
+VQRAE-SigLIP2-256, and Qwen3-0.6B with the 1024 tokens of a 512 px image. MFU (model FLOPs utilization) is reported if
+the device's peak is known; `--profile` adds the slowest operators and how often the host waits for the device.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from unimm.training.tokenizer.perceptual import PerceptualLoss
 from unimm.training.tokenizer.trainer import TokenizerTrainer
 
 WHATS = ("stage1", "stage2", "t2i", "t2i_ids")
-WAYS = ("plain", "tf32", "checkpointed", "compiled")
+WAYS = ("float32", "plain", "tf32", "checkpointed", "compiled")
 FLOW = "drawing"
 
 
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     for what in whats:
         for way in ways:
             torch.set_float32_matmul_precision("high" if way == "tf32" else "highest")
-            torch.backends.cudnn.allow_tf32 = way == "tf32"  # of convolutions; torch's default is True
+            torch.backends.cudnn.allow_tf32 = way != "float32"  # of convolutions; torch's default is True
             with tempfile.TemporaryDirectory() as folder:
                 if what.startswith("t2i"):
                     split = drawing_split(size, what == "t2i_ids", way, args, folder)

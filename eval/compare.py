@@ -15,7 +15,7 @@ from typing import Any
 
 from unimm.errors import UserError, reading, run_main
 
-SECTIONS = ("reconstruction", "chat", "generation", "strict", "probe")
+SECTIONS = ("reconstruction", "chat", "generation", "edits", "interleaved", "phrasing", "strict", "probe")
 SETTINGS = ("base_rate", "sweep")  # hyper-parameters found by a probe, not metrics
 MISSING = "-"
 

@@ -61,7 +61,7 @@ def _script(name: str, debug: str, paper: str) -> Callable[[str, Path], Iterator
     return commands
 
 
-def _training(what: str, batch: int, ways: str = "plain,compiled", steps: int = 25) -> Callable[..., Any]:
+def _training(what: str, batch: int, ways: str = "plain,compiled", steps: int = 12) -> Callable[..., Any]:
     common = f"--what {what} --profile"
     workers = max(1, (os.cpu_count() or 2) - 2)
     return _script(
@@ -102,8 +102,8 @@ def _chain(size: str, report: Path) -> Iterator[Sequence[str]]:
 PARTS: Mapping[str, Part] = {
     "correctness": Part(_script("gpu_correctness", "--size debug", "--size paper"), 100, 30),
     "generation": _generation(64, "compiled,own,8,generate,plain,Janus,Emu3", 210),
-    "training t2i": Part(_training("t2i_ids", 16), 100, 45),
-    "training stage 1": Part(_training("stage1", 64, ways="plain,tf32,compiled"), 120, 60),
+    "training t2i": Part(_training("t2i_ids", 16), 130, 45),
+    "training stage 1": Part(_training("stage1", 64, ways="plain,tf32,compiled"), 130, 60),
     "generation, whole image": _generation(1024, "compiled", 100),
     "training stage 2": Part(_training("stage2", 32, ways="plain"), 80, 50),
     "training t2i, images": Part(_training("t2i", 16, ways="plain,tf32", steps=6), 60, 40),

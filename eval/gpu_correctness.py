@@ -154,10 +154,13 @@ def _in_order(logits: Tensor, input_ids: Tensor, token_ids: Tensor, drawn: Tenso
 
 @torch.no_grad()
 def compare_compiled(plan: Plan) -> dict[str, Any]:
-    """Compare a compiled greedy drawing with an eager one, in the same dtype; on a small random model at size "debug",
-    because a CPU compiles slowly."""
+    """Compare two compiled greedy drawings with an eager one, in float32; on a small random model at size "debug",
+    because a CPU compiles slowly.
+
+    In bfloat16 a compiler that fuses operations rounds less often, and choices differ.
+    """
     if plan.paper:
-        model, processor = load(device=plan.device)
+        model, processor = load(device=plan.device, dtype=torch.float32)
     else:
         model, processor = random_model(128, 1, 64, 16, torch.float32)
         model.to(plan.device)
@@ -166,8 +169,7 @@ def compare_compiled(plan: Plan) -> dict[str, Any]:
         warnings.filterwarnings("error", "Drawing goes on in a slower way")  # else eager would be compared with eager
         found = [_greedy(model, processor, PROMPTS[0], compile=True)[1] for _ in range(2)]
     compiled, again = (agreement(each, eager) for each in found)
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"equal_token_ids": compiled, "equal_token_ids_of_the_second_drawing": again, "dtype": dtype}
+    return {"equal_token_ids": compiled, "equal_token_ids_of_the_second_drawing": again}
 
 
 CHECKS: dict[str, Callable[[Plan], dict[str, Any]]] = {

@@ -248,14 +248,19 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[compiled.CompiledStep]:
     return found
 
 
-def test_a_compiled_step_serves_the_next_drawing_of_its_size(eager_compiler: None, made: list[Any]) -> None:
+def test_a_compiled_step_serves_the_next_drawing_of_its_size(
+    eager_compiler: None, made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU its cache and graph stay where they are: a new one would be compiled and captured again."""
+    said: list[str] = []
+    monkeypatch.setattr(compiled.logger, "warning", said.append)
     model, processor = tiny.unified()
     for seed, texts, scale in ((3, TEXTS[:1], 2.0), (4, TEXTS[1:2], 2.0), (5, TEXTS[:1], 1.0), (6, TEXTS[2:], 2.0)):
         options = {"seed": seed, "guidance_scale": scale}
         expected = draw(model, processor, texts, **options)
         assert torch.equal(draw(model, processor, texts, compile=True, **options), expected)
     assert len(made) == 2, "one with two rows, one with one row"
+    assert ["of 2 rows and 64 tokens" in said[0], "of 1 rows and 64 tokens" in said[1], len(said)] == [True, True, 2]
 
 
 def test_drawings_at_the_same_time_do_not_share_a_compiled_step(eager_compiler: None, made: list[Any]) -> None:

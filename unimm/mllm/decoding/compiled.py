@@ -5,6 +5,7 @@ On a GPU the compiled step is also captured as a CUDA graph. What a graph reads 
 R rows, T tokens of the cache, L of the prompt, M image tokens, K codes.
 """
 
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.utils import logging
 
 from unimm.mllm.decoding.host import HostSteps
+
+logger = logging.get_logger(__name__)
 
 _SIZE_STEP = 64  # a static cache is rounded up to this: prompts of similar length share a compiled step
 _KEPT = 2  # steps that wait for the next drawing of a model: the guided and the unguided rows of one
@@ -59,6 +63,7 @@ class CompiledStep:
         devices = {layer.keys.device for layer in self.static.layers} | {hidden.device}
         self.captured = len(devices) == 1 and hidden.is_cuda  # a graph belongs to one device
         self.graph: Any = None
+        self.warm = False
 
     @classmethod
     def for_drawing(
@@ -97,6 +102,15 @@ class CompiledStep:
 
     def __call__(self, model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Feed token_ids [R, 1] at positions [R, 1], or [3, R, 1] for M-RoPE; return the logits [R, 1, K]."""
+        if self.warm:
+            return self._fed(model, token_ids, positions)
+        start, (rows, length) = time.perf_counter(), self.hidden.shape
+        logits = self._fed(model, token_ids, positions)
+        seconds, self.warm = time.perf_counter() - start, True
+        logger.warning(f"Compiled the drawing step of {rows} rows and {length} tokens in {seconds:.1f} s.")
+        return logits
+
+    def _fed(self, model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
         if not self.captured:
             return self._run(model, token_ids, positions)
         if self.graph is None:
