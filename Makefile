@@ -86,7 +86,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
+shapes: $(SHAPES)/final/.done $(SHAPES)/stage3_specks/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -106,6 +106,14 @@ $(SHAPES)/stage3/.done: $(SHAPES)/stage2/.done | $(VENV)/.dev
 
 $(SHAPES)/stage3_more/.done: $(SHAPES)/stage3/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage3_more.yaml
+	@touch $@
+
+$(SHAPES)/stage3_conv/.done: $(SHAPES)/stage3_more/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage3_conv.yaml
+	@touch $@
+
+$(SHAPES)/stage3_specks/.done: $(SHAPES)/stage3_conv/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage3_specks.yaml
 	@touch $@
 
 $(SHAPES)/sft/.done: $(SHAPES)/stage2/.done | $(VENV)/.dev
@@ -140,16 +148,32 @@ $(SHAPES)/rewards/.done: $(SHAPES)/edits/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards.yaml
 	@touch $@
 
-# Two legs more, whose model is not embedded yet: make runs/shapes/average/.done
 $(SHAPES)/more_edits/.done: $(SHAPES)/rewards/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/t2i.py --config configs/shapes/more_edits.yaml
 	@touch $@
 
-$(SHAPES)/average/.done: $(SHAPES)/rewards/.done $(SHAPES)/more_edits/.done
-	$(BIN)/python recipes/average.py $(^D) --share 0.5 --output $(@D)
+# Each new leg costs a part of what the one before won: between the weights of both most of either is there.
+$(SHAPES)/average/.done: $(SHAPES)/rewards/.done $(SHAPES)/more_edits/.done $(SHAPES)/stage3_conv/.done
+	$(BIN)/python recipes/average.py $(SHAPES)/rewards $(SHAPES)/more_edits --share 0.5 --image-tokenizer $(SHAPES)/stage3_conv --output $(@D)
 	@touch $@
 
-publish: $(SHAPES)/rewards/.done $(SHAPES)/stage3_more/.done
+$(SHAPES)/rewards_edits/.done: $(SHAPES)/average/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards_edits.yaml
+	@touch $@
+
+$(SHAPES)/average2/.done: $(SHAPES)/rewards_edits/.done $(SHAPES)/more_edits/.done
+	$(BIN)/python recipes/average.py $(^D) --share 0.4 --output $(@D)
+	@touch $@
+
+$(SHAPES)/rewards_again/.done: $(SHAPES)/average2/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards_again.yaml
+	@touch $@
+
+$(SHAPES)/final/.done: $(SHAPES)/rewards_again/.done $(SHAPES)/more_edits/.done
+	$(BIN)/python recipes/average.py $(^D) --share 0.3 --output $(@D)
+	@touch $@
+
+publish: $(SHAPES)/final/.done $(SHAPES)/stage3_specks/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml
 
 # ---- the three tokenizers at the same number of images of the shapes data set: trained, given to a language model, measured, one table ----
@@ -207,7 +231,7 @@ SHORT_LORA := $(if $(SHORT),train.new_rows_warmup_steps=2 train.warmup_steps=2)
 SHORT_ANSWERS := $(if $(SHORT),--limit 16)
 SHORT_TEXT := $(if $(SHORT),--prompts 3)
 SHORT_SHAPES := $(if $(SHORT),--num-scenes 4 --codebook-scenes 4 --questions 2 --prompts 1 --images-per-prompt 1)
-SHAPES_PARTS := --parts chat,generation $(or $(SHORT_SHAPES),--questions 100 --prompts 15 --images-per-prompt 2)
+SHAPES_PARTS := --parts chat,generation,phrasing $(or $(SHORT_SHAPES),--questions 100 --prompts 15 --images-per-prompt 2)
 
 smol: $(SMOL)/text-before.json $(SMOL)/text-after.json $(SMOL)/shapes.json $(SMOL)/shapes-default.json
 	$(BIN)/python eval/compare.py default=$(SMOL)/shapes-default.json smollm2=$(SMOL)/shapes.json

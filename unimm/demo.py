@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from unimm.chat import ChatSession
 from unimm.data.shapes import TAGS, Prompt, Scene, Turn, render, sample_conversation, sample_prompt, sample_scene
+from unimm.data.shapes.phrasings import HELD_OUT, REQUESTS, reworded
+from unimm.data.shapes.prompts import split_of
 from unimm.evaluation.metrics.answers import same_answer
 from unimm.evaluation.runs.html import base_style, data_uri
 from unimm.runs.provenance import write_atomically
@@ -41,14 +43,29 @@ class DemoPlan:
 
     @classmethod
     def sample(cls, seed: int, *, scenes: int = 8, talks: int = 4, turns: int = 3, per_tag: int = 2) -> "DemoPlan":
-        """Sample the scenes, the conversations and the held-out prompts (`per_tag` for each tag)."""
-        rng = np.random.default_rng(seed)
+        """Sample the scenes, the conversations and the held-out prompts (`per_tag` for each tag), each in another kind
+        of wording."""
+        rng, words = np.random.default_rng(seed), np.random.default_rng((seed, 1))
+        reconstructions = [sample_scene(rng) for _ in range(scenes)]
+        conversations = [sample_conversation(rng, num_turns=turns) for _ in range(talks)]
+        prompts = [sample_prompt(rng, tag, split="test") for tag in TAGS for _ in range(per_tag)]
         return cls(
-            reconstructions=[sample_scene(rng) for _ in range(scenes)],
-            conversations=[sample_conversation(rng, num_turns=turns) for _ in range(talks)],
-            prompts=[sample_prompt(rng, tag, split="test") for tag in TAGS for _ in range(per_tag)],
+            reconstructions=reconstructions,
+            conversations=conversations,
+            prompts=[_as_people_ask(words, prompt, number) for number, prompt in enumerate(prompts)],
             seed=seed,
         )
+
+
+def _as_people_ask(rng: np.random.Generator, prompt: Prompt, number: int) -> Prompt:
+    """Return the prompt in a wording of the kind `number`, or of the next one that has a held-out wording for it."""
+    kinds = tuple(REQUESTS)
+    first = number % len(kinds)
+    for kind in (*kinds[first:], *kinds[:first]):
+        asked = reworded(rng, prompt, kind)
+        if asked is not None and (kind in HELD_OUT or split_of(asked.prompt) == "test"):
+            return asked
+    return prompt
 
 
 @dataclass

@@ -164,6 +164,7 @@ def test_what_is_painted_is_drawn_anew_and_the_rest_stays(visit: Callable[..., A
     for step in range(9):  # over the yellow circle, in the right half
         page.mouse.move(middle[0] + 30 + 10 * step, middle[1] + (50 if step % 2 else -70), steps=4)
     page.mouse.up()
+    page.locator("#edit-meaning").get_by_text("Describe the finished image").click()
     page.locator("#edit-prompt textarea").fill("a blue square left of a red ring on a white background")
     page.locator("#edit-go").click()
     sync_api.expect(page.locator("#edit-line")).to_contain_text("Seed", timeout=60_000)
@@ -171,6 +172,21 @@ def test_what_is_painted_is_drawn_anew_and_the_rest_stays(visit: Callable[..., A
     assert not is_color(edited, "yellow").any()  # it was painted over
     left = edited[:, : 64 * 3 // 8]
     assert is_color(left, "blue").mean() > 0.1  # the square stays
+
+
+def test_an_instruction_changes_what_it_names(visit: Callable[..., Any]) -> None:
+    """The image that the tab starts with, a blue square and a yellow circle, without any painting."""
+    page = visit()
+    tab(page, "Edit")
+    page.locator("#edit-image canvas").first.wait_for()
+    page.get_by_text("More settings").locator("visible=true").first.click()
+    page.get_by_label("Seed").locator("visible=true").first.fill("1")
+    page.locator("#edit-prompt textarea").fill("Make the circle red.")
+    page.locator("#edit-go").click()
+    sync_api.expect(page.locator("#edit-line")).to_contain_text("Seed 1", timeout=60_000)
+    edited = pixels(page, "#edit-result img")
+    assert not is_color(edited, "yellow").any() and is_color(edited, "red").mean() > 0.02
+    assert is_color(edited, "blue").mean() > 0.05
 
 
 def test_a_reconstruction_beside_its_original_on_a_phone_in_the_dark(visit: Callable[..., Any], upload: str) -> None:

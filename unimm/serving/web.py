@@ -35,8 +35,8 @@ _ICON = (
 _HEAD = f'<link rel="icon" href="data:image/svg+xml,{_ICON}">'
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _EDIT_EXAMPLES = {
-    DESCRIBE: "a blue square and a red ring on a white background",
     INSTRUCT: "Make the circle red.",
+    DESCRIBE: "a blue square and a red ring on a white background",
 }
 _SIZES = ["1", "2", "4"]
 
@@ -191,12 +191,13 @@ def _edit(actions: Actions, examples: dict[str, str]) -> None:
                     elem_id="edit-image",
                 )
             )
-            gr.HTML("<p class='lead'>Paint over the part to draw anew.</p>", padding=False)
+            gr.HTML("<p class='lead'>Say what to change, or paint over the part to draw anew.</p>", padding=False)
             if examples:
                 chosen = _images("Or another image", examples)
-            meaning = gr.Radio(list(_EDIT_EXAMPLES), value=DESCRIBE, show_label=False, elem_id="edit-meaning")
-            prompt = gr.Textbox(label="In words", placeholder=_EDIT_EXAMPLES[DESCRIBE], lines=2, elem_id="edit-prompt")
-            settings = _settings(actions)
+            first = INSTRUCT if examples else DESCRIBE  # another model may not have learned to edit
+            meaning = gr.Radio(list(_EDIT_EXAMPLES), value=first, show_label=False, elem_id="edit-meaning")
+            prompt = gr.Textbox(label="In words", placeholder=_EDIT_EXAMPLES[first], lines=2, elem_id="edit-prompt")
+            settings = _settings(actions, editing=first == INSTRUCT)
             go, stop = _buttons("Edit")
         with gr.Column(min_width=300):
             outputs = _result("edit")
@@ -257,9 +258,9 @@ def _captioned(caption: str, name: str) -> Any:
         )
 
 
-def _settings(actions: Actions) -> list[Any]:
+def _settings(actions: Actions, *, editing: bool = False) -> list[Any]:
     """Show the settings of sampling, closed at first, with the checkpoint's own values."""
-    scale, own_temperature = _own_values(actions)
+    scale, own_temperature = _own_values(actions, editing=editing)
     with gr.Accordion("More settings", open=False):
         seed = gr.Textbox(label="Seed", placeholder="random", info="A whole number; the same one draws the same.")
         guidance = gr.Slider(1, 10, scale, step=0.5, label="Guidance", info="Higher follows the text more closely.")
