@@ -28,10 +28,10 @@ def mask(kind: str) -> Image.Image:
 @pytest.mark.parametrize("kind", ["white", "transparent", None])
 def test_an_edit_is_the_sessions(served: Served, parts: tuple[Any, Any], kind: str | None) -> None:
     cells = None if kind is None else LEFT
-    expected = ChatSession(*parts).edit(PROMPT, scene(), cells, num_images=2, seed=8)
+    expected = ChatSession(*parts).edit(PROMPT, scene(), cells, num_images=2, seed=8, temperature=1.0)
     more = {} if kind is None else {"mask": ("mask.png", file_of(mask(kind)))}
     answer = served.client.images.edit(
-        image=("a.png", file_of(scene())), prompt=PROMPT, n=2, extra_body={"seed": 8}, **more
+        image=("a.png", file_of(scene())), prompt=PROMPT, n=2, extra_body={"seed": 8, "temperature": 1.0}, **more
     )
     images = [image_of(each.b64_json or "") for each in answer.data or []]
     assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
@@ -101,7 +101,8 @@ def test_a_checkpoints_settings_for_edits_are_those_of_edits_alone(
     answer: Any = served.client.images.edit(image=file_of(scene()), prompt=PROMPT, extra_body={"seed": 2})
     assert image_of(answer.data[0].b64_json).tobytes() == edited.tobytes()
     answer = served.client.images.generate(prompt="a red circle", extra_body={"seed": 2})
-    (drawn,) = ChatSession(*parts).draw("a red circle", seed=2, guidance_scale=2.0)
+    scale = parts[0].generation_config.image_generation["guidance_scale"]
+    (drawn,) = ChatSession(*parts).draw("a red circle", seed=2, guidance_scale=scale)
     assert image_of(answer.data[0].b64_json).tobytes() == drawn.tobytes()
 
 
@@ -114,6 +115,7 @@ def test_a_checkpoints_image_scale_is_that_of_edits_alone(
     (plain,) = ChatSession(*parts).edit(PROMPT, scene(), seed=2)
     stored = {**(config.image_generation or {}), "guidance_scale": 3.0, "image_guidance_scale": 2.0}
     monkeypatch.setattr(config, "image_generation", stored)
+    monkeypatch.setattr(config, "image_editing", None)
     session = ChatSession(*parts)
     (edited,) = session.edit(PROMPT, scene(), seed=2)
     (drawn,) = session.draw("a red circle", seed=2)

@@ -181,7 +181,7 @@ def test_an_instruction_changes_what_it_names(visit: Callable[..., Any]) -> None
     page.locator("#edit-image canvas").first.wait_for()
     page.get_by_text("More settings").locator("visible=true").first.click()
     page.get_by_label("Seed").locator("visible=true").first.fill("1")
-    page.locator("#edit-prompt textarea").fill("Make the circle red.")
+    page.locator("#edit-prompt textarea").fill("Make the yellow circle red.")
     page.locator("#edit-go").click()
     sync_api.expect(page.locator("#edit-line")).to_contain_text("Seed 1", timeout=60_000)
     edited = pixels(page, "#edit-result img")

@@ -25,9 +25,6 @@ from unimm.tokenizer import ImageTokenizer
 
 Vocabulary = Literal["text", "image", "all", "answer"]
 
-LOGITS_AT_ONCE = 1 << 27
-"""Logits that a loss over targets computes at a time: half a gigabyte in float32, a few of which are alive."""
-
 
 class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
     """Mixin placed before a host's `...ForConditionalGeneration`; a subclass sets its config class and output class.
@@ -38,6 +35,8 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
     _output_class: type[ModelOutput]
     positions_are_1d = True
     """Whether positions are plain indices into a sequence, so that restarting at 0 begins another packed sequence."""
+    logits_at_once = 1 << 27
+    """Logits that a loss over targets computes at a time: half a gigabyte in float32, a few of which are alive."""
 
     @property
     def image_tokenizer(self) -> ImageTokenizer:
@@ -134,7 +133,7 @@ class UnifiedModelMixin(WholeCheckpointMixin, ImageGenerationMixin):
         def piece(rows: Tensor, wanted: Tensor) -> Tensor:
             return F.cross_entropy(self._logits(rows, "all").float(), wanted, reduction="none")
 
-        size = max(1, LOGITS_AT_ONCE // self.visual_vocabulary.end)
+        size = max(1, self.logits_at_once // self.visual_vocabulary.end)
         pairs = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in pairs])
 

@@ -35,7 +35,7 @@ _ICON = (
 _HEAD = f'<link rel="icon" href="data:image/svg+xml,{_ICON}">'
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _EDIT_EXAMPLES = {
-    INSTRUCT: "Make the circle red.",
+    INSTRUCT: "Make the yellow circle red.",
     DESCRIBE: "a blue square and a red ring on a white background",
 }
 _SIZES = ["1", "2", "4"]

@@ -178,8 +178,8 @@ def test_a_loss_in_pieces_has_the_same_value_and_gradients(
 
     monkeypatch.setattr(unified.UnifiedModelMixin, "_logits", counted)
     found = []
-    for limit in (unified.LOGITS_AT_ONCE, 10 * model.visual_vocabulary.end):
-        monkeypatch.setattr(unified, "LOGITS_AT_ONCE", limit)
+    for limit in (model.logits_at_once, 10 * model.visual_vocabulary.end):
+        monkeypatch.setattr(type(model), "logits_at_once", limit)
         loss = trainer.compute_loss(model, batch)
         parameters = [each for each in model.parameters() if each.requires_grad]
         found.append((loss, torch.autograd.grad(loss, parameters, allow_unused=True)))

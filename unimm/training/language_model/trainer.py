@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from unimm.data.text.collators import IGNORED
 from unimm.errors import UserError
-from unimm.mllm import unified
 from unimm.saving import save_whole
 from unimm.training.language_model.adapters import PROJECTOR, Adapter
 from unimm.training.language_model.callbacks import DrawPanel, Panel
@@ -227,7 +226,7 @@ class HostTrainer(StreamTrainer):
             labels = labels.masked_scatter(drawn, token_ids)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().index_select(0, where)
         inputs = {**batch, "logits_at": where, "vocabulary": "all", "use_cache": False}
-        if len(where) * self.model.visual_vocabulary.end > unified.LOGITS_AT_ONCE:
+        if len(where) * self.model.visual_vocabulary.end > self.model.logits_at_once:
             losses = model(**inputs, targets=targets).loss  # [n]
             return (losses if weights is None else weights * losses).sum(), len(where)
         logits = model(**inputs).logits  # [n, V]
