@@ -51,6 +51,29 @@ def test_a_model_in_bfloat16_decodes_almost_the_same_pixels(tokenizer, head):
     assert expected.std() > 0.02
 
 
+@pytest.mark.parametrize("head", [None, "conv"])
+def test_pixels_do_not_depend_on_the_rest_of_the_batch(tokenizer, head):
+    """Up to the last bits of the decoder's matrix products; convolutions of a CPU take one image at a time."""
+    if head and isinstance(tokenizer, VQRAE):
+        fields = {"pixel_head": head, "head_channels": 32, "head_multipliers": [1, 1, 1, 1]}
+        tokenizer = with_new_head(tokenizer, **fields).eval()
+    shapes, original = [], torch.nn.Conv2d.forward
+    ids = torch.randint(64, (5, tokenizer.config.num_image_tokens), generator=torch.Generator().manual_seed(0))
+
+    def noted(self, x):
+        shapes.append(len(x))
+        return original(self, x)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        whole = tokenizer.decode(ids)
+        torch.testing.assert_close(
+            torch.cat([tokenizer.decode(each) for each in ids.split(2)]), whole, atol=1e-5, rtol=0
+        )
+        patch.setattr(torch.nn.Conv2d, "forward", noted)
+        tokenizer.decode(ids)
+    assert set(shapes) <= {1}
+
+
 def test_fingerprint_tells_codebooks_apart(tokenizer):
     before = tokenizer.fingerprint
     tokenizer.quantizer.codebook.data[0, 0] += 1

@@ -112,7 +112,8 @@ class ConvHead(OwnStart):
 
     def forward(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
         x = hidden_states.transpose(1, 2).unflatten(2, grid)
-        if x.is_cpu and len(x) > 1 and not torch.is_grad_enabled():
+        traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()  # the batch may have no size then
+        if x.is_cpu and not traced and not torch.is_grad_enabled():
             # a CPU's convolutions round differently in batches of other sizes: one by one, no image depends on others
             return torch.cat([self._paint(each) for each in x.split(1)])
         return self._paint(x)
