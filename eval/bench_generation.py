@@ -186,19 +186,23 @@ def cases(
 ) -> Iterator[tuple[float, int, dict[str, Way], dict[str, float]]]:
     """Yield scale, batch, the ways that `--only` asks for, and the bytes that a step of each must read."""
     neighbours: Neighbours | None = None
-    asked = arguments["only"].split(",")
+
+    def is_asked(name: str) -> bool:
+        return any(part in name for part in arguments["only"].split(","))
+
     for scale in (float(each) for each in arguments["scales"].split(",")):
         for batch in (int(each) for each in arguments["batches"].split(",")):
             rivals = Rivals.of(model, processor, batch, scale)
             length = rivals.prompt.shape[1]
             cache = cache_bytes_per_step(model, batch, scale > 1, length)
-            ways = {name: way for name, way in rivals.ways.items() if any(each in name for each in asked)}
+            ways = dict(rivals.ways)
             needed = dict.fromkeys(ways, weight_bytes(model) + cache)
-            for name in (name for name in NEIGHBOURS if any(each in name for each in asked)):
+            if any(map(is_asked, NEIGHBOURS)):  # to build them takes a while
                 neighbours = neighbours or Neighbours.like(model, length)
-                if way := neighbours.ways(batch, scale).get(name):
-                    ways[name], needed[name] = way, neighbours.weights(name) + cache
-            yield scale, batch, ways, needed
+                others = neighbours.ways(batch, scale)
+                ways |= others
+                needed |= {name: neighbours.weights(name) + cache for name in others}
+            yield scale, batch, {name: way for name, way in ways.items() if is_asked(name)}, needed
 
 
 def main(argv: list[str] | None = None) -> None:
