@@ -4,12 +4,14 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
@@ -303,42 +305,90 @@ def test_a_compiled_step_is_left_when_weights_move_or_adapters_switch(eager_comp
     assert torch.equal(draw(model, processor, TEXTS[:1], compile=True), expected) and len(made) == 4
 
 
-def test_capturing_a_step_leaves_the_drawing_as_it_was(
-    eager_compiler: None, made: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stand-in for a CUDA graph: what it records changes nothing, and a replay runs the step on the same tensors."""
-    model, processor = tiny.unified()
-    expected = [draw(model, processor, TEXTS[:1], seed=seed, guidance_scale=2.0) for seed in (3, 4)]
-    replays: list[int] = []
+class Recorded(TorchDispatchMode):
+    """A stand-in for a CUDA graph: records operations, and replays them on the memory that they were recorded with."""
 
-    class Graph:
-        def replay(self) -> None:
-            (step,) = made
-            replays.append(1)
-            arguments = (model, step.static, step.hidden, step.place, step.token_ids, step.positions)
-            step.output.copy_(compiled._forward(*arguments))
+    made: ClassVar[list["Recorded"]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made.append(self)
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.replays = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a graph cannot wait for a value"
+        output = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, output))
+        return output
+
+    def replay(self) -> None:
+        self.replays += 1
+        for function, args, kwargs, output in self.calls:
+            again = function(*args, **kwargs)
+            for kept, new in zip(tree_leaves(output), tree_leaves(again), strict=True):
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+@pytest.fixture
+def graphs(made: list[compiled.CompiledStep], monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """The CUDA graphs that are captured, in their order."""
 
     @contextmanager
-    def graph(_: Graph) -> Any:
-        (step,) = made
+    def graph(recorded: Recorded) -> Any:  # a real one runs nothing while it is captured
+        step = made[-1]
         state = [step.hidden, step.place, *(layer.cumulative_length for layer in step.static.layers)]
         before = [each.clone() for each in state]
-        yield
+        with recorded:
+            yield
         for each, old in zip(state, before, strict=True):
             each.copy_(old)
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, fake in {"Stream": lambda: stream, "current_stream": lambda: stream}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    for name, other in {"stream": lambda _: nullcontext(), "CUDAGraph": Graph, "graph": graph}.items():
+    for name, other in {"stream": lambda _: nullcontext(), "CUDAGraph": Recorded, "graph": graph}.items():
         monkeypatch.setattr(torch.cuda, name, other)
     monkeypatch.setattr(
         compiled.CompiledStep, "captured", property(lambda self: True, lambda self, value: None), raising=False
     )
-    for seed, each in zip((3, 4), expected, strict=True):
-        found = draw(model, processor, TEXTS[:1], seed=seed, guidance_scale=2.0, compile=True)
-        assert torch.equal(found, each)
-    assert len(replays) == 2 * 15
+    monkeypatch.setattr(torch, "compile", lambda step, **kwargs: step)
+    monkeypatch.setattr(Recorded, "made", [])
+    return Recorded.made
+
+
+def test_a_captured_step_draws_the_same(graphs: list[Recorded], made: list[Any]) -> None:
+    """One graph for drawings that choose alike; other prompts, scales, seeds and forced tokens are inputs of it."""
+    model, processor = tiny.attached("qwen3")
+    base = model.visual_vocabulary.base
+    forced = torch.full((3, 16), -1)
+    forced[1, 4:7], forced[0, 2] = base + 5, base + 1
+    for options, count in [
+        ({"guidance_scale": 2.0}, 1),
+        ({"guidance_scale": 3.0, "seed": 4}, 1),
+        ({"guidance_scale": 3.0, "guidance_schedule": "linear", "forced_token_ids": forced}, 1),
+        ({"guidance_scale": 3.0, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.01}, 2),
+        ({"guidance_scale": SCALES}, 3),  # a batch of which one prompt is not guided
+        ({"guidance_scale": SCALES, "guidance_interval": (3, 9)}, 4),  # the same one, then one with fewer rows
+        ({"guidance_scale": 3.0, "do_sample": False}, 5),  # a step of six rows again: two of other sizes came after it
+        ({"guidance_scale": 2.0, "seed": 5}, 6),
+    ]:
+        expected = draw(model, processor, **EVERYTHING, **options)
+        found = draw(model, processor, compile=True, **EVERYTHING, **options)
+        assert torch.equal(found.sequences, expected.sequences), options
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.stack(found.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4)
+        assert len(graphs) == count, options
+    assert [len(step.hidden) for step in made] == [6, 5, 3, 6]
+
+
+def test_a_step_keeps_few_graphs(graphs: list[Recorded], made: list[Any]) -> None:
+    model, processor = tiny.attached("qwen3")
+    for temperature in (0.5, 0.6, 0.7, 0.8, 0.9, 0.9):
+        draw(model, processor, compile=True, temperature=temperature)
+    (step,) = made
+    assert len(step.graphs) == 4 and [graph.replays for graph in graphs] == [15, 15, 15, 15, 30]
 
 
 def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,10 +132,10 @@ def test_a_prefix_of_a_compiled_drawing_is_read_at_once(monkeypatch: pytest.Monk
     forced = masks()
     expected = draw(model, processor, forced_token_ids=forced, guidance_scale=2.0)
     fed: list[int] = []
-    original, compiler = CompiledSteps.logits, torch.compile
+    original, compiler = CompiledSteps.choose, torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **kwargs: compiler(step, backend="eager", dynamic=False))
     monkeypatch.setattr(
-        CompiledSteps, "logits", lambda self, ids, n: (fed.append(ids.shape[1]), original(self, ids, n))[1]
+        CompiledSteps, "choose", lambda self, ids, *others: (fed.append(ids.shape[1]), original(self, ids, *others))[1]
     )
     drawn = draw(model, processor, forced_token_ids=forced, guidance_scale=2.0, compile=True)
     assert torch.equal(drawn, expected) and fed[0] == 3 and set(fed[1:]) == {1}

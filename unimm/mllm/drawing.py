@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unimm.errors import UserError, one_line
+from unimm.mllm.choice import Choice, Chosen, Inputs, precise
 from unimm.mllm.decoding import RoomyLayer, Steps
 from unimm.mllm.guidance import Guidance
 from unimm.noise import Noise
@@ -47,9 +48,9 @@ class Drawing:
         forced: Tensor | None = None,
         every_step: bool = False,
     ) -> None:
-        self.steps, self.noise, self.warpers, self.base = steps, noise, sampling.warpers(), base
-        self.logits = _precise(logits)[:, None]  # [R, n, K]
-        self.guidance = guidance = guidance.to(self.logits)
+        self.steps, self.noise, self.first = steps, noise, logits[:, None]  # [R, 1, K]
+        guidance = guidance.to(precise(logits))
+        self.choice = Choice(guidance, sampling, base)
         (self.length, self.size), self.last = guidance.scales.shape, guidance.last
         self.fed = torch.arange(self.size, device=logits.device)  # the sequence that each row continues
         if len(guidance.rows):
@@ -71,8 +72,8 @@ class Drawing:
         """
         width = _FIRST if parallel_tokens == "auto" else parallel_tokens
         done, guesses = 0, self.chosen[:, :0]
+        raw, scores, ids = self.choice(self.first, *self._inputs(0, 1))
         while done < self.length:
-            raw, scores, ids = self._choose(done)
             right = 1
             if guesses.shape[1]:  # accept a token if all guesses before it are right, in every row
                 right += int((ids[:, :-1] == guesses).all(0).long().cumprod(0).sum())
@@ -93,7 +94,8 @@ class Drawing:
                     yield None, None, self.chosen[:, n]
                 if done + skipped < self.length:
                     guesses = self._guesses(done, room - 1, ids[:, right:], ids[:, -1:])
-                    self._go_on(done, torch.cat([self.chosen[:, done - 1 : done], guesses], dim=1), room - skipped)
+                    fed = torch.cat([self.chosen[:, done - 1 : done], guesses], dim=1)
+                    raw, scores, ids = self._go_on(done, fed, room - skipped)
                     guesses = guesses[:, skipped:]
                 done += skipped
 
@@ -104,22 +106,19 @@ class Drawing:
         forced = self.forced[:, done : done + count]
         return torch.where(forced >= 0, forced, ahead)
 
-    def _choose(self, done: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits and scores [S, n, K] of the tokens starting at `done`, and the token ids [S, n], forced or
-        sampled."""
-        raw = self.guidance(self.logits, done)
-        scores = self.warpers(self.chosen, raw.flatten(0, 1)).view_as(raw)  # warpers ignore the ids
-        noisy = scores if self.noise is None else scores + self.noise.next(done, done + raw.shape[1])
-        forced = self.forced[:, done : done + raw.shape[1]]
-        return raw, scores, torch.where(forced >= 0, forced, noisy.argmax(-1) + self.base)
+    def _inputs(self, start: int, stop: int) -> Inputs:
+        """Return what the choice of the tokens start..stop-1 takes beside the logits."""
+        noise = None if self.noise is None else self.noise.next(start, stop)
+        return self.choice.inputs(start, stop, self.forced[:, start:stop], noise)
 
-    def _go_on(self, done: int, token_ids: Tensor, needed: int) -> None:
-        """Feed token_ids [S, n] to the sequences and to the other sides of the guided ones; keep the logits after
-        the last `needed` of them."""
+    def _go_on(self, done: int, token_ids: Tensor, needed: int) -> Chosen:
+        """Feed token_ids [S, n], the last chosen one and those from `done` on, to the sequences and to the other sides
+        of the guided ones; choose the tokens after the last `needed` of them."""
         if done > self.last and len(self.fed) > self.size:  # no guided steps are left: drop the unconditional rows
             self.fed = self.fed[: self.size]
             self.steps.keep(self.fed)
-        self.logits = _precise(self.steps.logits(token_ids[self.fed], needed))
+        stop = done + token_ids.shape[1]
+        return self.steps.choose(token_ids[self.fed], needed, self.choice, self._inputs(stop - needed, stop))
 
 
 def _runs(forced: list[bool]) -> list[int]:
@@ -138,11 +137,6 @@ def check_parallel_tokens(tokens: int | str, compiled: bool) -> None:
         raise UserError(
             f"compile=True draws one token at a time and parallel_tokens is {tokens!r}: leave one of them out"
         )
-
-
-def _precise(logits: Tensor) -> Tensor:
-    """Cast logits to at least float32, the precision of guidance and noise."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @contextmanager

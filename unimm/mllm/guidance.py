@@ -43,33 +43,38 @@ class Guidance:
         """Return the same on the device and in the type of `logits`."""
         return Guidance(self.scales.to(logits), None if self.image_scales is None else self.image_scales.to(logits))
 
-    def __call__(self, logits: Tensor, done: int) -> Tensor:
-        """Return the guided logits [S, n, K] of the tokens starting at `done`.
+    def at(self, start: int, stop: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return what `__call__` needs for the tokens start..stop-1: scale, image scale, and where guidance is on, each
+        [G, n, 1] or None; all None after the last guided token."""
+        if start > self.last:
+            return None, None, None
+        images = None if self.image_scales is None else self._of(self.image_scales, start, stop)
+        return self._of(self.scales, start, stop), images, None if self.uniform else self._of(self.on, start, stop)
+
+    def _of(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """Return the values of some tokens of the guided sequences, [G, n, 1]."""
+        return values[start:stop, self.rows].t()[..., None]
+
+    def __call__(self, logits: Tensor, scale: Tensor | None, image_scale: Tensor | None, on: Tensor | None) -> Tensor:
+        """Return the guided logits [S, n, K], with what `at` returned for these tokens.
 
         Args:
             logits: [S + G * sides, n, K]: the sequences, the guided ones without prompt, with two scales also the
-                guided ones with their images alone.
+                guided ones with their images alone; [S, n, K] after the last guided token.
         """
         size = self.scales.shape[1]
         conditional = logits[:size]
-        if done > self.last:
+        if scale is None:
             return conditional
-        stop = done + logits.shape[1]
-        given = conditional if self.uniform else conditional[self.rows]  # [G, n, K]
+        given = conditional if on is None else conditional[self.rows]  # [G, n, K]
         unconditional, *images = logits[size:].chunk(self.sides)
-        scale = self._at(self.scales, done, stop)
-        if self.image_scales is None:
+        if image_scale is None:
             pulled = unconditional + scale * (given - unconditional)
         else:
-            image_scale = self._at(self.image_scales, done, stop)
             pulled = unconditional + image_scale * (images[0] - unconditional) + scale * (given - images[0])
-        if self.uniform:
+        if on is None:
             return pulled
-        return conditional.index_copy(0, self.rows, torch.where(self._at(self.on, done, stop), pulled, given))
-
-    def _at(self, values: Tensor, start: int, stop: int) -> Tensor:
-        """Return the values of some tokens of the guided sequences, [G, n, 1]."""
-        return values[start:stop, self.rows].t()[..., None]
+        return conditional.index_copy(0, self.rows, torch.where(on, pulled, given))
 
 
 def guidance_of(

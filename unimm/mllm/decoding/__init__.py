@@ -8,37 +8,18 @@ R rows, T tokens so far, M image tokens, K codes.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from unimm.mllm.decoding.cache import RoomyLayer, expand_cache
 from unimm.mllm.decoding.compiled import CompiledSteps
 from unimm.mllm.decoding.host import HostSteps
 from unimm.mllm.decoding.plain import PlainSteps, is_plain
+from unimm.mllm.decoding.steps import Steps
 
 __all__ = ["CompiledSteps", "HostSteps", "PlainSteps", "RoomyLayer", "Steps", "expand_cache", "is_plain", "steps_after"]
-
-
-class Steps(Protocol):
-    """A decoder of image tokens for a batch of rows, after the prompt."""
-
-    cache: Cache
-
-    @property
-    def takes_many(self) -> bool:
-        """Return whether several tokens can be fed at once."""
-
-    def logits(self, token_ids: Tensor, needed: int) -> Tensor:
-        """Feed the next n image tokens of each row, token_ids [R, n]; return the logits [R, needed, K] after the last
-        `needed` of them."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Continue with these rows [R'] only."""
-
-    def forget(self, tokens: int) -> None:
-        """Remove the last `tokens` tokens."""
 
 
 def steps_after(

@@ -1,13 +1,13 @@
 """Decoding steps with the model's own forward, compiled: a static cache, and every tensor written in place.
 
-On a GPU the compiled step is also captured as a CUDA graph. What a graph reads and writes must keep its address, so a
-`CompiledStep` with its cache is kept for the next drawing of the same size: that one copies its prompt and replays.
-R rows, T tokens of the cache, L of the prompt, M image tokens, K codes.
+On a GPU the whole step, the choice of the next tokens included, is captured as a CUDA graph. What a graph reads and
+writes must keep its address, so a `CompiledStep` with its cache is kept for the next drawing of the same size: that one
+copies its prompt and replays. R rows, T tokens of the cache, L of the prompt, M image tokens, S sequences, K codes.
 """
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
 
+from unimm.mllm.choice import Choice, Chosen, Inputs
 from unimm.mllm.decoding.host import HostSteps
 
 logger = logging.get_logger(__name__)
 
 _SIZE_STEP = 64  # a static cache is rounded up to this: prompts of similar length share a compiled step
 _KEPT = 2  # steps that wait for the next drawing of a model: the guided and the unguided rows of one
+_GRAPHS = 4  # CUDA graphs of a step, one for each way of choosing ids
 _SIZES = 64  # sizes of batches and prompts that are compiled in a process, before drawing falls back
 
 _free: "weakref.WeakKeyDictionary[Any, list[CompiledStep]]" = weakref.WeakKeyDictionary()
@@ -44,6 +46,37 @@ def _forward(model: Any, static: StaticCache, hidden: Tensor, place: Tensor, tok
     return logits
 
 
+class Captured:
+    """A CUDA graph of `run(*inputs)`, with memory of its own for what comes in.
+
+    Args:
+        state: what `run` changes in place; the capture leaves it as it is.
+    """
+
+    def __init__(self, run: Callable[..., Chosen], inputs: Inputs, state: list[Tensor]) -> None:
+        self.inputs = [None if each is None else each.clone() for each in inputs]
+        before = [each.clone() for each in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compile, and warm up
+                run(*self.inputs)
+                for each, old in zip(state, before, strict=True):
+                    each.copy_(old)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = run(*self.inputs)
+
+    def __call__(self, *inputs: Tensor | None) -> Chosen:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            if own is not None and given is not None:
+                own.copy_(given)
+        self.graph.replay()
+        raw, scores, ids = self.outputs
+        return raw.clone(), scores.clone(), ids.clone()  # the next replay writes to the same memory
+
+
 class CompiledStep:
     """One decoding step for R rows and T tokens at most, with a static cache of its own; for one drawing at a time.
 
@@ -62,7 +95,7 @@ class CompiledStep:
         self.compiled = torch.compile(_forward, dynamic=False, fullgraph=True)
         devices = {layer.keys.device for layer in self.static.layers} | {hidden.device}
         self.captured = len(devices) == 1 and hidden.is_cuda  # a graph belongs to one device
-        self.graph: Any = None
+        self.graphs: dict[Hashable, Captured] = {}
         self.warm = False
 
     @classmethod
@@ -100,48 +133,38 @@ class CompiledStep:
         pairs = [(layer.keys, layer.values) for layer in self.static.layers]
         return [tuple(each[rows.to(each.device), :, :length] for each in pair) for pair in pairs]
 
-    def __call__(self, model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Feed token_ids [R, 1] at positions [R, 1], or [3, R, 1] for M-RoPE; return the logits [R, 1, K]."""
+    def __call__(self, model: Any, token_ids: Tensor, positions: Tensor, choice: Choice, inputs: Inputs) -> Chosen:
+        """Feed token_ids [R, 1] at positions [R, 1], or [3, R, 1] for M-RoPE; choose the next tokens, see `Choice`."""
         if self.warm:
-            return self._fed(model, token_ids, positions)
+            return self._chosen(model, token_ids, positions, choice, inputs)
         start, (rows, length) = time.perf_counter(), self.hidden.shape
-        logits = self._fed(model, token_ids, positions)
+        chosen = self._chosen(model, token_ids, positions, choice, inputs)
         seconds, self.warm = time.perf_counter() - start, True
         logger.warning(f"Compiled the drawing step of {rows} rows and {length} tokens in {seconds:.1f} s.")
-        return logits
+        return chosen
 
-    def _fed(self, model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def _chosen(self, model: Any, token_ids: Tensor, positions: Tensor, choice: Choice, inputs: Inputs) -> Chosen:
         if not self.captured:
-            return self._run(model, token_ids, positions)
-        if self.graph is None:
-            self._capture(model, token_ids, positions)
-        self.token_ids.copy_(token_ids)
-        self.positions.copy_(positions)
-        self.graph.replay()
-        return self.output.clone()  # the next replay writes to the same memory
+            return choice(self._logits(model, token_ids, positions), *inputs)
+        key = choice.key, tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+        if key not in self.graphs:
+            for oldest in list(self.graphs)[: 1 - _GRAPHS]:
+                del self.graphs[oldest]
+            self.graphs[key] = self._capture(model, choice, (token_ids, positions, *inputs))
+        return self.graphs[key](token_ids, positions, *inputs)
 
-    def _run(self, model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def _logits(self, model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
         with torch._dynamo.config.patch(recompile_limit=_SIZES):
             output: Tensor = self.compiled(model, self.static, self.hidden, self.place, token_ids, positions)
         return output
 
-    def _capture(self, model: Any, token_ids: Tensor, positions: Tensor) -> None:
-        """Capture the step as a CUDA graph, after two runs on a stream of their own, which compile and warm up."""
-        self.token_ids, self.positions = token_ids.clone(), positions.clone()
-        state = [self.hidden, self.place, *(layer.cumulative_length for layer in self.static.layers)]
-        before = [each.clone() for each in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._run(model, self.token_ids, self.positions)
-                for each, old in zip(state, before, strict=True):
-                    each.copy_(old)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.output = self._run(model, self.token_ids, self.positions)
-        self.graph = graph
+    def _capture(self, model: Any, choice: Choice, inputs: Inputs) -> Captured:
+        def run(token_ids: Tensor, positions: Tensor, *others: Any) -> Chosen:
+            return choice(self._logits(model, token_ids, positions), *others)
+
+        return Captured(
+            run, inputs, [self.hidden, self.place, *(each.cumulative_length for each in self.static.layers)]
+        )
 
 
 def _key(model: Any, layers: list[tuple[Tensor, Tensor]], length: int) -> tuple[Any, ...]:
@@ -185,22 +208,22 @@ class CompiledSteps(HostSteps):
         hidden[:, : self.prompt_mask.shape[1]] = self.prompt_mask == 0
         return self._take([(layer.keys, layer.values) for layer in self.cache.layers], hidden)
 
-    def logits(self, token_ids: Tensor, needed: int) -> Tensor:
+    def choose(self, token_ids: Tensor, needed: int, choice: Choice, inputs: Inputs) -> Chosen:
         """See `Steps`; after the first compiled step it takes one token at a time."""
         if self.on_fallback is None or token_ids.shape[1] > 1:
-            return super().logits(token_ids, needed)
+            return super().choose(token_ids, needed, choice, inputs)
         first, positions = self.step is None, self.positions[..., self.done : self.done + 1].contiguous()
         try:
             self.step = self.step or self._begin()
-            logits = self.step(self.model, token_ids, positions)
+            chosen = self.step(self.model, token_ids, positions, choice, inputs)
         except Exception as error:  # a compiler can raise anything; only the first step can still fall back
             if not first:
                 raise
             self.on_fallback(f"not compiled, {type(error).__name__}: {error}".splitlines()[0])
             self.on_fallback, self.step = None, None
-            return super().logits(token_ids, needed)
+            return super().choose(token_ids, needed, choice, inputs)
         self.done += 1
-        return logits
+        return chosen
 
     def keep(self, rows: Tensor) -> None:
         """See `Steps`; the step is another one, for the new number of rows."""

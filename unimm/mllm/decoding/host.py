@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import Cache
 
 from unimm.mllm.decoding.cache import RoomyLayer
+from unimm.mllm.decoding.steps import Steps
 
 
-class HostSteps:
+class HostSteps(Steps):
     """Decoding steps with the model's own forward."""
 
     def __init__(self, model: Any, cache: Cache, mask: Tensor, positions: Tensor) -> None:
@@ -26,11 +27,6 @@ class HostSteps:
             lowest = torch.finfo(model.dtype).min
             hidden = torch.zeros_like(self.mask, dtype=model.dtype).masked_fill(self.mask == 0, lowest)
             self.mask = hidden[:, None, None]  # [R, 1, 1, T + M]
-
-    @property
-    def takes_many(self) -> bool:
-        """See `Steps`."""
-        return True
 
     def logits(self, token_ids: Tensor, needed: int) -> Tensor:
         """See `Steps`."""

@@ -17,6 +17,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from unimm.mllm.decoding.cache import RoomyLayer
 from unimm.mllm.decoding.host import causal
+from unimm.mllm.decoding.steps import Steps
 
 _PARTS = ("DecoderLayer", "Attention", "MLP", "RMSNorm")
 _KNOWN = {
@@ -124,7 +125,7 @@ def _normed(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
-class PlainSteps:
+class PlainSteps(Steps):
     """Decoding steps without the model's own modules, see `is_plain`."""
 
     def __init__(self, model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor) -> None:
@@ -144,11 +145,6 @@ class PlainSteps:
         if not mask.all():
             seen = F.pad(mask.bool(), (0, positions.shape[-1]), value=True)
             self.mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None]  # [R, 1, 1, T + M]
-
-    @property
-    def takes_many(self) -> bool:
-        """See `Steps`."""
-        return True
 
     def logits(self, token_ids: Tensor, needed: int) -> Tensor:
         """See `Steps`."""
