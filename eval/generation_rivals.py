@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from unimm.mllm import attach, decoding
+from unimm.mllm.decoding import compiled
 from unimm.mllm.export import causal_lm
 from unimm.mllm.memory import cache_bytes_per_token
 from unimm.testing.hosts import text_tokenizer, vision_config
@@ -94,6 +95,7 @@ class Rivals:
         }
         if self.model.device.type == "cuda":
             ways["unimm, compiled"] = partial(self.ours, compile=True)
+            ways["unimm, graph of the model's own forward"] = self.ours_compiled_by_host
         return ways
 
     def ours(self, streamer: BaseStreamer | None = None, **options: Any) -> Tensor:
@@ -112,6 +114,10 @@ class Rivals:
     def ours_by_host(self, streamer: BaseStreamer | None = None) -> Tensor:
         with patch.object(decoding, "is_plain", lambda model: False):
             return self.ours(streamer)
+
+    def ours_compiled_by_host(self, streamer: BaseStreamer | None = None) -> Tensor:
+        with patch.object(compiled, "unfused", {self.model}):
+            return self.ours(streamer, compile=True)
 
     def stock(self, streamer: BaseStreamer | None = None, **options: Any) -> Tensor:
         length = self.model.num_image_tokens

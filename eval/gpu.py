@@ -72,11 +72,11 @@ def _training(what: str, batch: int, ways: str = "plain,compiled", steps: int = 
     )
 
 
-def _generation(tokens: int, only: str, seconds: int) -> Part:
-    """Return the benchmark of one guided drawing by Qwen3-0.6B."""
+def _generation(tokens: int, batches: str, only: str, seconds: int) -> Part:
+    """Return the benchmark of guided drawings by Qwen3-0.6B."""
     small = "--width 128 --layers 1 --codes 32 --image-tokens 16 --batches 1 --scales 2 --repeats 1 --threads 1"
     model = "--width 1024 --layers 28 --head-dim 128 --dtype bfloat16"
-    paper = f"{model} --image-tokens {tokens} --batches 1 --scales 5 --repeats 1 --only {only}"
+    paper = f"{model} --image-tokens {tokens} --batches {batches} --scales 5 --repeats 1 --only {only}"
     return Part(_script("bench_generation", f"{small} --only {only}", paper), seconds, 60)
 
 
@@ -101,10 +101,10 @@ def _chain(size: str, report: Path) -> Iterator[Sequence[str]]:
 
 PARTS: Mapping[str, Part] = {
     "correctness": Part(_script("gpu_correctness", "--size debug", "--size paper"), 100, 30),
-    "generation": _generation(64, "compiled,own,8,generate,plain,Janus,Emu3", 210),
+    "generation": _generation(64, "1", "compiled,own,8,generate,plain,Janus,Emu3", 210),
+    "generation, whole image": _generation(1024, "1,16", "compiled", 150),
     "training t2i": Part(_training("t2i_ids", 16), 130, 45),
     "training stage 1": Part(_training("stage1", 64, ways="plain,tf32,compiled"), 130, 60),
-    "generation, whole image": _generation(1024, "compiled", 100),
     "training stage 2": Part(_training("stage2", 32, ways="plain"), 80, 50),
     "training t2i, images": Part(_training("t2i", 16, ways="plain,tf32", steps=6), 60, 40),
     "quantizer": Part(

@@ -1,5 +1,6 @@
 """Every way through the steps of drawing, held to forwards without cache, batch or padding."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -18,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.mllm import tiny
 from unimm.errors import UserError
 from unimm.mllm import attach, decoding
-from unimm.mllm.decoding import CompiledSteps, HostSteps, PlainSteps, compiled
+from unimm.mllm.decoding import CompiledSteps, HostSteps, PlainSteps, compiled, fused, known
 from unimm.testing.hosts import tiny_host
 
 TEXTS = ["a photo of a red circle", "two", "an image of two green squares"]
@@ -389,6 +390,78 @@ def test_a_step_keeps_few_graphs(graphs: list[Recorded], made: list[Any]) -> Non
         draw(model, processor, compile=True, temperature=temperature)
     (step,) = made
     assert len(step.graphs) == 4 and [graph.replays for graph in graphs] == [15, 15, 15, 15, 30]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_fused_steps_are_exact(
+    family: str, tied: bool, eager_compiler: None, made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step of a GPU, on a CPU: grouped queries, biases, norms, padded prompts, weights that change in place."""
+    model, processor = tiny.unified(family, tied=tied)
+    for name, weight in model.named_parameters():  # initialized to 1 and 0, which would hide a forgotten one
+        if "norm" in name or "bias" in name:
+            nn.init.normal_(weight, mean=1.0, std=0.3)
+    monkeypatch.setattr(compiled, "is_fused", known.is_known)
+    options = {"guidance_scale": SCALES, "guidance_interval": (0, 12), **EVERYTHING}
+    for _ in range(2):
+        expected = draw(model, processor, **options)
+        found = draw(model, processor, compile=True, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        for ours, theirs in zip(found.logits, expected.logits, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-5)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.9)
+    assert len(made) == 2 and all(step.fused for step in made), "one with all rows, one without the unguided ones"
+
+
+def test_a_fused_step_that_fails_is_compiled_without(
+    eager_compiler: None, made: list[Any], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, processor = tiny.unified()
+    expected = draw(model, processor, guidance_scale=2.0)
+    monkeypatch.setattr(compiled, "is_fused", known.is_known)
+
+    def fail(*given: Any) -> Any:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(fused, "_logits", fail)
+    for _ in range(2):
+        assert torch.equal(draw(model, processor, guidance_scale=2.0, compile=True), expected)
+    said = [str(warning.message) for warning in recwarn if "slower" in str(warning.message)]
+    assert len(said) == 1 and "compiled without fused layers, RuntimeError: no kernel for this" in said[0]
+    assert [step.fused for step in made] == [None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_fused_step_is_compiled_by_inductor(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Flex attention refuses on a CPU what it would take on a GPU, such as a bias that is computed beside it."""
+    torch._dynamo.reset()
+    model, processor = tiny.unified()
+    expected = draw(model, processor, guidance_scale=2.0)
+    monkeypatch.setattr(compiled, "is_fused", known.is_known)
+    assert torch.equal(draw(model, processor, guidance_scale=2.0, compile=True), expected)
+    assert not [warning for warning in recwarn if "slower" in str(warning.message)]
+    torch._dynamo.reset()
+
+
+def test_what_is_not_known_is_not_fused() -> None:
+    model, _ = tiny.unified()
+    assert known.is_known(model) and not fused.is_fused(model), "on a CPU"
+    assert known.is_known(model.to(torch.bfloat16))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert not known.is_known(adapted.base_model.model)
+    assert not known.is_known(tiny.attached("qwen2_5_vl")[0])
+    other, _ = tiny.unified()
+    other.model.language_model.layers[0].self_attn.register_forward_hook(lambda *given: None)
+    assert not known.is_known(other)
+    mixed, _ = tiny.unified()
+    mixed.model.language_model.layers[1].to(torch.bfloat16)
+    assert not known.is_known(mixed)
 
 
 def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:

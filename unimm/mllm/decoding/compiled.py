@@ -1,4 +1,4 @@
-"""Decoding steps with the model's own forward, compiled: a static cache, and every tensor written in place.
+"""Compiled decoding steps: the model's own forward or a fused one, a static cache, every tensor written in place.
 
 On a GPU the whole step, the choice of the next tokens included, is captured as a CUDA graph. What a graph reads and
 writes must keep its address, so a `CompiledStep` with its cache is kept for the next drawing of the same size: that one
@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
 
 from unimm.mllm.choice import Choice, Chosen, Inputs
+from unimm.mllm.decoding.fused import FusedForward, is_fused
 from unimm.mllm.decoding.host import HostSteps
 
 logger = logging.get_logger(__name__)
@@ -24,6 +25,9 @@ _SIZE_STEP = 64  # a static cache is rounded up to this: prompts of similar leng
 _KEPT = 2  # steps that wait for the next drawing of a model: the guided and the unguided rows of one
 _GRAPHS = 4  # CUDA graphs of a step, one for each way of choosing ids
 _SIZES = 64  # sizes of batches and prompts that are compiled in a process, before drawing falls back
+
+unfused: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""Models that are compiled with their own forward: the fused one could not be compiled."""
 
 _free: "weakref.WeakKeyDictionary[Any, list[CompiledStep]]" = weakref.WeakKeyDictionary()
 
@@ -92,6 +96,7 @@ class CompiledStep:
             layer.lazy_initialization(keys, values)
         self.hidden = torch.ones(len(hidden), length, dtype=torch.bool, device=hidden.device)
         self.place = torch.zeros(1, dtype=torch.long, device=hidden.device)
+        self.fused = FusedForward(model) if is_fused(model) and model not in unfused else None
         self.compiled = torch.compile(_forward, dynamic=False, fullgraph=True)
         devices = {layer.keys.device for layer in self.static.layers} | {hidden.device}
         self.captured = len(devices) == 1 and hidden.is_cuda  # a graph belongs to one device
@@ -109,6 +114,8 @@ class CompiledStep:
             fitting = cls(model, layers, hidden, length)
         else:
             free.remove(fitting)
+            if fitting.fused is not None:
+                fitting.fused.refresh()
         fitting._load(layers, hidden)
         return fitting
 
@@ -155,7 +162,8 @@ class CompiledStep:
 
     def _logits(self, model: Any, token_ids: Tensor, positions: Tensor) -> Tensor:
         with torch._dynamo.config.patch(recompile_limit=_SIZES):
-            output: Tensor = self.compiled(model, self.static, self.hidden, self.place, token_ids, positions)
+            given = (self.static, self.hidden, self.place, token_ids, positions)
+            output: Tensor = self.compiled(model, *given) if self.fused is None else self.fused(*given)
         return output
 
     def _capture(self, model: Any, choice: Choice, inputs: Inputs) -> Captured:
@@ -175,11 +183,12 @@ def _key(model: Any, layers: list[tuple[Tensor, Tensor]], length: int) -> tuple[
     state = [
         (each._disable_adapters, str(each.active_adapters), str(getattr(each, "scaling", ""))) for each in adapters
     ]
-    return length, tuple(shapes), weights, tuple(state), model.config.get_text_config()._attn_implementation
+    attention = model.config.get_text_config()._attn_implementation
+    return length, tuple(shapes), weights, tuple(state), attention, model in unfused
 
 
 class CompiledSteps(HostSteps):
-    """Decoding steps with the model's own forward, compiled once for each size, see `CompiledStep`."""
+    """Decoding steps that are compiled once for each size, see `CompiledStep`."""
 
     def __init__(
         self, model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor, on_fallback: Callable[[str], None]
@@ -219,8 +228,15 @@ class CompiledSteps(HostSteps):
         except Exception as error:  # a compiler can raise anything; only the first step can still fall back
             if not first:
                 raise
-            self.on_fallback(f"not compiled, {type(error).__name__}: {error}".splitlines()[0])
-            self.on_fallback, self.step = None, None
+            failed, self.step = self.step, None
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if failed is not None and failed.fused is not None:  # the model's own forward may compile
+                failed.fused = None
+                unfused.add(self.model)
+                self.on_fallback(f"compiled without fused layers, {reason}")
+                return self.choose(token_ids, needed, choice, inputs)
+            self.on_fallback(f"not compiled, {reason}")
+            self.on_fallback = None
             return super().choose(token_ids, needed, choice, inputs)
         self.done += 1
         return chosen

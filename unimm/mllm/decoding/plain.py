@@ -10,53 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
-from transformers.activations import ACT2FN
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
 from unimm.mllm.decoding.cache import RoomyLayer
 from unimm.mllm.decoding.host import causal
+from unimm.mllm.decoding.known import is_known
 from unimm.mllm.decoding.steps import Steps
-
-_PARTS = ("DecoderLayer", "Attention", "MLP", "RMSNorm")
-_KNOWN = {
-    getattr(module, f"{name}Model"): tuple(getattr(module, name + part) for part in _PARTS)
-    for module, name in ((modeling_llama, "Llama"), (modeling_qwen2, "Qwen2"), (modeling_qwen3, "Qwen3"))
-}
-_STILL_ROPES = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the sequence length
 
 
 def is_plain(model: Any) -> bool:
     """Return whether `PlainSteps` computes the same as the model's own forward."""
-    text = model.model.language_model
-    if type(text) not in _KNOWN or model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    config, head = text.config, model.get_output_embeddings()
-    norm_class = _KNOWN[type(text)][-1]
-    known = {*_KNOWN[type(text)], nn.Linear, type(ACT2FN["silu"])}  # adapter modules have other types
-    parts = [model, model.model, head, *text.modules()]
-    rope = config.rope_parameters or {}
-    return bool(
-        config._attn_implementation in ("sdpa", "eager")
-        and config.hidden_act == "silu"
-        and rope.get("rope_type", "default") in _STILL_ROPES
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        and type(text.embed_tokens) is nn.Embedding
-        and type(head) is nn.Linear
-        and head.bias is None
-        and type(text.norm) is norm_class
-        and all({type(part) for part in layer.modules()} <= known for layer in text.layers)
-        and all(layer.self_attn.scaling == layer.self_attn.head_dim**-0.5 for layer in text.layers)
-        and not any(_is_changed(part) for part in parts)
-        and all(p.dtype == torch.float32 and not p.is_meta for p in (*text.parameters(), head.weight))
-    )
-
-
-def _is_changed(part: nn.Module) -> bool:
-    """Return whether this module has hooks, or a replaced forward or parametrized weights."""
-    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(part) or hasattr(part, "_hf_hook") or hasattr(part, "parametrizations")
+    on_cpu = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return on_cpu and is_known(model) and model.get_output_embeddings().weight.dtype == torch.float32
 
 
 class _Product:
