@@ -101,10 +101,11 @@ def _chain(size: str, report: Path) -> Iterator[Sequence[str]]:
 
 PARTS: Mapping[str, Part] = {
     "correctness": Part(_script("gpu_correctness", "--size debug", "--size paper"), 100, 30),
-    "generation": _generation(64, "1", "compiled,own,8,generate,plain,Janus,Emu3", 210),
+    "generation": _generation(64, "1", "compiled,8,generate,plain,Janus,Emu3", 180),
     "generation, whole image": _generation(1024, "1,16", "compiled", 150),
     "training t2i": Part(_training("t2i_ids", 16), 130, 45),
     "training stage 1": Part(_training("stage1", 64, ways="plain,tf32,compiled"), 130, 60),
+    "generation, own forward": _generation(64, "1", "own", 80),
     "training stage 2": Part(_training("stage2", 32, ways="plain"), 80, 50),
     "training t2i, images": Part(_training("t2i", 16, ways="plain,tf32", steps=6), 60, 40),
     "quantizer": Part(

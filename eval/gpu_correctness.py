@@ -154,8 +154,8 @@ def _in_order(logits: Tensor, input_ids: Tensor, token_ids: Tensor, drawn: Tenso
 
 @torch.no_grad()
 def compare_compiled(plan: Plan) -> dict[str, Any]:
-    """Compare two compiled greedy drawings with an eager one, in float32; on a small random model at size "debug",
-    because a CPU compiles slowly.
+    """Compare compiled drawings with eager ones, in float32; on a small random model at size "debug", because a CPU
+    compiles slowly. Greedy ones, twice; and sampled ones of which some tokens are guided, twice with another between.
 
     In bfloat16 a compiler that fuses operations rounds less often, and choices differ.
     """
@@ -168,8 +168,29 @@ def compare_compiled(plan: Plan) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Drawing goes on in a slower way")  # else eager would be compared with eager
         found = [_greedy(model, processor, PROMPTS[0], compile=True)[1] for _ in range(2)]
+        guided = [_sampled(model, processor, seed, compile=True) for seed in (0, 1, 0)]
     compiled, again = (agreement(each, eager) for each in found)
-    return {"equal_token_ids": compiled, "equal_token_ids_of_the_second_drawing": again}
+    expected = [_sampled(model, processor, seed) for seed in (0, 1, 0)]
+    return {
+        "equal_token_ids": compiled,
+        "equal_token_ids_of_the_second_drawing": again,
+        "equal_sampled_token_ids": [agreement(*pair) for pair in zip(guided, expected, strict=True)],
+    }
+
+
+def _sampled(model: Any, processor: Any, seed: int, **options: Any) -> Tensor:
+    """Return the token ids [2, M] of two drawings whose tokens 3 to 8 are guided."""
+    ids = processor(text=processor.drawing_prompt(PROMPTS[seed]), return_tensors="pt").input_ids.to(model.device)
+    drawn: Tensor = model.generate(
+        ids,
+        generation_mode="image",
+        num_return_sequences=2,
+        seed=seed,
+        guidance_scale=2.0,
+        guidance_interval=(3, 9),
+        **options,
+    )
+    return drawn
 
 
 CHECKS: dict[str, Callable[[Plan], dict[str, Any]]] = {

@@ -1,6 +1,8 @@
 """Every way through the steps of drawing, held to forwards without cache, batch or padding."""
 
 import shutil
+import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -12,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
@@ -306,26 +308,39 @@ def test_a_compiled_step_is_left_when_weights_move_or_adapters_switch(eager_comp
     assert torch.equal(draw(model, processor, TEXTS[:1], compile=True), expected) and len(made) == 4
 
 
+def alive(reference: Any) -> Tensor:
+    tensor: Tensor | None = reference()
+    assert tensor is not None, "a graph reads a tensor that is gone"
+    return tensor
+
+
 class Recorded(TorchDispatchMode):
-    """A stand-in for a CUDA graph: records operations, and replays them on the memory that they were recorded with."""
+    """A stand-in for a CUDA graph: records operations, and replays them on the memory that they were recorded with.
+
+    As a graph, it keeps what was made while recording, and not what it reads beside that.
+    """
 
     made: ClassVar[list["Recorded"]] = []
 
     def __init__(self) -> None:
         super().__init__()
         self.made.append(self)
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.calls: list[tuple[Any, Any, Any]] = []
+        self.own: dict[int, Tensor] = {}
         self.replays = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert function is not torch.ops.aten._local_scalar_dense.default, "a graph cannot wait for a value"
         output = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, output))
+        given = tree_map_only(Tensor, lambda x: x if id(x) in self.own else weakref.ref(x), (args, kwargs or {}))
+        self.own |= {id(each): each for each in tree_leaves(output) if isinstance(each, Tensor)}
+        self.calls.append((function, given, output))
         return output
 
     def replay(self) -> None:
         self.replays += 1
-        for function, args, kwargs, output in self.calls:
+        for function, given, output in self.calls:
+            args, kwargs = tree_map_only(weakref.ref, alive, given)
             again = function(*args, **kwargs)
             for kept, new in zip(tree_leaves(output), tree_leaves(again), strict=True):
                 if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
@@ -337,7 +352,7 @@ def graphs(made: list[compiled.CompiledStep], monkeypatch: pytest.MonkeyPatch) -
     """The CUDA graphs that are captured, in their order."""
 
     @contextmanager
-    def graph(recorded: Recorded) -> Any:  # a real one runs nothing while it is captured
+    def graph(recorded: Recorded, **options: Any) -> Any:  # a real one runs nothing while it is captured
         step = made[-1]
         state = [step.hidden, step.place, *(layer.cumulative_length for layer in step.static.layers)]
         before = [each.clone() for each in state]
@@ -349,7 +364,12 @@ def graphs(made: list[compiled.CompiledStep], monkeypatch: pytest.MonkeyPatch) -
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, fake in {"Stream": lambda: stream, "current_stream": lambda: stream}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    for name, other in {"stream": lambda _: nullcontext(), "CUDAGraph": Recorded, "graph": graph}.items():
+    for name, other in {
+        "device": lambda _: nullcontext(),
+        "stream": lambda _: nullcontext(),
+        "CUDAGraph": Recorded,
+        "graph": graph,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, other)
     monkeypatch.setattr(
         compiled.CompiledStep, "captured", property(lambda self: True, lambda self, value: None), raising=False
@@ -402,7 +422,7 @@ def test_fused_steps_are_exact(
     for name, weight in model.named_parameters():  # initialized to 1 and 0, which would hide a forgotten one
         if "norm" in name or "bias" in name:
             nn.init.normal_(weight, mean=1.0, std=0.3)
-    monkeypatch.setattr(compiled, "is_fused", known.is_known)
+    monkeypatch.setattr(fused, "is_fused", known.is_known)
     options = {"guidance_scale": SCALES, "guidance_interval": (0, 12), **EVERYTHING}
     for _ in range(2):
         expected = draw(model, processor, **options)
@@ -413,7 +433,28 @@ def test_fused_steps_are_exact(
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(0.9)
-    assert len(made) == 2 and all(step.fused for step in made), "one with all rows, one without the unguided ones"
+    first, second = (step.fused for step in made)  # one with all rows, one without the unguided ones
+    assert first and second and first.layers is second.layers
+    model.model.language_model.layers[0].register_forward_hook(lambda *given: None)
+    draw(model, processor, compile=True, **options)
+    assert [step.fused for step in made[2:]] == [None, None]
+
+
+@pytest.mark.parametrize("layers", [known.is_known, lambda model: False])
+def test_a_step_from_inference_mode_is_not_taken_outside(
+    layers: Any, eager_compiler: None, made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that are made there cannot be written in place elsewhere."""
+    model, processor = tiny.unified()
+    monkeypatch.setattr(fused, "is_fused", layers)
+    expected = draw(model, processor, guidance_scale=2.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Drawing goes on in a slower way")
+        with torch.inference_mode():
+            assert torch.equal(draw(model, processor, guidance_scale=2.0, compile=True), expected)
+        for _ in range(2):
+            assert torch.equal(draw(model, processor, guidance_scale=2.0, compile=True), expected)
+    assert len(made) == 2
 
 
 def test_a_fused_step_that_fails_is_compiled_without(
@@ -421,7 +462,7 @@ def test_a_fused_step_that_fails_is_compiled_without(
 ) -> None:
     model, processor = tiny.unified()
     expected = draw(model, processor, guidance_scale=2.0)
-    monkeypatch.setattr(compiled, "is_fused", known.is_known)
+    monkeypatch.setattr(fused, "is_fused", known.is_known)
 
     def fail(*given: Any) -> Any:
         raise RuntimeError("no kernel for this")
@@ -431,7 +472,7 @@ def test_a_fused_step_that_fails_is_compiled_without(
         assert torch.equal(draw(model, processor, guidance_scale=2.0, compile=True), expected)
     said = [str(warning.message) for warning in recwarn if "slower" in str(warning.message)]
     assert len(said) == 1 and "compiled without fused layers, RuntimeError: no kernel for this" in said[0]
-    assert [step.fused for step in made] == [None, None]
+    assert [step.fused is None for step in made] == [False, True]
 
 
 @pytest.mark.slow
@@ -443,7 +484,7 @@ def test_a_fused_step_is_compiled_by_inductor(
     torch._dynamo.reset()
     model, processor = tiny.unified()
     expected = draw(model, processor, guidance_scale=2.0)
-    monkeypatch.setattr(compiled, "is_fused", known.is_known)
+    monkeypatch.setattr(fused, "is_fused", known.is_known)
     assert torch.equal(draw(model, processor, guidance_scale=2.0, compile=True), expected)
     assert not [warning for warning in recwarn if "slower" in str(warning.message)]
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
 
 from unimm.mllm.choice import Choice, Chosen, Inputs
-from unimm.mllm.decoding.fused import FusedForward, is_fused
+from unimm.mllm.decoding.fused import FusedForward, FusedLayers, addresses, fused_layers
 from unimm.mllm.decoding.host import HostSteps
 
 logger = logging.get_logger(__name__)
@@ -55,22 +55,25 @@ class Captured:
 
     Args:
         state: what `run` changes in place; the capture leaves it as it is.
+        reads: what owns the other tensors that `run` reads; it must live as long as the graph.
     """
 
-    def __init__(self, run: Callable[..., Chosen], inputs: Inputs, state: list[Tensor]) -> None:
-        self.inputs = [None if each is None else each.clone() for each in inputs]
+    def __init__(self, run: Callable[..., Chosen], inputs: Inputs, state: list[Tensor], reads: Any) -> None:
+        self.reads, self.inputs = reads, [None if each is None else each.clone() for each in inputs]
         before = [each.clone() for each in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compile, and warm up
-                run(*self.inputs)
-                for each, old in zip(state, before, strict=True):
-                    each.copy_(old)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = run(*self.inputs)
+        with torch.cuda.device(state[0].device):  # streams belong to the current device
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compile, and warm up
+                    run(*self.inputs)
+                    for each, old in zip(state, before, strict=True):
+                        each.copy_(old)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # other threads may allocate memory meanwhile
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = run(*self.inputs)
 
     def __call__(self, *inputs: Tensor | None) -> Chosen:
         for own, given in zip(self.inputs, inputs, strict=True):
@@ -89,14 +92,16 @@ class CompiledStep:
         length: T.
     """
 
-    def __init__(self, model: Any, layers: list[tuple[Tensor, Tensor]], hidden: Tensor, length: int) -> None:
-        self.key = _key(model, layers, length)
+    def __init__(
+        self, model: Any, layers: list[tuple[Tensor, Tensor]], hidden: Tensor, length: int, fused: FusedLayers | None
+    ) -> None:
+        self.key = _key(model, layers, length, fused)
         self.static = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
         for layer, (keys, values) in zip(self.static.layers, layers, strict=True):
             layer.lazy_initialization(keys, values)
         self.hidden = torch.ones(len(hidden), length, dtype=torch.bool, device=hidden.device)
         self.place = torch.zeros(1, dtype=torch.long, device=hidden.device)
-        self.fused = FusedForward(model) if is_fused(model) and model not in unfused else None
+        self.fused = None if fused is None else FusedForward(fused, length)
         self.compiled = torch.compile(_forward, dynamic=False, fullgraph=True)
         devices = {layer.keys.device for layer in self.static.layers} | {hidden.device}
         self.captured = len(devices) == 1 and hidden.is_cuda  # a graph belongs to one device
@@ -108,19 +113,20 @@ class CompiledStep:
         cls, model: Any, layers: list[tuple[Tensor, Tensor]], hidden: Tensor, length: int
     ) -> "CompiledStep":
         """Return a step that holds these L tokens, hidden [R, L] where they are masked; a kept one if its size fits."""
-        free, key = _free.setdefault(model, []), _key(model, layers, length)
+        fused = None if model in unfused else fused_layers(model)
+        free, key = _free.setdefault(model, []), _key(model, layers, length, fused)
         fitting = next((step for step in free if step.key == key), None)
         if fitting is None:
-            fitting = cls(model, layers, hidden, length)
+            fitting = cls(model, layers, hidden, length, fused)
         else:
             free.remove(fitting)
-            if fitting.fused is not None:
-                fitting.fused.refresh()
         fitting._load(layers, hidden)
         return fitting
 
     def release(self, model: Any) -> None:
-        """Keep the step for the next drawing of its size."""
+        """Keep the step for the next drawing of its size, if it has run."""
+        if not self.warm:
+            return
         free = _free.setdefault(model, [])
         free.append(self)
         del free[:-_KEPT]
@@ -128,8 +134,9 @@ class CompiledStep:
     def _load(self, layers: list[tuple[Tensor, Tensor]], hidden: Tensor) -> None:
         length = hidden.shape[1]
         for layer, (keys, values) in zip(self.static.layers, layers, strict=True):
-            layer.keys[:, :, :length] = keys
-            layer.values[:, :, :length] = values
+            for kept, given in ((layer.keys, keys), (layer.values, values)):
+                kept[:, :, :length] = given
+                kept[:, :, length:] = 0  # masked, but a NaN there would count
             layer.cumulative_length.fill_(length)
         self.hidden.fill_(True)
         self.hidden[:, :length] = hidden
@@ -170,21 +177,19 @@ class CompiledStep:
         def run(token_ids: Tensor, positions: Tensor, *others: Any) -> Chosen:
             return choice(self._logits(model, token_ids, positions), *others)
 
-        return Captured(
-            run, inputs, [self.hidden, self.place, *(each.cumulative_length for each in self.static.layers)]
-        )
+        state = [self.hidden, self.place, *(each.cumulative_length for each in self.static.layers)]
+        return Captured(run, inputs, state, choice)
 
 
-def _key(model: Any, layers: list[tuple[Tensor, Tensor]], length: int) -> tuple[Any, ...]:
+def _key(model: Any, layers: list[tuple[Tensor, Tensor]], length: int, fused: FusedLayers | None) -> tuple[Any, ...]:
     """Return what a kept step must have in common with a drawing: sizes, addresses of weights, active adapters."""
     shapes = [(keys.shape[:2], keys.shape[3:], keys.dtype, keys.device) for keys, _ in layers]
-    weights = hash(tuple(each.data_ptr() for each in model.parameters()))
     adapters = [each for each in model.modules() if hasattr(each, "_disable_adapters")]
     state = [
         (each._disable_adapters, str(each.active_adapters), str(getattr(each, "scaling", ""))) for each in adapters
     ]
-    attention = model.config.get_text_config()._attn_implementation
-    return length, tuple(shapes), weights, tuple(state), attention, model in unfused
+    mode = model.config.get_text_config()._attn_implementation, fused, torch.is_inference_mode_enabled()
+    return length, tuple(shapes), addresses(model), tuple(state), mode
 
 
 class CompiledSteps(HostSteps):
@@ -228,18 +233,18 @@ class CompiledSteps(HostSteps):
         except Exception as error:  # a compiler can raise anything; only the first step can still fall back
             if not first:
                 raise
-            failed, self.step = self.step, None
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            if failed is not None and failed.fused is not None:  # the model's own forward may compile
-                failed.fused = None
-                unfused.add(self.model)
-                self.on_fallback(f"compiled without fused layers, {reason}")
-                return self.choose(token_ids, needed, choice, inputs)
-            self.on_fallback(f"not compiled, {reason}")
-            self.on_fallback = None
-            return super().choose(token_ids, needed, choice, inputs)
-        self.done += 1
-        return chosen
+        else:
+            self.done += 1
+            return chosen
+        fused, self.step = self.step is not None and self.step.fused is not None, None
+        if fused:  # the model's own forward may compile
+            unfused.add(self.model)
+            self.on_fallback(f"compiled without fused layers, {reason}")
+            return self.choose(token_ids, needed, choice, inputs)
+        self.on_fallback(f"not compiled, {reason}")
+        self.on_fallback = None
+        return super().choose(token_ids, needed, choice, inputs)
 
     def keep(self, rows: Tensor) -> None:
         """See `Steps`; the step is another one, for the new number of rows."""

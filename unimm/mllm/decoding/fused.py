@@ -5,40 +5,26 @@ values are not repeated for grouped queries, and attention is split over the tok
 of the cache, H query heads, H' key heads, d head width, D hidden width, K codes.
 """
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import StaticCache
 
 from unimm.mllm.decoding.known import is_known
 from unimm.mllm.memory import free_bytes
 
 _SHARE = 0.1  # of the free memory, that the joined weights may take
-
-
-def is_fused(model: Any) -> bool:
-    """Return whether `FusedForward` computes the same as the model's own forward, on a GPU with room for it."""
-    if model.device.type != "cuda" or not is_known(model):
-        return False
-    joined = [part.weight for layer in model.model.language_model.layers for part in (*_qkv(layer), *_gate_up(layer))]
-    return sum(weight.nbytes for weight in joined) < _SHARE * free_bytes(model)
-
-
-def _qkv(layer: Any) -> list[nn.Linear]:
-    return [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
-
-
-def _gate_up(layer: Any) -> list[nn.Linear]:
-    return [layer.mlp.gate_proj, layer.mlp.up_proj]
+_BLOCK = 128  # tokens of the cache that flex attention reads at once
 
 
 class _Joined:
     """Several linear layers as one product, with a copy of their weights."""
 
-    def __init__(self, linears: list[nn.Linear]) -> None:
+    def __init__(self, *linears: nn.Linear) -> None:
         self.linears = linears
         self.weight = torch.cat([linear.weight for linear in linears])
         self.bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
@@ -53,20 +39,74 @@ class _Joined:
         return F.linear(x, self.weight, self.bias)
 
 
-class FusedForward:
-    """A model's forward of one token of each row, compiled; see `is_fused`."""
+class FusedLayers:
+    """The layers of a known language model with joined weights, one for all steps of a model."""
 
     def __init__(self, model: Any) -> None:
         self.text, self.vocabulary = model.model.language_model, model.visual_vocabulary
         self.head = model.get_output_embeddings()
-        self.qkv = [_Joined(_qkv(layer)) for layer in self.text.layers]
-        self.gate_up = [_Joined(_gate_up(layer)) for layer in self.text.layers]
-        self.compiled = torch.compile(_logits, dynamic=False, fullgraph=True)
+        layers = self.text.layers
+        self.qkv = [_Joined(each.self_attn.q_proj, each.self_attn.k_proj, each.self_attn.v_proj) for each in layers]
+        self.gate_up = [_Joined(each.mlp.gate_proj, each.mlp.up_proj) for each in layers]
+        self.addresses = addresses(model)
 
     def refresh(self) -> None:
         """Copy the weights that are joined again: they may have changed in place."""
         for joined in (*self.qkv, *self.gate_up):
             joined.refresh()
+
+
+_layers: "weakref.WeakKeyDictionary[Any, FusedLayers]" = weakref.WeakKeyDictionary()
+
+
+def fused_layers(model: Any) -> FusedLayers | None:
+    """Return a model's layers with joined weights, as they are now; None if its own forward is to be compiled."""
+    kept = _layers.get(model)
+    if kept is not None and kept.addresses == addresses(model) and is_known(model):
+        kept.refresh()
+        return kept
+    _layers.pop(model, None)
+    if is_fused(model):
+        with torch.inference_mode(False), torch.no_grad():  # weights that can be written in any mode
+            return _layers.setdefault(model, FusedLayers(model))
+    return None
+
+
+def is_fused(model: Any) -> bool:
+    """Return whether `FusedForward` computes the same as the model's own forward, on a GPU with room for it."""
+    if model.device.type != "cuda" or not is_known(model):
+        return False
+    config = model.model.language_model.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    if groups & (groups - 1):  # flex attention splits the cache only if a group is a power of two
+        return False
+    parts = [part for each in model.model.language_model.layers for part in (each.self_attn, each.mlp)]
+    return sum(weight.nbytes for part in parts for weight in part.parameters()) < _SHARE * free_bytes(model)
+
+
+def addresses(model: Any) -> int:
+    """Return a number that changes if a weight of the model moves."""
+    return hash(tuple(each.data_ptr() for each in model.parameters()))
+
+
+class FusedForward:
+    """A model's forward of one token of each row, compiled; see `is_fused`.
+
+    Args:
+        length: T.
+    """
+
+    def __init__(self, layers: FusedLayers, length: int) -> None:
+        self.layers, device = layers, layers.head.weight.device
+        blocks = -(-length // _BLOCK)
+        # flex attention reads the first `kv_num_blocks` of these; without a mask it would not split the cache
+        self.blocks = BlockMask.from_kv_blocks(
+            torch.zeros(1, 1, 1, dtype=torch.int32, device=device),
+            torch.arange(blocks, dtype=torch.int32, device=device).view(1, 1, 1, blocks),
+            BLOCK_SIZE=_BLOCK,
+            seq_lengths=(1, length),
+        )
+        self.compiled = torch.compile(_logits, dynamic=False, fullgraph=True)
 
     def __call__(self, static: StaticCache, hidden: Tensor, place: Tensor, token_ids: Tensor, at: Tensor) -> Tensor:
         """Feed one token of each row, token_ids [R, 1] at positions [R, 1]; return the logits [R, 1, K] after it.
@@ -76,18 +116,25 @@ class FusedForward:
             place: [1], where its keys and values go; moves on by one.
         """
         hidden.index_fill_(1, place, False)
-        dtype = self.head.weight.dtype
+        self.blocks.kv_num_blocks.copy_((place // _BLOCK + 1).view(1, 1, 1))
+        dtype = self.layers.head.weight.dtype
         # an input of what is compiled: flex attention on a CPU cannot capture a tensor that is computed there
         bias = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
-        logits: Tensor = self.compiled(self, static, bias, place, token_ids, at)
+        logits: Tensor = self.compiled(self.layers, static, bias, self.blocks, place, token_ids, at)
         place.add_(1)
         return logits
 
 
 def _logits(
-    fused: FusedForward, static: StaticCache, bias: Tensor, place: Tensor, token_ids: Tensor, at: Tensor
+    fused: FusedLayers,
+    static: StaticCache,
+    bias: Tensor,
+    blocks: BlockMask,
+    place: Tensor,
+    token_ids: Tensor,
+    at: Tensor,
 ) -> Tensor:
-    """Return what `FusedForward` does, with bias [R, T] on the scores of attention."""
+    """Return what `FusedForward` does, with bias [R, T] on the scores of attention, and the blocks that it reads."""
     x = F.embedding(token_ids[:, 0], fused.text.embed_tokens.weight)  # [R, D]
     cos, sin = (each[:, None] for each in fused.text.rotary_emb(x, at))  # [R, 1, 1, d]
     for number, layer in enumerate(fused.text.layers):
@@ -105,6 +152,7 @@ def _logits(
             kept.keys,
             kept.values,
             score_mod=lambda score, row, head, query, token: score + bias[row, token],
+            block_mask=blocks,
             enable_gqa=True,
         )
         x = x + attention.o_proj(seen[:, :, 0].flatten(1))
