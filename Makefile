@@ -86,7 +86,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 SHAPES := runs/shapes
 LAUNCH := $(BIN)/accelerate launch --num_cpu_threads_per_process 2
 
-shapes: $(SHAPES)/final/.done $(SHAPES)/stage3_specks/.done
+shapes: $(SHAPES)/rewards_pairs/.done $(SHAPES)/stage3_groups/.done
 
 $(SHAPES)/vfm/.done: | $(VENV)/.dev
 	$(LAUNCH) recipes/vfm.py --config configs/shapes/vfm.yaml
@@ -112,8 +112,8 @@ $(SHAPES)/stage3_conv/.done: $(SHAPES)/stage3_more/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage3_conv.yaml
 	@touch $@
 
-$(SHAPES)/stage3_specks/.done: $(SHAPES)/stage3_conv/.done | $(VENV)/.dev
-	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage3_specks.yaml
+$(SHAPES)/stage3_groups/.done: $(SHAPES)/stage3_conv/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/tokenizer.py --config configs/shapes/stage3_groups.yaml
 	@touch $@
 
 $(SHAPES)/sft/.done: $(SHAPES)/stage2/.done | $(VENV)/.dev
@@ -169,11 +169,15 @@ $(SHAPES)/rewards_again/.done: $(SHAPES)/average2/.done | $(VENV)/.dev
 	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards_again.yaml
 	@touch $@
 
-$(SHAPES)/final/.done: $(SHAPES)/rewards_again/.done $(SHAPES)/more_edits/.done
-	$(BIN)/python recipes/average.py $(^D) --share 0.3 --output $(@D)
+$(SHAPES)/average3/.done: $(SHAPES)/rewards_again/.done $(SHAPES)/more_edits/.done $(SHAPES)/stage3_groups/.done
+	$(BIN)/python recipes/average.py $(SHAPES)/rewards_again $(SHAPES)/more_edits --share 0.3 --image-tokenizer $(SHAPES)/stage3_groups --output $(@D)
 	@touch $@
 
-publish: $(SHAPES)/final/.done $(SHAPES)/stage3_specks/.done
+$(SHAPES)/rewards_pairs/.done: $(SHAPES)/average3/.done | $(VENV)/.dev
+	$(LAUNCH) recipes/grpo.py --config configs/shapes/rewards_pairs.yaml
+	@touch $@
+
+publish: $(SHAPES)/rewards_pairs/.done $(SHAPES)/stage3_groups/.done
 	$(BIN)/python recipes/publish.py --config configs/shapes/publish.yaml
 
 # ---- the three tokenizers at the same number of images of the shapes data set: trained, given to a language model, measured, one table ----

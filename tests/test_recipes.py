@@ -24,8 +24,8 @@ RECIPES |= {"llava15_mix665k_lora": "sft", "llava15_mix665k_qlora": "sft", "t2i_
 RECIPES |= {"llamagen_l_256": "c2i", "grpo_own_answers": "grpo", "grpo_qwen3_0.6b": "grpo"}
 RECIPES |= {"tokenizer": "tokenizer", "questions": "t2i", "positions": "t2i", "language": "t2i"}  # later legs
 RECIPES |= {"copying": "t2i", "edits": "t2i", "more_edits": "t2i"}
-RECIPES |= dict.fromkeys(("rewards", "rewards_edits", "rewards_again"), "grpo")
-RECIPES |= dict.fromkeys(("stage3_more", "stage3_conv", "stage3_specks"), "tokenizer")
+RECIPES |= dict.fromkeys(("rewards", "rewards_edits", "rewards_again", "rewards_pairs"), "grpo")
+RECIPES |= dict.fromkeys(("stage3_more", "stage3_conv", "stage3_groups"), "tokenizer")
 RECIPES |= {"projector": "sft", "lora": "t2i"}  # SmolLM2
 RECIPES |= {f"{data}vqrae{stage}": "tokenizer" for data in ("", "shapes_") for stage in ("", "_stage2")} | {
     "chat": "t2i"

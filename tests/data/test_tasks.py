@@ -1,6 +1,7 @@
 """Tasks: pure functions of their position, held-out ones apart from training, and files with a fault on a line."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def test_an_edit_carries_its_scenes() -> None:
         edit = task["metadata"]["edit"]
         assert edit.kind in ("color", "position") and task["prompt"] == edit.instruction
         assert task["image"].tobytes() == render(edit.source).tobytes()
+
+
+def test_prompts_come_in_the_shares_that_are_asked_for() -> None:
+    flow = TaskFlow("drawing", kind_shares={"two_object": 3, "counting": 1})
+    for split in ("train", "test"):
+        stream = Tasks(TasksConfig({"drawing": flow}, num_eval_samples=200), split=split)  # type: ignore[arg-type]
+        tags = Counter(stream[n]["metadata"]["tag"] for n in range(200))
+        assert tags.keys() == {"two_object", "counting"} and 130 < tags["two_object"] < 170
+    wrong = Tasks(TasksConfig({"drawing": TaskFlow("drawing", kind_shares={"three_object": 1})}))
+    with pytest.raises(UserError, match="There is no prompt kind 'three_object'; the kinds are single_object"):
+        wrong[0]
 
 
 def test_a_flow_without_a_share_is_evaluated_only() -> None:

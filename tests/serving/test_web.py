@@ -111,6 +111,7 @@ def test_chat_about_an_uploaded_image_and_draw_in_the_conversation(visit: Callab
     box.press("Enter")
     sync_api.expect(page.get_by_test_id("bot").last).to_have_text("yellow", timeout=60_000)
     sync_api.expect(box).to_have_value("")
+    page.locator("#message .submit-button").wait_for()  # until then Enter sends nothing
     box.fill("Draw two green squares")
     box.press("Enter")
     page.locator("#talk [data-testid=bot] img").wait_for()

@@ -17,15 +17,16 @@ from unimm.config.schema import Count, Natural, NonNegative, Seed, used_when
 from unimm.data.images import load_image
 from unimm.data.mixture import ENDLESS
 from unimm.data.shapes import render, sample_prompt, sample_questions
+from unimm.data.shapes.conversations import normalized_shares
 from unimm.data.shapes.edits import sample_edit
-from unimm.data.shapes.prompts import Split
+from unimm.data.shapes.prompts import TRAINING_SHARES, Split
 from unimm.data.shuffling import EpochOrder, Interleaving
 from unimm.errors import UserError, one_line
 
 Task = dict[str, Any]
 Kind = Literal["drawing", "editing", "answering"]
 _NEEDED = {"drawing": ("prompt",), "editing": ("image", "prompt"), "answering": ("image", "question", "answer")}
-_EDITING = used_when(lambda c: c.kind == "editing" and c.source == "shapes", "edits of the shapes data set")
+_KINDS = used_when(lambda c: c.kind != "answering" and c.source == "shapes", "prompts or edits of the shapes data set")
 _ANSWERING = used_when(lambda c: c.kind == "answering" and c.source == "shapes", "questions of the shapes data set")
 
 
@@ -42,7 +43,7 @@ class TaskFlow:
             {"image": ..., "question": ..., "answer": ...}.
         eval_source: a file of the same form, for evaluation; needed if `source` is one and tasks are held out.
         question_kinds: kinds of the questions about shapes.
-        kind_shares: share of each kind of edit of shapes; None uses the data set's own shares.
+        kind_shares: share of each kind of prompt or edit of shapes; None uses the data set's own shares.
     """
 
     kind: Kind
@@ -53,7 +54,7 @@ class TaskFlow:
     question_kinds: list[str] = field(
         default_factory=lambda: ["existence", "color", "count", "position"], metadata=_ANSWERING
     )
-    kind_shares: dict[str, NonNegative] | None = field(default=None, metadata=_EDITING)
+    kind_shares: dict[str, NonNegative] | None = field(default=None, metadata=_KINDS)
 
     def __post_init__(self) -> None:
         if self.eval_source is not None and self.source == "shapes":
@@ -102,7 +103,9 @@ class ShapesTasks:
         metadata, or an image with a question and its answer."""
         rng = np.random.default_rng((self.seed, index))
         if self.flow.kind == "drawing":
-            prompt = sample_prompt(rng, split=self.split)
+            shares, kinds = self.flow.kind_shares, list(TRAINING_SHARES)
+            tag = None if shares is None else str(rng.choice(kinds, p=normalized_shares(shares, kinds, "prompt")))
+            prompt = sample_prompt(rng, tag, split=self.split)
             return {"prompt": prompt.prompt, "metadata": prompt.metadata()}
         if self.flow.kind == "editing":
             edit = sample_edit(rng, kind_shares=self.flow.kind_shares)

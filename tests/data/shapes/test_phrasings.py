@@ -41,7 +41,8 @@ HELD_OUT_WORDS = {
         "produce",
         "render an",
         "i wonder",
-        "number of",
+        "what is the number",
+        "give me the number",
     ),
     *(
         "which color",
