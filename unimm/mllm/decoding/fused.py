@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import StaticCache
+from transformers.models.llama.modeling_llama import rotate_half
 
 from unimm.mllm.decoding.known import is_known
 from unimm.mllm.memory import free_bytes
@@ -144,7 +145,7 @@ def _logits(
         queries, keys, values = qkv.split((qkv.shape[1] - 2 * key_heads, key_heads, key_heads), dim=1)  # [R, H, 1, d]
         if hasattr(attention, "q_norm"):
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-        queries, keys = (each * cos + _rotated(each) * sin for each in (queries, keys))
+        queries, keys = (each * cos + rotate_half(each) * sin for each in (queries, keys))
         kept.keys.index_copy_(2, place, keys)
         kept.values.index_copy_(2, place, values)
         seen = flex_attention(
@@ -160,8 +161,3 @@ def _logits(
         x = x + layer.mlp.down_proj(F.silu(gate) * up)
     weight = fused.head.weight[fused.vocabulary.base : fused.vocabulary.end]
     return F.linear(fused.text.norm(x), weight)[:, None]
-
-
-def _rotated(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
