@@ -156,7 +156,7 @@ def test_what_is_painted_is_drawn_anew_and_the_rest_stays(visit: Callable[..., A
     tab(page, "Edit")
     canvas = page.locator("#edit-image canvas").first
     canvas.wait_for()
-    page.get_by_role("button", name="Brush").click()
+    page.get_by_role("button", name="Brush", exact=True).click()
     page.wait_for_timeout(500)
     box = canvas.bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
